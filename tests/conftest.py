@@ -1,0 +1,39 @@
+"""What every test file shares: the repository on sys.path, the tiers, and where the real data lies."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes rather than seconds; run with -m slow")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
+
+
+def pytest_collection_modifyitems(config, items):
+    """`pytest -q` leaves out the slow tier; any -m expression takes over the choice."""
+    if not config.getoption("-m"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow tier: run with -m slow"))
+
+
+@pytest.fixture
+def shared():
+    """The folder of real data beside a developer's checkout (never committed)."""
+    if not SHARED.is_dir():
+        pytest.skip(f"real data not found at {SHARED}")
+    return SHARED
+
+
+def run(*args, cwd=ROOT, env=None, timeout=600):
+    """Run a script of the repository as a user would; returns the CompletedProcess with its text."""
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, **(env or {})}, timeout=timeout)
