@@ -1,7 +1,9 @@
-"""Measure, never assert: python tests/bench.py {kernels,train,tokenizer,data,finetune} [--json FILE].
+"""Measure, never assert.
 
-Every comparison is interleaved in one process (A B A B ...) and reported as medians and ratios, since
-machines are shared and noisy. Rows print as they come; --json also writes them to FILE.
+    python tests/bench.py {kernels,train,tokenizer,data,finetune} [--json FILE]
+
+Every comparison is interleaved in one process (A B A B ...) and reported as medians and ratios,
+since machines are shared and noisy. Rows print as they come; --json also writes them to FILE.
 """
 
 import argparse
@@ -32,10 +34,11 @@ def interleave(variants, rounds):
 
 
 def main():
-    parts = {name[len("bench_"):]: fn for name, fn in globals().items() if name.startswith("bench_")}
+    parts = {name.removeprefix("bench_"): fn for name, fn in globals().items()
+             if name.startswith("bench_")}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=sorted(parts), help="what to measure")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to FILE (default: none)")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows here (default: none)")
     args, rest = parser.parse_known_args()
     rows = parts[args.part](rest)
     if args.json:

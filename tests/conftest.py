@@ -1,4 +1,4 @@
-"""What every test file shares: the repository on sys.path, the tiers, and where the real data lies."""
+"""What every test file shares: the repository on sys.path, the tiers, where real data lies."""
 
 import os
 import subprocess
@@ -34,6 +34,6 @@ def shared():
 
 
 def run(*args, cwd=ROOT, env=None, timeout=600):
-    """Run a script of the repository as a user would; returns the CompletedProcess with its text."""
-    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True,
-                          env={**os.environ, **(env or {})}, timeout=timeout)
+    """Run a script of the repository as a user would; returns the CompletedProcess, with text."""
+    return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True,
+                          text=True, env={**os.environ, **(env or {})}, timeout=timeout)
