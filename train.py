@@ -191,8 +191,7 @@ def distribute(model, parallel, device):
         return model
     if parallel == "ddp":
         ids = [device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True,
-                                       broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.transformer.h:  # fp32 shards and fp32 reduction, bf16 by autocast alone
         fully_shard(block, mesh=mesh)
