@@ -421,8 +421,9 @@ class GPT(nn.Module):
         scores[:, 0] = 0.0  # all beams of a row start alike: only the first may branch
         ended = [[] for _ in range(B)]  # per row: (normalised score, tokens)
         for length in range(1, max_new_tokens + 1):
+            logits = F.log_softmax(logits, dim=-1)  # before the ban, as Hugging Face has it
             ban_repeats(logits, beams, no_repeat_ngram_size)
-            total = scores.view(-1, 1) + F.log_softmax(logits, dim=-1)  # (B * K, V)
+            total = scores.view(-1, 1) + logits  # (B * K, V)
             # 2K candidates: even if K of them end, K are left to go on
             top, flat = total.view(B, K * V).topk(2 * K, dim=1)
             rows, tokens = flat // V, flat % V
