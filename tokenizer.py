@@ -235,45 +235,27 @@ def usable_ranks(vocab, merges):
     """tiktoken's {bytes: rank} that gives HF's tokens, and the set of all tokens that merges make.
 
     tiktoken joins any neighbours whose bytes together are a token, HF only the pairs of merges.txt.
-    In trained merges this is the same: wherever no merge crosses the ends of a token's bytes, they go
-    through the same merges and arrive at the same pair. In other files a token may be out of reach
-    ("a b", "b c", "a bc": "abc" stops at "ab" + "c"): HF never gives it, so tiktoken must not know it.
+    In trained merges this is the same: wherever no merge crosses the ends of a token's bytes, they
+    go through the same merges and arrive at the same pair. In other files a token may be out of reach
+    ("a b", "b c", "a bc": "abc" stops at "ab" + "c"): HF never gives it, tiktoken must not know it.
     """
+    symbol = {token: chr(i) for i, token in enumerate(vocab)}
+    rules, made = {}, set(ALPHABET)  # pair of symbols -> (rank, pair, the symbol it becomes)
+    for rank, (a, b) in enumerate(merges, len(ALPHABET)):
+        if a not in made or b not in made or a + b not in vocab or symbol[a] + symbol[b] in rules:
+            raise ValueError(f"merge {rank - 255}, {a!r} {b!r}, is there twice, or uses or makes an "
+                             "unknown token: copy the vocabulary and the merges again")
+        rules[symbol[a] + symbol[b]] = rank, symbol[a] + symbol[b], symbol[a + b]
+        made.add(a + b)
     ranks = {token_bytes(char): rank for rank, char in enumerate(ALPHABET)}
-    tree = {char: (None, None, -1) for char in ALPHABET}  # token in reach -> its parts and its rank
-    rank_of, known = {}, set(ALPHABET)
-    for rank, pair in enumerate(merges):
-        token = "".join(pair)
-        if pair in rank_of or not known.issuperset(pair) or token not in vocab:
-            raise ValueError(f"merge {rank + 1}, {' '.join(pair)!r}, is there twice, or uses or makes "
-                             "an unknown token: copy the vocabulary and the merges again")
-        rank_of[pair] = rank
-        known.add(token)
-        in_reach = pair[0] in tree and pair[1] in tree and token not in tree
-        if in_reach and not crossed(*pair, rank, rank_of, tree):
-            tree[token] = (*pair, rank)
-            ranks[token_bytes(token)] = 256 + rank
-    return ranks, known
-
-
-def crossed(a, b, rank, rank_of, tree):
-    """Whether a merge before rank joins the end of a to the start of b while these are being built."""
-
-    def border(token, side):  # (piece, rank of the merge that ends it), from a byte up to the token
-        pieces = [(token, rank)]
-        while tree[token][2] >= 0:
-            pieces.append((tree[token][side], tree[token][2]))
-            token = tree[token][side]
-        return pieces[::-1]
-
-    left, right = border(a, 1), border(b, 0)
-    while left and right:
-        (x, x_end), (y, y_end) = left[0], right[0]
-        joined = rank_of.get((x, y), rank)
-        if joined < x_end and joined <= y_end and joined < rank:
-            return True  # of overlapping equal pairs the left one is merged: hence < there, <= here
-        left, right = left[x_end <= y_end:], right[y_end <= x_end:]
-    return False
+    for (a, b), (rank, _, _) in zip(merges, rules.values()):
+        word = "".join([symbol[char] for char in a + b])
+        while applicable := [rules[p] for p in map(str.__add__, word, word[1:]) if p in rules]:
+            last, pair, merged = min(applicable)
+            word = word.replace(pair, merged)
+        if len(word) == 1 and last == rank:  # of several pairs that spell a token, one is reached
+            ranks[token_bytes(a + b)] = rank
+    return ranks, made
 
 
 # ---------------------------------------------------------------------------------------------
