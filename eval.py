@@ -9,6 +9,7 @@ with --json writes them. Leaves out training and several GPUs: one process, one 
 """
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -22,92 +23,76 @@ from tqdm import tqdm
 
 import finetune
 from data import load_meta, load_qa, read_documents, val_batches
-from model import GPT, cross_entropy
+from model import GPT
+from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------
 # perplexity
 
 
-def windows(tokens, eot_id, context):
-    """(inputs, targets) pieces of one document: every token a target once, the first after eot_id.
+def windows(text, tokenizer, context):
+    """Rows of one document, as examples: every token a target once, the first after end-of-text.
 
     A document longer than the context is cut without overlap, so later pieces start with less
     context than they could have: an upper bound on the loss.
     """
-    stream = [eot_id, *tokens]
-    for at in range(0, len(tokens), context):
-        piece = stream[at:at + context + 1]
-        yield piece[:-1], piece[1:]
+    ids = [tokenizer.eot_id, *tokenizer.encode(text)]
+    for at in range(0, len(ids) - 1, context):
+        row = ids[at:at + context + 1]
+        yield finetune.Example(None, [finetune.Row([], [row])], n_targets=len(row) - 1)
 
 
 @torch.no_grad()
-def summed_loss(gpt, x, y):
-    """(sum of nats, number of targets) of a batch x, y (B, T); -100 = not a target."""
-    count = int((y != -100).sum())
-    hidden = gpt.hidden(x)
-    mean = cross_entropy(hidden.view(-1, hidden.size(-1)), gpt.transformer.wte.weight, y.view(-1))
-    return mean.item() * count, count
+def score_text(gpt, texts, tokenizer, env):
+    """(sum of nats, number of tokens) of each text, given nothing but itself."""
+    model, totals = finetune.TaskModel(gpt, "text"), []
+    for text in texts:
+        nats = n_tokens = 0
+        rows = list(windows(text, tokenizer, gpt.config.n_positions))
+        for chunk in finetune.micro_batches(rows, max_tokens=8192):
+            with env.autocast():
+                nats += model(finetune.collate(chunk, env.device)).item()
+            n_tokens += sum(e.n_targets for e in chunk)
+        totals.append((nats, n_tokens))
+    return totals
 
 
-def text_batches(documents, tokenizer, context, device, max_tokens=8192, pool=2000):
-    """Batches x, y (B, T) of documents' windows, of like length within a pool of windows."""
-    def cut(pieces):
-        rows = []
-        for x, y in sorted(pieces, key=lambda piece: len(piece[0])):
-            if rows and (len(rows) + 1) * len(x) > max_tokens:
-                yield stack(rows)
-                rows = []
-            rows.append((x, y))
-        if rows:
-            yield stack(rows)
-
-    def stack(rows):
-        pad = lambda ids, fill: torch.nn.utils.rnn.pad_sequence(  # noqa: E731
-            [torch.tensor(i) for i in ids], batch_first=True, padding_value=fill).to(device)
-        return pad([x for x, _ in rows], 0), pad([y for _, y in rows], -100)
-
-    pieces = []
-    for text in documents:
-        pieces += windows(tokenizer.encode(text), tokenizer.eot_id, context)
-        if len(pieces) >= pool:
-            yield from cut(pieces)
-            pieces = []
-    yield from cut(pieces)
+@torch.no_grad()
+def score_arrays(gpt, data, env):
+    """(sum of nats, number of targets) of val.bin, in rows of the context as in training."""
+    context, nats, count = gpt.config.n_positions, 0.0, 0
+    for x, y in val_batches(data, context, max(1, 8192 // context), device=env.device):
+        n = int((y != -100).sum())
+        with env.autocast():
+            nats, count = nats + gpt(x, y)[1].item() * n, count + n
+    return nats, count
 
 
-def perplexity(gpt, tokenizer, data, env, limit=None):
+def perplexity(args, env):
     """{loss (nats a token), bits_per_byte, tokens, bytes} of arrays' val.bin, or of text.
 
-    Arrays: rows of the context as in training, whose first token is no target; bits per byte
-    count that token at the mean. Text: each document on its own, every token scored once.
+    A row of an array has no target at its first token: bits a byte count that token at the mean.
     """
-    nats = count = 0
-    if (Path(data) / "meta.json").exists():
-        meta = load_meta(data)
+    gpt, tokenizer = GPT.from_pretrained(args.init, device=env.device), Tokenizer.load(args.init)
+    if (Path(args.data) / "meta.json").exists():
+        meta = load_meta(args.data)
         if meta["tokenizer_sha256"] != tokenizer.fingerprint:
-            raise ValueError(f"{data} was tokenized with another tokenizer than the model's: "
-                             "tokenize the text with the model's, or give --data the text itself")
+            raise ValueError(f"{args.data} was tokenized with another tokenizer than the model's: "
+                             "tokenize with the model's, or give --data the text itself")
+        nats, count = score_arrays(gpt, args.data, env)
         tokens, n_bytes = meta["val"]["tokens"], meta["val"]["bytes"]
-        context = gpt.config.n_positions
-        batches = val_batches(data, context, max(1, 8192 // context), device=env.device)
     else:
-        tokens, n_bytes, texts = None, 0, []
-        for i, (_, text) in enumerate(read_documents(data)):
-            if limit is not None and i >= limit:
-                break
-            texts.append(text)
-            n_bytes += len(text.encode())
-        batches = text_batches(tqdm(texts, unit="doc", leave=False), tokenizer,
-                               gpt.config.n_positions, env.device)
-    for x, y in batches:
-        with env.autocast():
-            more = summed_loss(gpt, x, y)
-        nats, count = nats + more[0], count + more[1]
+        texts = [text for _, text in itertools.islice(read_documents(args.data), args.limit)]
+        totals = score_text(gpt, tqdm(texts, unit="document", leave=False), tokenizer, env)
+        nats, count = map(sum, zip(*totals))
+        tokens, n_bytes = count, sum(len(text.encode()) for text in texts)
     if not count:
-        raise ValueError(f"{data} holds no token to score: give a folder with text")
+        raise ValueError(f"{args.data} holds no token to score: give a folder with text")
     loss = nats / count
-    return dict(loss=loss, bits_per_byte=(tokens or count) / n_bytes * loss / math.log(2),
-                tokens=count, bytes=n_bytes)
+    result = dict(loss=loss, bits_per_byte=tokens / n_bytes * loss / math.log(2), tokens=count,
+                  bytes=n_bytes)
+    table([result])
+    return result
 
 
 # ---------------------------------------------------------------------------------------------
@@ -149,7 +134,7 @@ def zero_shot(gpt, tokenizer, questions, env):
     total = {}
     for chunk in tqdm(list(finetune.micro_batches(examples, max_tokens=8192)), leave=False):
         with env.autocast():
-            scores = log_likelihoods(gpt, finetune.collate(chunk, 0, env.device), chunk)
+            scores = log_likelihoods(gpt, finetune.collate(chunk, env.device), chunk)
         total |= {id(e): s for e, s in zip(chunk, scores)}
     total = [total[id(e)] for e in examples]
     n_tokens = [[len(ids) for ids in e.rows[0].suffixes] for e in examples]
@@ -175,33 +160,45 @@ def breakdown(examples, hits):
 
 
 def answer_questions(args, env):
-    """The qa command: rows for --json, the first of them printed as the result."""
-    official = load_qa(args.task, args.data, args.split)
-    questions = finetune.spread(finetune.labeled(official), args.limit)
+    """The qa command: a fine-tuned head, or with --zero_shot three ways to score by likelihood."""
+    split, official = find_split(args)
+    questions = finetune.labeled(official, args.limit)
     if not questions:
-        raise ValueError(f"the {args.split} split of {args.task} has no labels: use --split dev")
+        raise ValueError(f"the {split} split of {args.task} has no labels: use --split dev")
     if args.zero_shot:
         gpt = GPT.from_pretrained(args.init, device=env.device)
-        tokenizer = finetune.load_tokenizer(args.init)
         print("note: the base model was not made to answer questions; this is its likelihood")
-        examples, scores = zero_shot(gpt, tokenizer, questions, env)
+        examples, scores = zero_shot(gpt, Tokenizer.load(args.init), questions, env)
     else:
-        model, tokenizer, length = finetune.load_finetuned(args.init, args.task, env.device)
-        examples = finetune.encode_all(questions, args.task, tokenizer, length)
-        pad_id = tokenizer.add_special_tokens(["[PAD]"])[0]
-        scores = {"head": finetune.score_examples(model, examples, env, pad_id)}
+        model, tokenizer, limit = finetune.load_finetuned(args.init, args.task, env.device)
+        examples = finetune.encode_all(questions, args.task, tokenizer, limit)
+        scores = {"head": finetune.score_examples(model, examples, env)}
     results = []
     for how, given in scores.items():
-        hits = finetune.correct(examples, given)
-        run = dict(task=args.task, split=args.split, available=len(official))
-        row = finetune.summary(run, [dict(accuracy=statistics.fmean(hits))], examples)
-        del row["seeds"], row["std"]
-        results.append(row | dict(how=how, groups=breakdown(examples, hits)))
-        print(f"{how}: {finetune.describe(row)}")
-    table(results[0]["groups"])
+        hits = finetune.correct(given, examples)
+        results.append(finetune.summarise(args.task, split, len(official), examples,
+                                          [statistics.fmean(hits)]) | dict(scored_by=how))
+        print(f"{how}: {finetune.describe(results[-1])}")
+    groups = breakdown(examples, finetune.correct(next(iter(scores.values())), examples))
+    table(groups)
     if args.predictions:
-        finetune.write_predictions(args.predictions, examples, next(iter(scores.values())))
-    return results[0] | (dict(others=results[1:]) if results[1:] else {})
+        rows = finetune.predictions(next(iter(scores.values())), examples)
+        finetune.write_lines(args.predictions, rows)
+    return results[0] | dict(groups=groups, others=results[1:])
+
+
+def find_split(args):
+    """(name, questions) of --split, else of test, or of dev where test is missing or unlabeled."""
+    for split in [args.split] if args.split else ["test", "dev"]:
+        try:
+            questions = load_qa(args.task, args.data, split)
+        except FileNotFoundError:
+            if split == args.split or split == "dev":
+                raise
+            continue
+        if args.split or finetune.labeled(questions):
+            break
+    return split, questions
 
 
 def table(rows):
@@ -228,7 +225,7 @@ def generate(args, env):
     """The generate command: prompts as one batch, texts in their order."""
     start = time.perf_counter()
     gpt = GPT.from_pretrained(args.init, dtype=env.dtype, device=env.device)
-    tokenizer = finetune.load_tokenizer(args.init)
+    tokenizer = Tokenizer.load(args.init)
     load_s = time.perf_counter() - start
     ids = [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in args.prompt]
     if finetune.read_run(args.init).get("task") == "text":
@@ -278,7 +275,7 @@ def parse_args():
     add = command("qa", "accuracy on a question set", "folder of finetune.py; --zero_shot: any")
     add("--task", required=True, choices=sorted(set(finetune.KINDS) - {"text"}), help="which set")
     add("--data", required=True, metavar="DIR", help="folder with the official files")
-    add("--split", choices=["train", "dev", "test"], default="test", help="(default: test)")
+    add("--split", choices=["train", "dev", "test"], help="(default: test, else dev)")
     add("--limit", type=int, help="N questions, evenly spread over the split (default: all)")
     add("--zero_shot", action="store_true", help="score options by likelihood (default: off)")
     add("--predictions", metavar="FILE", help="also write a JSON line a question (default: none)")
@@ -299,13 +296,8 @@ def parse_args():
 def main():
     args = parse_args()
     env = finetune.Env(args.device, args.dtype)
-    if args.command == "perplexity":
-        gpt = GPT.from_pretrained(args.init, device=env.device)
-        result = perplexity(gpt, finetune.load_tokenizer(args.init), args.data, env, args.limit)
-        print(" ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v:,}"
-                       for k, v in result.items()))
-    else:
-        result = {"qa": answer_questions, "generate": generate}[args.command](args, env)
+    commands = dict(perplexity=perplexity, qa=answer_questions, generate=generate)
+    result = commands[args.command](args, env)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))
 
