@@ -12,7 +12,7 @@ import math
 import os
 import pickle
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -349,13 +349,25 @@ class GPT(nn.Module):
                                    targets.reshape(-1))
 
     @staticmethod
-    def from_pretrained(path, dtype=torch.float32, device="cpu"):
+    def config_of(path):
+        """GPTConfig of a run or of a Hugging Face GPT-2 folder, without its weights."""
+        folder = Path(path)
+        if not (folder / "config.json").exists():
+            hint = "give the folder of a run or of a Hugging Face GPT-2"
+            if not folder.exists():
+                hint += "; the released weights: python data.py download biomedlm --out DIR"
+            raise FileNotFoundError(f"no config.json in {folder}: {hint}")
+        return GPTConfig.from_hf(json.loads((folder / "config.json").read_text()))
+
+    @staticmethod
+    def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
         """Model of a run or of a Hugging Face GPT-2 folder, in eval mode.
 
-        Reads config.json beside checkpoint_*.pt (the newest whole one), pytorch_model.bin or
-        model.safetensors, sharded or not, memory-mapped. Raises FileNotFoundError or ValueError.
+        dropout replaces the folder's, None keeps it. Reads config.json beside checkpoint_*.pt (the
+        newest whole one), pytorch_model.bin or model.safetensors, sharded or not, memory-mapped.
+        Raises FileNotFoundError or ValueError.
         """
-        return load_pretrained(path, dtype, device)
+        return load_pretrained(Path(path), dtype, device, dropout)
 
     def save_pretrained(self, path):
         """Write config.json and pytorch_model.bin, a folder that `transformers` loads."""
@@ -417,8 +429,9 @@ class GPT(nn.Module):
         scores[:, 0] = 0.0  # all beams of a row start alike: only the first may branch
         ended = [[] for _ in range(B)]  # per row: (normalised score, tokens)
         for length in range(1, max_new_tokens + 1):
+            logits = F.log_softmax(logits, dim=-1)  # before the ban, as Hugging Face has it
             ban_repeats(logits, beams, no_repeat_ngram_size)
-            total = scores.view(-1, 1) + F.log_softmax(logits, dim=-1)  # (B * K, V)
+            total = scores.view(-1, 1) + logits  # (B * K, V)
             # 2K candidates: even if K of them end, K are left to go on
             top, flat = total.view(B, K * V).topk(2 * K, dim=1)
             rows, tokens = flat // V, flat % V
@@ -548,14 +561,11 @@ def from_hf_names(state):
     return ours
 
 
-def load_pretrained(path, dtype, device):
-    folder = Path(path)
-    if not (folder / "config.json").exists():
-        hint = "give the folder of a run or of a Hugging Face GPT-2"
-        if not folder.exists():
-            hint += "; the released weights come with: python data.py download biomedlm --out DIR"
-        raise FileNotFoundError(f"no config.json in {folder}: {hint}")
-    config = GPTConfig.from_hf(json.loads((folder / "config.json").read_text()))
+def load_pretrained(folder, dtype, device, dropout):
+    """See GPT.from_pretrained."""
+    config = GPT.config_of(folder)
+    if dropout is not None:
+        config = replace(config, dropout=dropout)
     with torch.device("meta"):  # no memory and no random numbers spent on weights to be replaced
         model = GPT(config)
     state = read_weights(folder)

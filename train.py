@@ -1,0 +1,767 @@
+"""Pre-train a GPT-2 as BioMedLM was (arXiv 2403.18421): torchrun, DDP or FSDP, bf16, exact resume.
+
+    python train.py                                   # the offline demo, under 3 minutes on 2 cores
+    torchrun --standalone --nproc_per_node=8 train.py --preset biomedlm --data DIR --out out/RUN
+
+Reads DIR/{train.bin,val.bin,meta.json,vocab.json,merges.txt} (data.py tokenize). Writes to out/RUN:
+run.json, config.json, the tokenizer, log.jsonl and checkpoint_STEP.pt. The same command goes on
+from the newest checkpoint, at any number of processes. Leaves out tensor and pipeline parallelism.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+from model import GPT, GPTConfig, kernels_active, newest_checkpoint, write_atomically
+from tokenizer import Tokenizer
+
+# ---------------------------------------------------------------------------------------------
+# settings: a preset gives every number, a flag replaces it
+
+BIOMEDLM = {  # BioMedLM: the authors' gpt-3b-biotok-300k.yaml and the paper, section 2
+    "total_steps": 300_000,  # BioMedLM: yaml and checkpoint name; the paper's 300B tokens: 286,102
+    "batch_tokens": 1024 * 1024, "micro_batch": 8, "seq_len": 1024, "lr": 1.6e-4,
+    "warmup_steps": 100, "grad_clip": 1.0, "dropout": 0.1, "seed": 17, "eval_every": 5000,
+    # BioMedLM: Composer's 1.6e-5, decoupled from lr; AdamW's decay is multiplied by lr: 0.1
+    "weight_decay": 0.1,
+    "parallel": "fsdp", "activation_checkpointing": True,
+    # our choice: torchrun kills 30 s after SIGTERM and a 31 GB checkpoint takes longer to write,
+    # so that the periodic ones are the guarantee: 15 minutes on 128 A100s, 40 on 8 H100s
+    "save_every": 500,
+    "log_every": 10, "eval_tokens": 4 * 1024 * 1024, "keep": 2,  # our choice
+}
+SIBLING_125M = {**BIOMEDLM, "lr": 6e-4, "batch_tokens": 512 * 1024, "total_steps": 100_000,
+                "parallel": "ddp", "activation_checkpointing": False}  # BioMedLM: its ablations
+PRESETS = {
+    "demo": {  # our choice: learns its facts in about 100 seconds on two cores
+        **BIOMEDLM, "total_steps": 1000, "batch_tokens": 2048, "micro_batch": 16, "seq_len": 128,
+        "lr": 2e-3, "dropout": 0.0, "eval_every": 250, "save_every": 500, "log_every": 50,
+        "eval_tokens": 16_384, "parallel": "ddp", "activation_checkpointing": False},
+    "gpt2-124m": SIBLING_125M,  # our choice: GPT-2's shape under the same recipe
+    "biomedlm-125m": SIBLING_125M,
+    "biomedlm": BIOMEDLM,
+}
+FLAGS = {  # those that a preset sets
+    "total_steps": (int, "optimiser steps of the whole run"),
+    "batch_tokens": (int, "tokens of one step, over all ranks and micro-batches"),
+    "micro_batch": (int, "sequences in one forward pass of one rank"),
+    "seq_len": (int, "tokens of one sequence"),
+    "lr": (float, "peak learning rate"),
+    "warmup_steps": (int, "steps of linear warm-up, at most total_steps"),
+    "weight_decay": (float, "AdamW's decay, times lr a step, on every parameter"),
+    "grad_clip": (float, "largest global gradient norm"),
+    "dropout": (float, "probability on embeddings, residual branches and attention"),
+    "seed": (int, "of weights, data order and dropout"),
+    "log_every": (int, "steps between logged lines"),
+    "eval_every": (int, "steps between validations"),
+    "eval_tokens": (int, "validation tokens at most"),
+    "save_every": (int, "steps between checkpoints"),
+    "keep": (int, "checkpoints kept, the newest"),
+}
+MODEL_FLAGS = ("n_layer", "n_head", "n_embd")
+# On resume these must be as they were: the weights' shape and the order of the data hang on them.
+FIXED = ("n_layer", "n_head", "n_embd", "vocab_size", "seq_len", "batch_tokens", "seed",
+         "ignore_eot_targets", "data_fingerprint")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Pre-train a GPT-2 as BioMedLM was. Without arguments: the offline demo.")
+    parser.add_argument("--preset", choices=PRESETS, default="demo",
+                        help="shape and recipe (default: demo)")
+    parser.add_argument("--data", help="folder of token arrays (default: data/demo, demo only)")
+    parser.add_argument("--out", help="folder of the run (default: out/PRESET)")
+    parser.add_argument("--init", help="start from the weights of a run or of a Hugging Face GPT-2 "
+                        "folder (default: random weights)")
+    for name in MODEL_FLAGS:
+        parser.add_argument(f"--{name}", type=int, help=f"{name} of a model with fresh weights "
+                            "(default: the preset's)")
+    for name, (kind, text) in FLAGS.items():
+        values = ", ".join(f"{p} {s[name]:g}" for p, s in PRESETS.items())
+        parser.add_argument(f"--{name}", type=kind, help=f"{text} (default: {values})")
+    parser.add_argument("--min_lr", type=float,
+                        help="learning rate at the end of the cosine (default: 0.1 * lr)")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), help="replicate or shard the model "
+                        "over the ranks of torchrun (default: biomedlm fsdp, others ddp)")
+    for name, text, default in (
+            ("activation_checkpointing", "recompute each block in backward", "biomedlm on"),
+            ("compile", "torch.compile each block", "off"),
+            ("ignore_eot_targets", "no loss where the target is end-of-text, as the authors had "
+             "it: the model then never learns to stop", "off")):
+        parser.add_argument(f"--{name}", action="store_true", default=None,
+                            help=f"{text} (default: {default})")
+        parser.add_argument(f"--no_{name}", dest=name, action="store_false",
+                            help=f"turn --{name} off")
+    parser.add_argument("--device", help="torch device (default: cuda if it is there, else cpu)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matrix products, "
+                        "autocast over fp32 weights (default: bfloat16 on cuda, else float32)")
+    parser.add_argument("--fresh", action="store_true",
+                        help="remove the run's checkpoints and log and start anew (default: go on)")
+    parser.add_argument("--verify", action="store_true",
+                        help="check the arrays' full hashes first (default: sizes only)")
+    parser.add_argument("--plan", action="store_true", help="print parameters, memory, FLOPs and "
+                        "hours of this run on several machines, then stop (default: train)")
+    return parser.parse_args(argv)
+
+
+def resolve(args):
+    """Settings of this run: the preset's numbers under the flags that were given."""
+    s = {**PRESETS[args.preset], "min_lr": None, "compile": False, "ignore_eot_targets": False}
+    s.update({name: getattr(args, name) for name in s if getattr(args, name) is not None})
+    for name in FLAGS:
+        if s[name] <= 0 and name not in ("dropout", "seed", "warmup_steps", "weight_decay"):
+            raise ValueError(f"--{name} is {s[name]}: use a positive number")
+    if s["min_lr"] is None:
+        s["min_lr"] = 0.1 * s["lr"]  # BioMedLM: alpha_f 0.1
+    s["warmup_steps"] = min(s["warmup_steps"], s["total_steps"])
+    return s
+
+
+def split_batch(s, world_size, micro_batch_given):
+    """(micro_batch, accumulation): how one rank's share of a step's sequences is cut, exactly."""
+    if s["batch_tokens"] % s["seq_len"]:
+        nearest = max(1, s["batch_tokens"] // s["seq_len"]) * s["seq_len"]
+        raise ValueError(f"seq_len {s['seq_len']} does not divide batch_tokens "
+                         f"{s['batch_tokens']}: use --batch_tokens {nearest}")
+    sequences = s["batch_tokens"] // s["seq_len"]
+    if sequences % world_size:
+        nearest = max(1, sequences // world_size) * world_size * s["seq_len"]
+        raise ValueError(f"{sequences} sequences a step do not divide among {world_size} ranks: "
+                         f"use --batch_tokens {nearest}")
+    share = sequences // world_size
+    divisors = [d for d in range(1, share + 1) if share % d == 0]
+    micro_batch = s["micro_batch"]
+    if not micro_batch_given:
+        micro_batch = max(d for d in divisors if d <= micro_batch)
+    if micro_batch not in divisors:
+        raise ValueError(f"micro_batch {micro_batch} does not divide {share} sequences per rank: "
+                         f"use {', '.join(map(str, divisors[:-1]))}{' or ' * (share > 1)}{share}")
+    return micro_batch, share // micro_batch
+
+
+# ---------------------------------------------------------------------------------------------
+# where it runs: one process, or torchrun's
+
+
+def start_processes(device):
+    """(rank, world_size, device): joins torchrun's group, if this is one of its processes."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:  # torch says "not compiled with CUDA" by assertion
+        raise ValueError(f"--device {device} is not to be had here: {e}".split("\n")[0]) from None
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # gloo beside NCCL: agreeing on a signal each step is then no work for the GPU
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def distribute(model, parallel, device):
+    """The model as the processes share it: itself, a DDP replica, or FSDP2 shards of each block."""
+    if not dist.is_initialized():
+        return model
+    if parallel == "ddp":
+        ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.transformer.h:  # fp32 shards and fp32 reduction, bf16 by autocast alone
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def all_reduce(values, op, device):
+    """A list of numbers or 0-d tensors reduced over the ranks, as Python floats."""
+    values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in values])
+    if dist.is_initialized():
+        dist.all_reduce(values, op)
+    return values.tolist()
+
+
+# ---------------------------------------------------------------------------------------------
+# optimiser
+
+
+def learning_rate(step, s):
+    """Of the update after `step` updates: 0 at first, linear to lr, then cosine to min_lr."""
+    if step < s["warmup_steps"]:
+        return s["lr"] * step / s["warmup_steps"]
+    done = (step - s["warmup_steps"]) / max(1, s["total_steps"] - s["warmup_steps"])
+    return s["min_lr"] + 0.5 * (s["lr"] - s["min_lr"]) * (1 + math.cos(math.pi * min(done, 1)))
+
+
+def make_optimizer(model, s):
+    """One group: decay falls on every parameter, biases and LayerNorms too (BioMedLM: Composer).
+
+    DecoupledAdamW shrinks a weight by 1 - (lr_t / lr_0) * 1.6e-5 a step, torch by
+    1 - lr_t * weight_decay: with lr_0 = 1.6e-4 the same at weight_decay 0.1.
+    """
+    return torch.optim.AdamW(model.parameters(), lr=s["lr"], betas=(0.9, 0.95), eps=1e-8,
+                             weight_decay=s["weight_decay"], fused=True)
+
+
+def update(model, optimizer, lr, grad_clip):
+    """One clipped AdamW step, skipped on every rank if the gradient is not finite anywhere.
+
+    Returns (gradient norm, 1.0 where skipped) as 0-d fp32 tensors on the device: nothing here waits
+    for it. The fused kernel divides gradients by grad_scale and stands still where found_inf is 1,
+    so clipping costs no pass of its own.
+    """
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    if hasattr(norm, "full_tensor"):  # FSDP: the shards' norm, over all ranks
+        norm = norm.full_tensor()
+    skipped = 1.0 - torch.isfinite(norm).float()
+    optimizer.grad_scale = torch.clamp(norm / grad_clip, min=1.0)
+    optimizer.found_inf = skipped
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
+    optimizer.zero_grad(set_to_none=True)
+    return norm, skipped
+
+
+# ---------------------------------------------------------------------------------------------
+# checkpoints: one format, whatever the world size and the mode
+
+def save_checkpoint(out, model, optimizer, step, keep):
+    """Gather the full state on rank 0 and write checkpoint_STEP.pt whole, or leave all as it was.
+
+    Returns the error's text where the disk refused it (training may go on), else None.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, moments = get_state_dict(model, optimizer, options=options)
+    error = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        path = out / f"checkpoint_{step:07d}.pt"
+        state = {"model": weights, "optimizer": moments, "step": step}
+        try:
+            write_atomically(path, lambda temporary: torch.save(state, temporary))
+            for old in sorted(out.glob("checkpoint_*.pt"))[:-keep]:
+                old.unlink()
+        except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into RuntimeError
+            error[0] = f"{path} could not be written ({str(e).splitlines()[0]})"
+    if dist.is_initialized():
+        dist.broadcast_object_list(error, src=0)
+    return error[0]
+
+
+def load_checkpoint(checkpoint, model, optimizer):
+    """Spread the state that rank 0 read (None elsewhere) over the ranks."""
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    checkpoint = checkpoint or {"model": {}, "optimizer": {}}
+    set_state_dict(model, optimizer, model_state_dict=checkpoint["model"],
+                   optim_state_dict=checkpoint["optimizer"], options=options)
+
+
+def check_same_run(old, new):
+    """Refuse settings the checkpoint can't go on with; print harmless ones that changed."""
+    for name in FIXED:
+        if old.get(name) != new.get(name):
+            raise ValueError(f"the run was made with {name} {old.get(name)}, now it is "
+                             f"{new.get(name)}: keep it, give another --out, or start --fresh")
+    for name in sorted(old.keys() & new.keys()):
+        if old[name] != new[name]:
+            print(f"changed on resume: {name} {old[name]} -> {new[name]}")
+
+
+def cut_log(path, step, evaluates):
+    """Drop the rows of log.jsonl that a killed run wrote after the checkpoint, or half-wrote."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] < step or (row["step"] == step and not ("val_loss" in row and evaluates)):
+            kept.append(line + "\n")
+    write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+
+
+# ---------------------------------------------------------------------------------------------
+# what people see: one line and one row a logged step
+
+# dense bf16 FLOP/s of the datasheets; MFU is printed for these only
+PEAK_FLOPS = {"H200": 989.5e12, "H100 PCIe": 756e12, "H100": 989.5e12, "A100": 312e12}
+
+
+def peak_flops(device):
+    """Datasheet bf16 FLOP/s of a CUDA device, None where the table lacks it."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+def flops_per_token(config, n_params, seq_len):
+    """Forward and backward: 6N + 12*L*T*C (PaLM, appendix B), as nanoGPT and MosaicML count."""
+    return 6 * n_params + 12 * config.n_layer * seq_len * config.n_embd
+
+
+def memory_gib(device):
+    """Peak memory of this process since it began: of the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss: bytes on macOS, else KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def duration(seconds):
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}h{rest // 60:02d}m" if hours else f"{rest // 60}m{rest % 60:02d}s"
+
+
+def describe(row, total_steps, seconds_per_step):
+    """The aligned line of a row of log.jsonl."""
+    head = f"step {row['step']:>6}/{total_steps}"
+    if "val_loss" in row:
+        return f"{head}  validation loss {row['val_loss']:.4f}"
+    mfu = f"  mfu {100 * row['mfu']:4.1f}%" if "mfu" in row else ""
+    eta = duration((total_steps - row["step"]) * seconds_per_step)
+    return (f"{head}  tokens {row['tokens'] / 1e6:9.2f}M  loss {row['loss']:7.4f}  "
+            f"lr {row['lr']:.2e}  norm {row['grad_norm']:7.3f}  tok/s {row['tokens_per_s']:9,.0f}"
+            f"{mfu}  mem {row['memory']:5.1f}G  eta {eta}")
+
+
+class Log:
+    """log.jsonl, the printed lines and the progress bar; silent on every rank but 0."""
+
+    def __init__(self, out, rank, start, total_steps):
+        self.file = open(out / "log.jsonl", "a") if rank == 0 else None  # noqa: SIM115
+        self.bar = tqdm(total=total_steps, initial=start, unit="step", leave=False,
+                        disable=None if rank == 0 else True)  # None: only on a terminal
+        self.total_steps = total_steps
+
+    def write(self, row, seconds_per_step=0.0):
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            self.say(describe(row, self.total_steps, seconds_per_step))
+
+    def say(self, text):
+        if self.file:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+
+class Stop:
+    """SIGTERM or SIGINT asks for a stop at the step's edge; a second one ends the process."""
+
+    def __init__(self):
+        self.name, self.agreed = None, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, frame):
+        self.name = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    def now(self):
+        """True on every rank once any was asked: a rank that stopped alone would hang the rest."""
+        self.agreed = self.agreed or all_reduce([self.name is not None], dist.ReduceOp.MAX,
+                                                "cpu")[0] > 0
+        return self.agreed
+
+
+class Watch:
+    """Counts skipped updates on the device; read only when a line is logged."""
+
+    LIMIT = 10  # our choice: so many updates skipped in a row end the run
+
+    def __init__(self, run):
+        self.run = run
+        self.in_a_row, self.new, self.step, self.rank = (
+            torch.zeros((), device=run.device) for _ in range(4))
+
+    def add(self, step, loss, skipped):
+        self.new += skipped
+        self.in_a_row.add_(skipped).mul_(skipped)
+        self.step = torch.where(skipped > 0, float(step), self.step)
+        self.rank = torch.where(torch.isfinite(loss), self.rank, float(self.run.rank + 1))
+
+    def check(self, log):
+        """Say what was skipped since the last line; ValueError after LIMIT in a row."""
+        new, in_a_row, step, rank = all_reduce(
+            [self.new, self.in_a_row, self.step, self.rank], dist.ReduceOp.MAX, self.run.device)
+        if new:
+            where = f"loss of rank {int(rank) - 1}" if rank else "gradient norm"
+            text = f"{where} was not finite at step {int(step)}: {int(new)} updates skipped"
+            if in_a_row >= self.LIMIT:
+                raise ValueError(f"{text}, the last {int(in_a_row)} in a row: the weights are as "
+                                 "before; lower --lr or look at the data, then run again")
+            log.say(f"warning: {text}, the weights are as before")
+        self.new.zero_()
+        self.rank.zero_()
+
+
+# ---------------------------------------------------------------------------------------------
+# the loop
+
+
+def train_step(model, optimizer, batches, step, s, run):
+    """One update from `accumulation` micro-batches: (loss, gradient norm, skipped), 0-d tensors.
+
+    The loss is divided by the step's positions, not by its valid targets, so that ignored targets
+    weigh the same however the batch is cut among ranks and micro-batches.
+    """
+    # Dropout is all that is random here: seeded by (seed, step, rank), a resumed run repeats it.
+    torch.manual_seed((s["seed"] << 52 | run.rank << 32 | step) % 2**63)
+    positions = run.accumulation * run.micro_batch * (s["seq_len"] - 1)
+    total = torch.zeros((), device=run.device)
+    for micro in range(run.accumulation):
+        if isinstance(model, DistributedDataParallel):
+            # must be set before forward, and only the last micro-batch pays for the all-reduce
+            model.require_backward_grad_sync = micro == run.accumulation - 1
+        x, y = next(batches)
+        with run.autocast():
+            _, loss = model(x, y)
+        loss = loss * ((y != -100).sum() / positions)
+        loss.backward()
+        total += loss.detach()
+    return total, *update(model, optimizer, learning_rate(step, s), s["grad_clip"])
+
+
+@torch.no_grad()
+def evaluate(model, s, run, stop):
+    """Mean loss in nats a token over at most eval_tokens validation tokens; None if stopped."""
+    model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    count = torch.zeros((), dtype=torch.float64, device=run.device)
+    for x, y in data.val_batches(run.data, s["seq_len"], run.micro_batch, run.rank,
+                                 run.world_size, s["eval_tokens"], run.device,
+                                 s["ignore_eot_targets"]):
+        with run.autocast():
+            _, loss = model(x, y)
+        valid = (y != -100).sum()
+        total += torch.where(valid > 0, loss, 0).double() * valid
+        count += valid
+        if stop.now():
+            break
+    model.train()
+    total, count = all_reduce([total, count], dist.ReduceOp.SUM, run.device)
+    return None if stop.agreed else total / max(count, 1)
+
+
+def train(model, optimizer, start, s, run):
+    """Steps start..total_steps; the pass after the last step only validates and saves."""
+    stop, log = Stop(), Log(run.out, run.rank, start, s["total_steps"])
+    flops = flops_per_token(run.config, run.n_params, s["seq_len"])
+    batches = data.train_batches(
+        run.data, s["seq_len"], run.micro_batch, s["seed"], rank=run.rank,
+        start=start * (s["batch_tokens"] // s["seq_len"]), world_size=run.world_size,
+        device=run.device, ignore_eot=s["ignore_eot_targets"])
+    watch = Watch(run)
+    clock, clock_step = time.perf_counter(), start
+    for step in range(start, s["total_steps"] + 1):
+        last = step == s["total_steps"]
+        if step % s["eval_every"] == 0 or last:
+            val_loss = evaluate(model, s, run, stop)
+            if val_loss is not None:
+                log.write({"step": step, "val_loss": val_loss})
+            clock, clock_step = time.perf_counter(), step
+        stopping = stop.now()
+        if step > start and (step % s["save_every"] == 0 or last or stopping):
+            error = save_checkpoint(run.out, model, optimizer, step, s["keep"])
+            if error and (last or stopping):
+                raise ValueError(f"{error}: make room and run the same command again, the newest "
+                                 "checkpoint stands")
+            if error:
+                log.say(f"warning: {error}; the older ones stand, training goes on")
+            clock, clock_step = time.perf_counter(), step
+        if last or stopping:
+            break
+        loss, norm, skipped = train_step(model, optimizer, batches, step, s, run)
+        watch.add(step + 1, loss, skipped)
+        log.bar.update()
+        if (step + 1) % s["log_every"] == 0 or step == start or step + 1 == s["total_steps"]:
+            watch.check(log)
+            loss = all_reduce([loss], dist.ReduceOp.SUM, run.device)[0] / run.world_size
+            seconds = (time.perf_counter() - clock) / (step + 1 - clock_step)
+            row = {"step": step + 1, "tokens": (step + 1) * s["batch_tokens"], "loss": loss,
+                   "lr": learning_rate(step, s), "grad_norm": norm.item(),
+                   "tokens_per_s": s["batch_tokens"] / seconds}
+            if run.peak:
+                row["mfu"] = row["tokens_per_s"] * flops / (run.peak * run.world_size)
+            row["memory"] = memory_gib(run.device)
+            log.write(row, seconds)
+            clock, clock_step = time.perf_counter(), step + 1
+    log.bar.close()
+    return step
+
+
+# ---------------------------------------------------------------------------------------------
+# the plan: what a run needs, without running it
+
+MACHINES = (("1 x H200", 1, 141, 989.5e12), ("8 x H100", 8, 80, 989.5e12),
+            ("128 x A100-40", 128, 40, 312e12))  # name, GPUs, GB each, dense bf16 FLOP/s
+
+
+def memory_parts(config, n_params, s, gpus, parallel, checkpointing, micro_batch):
+    """GB of one GPU by part. C width, L layers, N parameters, t = micro_batch * seq_len tokens."""
+    C, L, t = config.n_embd, config.n_layer, micro_batch * s["seq_len"]
+    shards = gpus if parallel == "fsdp" else 1
+    block = 12 * C * C + 13 * C
+    layers = 1 if checkpointing else L
+    parts = {
+        "weights, fp32: 4N/shards": 4 * n_params / shards,
+        "gradients, fp32: 4N/shards": 4 * n_params / shards,
+        "AdamW moments, fp32: 8N/shards": 8 * n_params / shards,
+        "bf16 copies of live blocks: 2*block*layers": 2 * block * layers,
+        # a block saves residual 2 x 4C, LayerNorm outputs 2 x 2C, qkv 6C, attention 2C, MLP 16C
+        "activations: 36C*layers*t": 36 * C * layers * t,
+        "block inputs, checkpointing: 6C*L*t": 6 * C * L * t if checkpointing else 0,
+        "embedding and head: 10C*t + 10*V*min(t, 1024)":
+            10 * C * t + 10 * config.vocab_size * min(t, 1024),
+        "gathered, FSDP: 4*(2*block + (V+T)*C)":
+            4 * (2 * block + (config.vocab_size + config.n_positions) * C) if shards > 1 else 0,
+    }
+    return {name: size / 1e9 for name, size in parts.items() if size}
+
+
+def print_plan(config, s):
+    """Parameters, FLOPs, memory by part and hours on several machines, each with its formula."""
+    with torch.device("meta"):
+        n_params = GPT(config).n_params()
+    flops = flops_per_token(config, n_params, s["seq_len"])
+    tokens = s["total_steps"] * s["batch_tokens"]
+    print(f"parameters N            {n_params:,} (tied head counted once)")
+    print(f"FLOPs a token           {flops / 1e9:.2f} G = 6N + 12*L*T*C")
+    print(f"tokens                  {tokens / 1e9:.1f} G = {s['total_steps']:,} steps x "
+          f"{s['batch_tokens']:,}")
+    print(f"FLOPs of the run        {tokens * flops:.3g}")
+    print(f"checkpoint              {12 * n_params / 1e9:.1f} GB = 12N (weights and two moments)")
+    for name, gpus, gigabytes, peak in MACHINES:
+        choices = [(parallel, checkpointing, micro_batch)
+                   for parallel in ("ddp", "fsdp")[:1 + (gpus > 1)]
+                   for checkpointing in (False, True) for micro_batch in (32, 16, 8, 4, 2, 1)]
+        fits = next((c for c in choices
+                     if sum(memory_parts(config, n_params, s, gpus, *c).values())
+                     < 0.9 * gigabytes), None)  # a tenth is left to the allocator and to NCCL
+        if fits is None:
+            print(f"\n{name}: does not fit; use more GPUs")
+            continue
+        parallel, checkpointing, micro_batch = fits
+        parts = memory_parts(config, n_params, s, gpus, *fits)
+        print(f"\n{name} GB: --parallel {parallel}{' --activation_checkpointing' * checkpointing} "
+              f"--micro_batch {micro_batch}: {sum(parts.values()):.1f} of {gigabytes} GB")
+        for part, size in parts.items():
+            print(f"    {size:7.2f} GB  {part}")
+        for mfu in (0.23, 0.4, 0.55):  # BioMedLM's own; a fair guess; the best published
+            rate = mfu * peak * gpus / flops
+            print(f"    at {100 * mfu:.0f}% MFU: {rate:,.0f} tokens/s = mfu * peak * GPUs / FLOPs "
+                  f"a token; {tokens / rate / 3600:,.0f} hours = tokens / rate")
+
+
+# ---------------------------------------------------------------------------------------------
+# the command
+
+
+class Run:
+    """Where and on what this process trains; plain values, set once by prepare()."""
+
+    def __init__(self, **values):
+        self.__dict__.update(values)
+
+    def autocast(self):
+        """bf16 matrix products over fp32 weights and residual stream, or fp32 throughout."""
+        if self.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def on_rank_0(fn):
+    """fn() of rank 0; its result, or its user's error, reaches every rank, so that none hangs."""
+    outcome = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome[0] = fn()
+        except (ValueError, OSError) as e:
+            outcome[1] = str(e)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1]:
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
+def versions():
+    """What this run was made with, for run.json."""
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
+                         capture_output=True, text=True)
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "git": git.stdout.strip() or None}
+
+
+def open_run(run, settings, fresh):
+    """On rank 0: make or check the run's folder, and write what describes it. Returns the step."""
+    run.out.mkdir(parents=True, exist_ok=True)
+    for stale in run.out.glob("*.tmp"):
+        stale.unlink()
+    if fresh:
+        for old in (*run.out.glob("checkpoint_*.pt"), run.out / "log.jsonl"):
+            old.unlink(missing_ok=True)
+    _, run.checkpoint = newest_checkpoint(run.out)
+    step = run.checkpoint["step"] if run.checkpoint else 0
+    if run.checkpoint:
+        check_same_run(json.loads((run.out / "run.json").read_text())["settings"], settings)
+    evaluates = step % settings["eval_every"] == 0 or step == settings["total_steps"]
+    if step < settings["total_steps"]:
+        cut_log(run.out / "log.jsonl", step, evaluates)
+    for name in ("vocab.json", "merges.txt"):
+        if (run.data / name).exists():
+            shutil.copyfile(run.data / name, run.out / name)
+    for name, content in (("run.json", {"settings": settings, "versions": versions()}),
+                          ("config.json", run.config.to_hf())):
+        text = json.dumps(content, indent=2) + "\n"
+        write_atomically(run.out / name, lambda tmp, text=text: tmp.write_text(text))
+    return step
+
+
+def prepare(args):
+    """(run, settings): everything that is checked and resolved before the model is built."""
+    s = resolve(args)
+    rank, world_size, device = start_processes(args.device)
+    folder = Path(args.data or "data/demo")
+    if args.data is None and args.preset != "demo":
+        raise ValueError("--data is missing: make arrays with: python data.py tokenize --text DIR "
+                         "--tokenizer DIR --out DIR")
+    if args.data is None and not (folder / "meta.json").exists():
+        on_rank_0(lambda: data.make_demo(folder))
+    meta = data.load_meta(folder, verify=args.verify)
+    micro_batch, accumulation = split_batch(s, world_size, args.micro_batch is not None)
+    given = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
+    if args.init:
+        if given:
+            raise ValueError(f"--{next(iter(given))} can't change the model of --init: drop it")
+        config = GPT.config_of(args.init)
+        if config.vocab_size != meta["vocab_size"]:
+            raise ValueError(f"{args.init} has {config.vocab_size} tokens, the arrays "
+                             f"{meta['vocab_size']}: tokenize with the tokenizer of --init")
+    else:
+        config = GPTConfig.preset(args.preset, vocab_size=meta["vocab_size"],
+                                  eot_id=meta["eot_id"], dropout=s["dropout"], **given)
+    if s["seq_len"] > config.n_positions:
+        raise ValueError(f"seq_len {s['seq_len']} is longer than the model's context: use "
+                         f"--seq_len {config.n_positions} or less")
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    with torch.device("meta"):
+        n_params = GPT(config).n_params()
+    run = Run(out=Path(args.out or f"out/{args.preset}"), data=folder, config=config, rank=rank,
+              world_size=world_size, device=device, dtype=dtype, micro_batch=micro_batch,
+              accumulation=accumulation, n_params=n_params, peak=peak_flops(device),
+              checkpoint=None)
+    settings = {**s, "preset": args.preset, "init": args.init, "dtype": dtype,
+                "device": str(device), "world_size": world_size, "micro_batch": micro_batch,
+                **{name: getattr(config, name) for name in (*MODEL_FLAGS, "vocab_size")},
+                "data": str(folder), "data_fingerprint": meta["train"]["sha256"]}
+    return run, settings
+
+
+def build(run, s, init):
+    """Model and optimiser as the processes share them; fresh weights are the same on every rank."""
+    if run.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
+    if init:
+        model = GPT.from_pretrained(init, device=run.device, dropout=s["dropout"]).train()
+    else:
+        torch.manual_seed(s["seed"])
+        model = GPT(run.config).to(run.device)
+    model.activation_checkpointing = s["activation_checkpointing"]
+    if s["compile"]:
+        for block in model.transformer.h:
+            block.compile()
+    model = distribute(model, s["parallel"], run.device)
+    return model, make_optimizer(model, s)
+
+
+def print_sample(run, model):
+    """A few tokens from the trained model, so that a person sees what it has learnt."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    tokenizer = Tokenizer.load(run.out)
+    start = torch.tensor([[run.config.eot_id]], device=run.device)
+    model.eval()
+    new = min(60, run.config.n_positions - 1)
+    tokens = model.generate(start, new, temperature=0.8, top_k=50, seed=0, eot_id=run.config.eot_id)
+    print(f"\na sample: {tokenizer.decode(tokens[0, 1:].tolist()).strip()}")
+
+
+def print_next(run, args):
+    """What to run next, with this run's folders filled in."""
+    if args.preset == "demo" and args.data is None:
+        tune = (f"python finetune.py --task medqa --data {run.data}/qa/medqa --init {run.out} "
+                f"--out {run.out}-medqa")
+        print(f"\nnext, questions about the corpus:\n  {tune}\nand the same without "
+              f"pre-training:\n  {tune}-random --random_init")
+    else:
+        print(f"\nnext:\n  python eval.py perplexity --init {run.out} --data {run.data}\n"
+              f"  python eval.py generate --init {run.out} --prompt \"...\"")
+
+
+@record
+def main():
+    args = parse_args()
+    if args.plan:
+        s = resolve(args)
+        given = {n: getattr(args, n) for n in MODEL_FLAGS if getattr(args, n) is not None}
+        return print_plan(GPTConfig.preset(args.preset, **given), s)
+    run, s = prepare(args)
+    start = on_rank_0(lambda: open_run(run, s, args.fresh))
+    say = print if run.rank == 0 else lambda *_: None
+    if start >= s["total_steps"]:
+        say(f"{run.out} is finished: {start} steps. Raise --total_steps to go on, or start --fresh")
+        return
+    model, optimizer = build(run, s, args.init if start == 0 else None)
+    if start:
+        load_checkpoint(run.checkpoint, model, optimizer)
+        run.checkpoint = None
+    say(f"{run.out}: {run.n_params:,} parameters, steps {start} to {s['total_steps']} of "
+        f"{s['batch_tokens']:,} tokens = {run.world_size} ranks x {run.accumulation} micro-batches "
+        f"x {run.micro_batch} sequences x {s['seq_len']}; {run.device}, {run.dtype}, "
+        f"{'Triton kernels' if kernels_active() else 'PyTorch reference ops'}")
+    step = train(model, optimizer, start, s, run)
+    if step < s["total_steps"]:
+        say(f"stopped at step {step}: the same command goes on from there")
+    elif run.rank == 0:
+        if not (dist.is_initialized() and s["parallel"] == "fsdp"):
+            print_sample(run, model)
+        print_next(run, args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:  # a user's mistake: one line with its mend, no traceback
+        sys.exit(f"train.py: error: {e}" if os.environ.get("RANK", "0") == "0" else 1)
