@@ -178,20 +178,24 @@ class CausalSelfAttention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer_idx + 1
 
-    def forward(self, x, seed, cache=None):
-        """x (B, T, C) -> (B, T, C). With a cache, x continues the positions that it holds."""
+    def forward(self, x, seed, cache=None, mask=None):
+        """x (B, T, C) -> (B, T, C). With a cache, x continues the positions that it holds.
+
+        mask, bool, broadcasts to (B, H, T, S) and says who sees whom; None: causal.
+        """
         dropout_p = self.dropout if self.training else 0.0
         qkv = self.c_attn(x)
-        if cache is None:
+        if cache is None and mask is None:
             y = attention(qkv, self.n_head, self.scale, dropout_p, seed)
         else:
             B, T, C = x.shape
             # (B, T, 3C) -> 3 x (B, H, T, D)
             q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-            k, v = cache.append(self.layer_idx, k, v)
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=cache.mask(T, k.size(2), x.device), dropout_p=dropout_p,
-                scale=self.scale)
+            if cache is not None:
+                k, v = cache.append(self.layer_idx, k, v)
+                mask = cache.mask(T, k.size(2), x.device) if mask is None else mask
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
+                                               scale=self.scale)
             y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
         return self.c_proj(y)
 
@@ -222,12 +226,12 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
-    def forward(self, residual, branch, seed, cache=None):
+    def forward(self, residual, branch, seed, cache=None, mask=None):
         """residual (B, T, C) fp32, branch (B, T, C) or None in the first block -> the same pair."""
         dropout_p = self.dropout if self.training else 0.0
         y, residual = add_norm(branch, residual, self.ln_1, dropout_p, seed)
-        y, residual = add_norm(self.attn(y, seed + 1, cache), residual, self.ln_2, dropout_p,
-                               seed + 2)
+        y, residual = add_norm(self.attn(y, seed + 1, cache, mask), residual, self.ln_2,
+                               dropout_p, seed + 2)
         return residual, self.mlp(y)
 
 
@@ -236,6 +240,7 @@ def add_norm(branch, residual, ln, dropout_p, seed):
     if branch is None:
         return layer_norm(residual, ln.weight, ln.bias, ln.eps), residual
     return add_layer_norm(branch, residual, ln.weight, ln.bias, ln.eps, dropout_p, seed)
+
 
 class KVCache:
     """Keys and values of the positions seen so far, per layer (B, H, T, D)."""
@@ -293,15 +298,18 @@ class GPT(nn.Module):
         """Parameters, the tied head counted once: 2,594,247,680 for BioMedLM."""
         return sum(p.numel() for p in self.parameters())
 
-    def hidden(self, idx, cache=None, positions=None):
+    def hidden(self, idx, cache=None, positions=None, mask=None):
         """Final hidden states, after ln_f.
 
         idx (B, T) int64; with a KVCache, idx continues what it holds. positions (B, T) int64
-        default to 0, 1, ... after the cache. Returns (B, T, C). ValueError beyond the context.
+        default to 0, 1, ... after the cache; given, they must lie within the context, and T may
+        exceed it (branches that share a prefix, told apart by mask: bool, broadcast to
+        (B, H, T, S), True where a row sees a column; default causal). Returns (B, T, C).
+        ValueError beyond the context.
         """
         B, T = idx.shape
         start = cache.length if cache is not None else 0
-        if start + T > self.config.n_positions:
+        if positions is None and start + T > self.config.n_positions:
             raise ValueError(f"{start + T} tokens are more than the context of "
                              f"{self.config.n_positions}: shorten the input")
         if positions is None:
@@ -315,7 +323,7 @@ class GPT(nn.Module):
             seed = int(torch.randint(2**31 - 4 * self.config.n_layer - 4, ()))
         branch = None
         for i, block in enumerate(self.transformer.h):
-            args = (residual, branch, seed + 4 * i, cache)
+            args = (residual, branch, seed + 4 * i, cache, mask)
             if self.activation_checkpointing and self.training:
                 residual, branch = torch.utils.checkpoint.checkpoint(
                     block, *args, use_reentrant=False)
