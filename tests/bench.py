@@ -32,10 +32,11 @@ def interleave(variants, rounds):
 
 
 # ---------------------------------------------------------------------------------------------
-# the tokenizer: training and encoding beside Hugging Face's, which runs in an environment of its own
+# the tokenizer: training and encoding beside Hugging Face's, which runs in its own environment
 
 HF_CHILD = """
 import os, resource, sys, time
+clock = lambda: (time.perf_counter(), sum(os.times()[:4]))
 part, text, threads, folder = sys.argv[1:]
 os.environ["RAYON_NUM_THREADS"] = threads
 os.environ["TOKENIZERS_PARALLELISM"] = "true" if int(threads) > 1 else "false"
@@ -46,60 +47,64 @@ if part == "train":
     tok.pre_tokenizer = byte_level(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=28895, min_frequency=2, show_progress=False,
                                   initial_alphabet=byte_level.alphabet())
-    start = time.perf_counter()
+    start = clock()
     tok.train([text], trainer)
-    seconds = time.perf_counter() - start
+    end = clock()
     tok.model.save(folder)
     tok.save(folder + "/tokenizer.json")
 else:
     tok = Tokenizer.from_file(folder + "/tokenizer.json")
     lines = open(text, newline="\\n", encoding="utf-8").read().split("\\n")
-    start = time.perf_counter()
+    start = clock()
     rows = tok.encode_batch_fast(lines, add_special_tokens=False)
-    seconds = time.perf_counter() - start
+    end = clock()
     import array, hashlib
     print(hashlib.sha256(b"".join(array.array("I", r.ids).tobytes() for r in rows)).hexdigest())
-print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(*(b - a for a, b in zip(start, end)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 
 OUR_CHILD = """
-import resource, sys, time
+import os, resource, sys, time
+clock = lambda: (time.perf_counter(), sum(os.times()[:4]))
 part, text, threads, folder = sys.argv[1:]
 from tokenizer import Tokenizer, count_pretokens, train_bpe
 if part == "train":
-    start = time.perf_counter()
+    start = clock()
     counts = count_pretokens([text], workers=int(threads))
     merges = train_bpe(counts, 28896)
-    seconds = time.perf_counter() - start
+    end = clock()
     Tokenizer.from_merges(merges).save(folder)
 else:
     tok = Tokenizer.load(folder)
     lines = open(text, newline="\\n", encoding="utf-8").read().split("\\n")
-    start = time.perf_counter()
+    start = clock()
     rows = tok.encode_batch(lines, num_threads=int(threads))
-    seconds = time.perf_counter() - start
+    end = clock()
     import array, hashlib
     print(hashlib.sha256(b"".join(array.array("I", r).tobytes() for r in rows)).hexdigest())
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 peak += int(threads) * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(seconds, peak / 1024)
+print(*(b - a for a, b in zip(start, end)), peak / 1024)
 """
 
 
 def all_text(folder, path):
-    """One text file, a line each, of abstracts.jsonl.gz (title, abstract) and pmc_fulltext.jsonl.gz."""
+    """One text file of abstracts.jsonl.gz (title, newline, abstract) and pmc_fulltext.jsonl.gz."""
     with open(path, "w", newline="\n", encoding="utf-8") as out:
         for name in ("abstracts.jsonl.gz", "pmc_fulltext.jsonl.gz"):
-            for line in gzip.open(Path(folder) / name, "rt", encoding="utf-8", newline="\n"):
-                record = json.loads(line)
-                text = record.get("text") or f"{record['title'] or ''}\n{record['abstract'] or ''}"
-                out.write(text.removesuffix("\n") + "\n")
+            with gzip.open(Path(folder) / name, "rb") as lines:
+                for record in map(json.loads, lines):
+                    text = record.get("text")
+                    if text is None:
+                        text = f"{record['title'] or ''}\n{record['abstract'] or ''}"
+                    out.write(text.removesuffix("\n") + "\n")
 
 
 def bench_tokenizer(argv):
     parser = argparse.ArgumentParser(prog="bench.py tokenizer")
     parser.add_argument("--data", default=ROOT.parent / "shared/data",
-                        help="folder with abstracts.jsonl.gz and pmc_fulltext.jsonl.gz, or one .txt")
+                        help="a .txt, or a folder with abstracts.jsonl.gz, pmc_fulltext.jsonl.gz "
+                        "(default: ../shared/data)")
     parser.add_argument("--hf_python", help="a python that has tokenizers (default: ours alone)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (default: 3)")
     args = parser.parse_args(argv)
@@ -119,23 +124,25 @@ def bench_tokenizer(argv):
                 for name, (python, code) in children.items():
                     folder = Path(tmp, name)
                     folder.mkdir(exist_ok=True)
-                    out = subprocess.run([python, "-c", code, part, text, str(threads), str(folder)],
-                                         cwd=ROOT, check=True, capture_output=True, text=True).stdout
-                    *digest, last = out.strip().split("\n")
+                    command = [python, "-c", code, part, text, str(threads), str(folder)]
+                    done = subprocess.run(command, cwd=ROOT, check=True, text=True,
+                                          stdout=subprocess.PIPE)
+                    *digest, last = done.stdout.strip().split("\n")
                     found[name].append([float(x) for x in last.split()])
                     seen[part, name] = digest or (folder / "merges.txt").read_bytes()
             for name, runs in found.items():
-                seconds, peak = (statistics.median(column) for column in zip(*runs))
-                rows.append({"part": part, "threads": threads, "who": name, "seconds": seconds,
-                             "MB_per_s": megabytes / seconds, "peak_MB": peak})
-                print(f"{part:6} {threads} thread(s) {name:5}{seconds:8.2f} s {megabytes / seconds:7.2f}"
-                      f" MB/s  peak {peak:6.0f} MB", flush=True)
+                wall, cpu, peak = (statistics.median(column) for column in zip(*runs))
+                rows.append({"part": part, "threads": threads, "who": name, "seconds": wall,
+                             "cpu_s": cpu, "MB_per_s": megabytes / wall, "peak_MB": peak})
+                print(f"{part:6} {threads} thread(s) {name:5}{wall:8.2f} s {cpu:8.2f} s of CPU "
+                      f"{megabytes / wall:6.2f} MB/s  peak {peak:5.0f} MB", flush=True)
             if args.hf_python:
-                ratio = rows[-2]["seconds"] / rows[-1]["seconds"]
+                ours, hf = rows[-2:]
+                ratios = {f"{key}_ours_over_hf": ours[key] / hf[key] for key in ("seconds", "cpu_s")}
                 same = seen[part, "ours"] == seen[part, "hf"]
-                rows.append({"part": part, "threads": threads, "ours_over_hf": ratio, "equal": same})
-                print(f"{part:6} {threads} thread(s) ours / hf = {ratio:.2f}; "
-                      f"{'merges' if part == 'train' else 'ids'} equal: {same}", flush=True)
+                rows.append({"part": part, "threads": threads, "equal": same, **ratios})
+                print("       ours / hf: {:.2f} wall, {:.2f} CPU; ".format(*ratios.values())
+                      + f"{'merges' if part == 'train' else 'ids'} equal: {same}", flush=True)
     return rows
 
 
