@@ -60,7 +60,8 @@ else:
     end = clock()
     import array, hashlib
     print(hashlib.sha256(b"".join(array.array("I", r.ids).tobytes() for r in rows)).hexdigest())
-print(*(b - a for a, b in zip(start, end)), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(*(b - a for a, b in zip(start, end)), peak / 1024)
 """
 
 OUR_CHILD = """
@@ -138,7 +139,7 @@ def bench_tokenizer(argv):
                       f"{megabytes / wall:6.2f} MB/s  peak {peak:5.0f} MB", flush=True)
             if args.hf_python:
                 ours, hf = rows[-2:]
-                ratios = {f"{key}_ours_over_hf": ours[key] / hf[key] for key in ("seconds", "cpu_s")}
+                ratios = {f"{k}_ours_over_hf": ours[k] / hf[k] for k in ("seconds", "cpu_s")}
                 same = seen[part, "ours"] == seen[part, "hf"]
                 rows.append({"part": part, "threads": threads, "equal": same, **ratios})
                 print("       ours / hf: {:.2f} wall, {:.2f} CPU; ".format(*ratios.values())
