@@ -12,9 +12,11 @@ import argparse
 import itertools
 import json
 import math
+import resource
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ from tqdm import tqdm
 import finetune
 from data import load_meta, load_qa, read_documents, val_batches
 from model import GPT
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, block_text, input_files, load_named, read_blocks
 
 # ---------------------------------------------------------------------------------------------
 # perplexity
@@ -218,36 +220,180 @@ def table(rows):
 # generation
 
 PAPER_DECODING = dict(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)  # BioMedLM
-PAPER_NEW_TOKENS = 400
+PAPER_NEW_TOKENS = 400  # at most, after a question
+
+
+def continue_texts(gpt, tokenizer, prompts, env, max_new_tokens, batch_size=16, **how):
+    """Token ids that gpt adds to each prompt (lists of ids), end-of-text and after left out."""
+    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+    for at in tqdm(range(0, len(order), batch_size), disable=len(order) <= batch_size, leave=False):
+        chunk = order[at:at + batch_size]
+        T = max(len(prompts[i]) for i in chunk)
+        n_pad = [T - len(prompts[i]) for i in chunk]
+        idx = [[0] * n + prompts[i] for n, i in zip(n_pad, chunk)]
+        if any(n_pad):
+            how["n_pad"] = torch.tensor(n_pad, device=env.device)
+        with env.autocast():
+            out = gpt.generate(torch.tensor(idx, device=env.device), max_new_tokens,
+                               eot_id=tokenizer.eot_id, **how)[:, T:].tolist()
+        for i, ids in zip(chunk, out):
+            found[i] = ids[:ids.index(tokenizer.eot_id)] if tokenizer.eot_id in ids else ids
+    return [found[i] for i in range(len(prompts))]
+
+
+def load_for_generation(init, env):
+    """(GPT with weights of env's dtype, tokenizer, ids that follow a prompt's)."""
+    tokenizer, dtype = Tokenizer.load(init), env.dtype
+    env.dtype = torch.float32  # the weights themselves have the dtype: no autocast
+    start = []
+    if finetune.read_run(init).get("task") == "text":
+        start = tokenizer.add_special_tokens(["<|startoftext|>"])
+    return GPT.from_pretrained(init, dtype=dtype, device=env.device), tokenizer, start
 
 
 def generate(args, env):
     """The generate command: prompts as one batch, texts in their order."""
-    start = time.perf_counter()
-    gpt = GPT.from_pretrained(args.init, dtype=env.dtype, device=env.device)
-    tokenizer = Tokenizer.load(args.init)
-    load_s = time.perf_counter() - start
-    ids = [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in args.prompt]
-    if finetune.read_run(args.init).get("task") == "text":
-        ids = [i + tokenizer.add_special_tokens(["<|startoftext|>"]) for i in ids]
+    begin = time.perf_counter()
+    gpt, tokenizer, start = load_for_generation(args.init, env)
+    load_s, begin = time.perf_counter() - begin, time.perf_counter()
+    prompts = [(tokenizer.encode(text) or [tokenizer.eot_id]) + start for text in args.prompt]
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-    if args.paper:
-        how = dict(PAPER_DECODING)
-    elif args.num_beams > 1:
-        how |= dict(num_beams=args.num_beams, length_penalty=args.length_penalty)
-    start = time.perf_counter()
-    outputs = [gpt.generate(torch.tensor([i], device=env.device), args.max_new_tokens,
-                            eot_id=tokenizer.eot_id, **how)[0, len(i):].tolist() for i in ids]
-    seconds = time.perf_counter() - start
-    texts = []
-    for prompt, new in zip(args.prompt, outputs):
-        new = new[:new.index(tokenizer.eot_id)] if tokenizer.eot_id in new else new
-        texts.append(tokenizer.decode(new))
-        print(f"{prompt}\033[1m{texts[-1]}\033[0m" if sys.stdout.isatty() else prompt + texts[-1])
+    if args.num_beams > 1:
+        how = dict(num_beams=args.num_beams, length_penalty=args.length_penalty)
+    outputs = continue_texts(gpt, tokenizer, prompts, env, args.max_new_tokens,
+                             **PAPER_DECODING if args.paper else how)
+    seconds = time.perf_counter() - begin
+    texts = [tokenizer.decode(ids) for ids in outputs]
+    for prompt, text in zip(args.prompt, texts):
+        print(f"{prompt}\033[1m{text}\033[0m" if sys.stdout.isatty() else prompt + text)
     n_new = sum(map(len, outputs))
     print(f"loaded in {load_s:.1f} s; {n_new} tokens in {seconds:.1f} s, {n_new / seconds:.1f} a "
-          "second", file=sys.stderr)
-    return dict(texts=texts, tokens=n_new, seconds=seconds, load_s=load_s)
+          f"second; peak memory {peak_memory_gb(env):.2f} GB", file=sys.stderr)
+    return dict(texts=texts, tokens=n_new, seconds=seconds, load_s=load_s,
+                peak_memory_gb=peak_memory_gb(env))
+
+
+def peak_memory_gb(env):
+    """Of the device; on a CPU resident memory, pages of mapped files included."""
+    if env.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(env.device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ---------------------------------------------------------------------------------------------
+# tokenizer: fragmentation by specialty
+
+# BioMedLM: the words of the paper's table 3
+TABLE_3 = ["chromatography", "cytotoxicity", "ECG", "GATA", "Immunohistochemistry", "myocardium",
+           "nanoparticles", "photosynthesis", "probiotic", "thrombin"]
+
+SPECIALTIES = {name: words.split() for name, words in {
+    "oncology": """adenocarcinoma carcinoma lymphoma melanoma metastasis metastatic chemotherapy
+        radiotherapy glioblastoma leukemia myeloma sarcoma neuroblastoma mesothelioma angiogenesis
+        oncogene neoadjuvant cisplatin tumorigenesis cholangiocarcinoma retinoblastoma""",
+    "cardiology": """myocardial infarction arrhythmia tachycardia bradycardia fibrillation
+        stenosis atherosclerosis cardiomyopathy ischemia thrombosis angioplasty echocardiography
+        hypertension endocarditis pericarditis defibrillator troponin ventricular
+        electrocardiogram stent""",
+    "genetics": """genome genotype phenotype allele heterozygous homozygous polymorphism mutation
+        chromosome autosomal transcriptome methylation exome haplotype epigenetic microRNA
+        telomere aneuploidy missense penetrance mitochondrial""",
+    "neurology": """epilepsy seizure dementia Parkinson Alzheimer neuropathy sclerosis
+        encephalopathy hippocampus cerebellum dopaminergic aphasia ataxia migraine meningitis
+        myelin neurotransmitter neurodegenerative dyskinesia astrocytes polyneuropathy""",
+    "infectious disease": """tuberculosis malaria hepatitis influenza pneumonia sepsis bacteremia
+        antimicrobial staphylococcus streptococcus pseudomonas candidiasis toxoplasmosis
+        leishmaniasis dengue cytomegalovirus coronavirus helminth schistosomiasis brucellosis
+        antiretroviral""",
+    "pharmacology": """pharmacokinetics bioavailability metformin warfarin aspirin ibuprofen
+        acetaminophen omeprazole simvastatin atorvastatin amoxicillin vancomycin heparin morphine
+        fentanyl clopidogrel methotrexate cyclosporine tacrolimus hepatotoxicity agonist""",
+    "immunology": """cytokine interleukin lymphocyte macrophage neutrophil antibody antigen
+        immunoglobulin autoimmune inflammation chemokine interferon complement eosinophil
+        immunosuppression autoantibodies phagocytosis opsonization rituximab adalimumab
+        histamine""",
+    "endocrinology": """diabetes insulin glucagon thyroid hypothyroidism hyperthyroidism cortisol
+        aldosterone estrogen testosterone progesterone pituitary acromegaly hypoglycemia
+        hyperglycemia thyroxine parathyroid osteoporosis pheochromocytoma adiponectin
+        hyperprolactinemia""",
+    "surgery": """laparoscopic appendectomy cholecystectomy anastomosis resection hysterectomy
+        thoracotomy laparotomy arthroplasty transplantation hemostasis suture debridement
+        tracheostomy gastrectomy colectomy mastectomy perioperative anesthesia herniorrhaphy
+        nephrectomy""",
+    "radiology": """tomography radiograph ultrasonography mammography angiography gadolinium
+        fluoroscopy attenuation echogenic hyperintense hypointense opacification calcification
+        fluorodeoxyglucose scintigraphy elastography radiotracer hypodense perfusion voxel
+        cholangiopancreatography""",
+    "rare and new terms": """onasemnogene elexacaftor nusinersen tisagenlecleucel sotorasib
+        inclisiran semaglutide tirzepatide remdesivir molnupiravir nirmatrelvir lecanemab
+        aducanumab teprotumumab zolgensma alkaptonuria ochronosis fibrodysplasia
+        mucopolysaccharidosis lymphangioleiomyomatosis pseudoxanthoma cystinosis
+        abetalipoproteinemia hidradenitis chikungunya melioidosis naegleria tularemia
+        trichothiodystrophy ehrlichiosis""",
+}.items()}
+
+
+def pieces_of(tokenizer, word):
+    """A word's pieces inside a sentence, where a space stands before it (and is not shown)."""
+    pieces = [tokenizer.decode([i]) for i in tokenizer.encode(" " + word)]
+    return [piece for piece in (pieces[0].removeprefix(" "), *pieces[1:]) if piece]
+
+
+def markdown(header, rows):
+    print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+def fragmentation_rows(groups, tokenizers):
+    """[group, terms, then whole, one or two pieces, mean pieces of each tokenizer] a group."""
+    for group, words in filter(lambda item: item[1], groups.items()):
+        row = [group, len(words)]
+        for tokenizer in tokenizers.values():
+            lengths = [len(pieces_of(tokenizer, word)) for word in words]
+            whole, two = (sum(n <= most for n in lengths) / len(words) for most in (1, 2))
+            row += [f"{whole:.0%}", f"{two:.0%}", f"{sum(lengths) / len(words):.2f}"]
+        yield row
+
+
+def read_text(path, tokenizers):
+    """Words, bytes, {name: tokens} and the count of each listed term in the text at path."""
+    listed = {word.lower() for words in SPECIALTIES.values() for word in words}
+    n_words, n_bytes, tokens, seen = 0, 0, Counter(), Counter()
+    for block in read_blocks(input_files([path]), progress=True):
+        text = block_text(*block)
+        words = text.split()
+        n_words, n_bytes = n_words + len(words), n_bytes + len(text.encode())
+        seen.update(w for w in (word.lower().strip(".,;:()[]\"'") for word in words) if w in listed)
+        for name, tokenizer in tokenizers.items():
+            tokens[name] += len(tokenizer.encode(text))
+    return n_words, n_bytes, tokens, seen
+
+
+def fragmentation(args, _env):
+    """Print table 3 of the paper, how the listed terms break, and, with --text, tokens per word and
+    bytes per token there, and how terms break by how often the text has them."""
+    names = filter(None, (args.tokenizer, args.against))
+    tokenizers = {name.rstrip("/").split("/")[-1]: load_named(name) for name in names}
+    markdown(["word", *tokenizers],
+             ([word, *("/".join(pieces_of(one, word)) for one in tokenizers.values())]
+              for word in TABLE_3))
+    columns = [f"{name}: {head}" for name in tokenizers for head in ("whole", "≤ 2", "pieces")]
+    ten = [word for name, words in SPECIALTIES.items() if "rare" not in name for word in words]
+    groups = SPECIALTIES | {"the ten together": ten}
+    markdown(["specialty", "terms", *columns], fragmentation_rows(groups, tokenizers))
+    if not args.text:
+        return
+    n_words, n_bytes, tokens, seen = read_text(args.text, tokenizers)
+    markdown(["tokenizer", "words", "tokens", "tokens per word", "bytes per token"],
+             ([name, f"{n_words:,}", f"{tokens[name]:,}", f"{tokens[name] / n_words:.3f}",
+               f"{n_bytes / tokens[name]:.3f}"] for name in tokenizers))
+    groups = {}
+    for least, most in ((100, float("inf")), (10, 99), (1, 9), (0, 0)):
+        groups[f"{least} to {most}"] = [word for words in SPECIALTIES.values() for word in words
+                        if least <= seen[word.lower()] <= most]
+    markdown(["times in the text", "terms", *columns], fragmentation_rows(groups, tokenizers))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -290,13 +436,17 @@ def parse_args():
     add("--seed", type=int, default=1, help="of sampling (default: 1)")
     add("--paper", action="store_true",
         help="BioMedLM's decoding: 5 beams, no repeated 6-gram, length penalty -0.5 (default: off)")
+    add = command("tokenizer", "how biomedical words break, as Markdown tables", init=None)
+    add("--tokenizer", required=True, metavar="DIR", help="folder of a tokenizer, or gpt2")
+    add("--against", metavar="DIR", help="folder of a second one, or gpt2 (default: none)")
+    add("--text", metavar="PATH", help="file or folder of text to measure on (default: none)")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    env = finetune.Env(args.device, args.dtype)
-    commands = dict(perplexity=perplexity, qa=answer_questions, generate=generate)
+    env = finetune.Env(getattr(args, "device", None), getattr(args, "dtype", None))
+    commands = dict(perplexity=perplexity, qa=answer_questions, generate=generate, tokenizer=fragmentation)
     result = commands[args.command](args, env)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))
