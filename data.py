@@ -216,7 +216,8 @@ BY_HAND = {
 }
 AGENT = {"User-Agent": "biomedlm-from-scratch/1.0 (polite: four connections at most)",
          "Accept-Encoding": "identity"}
-TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S, SLOWEST_BYTES_PER_S = 7, 1.0, 4, (10, 30), 1000
+TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S = 7, 1.0, 4, (10, 30)
+SLOWEST_BYTES_PER_S, SLOW_AFTER_S = 1000, 30  # a slower connection is dropped, then resumed
 
 
 class Fault(Exception):
@@ -293,8 +294,9 @@ def transfer(url, part, bar):
                 f.write(chunk)
                 got += len(chunk)
                 bar.update(len(chunk))
-                if (seconds := time.monotonic() - start) > 30 and got < SLOWEST_BYTES_PER_S * seconds:
-                    raise Fault("slower than 1 kB/s")
+                if (seconds := time.monotonic() - start) > SLOW_AFTER_S and \
+                        got < SLOWEST_BYTES_PER_S * seconds:
+                    raise Fault("too slow")
         if total is not None and have + got != total:
             raise Fault("connection cut")
         linked = (r.history or [r])[0].headers.get("X-Linked-ETag", "").strip('"')  # Hugging Face
