@@ -965,22 +965,19 @@ def permute(index, n, seed, epoch):
     return out.astype(np.int64)
 
 
-def read_rows(path, rows, seq_len, eot_id=None):
-    """(x, y) int64 (len(rows), seq_len): y is x shifted by one, its last target -100, as in the paper.
+def read_rows(array, rows, seq_len, eot_id=None):
+    """(x, y) int64 (len(rows), seq_len): y is x shifted by one, the last target -100, as in the paper.
 
-    Row -1, and what lies beyond the array's end, is padding: targets -100. eot_id: such targets are -100 too.
+    Row -1 and what lies beyond the array's end are padding: targets -100; so are targets of eot_id.
     """
     import torch  # here, since it costs extract and tokenize 200 MB and seconds
 
-    # Opened anew each time: the pages a long-lived memmap has touched count as resident memory.
-    array = np.memmap(path, np.uint16, "r")
     x = np.zeros((len(rows), seq_len), np.int64)
     y = np.full((len(rows), seq_len), -100, np.int64)
     for i, row in enumerate(rows):
-        if row >= 0:
-            tokens = array[row * seq_len : (row + 1) * seq_len]
-            x[i, : len(tokens)] = tokens
-            y[i, : len(tokens) - 1] = tokens[1:]
+        tokens = array[row * seq_len : (row + 1) * seq_len] if row >= 0 else array[:0]
+        x[i, : len(tokens)] = tokens
+        y[i, : max(0, len(tokens) - 1)] = tokens[1:]
     if eot_id is not None:
         y[y == eot_id] = -100
     return torch.from_numpy(x), torch.from_numpy(y)
@@ -1010,15 +1007,21 @@ def train_batches(data_dir, seq_len, micro_batch, seed, start=0, rank=0, world_s
     eot_id = meta["eot_id"] if ignore_eot else None
 
     def batches():
-        first, ahead = start + rank * micro_batch, None
+        first, ahead, step = start + rank * micro_batch, None, world_size * micro_batch
         while True:
-            samples = np.arange(first, first + micro_batch)
-            rows = np.concatenate([permute(samples[samples // n_rows == e] % n_rows, n_rows, seed, int(e))
-                                   for e in np.unique(samples // n_rows)])
-            batch = to_device(read_rows(path, rows, seq_len, eot_id), device)
-            if ahead is not None:
-                yield ahead
-            ahead, first = batch, first + world_size * micro_batch
+            samples = first + step * np.arange(64)[:, None] + np.arange(micro_batch)  # 64 steps at once
+            epochs, rows = samples // n_rows, samples % n_rows
+            for epoch in np.unique(epochs):
+                here = epochs == epoch
+                rows[here] = permute(rows[here], n_rows, seed, int(epoch))
+            # Opened anew: the pages that a long-lived memmap has touched count as resident memory.
+            array = np.asarray(np.memmap(path, np.uint16, "r"))
+            for row in rows:
+                batch = to_device(read_rows(array, row, seq_len, eot_id), device)
+                if ahead is not None:
+                    yield ahead
+                ahead = batch
+            first += 64 * step
 
     return batches()
 
@@ -1038,7 +1041,8 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
         for first in range(0, n_rows, world_size * micro_batch):
             rows = first + rank + world_size * np.arange(micro_batch)
             rows = np.where(rows < n_rows, rows, -1)
-            yield to_device(read_rows(Path(data_dir) / "val.bin", rows, seq_len, eot_id), device)
+            array = np.asarray(np.memmap(Path(data_dir) / "val.bin", np.uint16, "r"))
+            yield to_device(read_rows(array, rows, seq_len, eot_id), device)
 
     return batches()
 
@@ -1081,7 +1085,10 @@ def load_qa(task, dir, split):
         raise ValueError(f"{task} has no split {split!r}: use one of {', '.join(splits)}")
     if not Path(dir).is_dir():
         raise FileNotFoundError(f"{dir} is not a folder: give the one that holds {task}'s official files")
-    questions, seen = readers[task](Path(dir), split), set()
+    try:
+        questions, seen = readers[task](Path(dir), split), set()
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{dir}: a record of {task} lacks {e}: not the official {split} file") from None
     if not questions:
         raise ValueError(f"{dir}: the {split} split of {task} is empty: download it again")
     for q in questions:
