@@ -514,68 +514,76 @@ def pubmed_document(record, options):
     return ident, f"{title}\n{' '.join(parts)}".strip(), None
 
 
-JATS_DROPPED = set("ref-list graphic inline-graphic media supplementary-material object-id fn fn-group "
-                   "table-wrap-foot permissions attrib alt-text long-desc related-article annotation "
-                   "sub-article response".split())
-JATS_BLOCKS = set("title subtitle article-title p sec abstract list list-item disp-formula disp-quote boxed-text "
-                  "caption fig table-wrap tr def-item statement verse-line preformat speech".split())
+JATS_DROPPED = set("""ref-list graphic inline-graphic media supplementary-material object-id fn fn-group
+    table-wrap-foot permissions attrib alt-text long-desc related-article annotation""".split())
+JATS_BLOCKS = set("""title subtitle article-title p sec abstract list list-item disp-formula disp-quote
+    boxed-text caption fig table-wrap tr def-item statement verse-line preformat speech""".split())
+AFTER = {"label": "\0", "td": " | ", "th": " | ", "term": ": ", **dict.fromkeys(JATS_BLOCKS, "\n")}
 
 
 def jats_text(*elements):
     """Text in reading order, a line per block (heading, paragraph, list item, caption, table row).
 
-    Kept: captions; tables as "cell | cell"; formulas as their TeX or the letters of their MathML. Dropped: references,
-    superscript citations (bracketed ones stay), footnotes, figures' files.
+    Kept: captions; tables as "cell | cell"; formulas as their TeX or the letters of their MathML.
+    Dropped: references, superscript citations (those in brackets stay), footnotes, supplements.
     """
     pieces = []
 
     def walk(e):
-        tag = local(e)
-        if tag in JATS_DROPPED or tag == "xref" and e.get("ref-type", "").endswith("fn"):
+        tag, kind, children = local(e), e.get("ref-type", ""), list(e)
+        if tag in JATS_DROPPED or kind.endswith("fn") or e.get("sec-type") == "supplementary-material":
+            return
+        if tag in ("sup", "xref") and is_superscript_citation(e, tag, "".join(pieces[-6:])[-2:]):
+            pieces.append("\1")
             return
         if tag == "tex-math":  # the formula without LaTeX's preamble
             pieces.append(re.sub(r"(?s).*\\begin\{document\}|\\end\{document\}.*", "", e.text or ""))
             return
-        if tag in ("sup", "xref") and e.get("ref-type", "bibr") == "bibr" and cites(e, tag):
-            return
-        children = list(e)
-        if tag == "alternatives":  # the same formula or table several times over
+        if tag == "alternatives":  # one formula or table, several times over
             ranks = ["tex-math", "math", "table"]
-            children = sorted((c for c in e if local(c) in ranks), key=lambda c: ranks.index(local(c)))[:1]
+            ranked = sorted((ranks.index(local(c)), i) for i, c in enumerate(e) if local(c) in ranks)
+            children = [e[i] for _, i in ranked[:1]]
         pieces.append("\n" if tag in JATS_BLOCKS else " " if tag == "break" else "")
         pieces.append(re.sub(r"\s+", " ", e.text or ""))
         for child in children:
             walk(child)
             pieces.append(re.sub(r"\s+", " ", child.tail or ""))
-        pieces.append({"label": "\0", "td": " | ", "th": " | ", "term": ": "}.get(tag, "\n" if tag in JATS_BLOCKS else ""))
+        pieces.append(AFTER.get(tag, ""))
 
     for element in elements:
         walk(element)
-    # \0 ends a label: "Figure 1" goes on the line of its caption, "2.1" on that of its heading
-    lines = re.sub(r"\0\s*", " ", "".join(pieces)).split("\n")
-    return "\n".join(line for line in (" ".join(x.split()).strip("| ") for x in lines) if line)
+    # \1 is a citation dropped, with the commas between; \0 ends a label: "Table 1" goes with its caption
+    text = re.sub(r"\0\s*", " ", re.sub("\1(?:[,;–-]?\1)*", "", "".join(pieces)))
+    lines = (" ".join(line.split()).strip("| ") for line in text.split("\n"))
+    return "\n".join(line for line in lines if line)
 
 
-def cites(e, tag):
-    """True for a superscript citation: <sup><xref bibr>1</xref></sup> or <xref bibr><sup>1</sup></xref>."""
-    inner = e.findall("xref") if tag == "sup" else e.findall("sup")
-    return bool(inner) and (tag == "xref" or all(x.get("ref-type") == "bibr" for x in inner))
+def is_superscript_citation(e, tag, before):
+    """<sup><xref bibr>1</xref></sup>, <xref bibr><sup>1</sup></xref>, or digits glued to the word before."""
+    if tag == "sup":
+        return bool(len(e)) and all(x.get("ref-type") == "bibr" for x in e)
+    glued = re.search("[a-z.)\\]”’%][,;]?$|\1[,;–-]?$", before, re.IGNORECASE)
+    number = re.fullmatch(r"[\d,;–-]+", full_text(e))
+    return e.get("ref-type") == "bibr" and bool(e.find("sup") is not None or glued and number)
 
 
 def jats_document(article, path):
     """(id, text or None, reason) of a JATS article: title, abstract, body sections, late floats."""
     for e in article.iter():
         e.tag = local(e)
-    ids = {e.get("pub-id-type"): (e.text or "").strip() for e in article.findall("front/article-meta/article-id")}
+    ids = {e.get("pub-id-type"): (e.text or "").strip()
+           for e in article.findall("front/article-meta/article-id")}
     pmc = (ids.get("pmcid") or ids.get("pmc") or "").upper().removeprefix("PMC").split(".")[0]
     name = re.match(r"PMC(\d+)", Path(path).name)
     ident = f"PMC{pmc}" if pmc else ids.get("pmid") or (f"PMC{name[1]}" if name else None)
     if article.get("article-type") in NOTICES:
         return ident, None, "correction or retraction"
     meta = "front/article-meta/"
-    abstracts = [a for a in article.findall(meta + "abstract") if a.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
-    main = abstracts + article.findall("body")
-    text = jats_text(*article.findall(meta + "title-group/article-title"), *main, *article.findall("floats-group"))
+    main = [a for a in article.findall(meta + "abstract")
+            if a.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
+    main += article.findall("body")
+    text = jats_text(*article.findall(meta + "title-group/article-title"), *main,
+                     *article.findall("floats-group"))
     if not any(full_text(e) for e in main):
         return ident, None, "no abstract and no body"
     return ident or f"{hash64(text):016x}", text, None

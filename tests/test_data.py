@@ -233,11 +233,11 @@ ARTICLE = """<article article-type="{kind}" xmlns:mml="m"><front><article-meta>
 <abstract><p>We saw mice.</p></abstract><abstract abstract-type="graphical"><p>IMAGE</p></abstract>
 </article-meta></front><body><sec><label>1.</label><title>Methods</title>
 <p>Cells<sup><xref ref-type="bibr">3</xref></sup> grew
- [<xref ref-type="bibr">4</xref>] by <inline-formula><alternatives><tex-math>\\documentclass{{a}}
+ [<xref ref-type="bibr">4</xref>] in vivo<xref ref-type="bibr">7</xref>,<xref ref-type="bibr">8</xref>, by <inline-formula><alternatives><tex-math>\\documentclass{{a}}
 \\begin{{document}}$x^2$\\end{{document}}</tex-math><mml:math><mml:mi>x</mml:mi></mml:math></alternatives></inline-formula>.<fn><p>FOOT</p></fn></p><table-wrap><label>Table 1</label><caption><p>Ages</p></caption>
 <table><tr><th>A</th><th>B</th></tr><tr><td>1</td><td>2</td></tr></table></table-wrap></sec></body>
 <back><ref-list><ref>REFERENCE</ref></ref-list></back></article>"""
-ARTICLE_TEXT = "On mice\nWe saw mice.\n1. Methods\nCells grew [4] by $x^2$.\nTable 1 Ages\nA | B\n1 | 2"
+ARTICLE_TEXT = "On mice\nWe saw mice.\n1. Methods\nCells grew [4] in vivo, by $x^2$.\nTable 1 Ages\nA | B\n1 | 2"
 
 
 def article(pmc, kind="research-article", idtype="pmc"):
