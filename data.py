@@ -216,7 +216,8 @@ BY_HAND = {
 }
 AGENT = {"User-Agent": "biomedlm-from-scratch/1.0 (polite: four connections at most)",
          "Accept-Encoding": "identity"}
-TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S, SLOWEST_BYTES_PER_S = 7, 1.0, 4, (10, 30), 1000
+TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S = 7, 1.0, 4, (10, 30)
+SLOWEST_BYTES_PER_S, SLOW_AFTER_S = 1000, 30  # a slower connection is dropped, then resumed
 
 
 class Fault(Exception):
@@ -293,8 +294,9 @@ def transfer(url, part, bar):
                 f.write(chunk)
                 got += len(chunk)
                 bar.update(len(chunk))
-                if (seconds := time.monotonic() - start) > 30 and got < SLOWEST_BYTES_PER_S * seconds:
-                    raise Fault("slower than 1 kB/s")
+                if (seconds := time.monotonic() - start) > SLOW_AFTER_S and \
+                        got < SLOWEST_BYTES_PER_S * seconds:
+                    raise Fault("too slow")
         if total is not None and have + got != total:
             raise Fault("connection cut")
         linked = (r.history or [r])[0].headers.get("X-Linked-ETag", "").strip('"')  # Hugging Face
@@ -512,68 +514,76 @@ def pubmed_document(record, options):
     return ident, f"{title}\n{' '.join(parts)}".strip(), None
 
 
-JATS_DROPPED = set("ref-list graphic inline-graphic media supplementary-material object-id fn fn-group "
-                   "table-wrap-foot permissions attrib alt-text long-desc related-article annotation "
-                   "sub-article response".split())
-JATS_BLOCKS = set("title subtitle article-title p sec abstract list list-item disp-formula disp-quote boxed-text "
-                  "caption fig table-wrap tr def-item statement verse-line preformat speech".split())
+JATS_DROPPED = set("""ref-list graphic inline-graphic media supplementary-material object-id fn fn-group
+    table-wrap-foot permissions attrib alt-text long-desc related-article annotation""".split())
+JATS_BLOCKS = set("""title subtitle article-title p sec abstract list list-item disp-formula disp-quote
+    boxed-text caption fig table-wrap tr def-item statement verse-line preformat speech""".split())
+AFTER = {"label": "\0", "td": " | ", "th": " | ", "term": ": ", **dict.fromkeys(JATS_BLOCKS, "\n")}
 
 
 def jats_text(*elements):
     """Text in reading order, a line per block (heading, paragraph, list item, caption, table row).
 
-    Kept: captions; tables as "cell | cell"; formulas as their TeX or the letters of their MathML. Dropped: references,
-    superscript citations (bracketed ones stay), footnotes, figures' files.
+    Kept: captions; tables as "cell | cell"; formulas as their TeX or the letters of their MathML.
+    Dropped: references, superscript citations (those in brackets stay), footnotes, supplements.
     """
     pieces = []
 
     def walk(e):
-        tag = local(e)
-        if tag in JATS_DROPPED or tag == "xref" and e.get("ref-type", "").endswith("fn"):
+        tag, kind, children = local(e), e.get("ref-type", ""), list(e)
+        if tag in JATS_DROPPED or kind.endswith("fn") or e.get("sec-type") == "supplementary-material":
+            return
+        if tag in ("sup", "xref") and is_superscript_citation(e, tag, "".join(pieces[-6:])[-2:]):
+            pieces.append("\1")
             return
         if tag == "tex-math":  # the formula without LaTeX's preamble
             pieces.append(re.sub(r"(?s).*\\begin\{document\}|\\end\{document\}.*", "", e.text or ""))
             return
-        if tag in ("sup", "xref") and e.get("ref-type", "bibr") == "bibr" and cites(e, tag):
-            return
-        children = list(e)
-        if tag == "alternatives":  # the same formula or table several times over
+        if tag == "alternatives":  # one formula or table, several times over
             ranks = ["tex-math", "math", "table"]
-            children = sorted((c for c in e if local(c) in ranks), key=lambda c: ranks.index(local(c)))[:1]
+            ranked = sorted((ranks.index(local(c)), i) for i, c in enumerate(e) if local(c) in ranks)
+            children = [e[i] for _, i in ranked[:1]]
         pieces.append("\n" if tag in JATS_BLOCKS else " " if tag == "break" else "")
         pieces.append(re.sub(r"\s+", " ", e.text or ""))
         for child in children:
             walk(child)
             pieces.append(re.sub(r"\s+", " ", child.tail or ""))
-        pieces.append({"label": "\0", "td": " | ", "th": " | ", "term": ": "}.get(tag, "\n" if tag in JATS_BLOCKS else ""))
+        pieces.append(AFTER.get(tag, ""))
 
     for element in elements:
         walk(element)
-    # \0 ends a label: "Figure 1" goes on the line of its caption, "2.1" on that of its heading
-    lines = re.sub(r"\0\s*", " ", "".join(pieces)).split("\n")
-    return "\n".join(line for line in (" ".join(x.split()).strip("| ") for x in lines) if line)
+    # \1 is a citation dropped, with the commas between; \0 ends a label: "Table 1" goes with its caption
+    text = re.sub(r"\0\s*", " ", re.sub("\1(?:[,;–-]?\1)*", "", "".join(pieces)))
+    lines = (" ".join(line.split()).strip("| ") for line in text.split("\n"))
+    return "\n".join(line for line in lines if line)
 
 
-def cites(e, tag):
-    """True for a superscript citation: <sup><xref bibr>1</xref></sup> or <xref bibr><sup>1</sup></xref>."""
-    inner = e.findall("xref") if tag == "sup" else e.findall("sup")
-    return bool(inner) and (tag == "xref" or all(x.get("ref-type") == "bibr" for x in inner))
+def is_superscript_citation(e, tag, before):
+    """<sup><xref bibr>1</xref></sup>, <xref bibr><sup>1</sup></xref>, or digits glued to the word before."""
+    if tag == "sup":
+        return bool(len(e)) and all(x.get("ref-type") == "bibr" for x in e)
+    glued = re.search("[a-z.)\\]”’%][,;]?$|\1[,;–-]?$", before, re.IGNORECASE)
+    number = re.fullmatch(r"[\d,;–-]+", full_text(e))
+    return e.get("ref-type") == "bibr" and bool(e.find("sup") is not None or glued and number)
 
 
 def jats_document(article, path):
     """(id, text or None, reason) of a JATS article: title, abstract, body sections, late floats."""
     for e in article.iter():
         e.tag = local(e)
-    ids = {e.get("pub-id-type"): (e.text or "").strip() for e in article.findall("front/article-meta/article-id")}
+    ids = {e.get("pub-id-type"): (e.text or "").strip()
+           for e in article.findall("front/article-meta/article-id")}
     pmc = (ids.get("pmcid") or ids.get("pmc") or "").upper().removeprefix("PMC").split(".")[0]
     name = re.match(r"PMC(\d+)", Path(path).name)
     ident = f"PMC{pmc}" if pmc else ids.get("pmid") or (f"PMC{name[1]}" if name else None)
     if article.get("article-type") in NOTICES:
         return ident, None, "correction or retraction"
     meta = "front/article-meta/"
-    abstracts = [a for a in article.findall(meta + "abstract") if a.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
-    main = abstracts + article.findall("body")
-    text = jats_text(*article.findall(meta + "title-group/article-title"), *main, *article.findall("floats-group"))
+    main = [a for a in article.findall(meta + "abstract")
+            if a.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
+    main += article.findall("body")
+    text = jats_text(*article.findall(meta + "title-group/article-title"), *main,
+                     *article.findall("floats-group"))
     if not any(full_text(e) for e in main):
         return ident, None, "no abstract and no body"
     return ident or f"{hash64(text):016x}", text, None
@@ -963,22 +973,19 @@ def permute(index, n, seed, epoch):
     return out.astype(np.int64)
 
 
-def read_rows(path, rows, seq_len, eot_id=None):
-    """(x, y) int64 (len(rows), seq_len): y is x shifted by one, its last target -100, as in the paper.
+def read_rows(array, rows, seq_len, eot_id=None):
+    """(x, y) int64 (len(rows), seq_len): y is x shifted by one, the last target -100, as in the paper.
 
-    Row -1, and what lies beyond the array's end, is padding: targets -100. eot_id: such targets are -100 too.
+    Row -1 and what lies beyond the array's end are padding: targets -100; so are targets of eot_id.
     """
     import torch  # here, since it costs extract and tokenize 200 MB and seconds
 
-    # Opened anew each time: the pages a long-lived memmap has touched count as resident memory.
-    array = np.memmap(path, np.uint16, "r")
     x = np.zeros((len(rows), seq_len), np.int64)
     y = np.full((len(rows), seq_len), -100, np.int64)
     for i, row in enumerate(rows):
-        if row >= 0:
-            tokens = array[row * seq_len : (row + 1) * seq_len]
-            x[i, : len(tokens)] = tokens
-            y[i, : len(tokens) - 1] = tokens[1:]
+        tokens = array[row * seq_len : (row + 1) * seq_len] if row >= 0 else array[:0]
+        x[i, : len(tokens)] = tokens
+        y[i, : max(0, len(tokens) - 1)] = tokens[1:]
     if eot_id is not None:
         y[y == eot_id] = -100
     return torch.from_numpy(x), torch.from_numpy(y)
@@ -1008,15 +1015,21 @@ def train_batches(data_dir, seq_len, micro_batch, seed, start=0, rank=0, world_s
     eot_id = meta["eot_id"] if ignore_eot else None
 
     def batches():
-        first, ahead = start + rank * micro_batch, None
+        first, ahead, step = start + rank * micro_batch, None, world_size * micro_batch
         while True:
-            samples = np.arange(first, first + micro_batch)
-            rows = np.concatenate([permute(samples[samples // n_rows == e] % n_rows, n_rows, seed, int(e))
-                                   for e in np.unique(samples // n_rows)])
-            batch = to_device(read_rows(path, rows, seq_len, eot_id), device)
-            if ahead is not None:
-                yield ahead
-            ahead, first = batch, first + world_size * micro_batch
+            samples = first + step * np.arange(64)[:, None] + np.arange(micro_batch)  # 64 steps at once
+            epochs, rows = samples // n_rows, samples % n_rows
+            for epoch in np.unique(epochs):
+                here = epochs == epoch
+                rows[here] = permute(rows[here], n_rows, seed, int(epoch))
+            # Opened anew: the pages that a long-lived memmap has touched count as resident memory.
+            array = np.asarray(np.memmap(path, np.uint16, "r"))
+            for row in rows:
+                batch = to_device(read_rows(array, row, seq_len, eot_id), device)
+                if ahead is not None:
+                    yield ahead
+                ahead = batch
+            first += 64 * step
 
     return batches()
 
@@ -1036,7 +1049,8 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
         for first in range(0, n_rows, world_size * micro_batch):
             rows = first + rank + world_size * np.arange(micro_batch)
             rows = np.where(rows < n_rows, rows, -1)
-            yield to_device(read_rows(Path(data_dir) / "val.bin", rows, seq_len, eot_id), device)
+            array = np.asarray(np.memmap(Path(data_dir) / "val.bin", np.uint16, "r"))
+            yield to_device(read_rows(array, rows, seq_len, eot_id), device)
 
     return batches()
 
@@ -1079,7 +1093,10 @@ def load_qa(task, dir, split):
         raise ValueError(f"{task} has no split {split!r}: use one of {', '.join(splits)}")
     if not Path(dir).is_dir():
         raise FileNotFoundError(f"{dir} is not a folder: give the one that holds {task}'s official files")
-    questions, seen = readers[task](Path(dir), split), set()
+    try:
+        questions, seen = readers[task](Path(dir), split), set()
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{dir}: a record of {task} lacks {e}: not the official {split} file") from None
     if not questions:
         raise ValueError(f"{dir}: the {split} split of {task} is empty: download it again")
     for q in questions:
