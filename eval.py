@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import math
+import resource
 import statistics
 import sys
 import time
@@ -218,36 +219,65 @@ def table(rows):
 # generation
 
 PAPER_DECODING = dict(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)  # BioMedLM
-PAPER_NEW_TOKENS = 400
+PAPER_NEW_TOKENS = 400  # at most, after a question
+
+
+def continue_texts(gpt, tokenizer, prompts, env, max_new_tokens, batch_size=16, **how):
+    """Token ids that gpt adds to each prompt (lists of ids), end-of-text and after left out."""
+    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+    for at in tqdm(range(0, len(order), batch_size), disable=len(order) <= batch_size, leave=False):
+        chunk = order[at:at + batch_size]
+        T = max(len(prompts[i]) for i in chunk)
+        n_pad = [T - len(prompts[i]) for i in chunk]
+        idx = [[0] * n + prompts[i] for n, i in zip(n_pad, chunk)]
+        if any(n_pad):
+            how["n_pad"] = torch.tensor(n_pad, device=env.device)
+        with env.autocast():
+            out = gpt.generate(torch.tensor(idx, device=env.device), max_new_tokens,
+                               eot_id=tokenizer.eot_id, **how)[:, T:].tolist()
+        for i, ids in zip(chunk, out):
+            found[i] = ids[:ids.index(tokenizer.eot_id)] if tokenizer.eot_id in ids else ids
+    return [found[i] for i in range(len(prompts))]
+
+
+def load_for_generation(init, env):
+    """(GPT with weights of env's dtype, tokenizer, ids that follow a prompt's)."""
+    tokenizer, dtype = Tokenizer.load(init), env.dtype
+    env.dtype = torch.float32  # the weights themselves have the dtype: no autocast
+    start = []
+    if finetune.read_run(init).get("task") == "text":
+        start = tokenizer.add_special_tokens(["<|startoftext|>"])
+    return GPT.from_pretrained(init, dtype=dtype, device=env.device), tokenizer, start
 
 
 def generate(args, env):
     """The generate command: prompts as one batch, texts in their order."""
-    start = time.perf_counter()
-    gpt = GPT.from_pretrained(args.init, dtype=env.dtype, device=env.device)
-    tokenizer = Tokenizer.load(args.init)
-    load_s = time.perf_counter() - start
-    ids = [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in args.prompt]
-    if finetune.read_run(args.init).get("task") == "text":
-        ids = [i + tokenizer.add_special_tokens(["<|startoftext|>"]) for i in ids]
+    begin = time.perf_counter()
+    gpt, tokenizer, start = load_for_generation(args.init, env)
+    load_s, begin = time.perf_counter() - begin, time.perf_counter()
+    prompts = [(tokenizer.encode(text) or [tokenizer.eot_id]) + start for text in args.prompt]
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-    if args.paper:
-        how = dict(PAPER_DECODING)
-    elif args.num_beams > 1:
-        how |= dict(num_beams=args.num_beams, length_penalty=args.length_penalty)
-    start = time.perf_counter()
-    outputs = [gpt.generate(torch.tensor([i], device=env.device), args.max_new_tokens,
-                            eot_id=tokenizer.eot_id, **how)[0, len(i):].tolist() for i in ids]
-    seconds = time.perf_counter() - start
-    texts = []
-    for prompt, new in zip(args.prompt, outputs):
-        new = new[:new.index(tokenizer.eot_id)] if tokenizer.eot_id in new else new
-        texts.append(tokenizer.decode(new))
-        print(f"{prompt}\033[1m{texts[-1]}\033[0m" if sys.stdout.isatty() else prompt + texts[-1])
+    if args.num_beams > 1:
+        how = dict(num_beams=args.num_beams, length_penalty=args.length_penalty)
+    outputs = continue_texts(gpt, tokenizer, prompts, env, args.max_new_tokens,
+                             **PAPER_DECODING if args.paper else how)
+    seconds = time.perf_counter() - begin
+    texts = [tokenizer.decode(ids) for ids in outputs]
+    for prompt, text in zip(args.prompt, texts):
+        print(f"{prompt}\033[1m{text}\033[0m" if sys.stdout.isatty() else prompt + text)
     n_new = sum(map(len, outputs))
     print(f"loaded in {load_s:.1f} s; {n_new} tokens in {seconds:.1f} s, {n_new / seconds:.1f} a "
-          "second", file=sys.stderr)
-    return dict(texts=texts, tokens=n_new, seconds=seconds, load_s=load_s)
+          f"second; peak memory {peak_memory_gb(env):.2f} GB", file=sys.stderr)
+    return dict(texts=texts, tokens=n_new, seconds=seconds, load_s=load_s,
+                peak_memory_gb=peak_memory_gb(env))
+
+
+def peak_memory_gb(env):
+    """Of the device; on a CPU resident memory, pages of mapped files included."""
+    if env.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(env.device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # ---------------------------------------------------------------------------------------------
