@@ -1022,30 +1022,49 @@ def add_norm(branch, residual, ln, dropout_p, seed):
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, per layer (B, H, T, D)."""
+    """Keys and values of the positions seen so far, per layer (B, H, capacity, D), filled in place.
 
-    def __init__(self, n_layer):
-        self.keys, self.values = [None] * n_layer, [None] * n_layer
-        self.length = 0
+    n_pad (B,) int64: leading positions of each row that are padding, seen by nothing; None: none.
+    """
+
+    def __init__(self, n_layer, capacity=1024, n_pad=None):
+        self.buffers, self.capacity = [None] * n_layer, capacity
+        self.length, self.n_pad = 0, n_pad
 
     def append(self, layer, k, v):
         """Add k, v (B, H, T, D) of one layer; returns all that it holds now."""
-        if self.keys[layer] is not None:
-            k = torch.cat([self.keys[layer], k], dim=2)
-            v = torch.cat([self.values[layer], v], dim=2)
-        self.keys[layer], self.values[layer] = k, v
-        return k, v
+        if self.buffers[layer] is None:
+            B, H, _, D = k.shape
+            self.buffers[layer] = k.new_empty(2, B, H, self.capacity, D)
+        end = self.length + k.size(2)
+        held = self.buffers[layer][:, :, :, :end]
+        held[0, :, :, self.length:], held[1, :, :, self.length:] = k, v
+        return held[0], held[1]
 
     def reorder(self, rows):
         """Keep the given batch rows, in that order: a beam's history follows the beam."""
-        self.keys = [k.index_select(0, rows) for k in self.keys]
-        self.values = [v.index_select(0, rows) for v in self.values]
+        for layer, old in enumerate(self.buffers):
+            new = old.new_empty(2, len(rows), *old.shape[2:])
+            new[:, :, :, :self.length] = old[:, rows, :, :self.length]
+            self.buffers[layer] = new
+        if self.n_pad is not None:
+            self.n_pad = self.n_pad[rows]
+
+    def positions(self, T, device):
+        """Positions of T new tokens, (1, T) or (B, T); padding has position 0."""
+        new = torch.arange(self.length, self.length + T, device=device)[None]
+        return new if self.n_pad is None else (new - self.n_pad[:, None]).clamp(min=0)
 
     def mask(self, T, S, device):
-        """Causal mask (T, S) of T new positions over S in all; None for one: it sees everything."""
-        if T == 1:
+        """Who of S positions each of T new ones sees, bool (T, S) or (B, 1, T, S); None: all."""
+        if T == 1 and self.n_pad is None:
             return None
-        return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+        causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+        if self.n_pad is None:
+            return causal
+        real = torch.arange(S, device=device) >= self.n_pad[:, None]  # (B, S)
+        diagonal = torch.eye(S, dtype=torch.bool, device=device)[S - T:]  # padding sees itself
+        return ((causal & real[:, None, :]) | diagonal)[:, None]
 
 
 class GPT(nn.Module):
@@ -1091,8 +1110,10 @@ class GPT(nn.Module):
         if positions is None and start + T > self.config.n_positions:
             raise ValueError(f"{start + T} tokens are more than the context of "
                              f"{self.config.n_positions}: shorten the input")
-        if positions is None:
-            positions = torch.arange(start, start + T, device=idx.device)
+        if positions is None and cache is not None:
+            positions = cache.positions(T, idx.device)
+        elif positions is None:
+            positions = torch.arange(T, device=idx.device)
         residual = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         seed = 0
         if self.training and self.config.dropout > 0:
@@ -1154,9 +1175,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
-                 num_beams=1, no_repeat_ngram_size=0, length_penalty=1.0, eot_id=None):
+                 num_beams=1, no_repeat_ngram_size=0, length_penalty=1.0, eot_id=None, n_pad=None):
         """Continue idx (B, T) int64 by up to max_new_tokens tokens; returns (B, <= T + new) int64.
 
+        Prompts of unlike length stand at the right: n_pad (B,) int64 counts the padding before.
         Samples from the softmax at `temperature` (0: greedy) among the top_k tokens and the top_p
         mass; num_beams > 1 searches with beams instead, scoring sum of log-probabilities /
         length ** length_penalty as Hugging Face does. After eot_id a row is filled with it.
@@ -1174,15 +1196,15 @@ class GPT(nn.Module):
             raise ValueError(f"temperature {temperature} is negative: use 0 (greedy) or more")
         if num_beams > 1:
             return self._beam_search(idx, max_new_tokens, num_beams, no_repeat_ngram_size,
-                                     length_penalty, eot_id)
+                                     length_penalty, eot_id, n_pad)
         generator = None
         if seed is not None:
             generator = torch.Generator(device=idx.device).manual_seed(seed)
-        cache, new = KVCache(self.config.n_layer), idx
+        cache, new = KVCache(self.config.n_layer, T + max_new_tokens, n_pad), idx
         finished = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             logits = self._next_logits(new, cache)  # (B, V)
-            ban_repeats(logits, idx, no_repeat_ngram_size)
+            ban_repeats(logits, idx, no_repeat_ngram_size, n_pad)
             new = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
             if eot_id is not None:
                 new[finished] = eot_id
@@ -1196,11 +1218,12 @@ class GPT(nn.Module):
         hidden = self.hidden(idx, cache)[:, -1]  # (B, T, C) -> (B, C)
         return F.linear(hidden, self.transformer.wte.weight).float()
 
-    def _beam_search(self, idx, max_new_tokens, K, no_repeat_ngram_size, length_penalty, eot_id):
+    def _beam_search(self, idx, max_new_tokens, K, no_repeat_ngram_size, length_penalty, eot_id,
+                     n_pad):
         """Beams of every row advance together: (B, T) -> (B * K, t), the best ended one wins."""
         B, T = idx.shape
         V = self.config.vocab_size
-        cache = KVCache(self.config.n_layer)
+        cache = KVCache(self.config.n_layer, T + max_new_tokens, n_pad)
         logits = self._next_logits(idx, cache).repeat_interleave(K, dim=0)
         cache.reorder(torch.arange(B, device=idx.device).repeat_interleave(K))
         beams = idx.repeat_interleave(K, dim=0)  # (B * K, T)
@@ -1209,7 +1232,7 @@ class GPT(nn.Module):
         ended = [[] for _ in range(B)]  # per row: (normalised score, tokens)
         for length in range(1, max_new_tokens + 1):
             logits = F.log_softmax(logits, dim=-1)  # before the ban, as Hugging Face has it
-            ban_repeats(logits, beams, no_repeat_ngram_size)
+            ban_repeats(logits, beams, no_repeat_ngram_size, cache.n_pad)
             total = scores.view(-1, 1) + logits  # (B * K, V)
             # 2K candidates: even if K of them end, K are left to go on
             top, flat = total.view(B, K * V).topk(2 * K, dim=1)
@@ -1263,13 +1286,14 @@ def sample(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
 
-def ban_repeats(logits, idx, n):
+def ban_repeats(logits, idx, n, n_pad=None):
     """Set to -inf, in place, the tokens that would repeat an n-gram of idx (B, T); n = 0: none."""
     if n == 0 or idx.size(1) < n:
         return
-    for row, tokens in zip(logits, idx.tolist()):
+    starts = [0] * len(idx) if n_pad is None else n_pad.tolist()
+    for row, tokens, start in zip(logits, idx.tolist(), starts):
         last = tokens[len(tokens) - n + 1:]
-        row[[tokens[i + n - 1] for i in range(len(tokens) - n + 1)
+        row[[tokens[i + n - 1] for i in range(start, len(tokens) - n + 1)
              if tokens[i:i + n - 1] == last]] = -math.inf
 
 
@@ -1357,11 +1381,22 @@ def load_pretrained(folder, dtype, device, dropout):
         if state[name].shape != tensor.shape:
             raise ValueError(f"{folder}: {name} is {tuple(state[name].shape)}, config.json implies "
                              f"{tuple(tensor.shape)}: use the config.json saved with the weights")
+    if dtype != torch.float32 and torch.device(device).type == "cpu":  # to generate, not to train
+        model.load_state_dict({n: column_major(t.to(dtype)) for n, t in state.items()}, assign=True)
+        return model.requires_grad_(False).eval()
     model = model.to(dtype).to_empty(device=device)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(state[name])
     return model.eval()
+
+
+def column_major(t):
+    """The same matrix, stored [in, out], as Hugging Face has it and one row times it reads fastest.
+
+    Where it lies so already nothing is copied: it stays in the mapped file until it is used.
+    """
+    return t if t.dim() < 2 or t.stride(0) == 1 else t.t().contiguous().t()
 
 
 def write_atomically(path, write):
