@@ -27,7 +27,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
-    set_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
@@ -278,8 +279,9 @@ def load_checkpoint(checkpoint, model, optimizer):
     """Spread the state that rank 0 read (None elsewhere) over the ranks."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
     checkpoint = checkpoint or {"model": {}, "optimizer": {}}
-    set_state_dict(model, optimizer, model_state_dict=checkpoint["model"],
-                   optim_state_dict=checkpoint["optimizer"], options=options)
+    # not set_state_dict: it takes a rank's empty model for "optimiser only", and the ranks part
+    set_model_state_dict(model, checkpoint["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, checkpoint["optimizer"], options=options)
 
 
 def check_same_run(old, new):
