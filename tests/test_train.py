@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,12 +27,13 @@ from conftest import ROOT, run
 import data
 import model as model_module
 import train
-from model import GPT, GPTConfig
+from model import GPT
 from tokenizer import Tokenizer
 
-SMALL = ("--n_layer 2 --n_head 2 --n_embd 16 --seq_len 16 --batch_tokens 128 --micro_batch 4 "
-         "--eval_every 10 --eval_tokens 300 --save_every 5 --log_every 1 --warmup_steps 3 "
-         "--total_steps 20").split()
+SHAPE = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16)
+SMALL = ("--seq_len", 16, "--batch_tokens", 128, "--micro_batch", 4, "--eval_every", 10,
+         "--eval_tokens", 300, "--save_every", 5, "--log_every", 1, "--warmup_steps", 3,
+         "--total_steps", 20)
 MODES = {"one": (1, "ddp"), "ddp": (2, "ddp"), "fsdp": (2, "fsdp")}
 
 # ---------------------------------------------------------------------------------------------
@@ -87,10 +89,10 @@ def rank_main(rank, world_size, port, argv, fault, output):
         sys.exit(f"train.py: error: {e}")
 
 
-def start(arrays, out, *flags, mode="one", fault=None, small=SMALL):
+def start(arrays, out, *flags, mode="one", fault=None, shape=SHAPE):
     """Start a small run; returns its processes and the file of their output."""
     world_size, parallel = MODES[mode]
-    argv = ["--data", arrays, "--out", out, "--parallel", parallel, *small, *flags]
+    argv = ["--data", arrays, "--out", out, "--parallel", parallel, *shape, *SMALL, *flags]
     output, port = f"{out}.output", free_port()
     processes = [multiprocessing.get_context("fork").Process(
         target=rank_main, args=(rank, world_size, port, argv, fault, output))
@@ -100,15 +102,15 @@ def start(arrays, out, *flags, mode="one", fault=None, small=SMALL):
     return processes, output
 
 
-def go(arrays, out, *flags, mode="one", fault=None, small=SMALL, code=0):
+def go(arrays, out, *flags, mode="one", fault=None, shape=SHAPE, code=0):
     """A small run to its end; returns what it printed. `code`: the exit code expected of all."""
     if os.path.exists(f"{out}.output"):
         os.remove(f"{out}.output")
-    processes, output = start(arrays, out, *flags, mode=mode, fault=fault, small=small)
+    processes, output = start(arrays, out, *flags, mode=mode, fault=fault, shape=shape)
     for p in processes:
         p.join(60)
         p.kill()
-    text = open(output).read()
+    text = Path(output).read_text()
     assert [p.exitcode for p in processes] == [code] * len(processes), text
     return text
 
@@ -216,7 +218,7 @@ def test_resume_at_other_world_sizes_and_modes(arrays, tmp_path, undisturbed):
 
 
 def test_dropout_differs_between_ranks_and_seeds(arrays, tmp_path):
-    """Seeds packed in 64 bits: the CPU's generator reads 32 of them, so that all ranks drop alike."""
+    """Seeds packed in 64 bits: the CPU's generator reads 32, so that all ranks drop alike."""
     draws = {}
     for rank, seed, step in ((0, 17, 3), (1, 17, 3), (0, 18, 3), (0, 17, 4)):
         torch.manual_seed(train.dropout_seed(seed, step, rank))
@@ -257,12 +259,12 @@ def test_start_from_weights(arrays, tmp_path, undisturbed):
     """--init ignored, or read again over the weights of a resumed run, or forgotten by run.json."""
     folder, out = tmp_path / "hf", tmp_path / "run"
     GPT.from_pretrained(undisturbed).save_pretrained(folder)
-    flags = {"small": SMALL[6:], "fault": at_step(6, terminate)}
+    flags = {"shape": (), "fault": at_step(6, terminate)}
     go(arrays, out, "--init", folder, **flags)
     assert rows(out, "val_loss")[0] == pytest.approx(rows(undisturbed, "val_loss")[20], rel=1e-5)
-    text = go(arrays, out, "--init", tmp_path, small=SMALL[6:], code=1)
+    text = go(arrays, out, "--init", tmp_path, shape=(), code=1)
     assert "no config.json" in text
-    text = go(arrays, out, "--init", undisturbed, small=SMALL[6:], code=1)
+    text = go(arrays, out, "--init", undisturbed, shape=(), code=1)
     assert "the run was made with init" in text
     text = go(arrays, out)  # without --init it goes on, and still says where the weights came from
     assert "steps 7 to 20" in text
@@ -313,16 +315,13 @@ def spoil_loss(steps, bad_rank):
             return loss_of(*args) * (math.nan if bad else 1)
 
         def checked_update(model, optimizer, *args):
-            def state():
-                values = [*model.parameters(), *(t for of in optimizer.state.values()
-                                                 for t in of.values())]
-                return [getattr(t, "_local_tensor", t).detach().clone() for t in values]
-
-            before = state()
+            values = [*model.parameters(), *(t for of in optimizer.state.values()
+                                             for t in of.values())]
+            before = [t.detach().clone() for t in values]
             result = update(model, optimizer, *args)
-            same = [torch.equal(a, b) for a, b in zip(before, state())]
-            # the first update has lr 0, and makes the moments
-            assert step[0] == 0 or (all(same) if step[0] in steps else not any(same)), step
+            if step[0] in steps:
+                for a, b in zip(before, values):
+                    assert torch.equal(*(getattr(t, "_local_tensor", t) for t in (a, b)))
             step[0] += 1
             return result
 
@@ -395,7 +394,7 @@ def test_killed_in_a_save(arrays, tmp_path, undisturbed, stage):
 
 
 def test_damaged_checkpoints_are_skipped(arrays, tmp_path, undisturbed):
-    """R4, R8, R10: a truncated newest file ends the run, counts as kept, or a pickle's code runs."""
+    """R4, R8, R10: a truncated newest file ends the run, counts as kept, or runs its pickle."""
     out = tmp_path / "run"
     go(arrays, out, fault=at_step(11, terminate))
     whole = out / "checkpoint_0000012.pt"
@@ -435,7 +434,7 @@ def test_full_disk(arrays, tmp_path, undisturbed):
     assert [p.name for p in sorted(out.glob("checkpoint*"))] == ["checkpoint_0000005.pt"]
     go(arrays, out)
     assert_same(out, undisturbed)
-    go(arrays, out, "--fresh", fault=fill(6, 800))  # not even room for a row of the log
+    go(arrays, out, "--fresh", code=1, fault=fill(6, 800))  # not even room for a row of the log
     assert rows(out).keys() < rows(undisturbed).keys()
 
 
@@ -488,3 +487,98 @@ def test_mistakes_name_their_mend(arrays, monkeypatch, args, mend):
     monkeypatch.setattr(sys, "argv", ["train.py", *folder, *args])
     with pytest.raises(ValueError, match=mend):
         train.main()
+
+
+def test_command_line_error(tmp_path):
+    """A user's mistake ends in a traceback or in exit code 0."""
+    done = run("train.py", "--data", tmp_path / "none")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# slow tier
+
+DEMO = ("--total_steps", 150, "--batch_tokens", 512, "--micro_batch", 4, "--save_every", 10,
+        "--eval_every", 40, "--log_every", 5, "--warmup_steps", 10, "--seq_len", 64)
+
+
+@pytest.mark.slow
+def test_twenty_random_kills(arrays, tmp_path):
+    """R4: among twenty kill -9 at any moment one costs a file, a row, or changes the weights."""
+    go(arrays, tmp_path / "whole", *DEMO, shape=())
+    rng, out = random.Random(0), tmp_path / "run"
+    for _ in range(20):
+        processes, _ = start(arrays, out, *DEMO, shape=())
+        time.sleep(rng.uniform(0.1, 2.5))
+        processes[0].kill()
+        processes[0].join()
+    assert final(out)["step"] > 0
+    go(arrays, out, *DEMO, shape=())
+    assert_same(out, tmp_path / "whole")
+    for key in ("loss", "val_loss"):  # a session's first step is logged too
+        whole, cut = rows(tmp_path / "whole", key), rows(out, key)
+        assert whole == {step: cut[step] for step in whole}
+    names = [sorted(p.name for p in folder.iterdir()) for folder in (out, tmp_path / "whole")]
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mode", "micro_batch"), [("ddp", 4), ("fsdp", 2)])
+def test_fifty_steps(arrays, tmp_path, mode, micro_batch):
+    """R2 at the demo's shape over 50 steps: an error too small for 20 steps of a tiny model.
+
+    Sums in another order part by about 1e-7 of the loss, and AdamW's division by sqrt(v) near 0
+    makes more of it: 50 steps leave 1e-5; a wrong factor anywhere would leave 1e-2.
+    """
+    flags = (*DEMO, "--total_steps", 50, "--log_every", 1)
+    go(arrays, tmp_path / "one", *flags, shape=())
+    go(arrays, tmp_path / "two", *flags, "--micro_batch", micro_batch, mode=mode, shape=())
+    ours, theirs = rows(tmp_path / "two"), rows(tmp_path / "one")
+    print(mode, max(abs(ours[i] / theirs[i] - 1) for i in theirs))
+    assert len(ours) == 50 and ours == pytest.approx(theirs, rel=1e-4)
+
+
+def torchrun(script, *flags):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, flags[:-1]), str(script),
+         *map(str, flags[-1])], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_nodes(arrays, tmp_path, undisturbed, parallel):
+    """A node's ranks take the other's GPUs or data, or both write the run."""
+    out, port = tmp_path / "run", free_port()
+    argv = ("--data", arrays, "--out", out, "--parallel", parallel, *SHAPE, *SMALL)
+    nodes = [torchrun(ROOT / "train.py", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend",
+                      "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "two",
+                      "--local_addr", "127.0.0.1", argv) for _ in range(2)]
+    texts = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], texts
+    assert sorted("validation loss" in text for text in texts) == [False, True]
+    assert rows(out) == pytest.approx(rows(undisturbed), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_restart_after_a_rank_dies(arrays, tmp_path, undisturbed):
+    """R11: torchrun --max-restarts starts over, or the restarted ranks disagree on the step."""
+    script, out = tmp_path / "dying.py", tmp_path / "run"
+    script.write_text(f"""
+import os, train
+original, mark = train.train_step, {str(tmp_path / "died")!r}
+def train_step(model, optimizer, batches, step, *rest):
+    if step == 7 and os.environ["RANK"] == "1" and not os.path.exists(mark):
+        open(mark, "w").close()
+        os._exit(9)
+    return original(model, optimizer, batches, step, *rest)
+train.train_step = train_step
+train.main()
+""")
+    argv = ("--data", arrays, "--out", out, *SHAPE, *SMALL)
+    agent = torchrun(script, "--standalone", "--nproc_per_node", 2, "--max_restarts", 1, argv)
+    text = agent.communicate(timeout=120)[0]
+    assert agent.returncode == 0, text
+    assert (tmp_path / "died").exists() and "steps 5 to 20" in text
+    assert rows(out) == pytest.approx(rows(undisturbed), rel=1e-5)
