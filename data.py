@@ -1,39 +1,57 @@
-"""Raw sources -> text -> token arrays -> batches; and the question sets, as their owners publish them.
+"""Raw sources -> text -> token arrays -> batches; and the question sets as their owners publish them.
 
-    python data.py extract pubmed/ --out text                              # XML, JATS, JSON lines, .txt
+    python data.py extract pubmed/ pmc/ --out text            # PubMed XML, JATS, JSON lines, .txt
     python data.py tokenize --text text --tokenizer tokenizer --out data/pubmed
 
-Reads what `download` fetches or what already lies on disk; writes text as *.jsonl.gz (a document a line,
-{"id", "text"}) and arrays as train.bin, val.bin (flat uint16) with meta.json and the tokenizer beside them.
-Every output depends on its inputs and flags alone: no time, path, host or worker count.
-Left out: language detection, near-duplicates, tables of references.
+Reads what `download` fetched or what lies on disk; writes text (*.jsonl.gz, a document {"id", "text"} a
+line) and arrays: train.bin, val.bin (flat uint16), meta.json, and the tokenizer beside them. Every output
+depends on its inputs and flags alone: no time, path, host or worker count. One machine: leave --shard
+out; N machines: N tasks with --shard 0/N ... N-1/N on one --out, then the same command without --shard.
+Left out: language detection, near-duplicates, back matter (references, appendices, peer reviews).
 """
 
 import argparse
 import csv
+import gc
 import gzip
 import hashlib
-import html
+import html.entities
+import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import sys
+import tarfile
+import tempfile
+import threading
+import time
 import xml.etree.ElementTree as ET
+import zipfile
+import zlib
+from array import array
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urljoin, urlsplit
+from xml.parsers import expat
 
 import numpy as np
-import torch
+import requests
+import urllib3
+from tokenizer import Tokenizer, count_pretokens, train_bpe
 from tqdm import tqdm
 
-from tokenizer import Tokenizer
+MIB = 2**20
 
 # ---------------------------------------------------------------------------------------------
-# files and documents
+# files, processes, documents
 
 
 @contextmanager
@@ -41,7 +59,7 @@ def replacing(path):
     """A binary file that appears under `path` whole and on disk, or not at all."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
+        with open(temporary, "w+b") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -50,43 +68,113 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def make_folder(folder, names=()):
+    """Create `folder`; remove what a killed run left there under temporary names of `names`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = set(names)
+    for path in folder.glob("*.tmp"):
+        if path.name.rsplit(".", 2)[0] in names:
+            path.unlink(missing_ok=True)
+
+
+def in_processes(function, tasks, workers, title):
+    """Results of function(task) in the tasks' order, from `workers` processes, with a progress bar."""
+    bar = {"total": len(tasks), "desc": title, "unit": "file", "disable": None}
+    if workers <= 1 or len(tasks) <= 1:
+        return list(tqdm(map(function, tasks), **bar))
+    # spawn: a fork would copy the caller's threads' locks (torch, tqdm)
+    with ProcessPoolExecutor(min(workers, len(tasks)), multiprocessing.get_context("spawn"),
+                             initializer=end_with_parent) as pool:
+        try:
+            chunk = 1 + len(tasks) // 10_000
+            return list(tqdm(pool.map(function, tasks, chunksize=chunk), **bar))
+        except BrokenProcessPool:
+            raise OSError(f"a worker process of {title} was killed, by lack of memory perhaps: run "
+                          "again with fewer --workers; finished files are kept") from None
+
+
+def end_with_parent():
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)  # a killed parent must not leave workers waiting forever
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def sharded(tasks, shard):
+    """The tasks of shard "I/N": every N-th. I runs from 0 to N-1; from 1 to N also covers all."""
+    match = re.fullmatch(r"(\d+)/([1-9]\d*)", shard or "0/1")
+    if not match or int(match[1]) > int(match[2]):
+        raise ValueError(f"--shard {shard}: give I/N, from 0/8 to 7/8 for eight machines")
+    return tasks[int(match[1]) % int(match[2]) :: int(match[2])]
+
+
 def hash64(text):
-    """64-bit hash of a str: ids and texts are settled on it (4e7 documents: 4e-5 risk of one clash)."""
+    """64-bit hash of a str; ids and texts are settled on it (4e7 documents: 4e-5 risk of a clash)."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def sha256_file(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(4 * MIB):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def natural(path):
-    """Sort key by which pubmed26n1275 follows pubmed26n999: the last record of an id wins."""
+    """Sort key by which pubmed26n1000 follows pubmed26n999: a later record replaces an earlier."""
     parts = re.split(r"(\d+)", Path(path).name)
-    return [int(p) if p.isdecimal() else p for p in parts], str(path)
+    return [int(p) if i % 2 else p for i, p in enumerate(parts)], str(path)
 
 
-def read_lines(path, limit=64 * 2**20):
-    """(line number, text) of a UTF-8 file, plain or .gz, whose lines end at "\\n" only."""
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+def open_input(path):
+    return gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
+
+
+def read_lines(path):
+    """(number, line) of a UTF-8 file, plain or .gz; lines end at "\\n" only and are bounded."""
+    with open_input(path) as f:
         number = 0
-        while line := f.readline(limit + 1):
+        while line := f.readline(64 * MIB):
             number += 1
-            if len(line) > limit:
-                raise ValueError(f"{path}: line {number} is longer than {limit >> 20} MiB: not JSON lines")
+            if len(line) == 64 * MIB:
+                raise ValueError(f"{path}: line {number} is longer than 64 MiB: not a text document")
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
 
 
-def read_records(path):
-    """Records {"id", "text"} or {"id", "deleted"} of one text file; a .txt is one document."""
-    if re.search(r"\.txt(\.gz)?$", str(path)):
-        text = "".join(line for _, line in read_lines(path))
-        yield {"id": f"{hash64(text):016x}", "text": text}
-        return
+def json_lines(path):
     for number, line in read_lines(path):
         if line.strip():
             try:
                 record = json.loads(line)
-                assert isinstance(record["id"], str) and (record.get("deleted") or record["text"])
-            except (ValueError, KeyError, TypeError, AssertionError):
-                raise ValueError(f'{path}: line {number} is not {{"id": …, "text": …}}: run data.py '
-                                 "extract on the raw files first") from None
-            yield record
+            except ValueError:
+                raise ValueError(f"{path}: line {number} is not JSON: get the file anew") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}: line {number} is not a JSON object: one document a line")
+            yield number, record
+
+
+def read_records(path):
+    """(id, text) of a text file, in file order; text is None where the id is deleted."""
+    if re.search(r"\.txt(\.gz)?$", str(path)):
+        text = read_txt(path)
+        yield f"{hash64(text):016x}", text
+        return
+    for number, record in json_lines(path):
+        ident, text = record.get("id"), record.get("text")
+        if not isinstance(ident, str) or not (isinstance(text, str) or record.get("deleted")):
+            raise ValueError(f'{path}: line {number} lacks "id" and "text": run data.py extract on it')
+        yield ident, None if record.get("deleted") else text
+
+
+def read_txt(path):
+    """A .txt as one document; refused above 64 MiB (a gzip bomb ends here too)."""
+    with open_input(path) as f:
+        raw = f.read(64 * MIB)
+    if len(raw) == 64 * MIB:
+        raise ValueError(f"{path} is longer than 64 MiB: one document a .txt, or use JSON lines")
+    return raw.decode("utf-8-sig")
 
 
 def text_files(paths):
@@ -94,62 +182,726 @@ def text_files(paths):
     files = []
     for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist: give a folder that data.py extract wrote")
+            raise FileNotFoundError(f"{path} does not exist: give a folder made by data.py extract")
         inside = [path] if path.is_file() else path.iterdir()
         files += [p for p in inside if re.search(r"\.(jsonl|txt)(\.gz)?$", p.name)]
     if not files:
-        raise FileNotFoundError(f"{paths}: no *.jsonl.gz, .jsonl or .txt: run data.py extract first")
+        raise FileNotFoundError(f"no .jsonl.gz, .jsonl or .txt in {paths}: run data.py extract first")
     return sorted(files, key=natural)
 
 
 def read_documents(paths):
-    """(id, text) of every document of text files or folders of them; deletions are left out."""
+    """(id, text) of every document in text files or folders of them; deletions are left out."""
     for path in text_files(paths):
-        for record in read_records(path):
-            if not record.get("deleted"):
-                yield record["id"], record["text"]
+        yield from ((ident, text) for ident, text in read_records(path) if text is not None)
+
+
+# ---------------------------------------------------------------------------------------------
+# download: from the owners' servers to whole, verified files
+
+SOURCES = {
+    "pubmed": "https://ftp.ncbi.nlm.nih.gov/pubmed/",
+    "pmc": "https://pmc-oa-opendata.s3.amazonaws.com/",
+    "mmlu": "https://people.eecs.berkeley.edu/~hendrycks/",
+    "pubmedqa": "https://raw.githubusercontent.com/pubmedqa/pubmedqa/master/data/",
+    "medquad": "https://github.com/abachaa/MedQuAD/archive/refs/heads/",
+    "biomedlm": "https://huggingface.co/stanford-crfm/BioMedLM/resolve/main/",
+}
+BY_HAND = {
+    "medqa": "https://github.com/jind11/MedQA links a Google Drive archive: unpack it, keep data_clean/",
+    "medmcqa": "https://github.com/medmcqa/medmcqa links a Google Drive archive: put train.json, dev.json "
+               "and test.json",
+    "bioasq": "http://participants-area.bioasq.org (free registration) has the golden files; BLURB's "
+              "scripts make train.tsv, dev.tsv, test.tsv: put either",
+}
+AGENT = {"User-Agent": "biomedlm-from-scratch/1.0 (polite: four connections at most)",
+         "Accept-Encoding": "identity"}
+TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S, SLOWEST_BYTES_PER_S = 7, 1.0, 4, (10, 30), 1000
+
+
+class Fault(Exception):
+    """A transfer that may succeed when tried again; args: what happened, seconds the server asks for."""
+
+
+def retry(function, url):
+    """function(), again while it raises Fault: TRIES times, waiting 1, 2, 4 … s or as asked, 60 at most."""
+    for attempt in range(TRIES):
+        try:
+            return function()
+        except Fault as e:
+            reason, *asked = e.args
+            if attempt < TRIES - 1:
+                time.sleep(min(60, max([BACKOFF_S * 2**attempt, *asked])))
+    raise OSError(f"{url}: {reason}, {TRIES} times: try again later; files that are whole are kept")
+
+
+@contextmanager
+def opened(url, headers=()):
+    """A streamed response of status 200, 206 or 416; other 4xx raise OSError, all else Fault."""
+    try:
+        with requests.get(url, headers=AGENT | dict(headers), stream=True, timeout=TIMEOUT_S) as r:
+            if r.status_code == 429 or r.status_code >= 500:
+                after = r.headers.get("Retry-After", "")
+                raise Fault(f"status {r.status_code}", float(after) if after.isdecimal() else 0)
+            if r.status_code not in (200, 206, 416):
+                raise OSError(f"{url}: status {r.status_code}: check the address or --base_url")
+            yield r
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as e:
+        raise Fault(f"connection failed ({type(e).__name__})") from None
+
+
+def page(url, pattern):
+    """A small text (listing, checksum, metadata) in which `pattern` must occur."""
+
+    def whole():
+        with opened(url) as r:
+            body = r.content
+            if len(body) != int(r.headers.get("Content-Length", len(body))):
+                raise Fault("connection cut")
+            text = body.decode(errors="replace")
+            if not re.search(pattern, text):
+                raise Fault("not the expected content")
+            return text
+
+    return retry(whole, url)
+
+
+def transfer(url, part, bar):
+    """One connection: bring `part` to its full length; returns the sha256 if the server tells one.
+
+    Resumes only the very version that `part` began with (its ETag is kept beside it).
+    """
+    tag = Path(f"{part}.etag")
+    have = part.stat().st_size if part.exists() and tag.exists() else 0
+    headers = {"Range": f"bytes={have}-", "If-Range": tag.read_text()} if have else {}
+    with opened(url, headers) as r:
+        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", r.headers.get("Content-Range", ""))
+        if r.status_code == 416 and span and int(span[2]) == have:
+            return None
+        if r.status_code == 416 or r.status_code == 206 and not (span and span[1] == str(have)):
+            part.unlink(missing_ok=True)
+            raise Fault("the partial file does not fit")
+        have = have if r.status_code == 206 else 0
+        total = have + int(r.headers["Content-Length"]) if "Content-Length" in r.headers else None
+        version = r.headers.get("ETag") or r.headers.get("Last-Modified") or "W/"
+        tag.unlink(missing_ok=True)
+        with open(part, "ab" if have else "wb") as f:
+            if not version.startswith("W/"):
+                tag.write_text(version)
+            start, got = time.monotonic(), 0
+            while chunk := r.raw.read1(MIB):
+                f.write(chunk)
+                got += len(chunk)
+                bar.update(len(chunk))
+                if (seconds := time.monotonic() - start) > 30 and got < SLOWEST_BYTES_PER_S * seconds:
+                    raise Fault("slower than 1 kB/s")
+        if total is not None and have + got != total:
+            raise Fault("connection cut")
+        linked = (r.history or [r])[0].headers.get("X-Linked-ETag", "").strip('"')  # Hugging Face
+        return linked if len(linked) == 64 else None
+
+
+def fetch(url, path, bar, md5=lambda: None):
+    """Download to `path`: resumed, verified by md5() where there is one, renamed when whole."""
+
+    def attempt():
+        want, sha256 = md5(), transfer(url, part, bar)
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+            head = f.read(512).lstrip().lower()
+            digest = hashlib.md5()
+            f.seek(0)
+            while want and (chunk := f.read(4 * MIB)):
+                digest.update(chunk)
+        fault = None
+        if want and digest.hexdigest() != want:
+            fault = "md5 differs from the published one"
+        elif sha256 and sha256_file(part) != sha256:
+            fault = "sha256 differs from the published one"
+        elif head.startswith((b"<!doctype html", b"<html")):
+            fault = "a web page in the file's place"
+        elif path.suffix == ".gz" and not head.startswith(b"\x1f\x8b"):
+            fault = "not a gzip file"
+        Path(f"{part}.etag").unlink(missing_ok=True)
+        if fault:
+            part.unlink()
+            raise Fault(fault)
+        os.replace(part, path)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(f"{path}.part")
+    if not path.exists():
+        retry(attempt, url)
+
+
+def fetch_pubmed(base, out, first, last, bar):
+    """Baseline, then update files, those numbered first to last."""
+    for folder in ("baseline/", "updatefiles/"):
+        listing = page(urljoin(base, folder), r"<a href|pubmed\d+n\d+")
+        for name, number in sorted(set(re.findall(r"\b(pubmed\d+n(\d{4,})\.xml\.gz)\b", listing))):
+            if first <= int(number) <= last:
+                url = urljoin(base, folder + name)
+                md5 = lambda url=url: page(url + ".md5", r"\b[0-9a-f]{32}\b").split("=")[-1].strip()
+                yield lambda url=url, name=name, md5=md5: fetch(url, out / name, bar, md5)
+
+
+def fetch_pmc(base, out, first, last, bar, licenses=()):
+    """Newest versions of the open-access articles, by the bucket's inventory; first to last by number."""
+    prefix = "inventory-reports/pmc-oa-opendata/metadata/"
+    listing = page(f"{base}?list-type=2&delimiter=/&prefix={prefix}", "<ListBucketResult")
+    newest = max(re.findall(rf"<Prefix>{prefix}(\d[^/<]+)/</Prefix>", listing))
+    versions = {}
+    for part in json.loads(page(f"{base}{prefix}{newest}/manifest.json", r'"files"'))["files"]:
+        inventory = out / ".inventory" / Path(part["key"]).name
+        fetch(base + part["key"], inventory, bar, lambda part=part: part.get("MD5checksum"))
+        with gzip.open(inventory, "rt") as f:
+            for _, key, *_ in csv.reader(f):
+                if match := re.fullmatch(r"metadata/PMC(\d+)\.(\d+)\.json", key):
+                    number, version = map(int, match.groups())
+                    versions[number] = max(version, versions.get(number, 0))
+
+    def article(number):
+        name = f"PMC{number}.{versions[number]}"
+        about = json.loads(page(f"{base}metadata/{name}.json", r'"pmcid"'))
+        if about["is_retracted"] or not about["is_pmc_openaccess"] or \
+                licenses and about["license_code"] not in licenses:
+            return
+        url = urlsplit(about["xml_url"])
+        md5 = lambda: (re.findall(r"md5=([0-9a-f]{32})", url.query) or [None])[0]
+        fetch(base + url.path.lstrip("/"), out / f"{number // 10_000}" / f"{name}.xml", bar, md5)
+
+    yield from ((lambda n=n: article(n)) for n in sorted(versions) if first <= n <= last)
+
+
+def unpack(archive, out, pattern):
+    """Write the archive's members that match `pattern` to out / its first group."""
+    is_tar = tarfile.is_tarfile(archive)
+    with (tarfile.open if is_tar else zipfile.ZipFile)(archive) as a:
+        for name in a.getnames() if is_tar else a.namelist():
+            if match := re.fullmatch(pattern, name):
+                target = out / match[1]
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(target) as f, (a.extractfile if is_tar else a.open)(name) as member:
+                    shutil.copyfileobj(member, f)
+
+
+def download(source, out, base_url=None, files=None, licenses=()):
+    """Fetch a source into `out`, CONNECTIONS files at a time; a rerun fetches what is missing."""
+    if source in BY_HAND:
+        raise ValueError(f"{source} has no plain address. {BY_HAND[source]} beneath the folder for --data")
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", files or "0-999999999999")
+    if not match:
+        raise ValueError(f"--files {files}: give a number or a range, like 1-3")
+    first, last, out = int(match[1]), int(match[2] or match[1]), Path(out)
+    base = (base_url or SOURCES[source]).rstrip("/") + "/"
+    names = {"mmlu": ["data.tar"], "medquad": ["master.zip"],
+             "pubmedqa": ["ori_pqal.json", "test_ground_truth.json"],
+             "biomedlm": ["config.json", "vocab.json", "merges.txt", "pytorch_model.bin"]}
+    with tqdm(unit="B", unit_scale=True, desc=f"download {source}", disable=None) as bar, \
+            ThreadPoolExecutor(CONNECTIONS) as pool:
+        if source == "pubmed":
+            jobs = fetch_pubmed(base, out, first, last, bar)
+        elif source == "pmc":
+            jobs = fetch_pmc(base, out, first, last, bar, licenses)
+        else:
+            jobs = [lambda n=n: fetch(base + n, out / n, bar) for n in names[source]]
+        try:
+            done = sum(1 for _ in pool.map(lambda job: job(), jobs))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    if not done:
+        raise ValueError(f"{base} lists no file numbered {files}: check --files")
+    if source == "mmlu":
+        unpack(out / "data.tar", out, r"(?:\./)?(data/(?:dev|val|test)/[a-z_]+\.csv)")
+    if source == "medquad":
+        unpack(out / "master.zip", out, r"[^/]+/(\d+_[^/.]+/[^/]+\.xml)")
+    print(f"download: {source} is whole in {out} ({done} addresses)")
+
+
+# ---------------------------------------------------------------------------------------------
+# extract: PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz
+
+CONTAINERS = {"PubmedArticleSet", "PubmedBookArticleSet", "articles", "pmc-articleset"}
+RECORD_LIMIT = 32 * MIB  # of XML between the ends of two records; the largest articles are near 15
+ENTITIES = {name[:-1]: text for name, text in html.entities.html5.items() if name.endswith(";")}
+PILE_SETS = ("PubMed Abstracts", "PubMed Central")
+NOTICES = {"correction", "retraction", "partial-retraction", "expression-of-concern"}
+SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
+
+
+def xml_records(path):
+    """Elements of the records of an XML file, plain or .gz, one by one in constant memory.
+
+    A record is a child of a known container's root, or else the root. Untrusted: entity declarations are refused
+    (a DOCTYPE alone is normal), nothing external is fetched, a record beyond RECORD_LIMIT is refused, so neither a gzip bomb
+    nor a gigantic text node fills the memory. JATS's named entities (&alpha;) read as HTML's.
+    """
+    builder = ET.TreeBuilder()
+    top = builder.start("top", {})  # above the root, so that finished records can be taken away
+    parser = ET.XMLParser(target=builder)  # a plain TreeBuilder: no Python call per element
+    parser.entity.update(ENTITIES)
+    pending = 0
+    try:
+        with open_input(path) as f:
+            check_prolog(chunk := f.read(MIB), path)
+            while chunk:
+                parser.feed(chunk)
+                pending += len(chunk)
+                if len(top) and local(top[0]) in CONTAINERS and len(top[0]) > 1:
+                    yield from top[0][:-1]  # the last one may still be open
+                    del top[0][:-1]
+                    pending = 0
+                if pending > RECORD_LIMIT:
+                    raise ValueError(f"{path}: a record of more than {RECORD_LIMIT // MIB} MiB: not an "
+                                     "article; remove the file or raise RECORD_LIMIT")
+                chunk = f.read(MIB // 16)
+            parser.close()
+    except (ET.ParseError, expat.ExpatError) as e:
+        raise ValueError(f"{path}: malformed XML ({e}): download it again") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ValueError(f"{path}: damaged gzip ({e}): download it again") from None
+    yield from top[0] if local(top[0]) in CONTAINERS else top
+
+
+def check_prolog(head, path):
+    """Refuse entity declarations; XML allows them in the DOCTYPE only, before the root's start."""
+    roots = []
+
+    def refuse(name, *_):
+        raise ValueError(f"{path} declares an entity ({name}): refused, it could expand without bound")
+
+    guard = expat.ParserCreate()
+    guard.EntityDeclHandler = refuse
+    guard.StartElementHandler = lambda tag, _: roots or roots.append(tag)
+    guard.Parse(head)
+    if not roots:
+        raise ValueError(f"{path}: no XML element in its first MiB: not an article file")
+
+
+def local(element):
+    return element.tag.rpartition("}")[2]
+
+
+def full_text(element):
+    """All text of an element, inline tags included, whitespace normalised; "" for None."""
+    return "" if element is None else " ".join("".join(element.itertext()).split())
+
+
+def pubmed_document(record, options):
+    """(id, text or None, reason it was dropped or None) of a PubmedArticle or PubmedBookArticle.
+
+    text = title + "\\n" + abstract, as The Pile has it; options["labels"]: "METHODS: " before the parts of a structured one.
+    """
+    citation = record.find("MedlineCitation")
+    article = record.find("BookDocument") if citation is None else citation.find("Article")
+    ident = (record.find("BookDocument") if citation is None else citation).findtext("PMID").strip()
+    title, parts = full_text(article.find("ArticleTitle")), []
+    for part in article.findall("Abstract/AbstractText"):
+        if body := full_text(part):
+            label = part.get("Label") if options["labels"] else None
+            parts.append(f"{label}: {body}" if label else body)
+    languages = {e.text for e in article.findall("Language")}
+    if options["languages"] and not languages & set(options["languages"]):
+        return ident, None, "another language"
+    in_pmc = any(e.get("IdType") == "pmc" for e in record.findall("PubmedData/ArticleIdList/ArticleId"))
+    if options["skip_pmc"] and in_pmc:
+        return ident, None, "in PMC"
+    if not parts:
+        return ident, None, "no abstract"
+    return ident, f"{title}\n{' '.join(parts)}".strip(), None
+
+
+JATS_DROPPED = set("ref-list graphic inline-graphic media supplementary-material object-id fn fn-group "
+                   "table-wrap-foot permissions attrib alt-text long-desc related-article annotation "
+                   "sub-article response".split())
+JATS_BLOCKS = set("title subtitle article-title p sec abstract list list-item disp-formula disp-quote boxed-text "
+                  "caption fig table-wrap tr def-item statement verse-line preformat speech".split())
+
+
+def jats_text(*elements):
+    """Text in reading order, a line per block (heading, paragraph, list item, caption, table row).
+
+    Kept: captions; tables as "cell | cell"; formulas as their TeX or the letters of their MathML. Dropped: references,
+    superscript citations (bracketed ones stay), footnotes, figures' files.
+    """
+    pieces = []
+
+    def walk(e):
+        tag = local(e)
+        if tag in JATS_DROPPED or tag == "xref" and e.get("ref-type", "").endswith("fn"):
+            return
+        if tag == "tex-math":  # the formula without LaTeX's preamble
+            pieces.append(re.sub(r"(?s).*\\begin\{document\}|\\end\{document\}.*", "", e.text or ""))
+            return
+        if tag in ("sup", "xref") and e.get("ref-type", "bibr") == "bibr" and cites(e, tag):
+            return
+        children = list(e)
+        if tag == "alternatives":  # the same formula or table several times over
+            ranks = ["tex-math", "math", "table"]
+            children = sorted((c for c in e if local(c) in ranks), key=lambda c: ranks.index(local(c)))[:1]
+        pieces.append("\n" if tag in JATS_BLOCKS else " " if tag == "break" else "")
+        pieces.append(re.sub(r"\s+", " ", e.text or ""))
+        for child in children:
+            walk(child)
+            pieces.append(re.sub(r"\s+", " ", child.tail or ""))
+        pieces.append({"label": "\0", "td": " | ", "th": " | ", "term": ": "}.get(tag, "\n" if tag in JATS_BLOCKS else ""))
+
+    for element in elements:
+        walk(element)
+    # \0 ends a label: "Figure 1" goes on the line of its caption, "2.1" on that of its heading
+    lines = re.sub(r"\0\s*", " ", "".join(pieces)).split("\n")
+    return "\n".join(line for line in (" ".join(x.split()).strip("| ") for x in lines) if line)
+
+
+def cites(e, tag):
+    """True for a superscript citation: <sup><xref bibr>1</xref></sup> or <xref bibr><sup>1</sup></xref>."""
+    inner = e.findall("xref") if tag == "sup" else e.findall("sup")
+    return bool(inner) and (tag == "xref" or all(x.get("ref-type") == "bibr" for x in inner))
+
+
+def jats_document(article, path):
+    """(id, text or None, reason) of a JATS article: title, abstract, body sections, late floats."""
+    for e in article.iter():
+        e.tag = local(e)
+    ids = {e.get("pub-id-type"): (e.text or "").strip() for e in article.findall("front/article-meta/article-id")}
+    pmc = (ids.get("pmcid") or ids.get("pmc") or "").upper().removeprefix("PMC").split(".")[0]
+    name = re.match(r"PMC(\d+)", Path(path).name)
+    ident = f"PMC{pmc}" if pmc else ids.get("pmid") or (f"PMC{name[1]}" if name else None)
+    if article.get("article-type") in NOTICES:
+        return ident, None, "correction or retraction"
+    meta = "front/article-meta/"
+    abstracts = [a for a in article.findall(meta + "abstract") if a.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
+    main = abstracts + article.findall("body")
+    text = jats_text(*article.findall(meta + "title-group/article-title"), *main, *article.findall("floats-group"))
+    if not any(full_text(e) for e in main):
+        return ident, None, "no abstract and no body"
+    return ident or f"{hash64(text):016x}", text, None
+
+
+def documents(path, options):
+    """(id, text or None, reason or None) of every record of an input file; reason "deleted" is passed on."""
+    kind = SUFFIX.search(path.name)[1]
+    if kind == "txt":
+        text, name = read_txt(path).strip(), re.match(r"PMC\d+", path.name)
+        yield name[0] if name else f"{hash64(text):016x}", text or None, None if text else "empty"
+    elif kind in ("json", "jsonl"):
+        for number, record in json_lines(path):
+            yield json_document(record, options, f"{path}: line {number}")
+    else:
+        for record in xml_records(path):
+            tag = local(record)
+            if tag == "DeleteCitation":
+                yield from ((e.text.strip(), None, "deleted") for e in record.findall("PMID"))
+            elif tag in ("PubmedArticle", "PubmedBookArticle"):
+                yield pubmed_document(record, options)
+            elif tag == "article":
+                yield jats_document(record, path)
+            else:
+                raise ValueError(f"{path}: <{tag}> is no record of PubMed or JATS: leave the file out")
+
+
+def json_document(record, options, where):
+    """JSON lines: {"text"}, {"title", "abstract"}, or The Pile's with meta.pile_set_name."""
+    pile = (record.get("meta") or {}).get("pile_set_name")
+    if pile and pile not in PILE_SETS:
+        return None, None, "another part of The Pile"
+    if record.get("deleted"):
+        return str(record["id"]), None, "deleted"
+    text = record.get("text")
+    if text is None and isinstance(record.get("title"), str):
+        text = f"{record['title'].strip()}\n{(record.get('abstract') or '').strip()}"
+        if not record.get("abstract"):
+            return str(record.get("id")), None, "no abstract"
+    if not isinstance(text, str):
+        raise ValueError(f'{where} has neither "text" nor "title" and "abstract"')
+    ident = record.get("id") or f"{hash64(text):016x}"
+    return str(ident), text.strip() or None, None if text.strip() else "empty"
+
+
+to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def extract_file(task):
+    """One input -> one output, whole or absent; returns its counts, or a str that says what is wrong."""
+    path, output, options = task
+    gc.disable()  # XML trees have no cycles, and looking for some takes a third of the time
+    counts, ids, sizes, lines = Counter(), array("Q"), array("I"), []
+    try:
+        with replacing(output) as f:
+            with gzip.GzipFile("", "wb", 1, f, mtime=0) as gz:
+                for ident, text, reason in documents(path, options):
+                    if text is None and reason != "deleted":
+                        counts[reason] += 1
+                        continue
+                    record = {"id": ident, "deleted": True} if text is None else {"id": ident, "text": text}
+                    lines.append(to_json(record) + "\n")
+                    ids.append(hash64(ident))
+                    sizes.append(len((text or "").encode()))
+                    if len(lines) == 1000:
+                        gz.write("".join(lines).encode())
+                        lines.clear()
+                gz.write("".join(lines).encode())
+            counts.update(keep_last(f, ids, sizes))
+    except RecursionError:
+        return f"{path}: elements nested too deeply for an article: leave the file out"
+    except (ValueError, OSError, AttributeError, EOFError, zlib.error) as e:
+        return str(e) if str(path) in str(e) else f"{path}: {type(e).__name__} {e}: damaged? get it anew"
+    finally:
+        gc.enable()
+    return counts
+
+
+def keep_last(f, ids, sizes):
+    """Settle versions and deletions within the gzip file `f`: of the lines of one id the last stays.
+
+    ids: uint64 hashes of the lines' ids, sizes: their text's bytes (0: deletion). Rewrites only if needed.
+    """
+    ids, sizes = np.frombuffer(ids, np.uint64), np.frombuffer(sizes, np.uint32)
+    keep = np.zeros(len(ids), bool)
+    keep[len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]] = True
+    if not keep.all():
+        with tempfile.TemporaryFile(dir=Path(f.name).parent) as draft:
+            f.seek(0)
+            shutil.copyfileobj(f, draft)
+            draft.seek(0)
+            f.seek(0)
+            f.truncate()
+            with gzip.GzipFile("", "wb", 1, f, mtime=0) as gz:
+                gz.writelines(line for line, k in zip(gzip.GzipFile(fileobj=draft), keep) if k)
+    return {"documents": int((sizes[keep] > 0).sum()), "bytes": int(sizes[keep].sum()),
+            "deletions": int((sizes[keep] == 0).sum()), "replaced in its file": int((~keep).sum())}
+
+
+def input_files(inputs, out):
+    """(input, output) pairs. Output: the path beneath the folder given, its "/" as "-"; a name already
+    taken by an earlier input gets -2, -3 and so on: no two collide, and the same inputs give the same."""
+    pairs = {}
+    for given in map(Path, inputs):
+        if not given.exists():
+            raise FileNotFoundError(f"{given} does not exist: give files or folders")
+        found = [given] if given.is_file() else sorted(given.rglob("*"), key=natural)
+        found = [p for p in found if p.is_file() and SUFFIX.search(p.name) and out not in p.parents]
+        if not found:
+            raise ValueError(f"nothing to extract in {given}: .xml, .nxml, .jsonl, .json or .txt, plain "
+                             "or .gz, are read (unpack .zst and .tar first)")
+        for path in found:
+            parts = [path.name] if path == given else path.relative_to(given).parts
+            stem = name = SUFFIX.sub("", "-".join(parts))
+            copy = 1
+            while (output := out / f"{name}.jsonl.gz") in pairs.values():
+                copy += 1
+                name = f"{stem}-{copy}"
+            pairs.setdefault(path, output)
+    return list(pairs.items())
+
+
+def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1, shard=None):
+    """Extract every input file that has no output newer than itself; returns the summed counts."""
+    out = Path(out)
+    options = {"labels": labels, "languages": sorted(languages), "skip_pmc": skip_pmc}
+    pairs = input_files(inputs, out)
+    tasks = [(path, output, options) for path, output in sharded(pairs, shard)]
+    make_folder(out, {output.name for _, output, _ in tasks})
+    settings = out / "extract.json"
+    if settings.exists() and json.loads(settings.read_text()) != options:
+        raise ValueError(f"{out} was extracted with other options ({settings}): use another --out")
+    with replacing(settings) as f:
+        f.write(json.dumps(options).encode())
+    todo = [t for t in tasks
+            if not t[1].exists() or t[1].stat().st_mtime < t[0].stat().st_mtime]
+    results = in_processes(extract_file, todo, workers, "extract")
+    total, errors = Counter(), [r for r in results if isinstance(r, str)]
+    for counts in results:
+        total.update({} if isinstance(counts, str) else counts)
+    kept = ("documents", "bytes", "deletions")
+    dropped = ", ".join(f"{k} {n:,}" for k, n in sorted(total.items()) if n and k not in kept) or "none"
+    print(f"extract: {len(todo) - len(errors)} files written, {len(tasks) - len(todo)} finished before, "
+          f"{total['documents']:,} documents, {total['bytes']:,} bytes of text, {total['deletions']} "
+          f"deletions passed on; dropped: {dropped}")
+    if errors:
+        for error in errors[1:6]:
+            print(f"extract: {error}", file=sys.stderr)
+        raise ValueError(f"{len(errors)} of {len(todo)} files failed, the others are done: {errors[0]}")
+    return total
 
 
 # ---------------------------------------------------------------------------------------------
 # tokenize: text -> train.bin, val.bin, meta.json
+#
+# Every document has a key, a hash of seed and id, and the arrays hold the documents by rising key: a
+# global shuffle that depends on nothing else. Workers turn each text file into a part, its tokens in
+# sorted runs; the join settles ids, deletions and equal texts on the parts' 64-bit hashes, then
+# gathers one range of keys after the other, which lies together in every run. Parts are of one file
+# each, so any worker or machine may make them.
+
+ROW = np.dtype([("id", "<u8"), ("text", "<u8"), ("tokens", "<u4"), ("bytes", "<u4")])  # 0 tokens: deleted
+RUN_TOKENS = 2**25  # sorted in memory at once, and gathered at once: 64 MiB
 
 
-def sha256_file(path):
+def mix64(x):
+    """splitmix64's finaliser on a uint64 array: a bijection in which each bit depends on all."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def shuffle_keys(ids, seed):
+    return mix64(ids ^ np.uint64(hash64(f"order {seed}")))
+
+
+def encode_file(task):
+    """One text file -> PART.bin (uint16 documents, in runs of rising key) and PART.npy (ROWs beside)."""
+    path, part, tokenizer_dir, eot, seed = task
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    tail = [tokenizer.eot_id] if eot else []
+    rows, run, run_tokens, table = [], [], 0, []
+
+    def write_run(f):
+        ordered = np.array(rows, ROW)
+        order = np.argsort(shuffle_keys(ordered["id"], seed), kind="stable")  # versions stay in order
+        for i in order:
+            f.write(run[i].tobytes())
+        table.append(ordered[order])
+
+    with replacing(f"{part}.bin") as f:
+        for ident, text in read_records(path):
+            ids = np.array(tokenizer.encode(text) + tail if text else [], np.uint16)
+            rows.append((hash64(ident), hash64(text or ""), len(ids), len((text or "").encode())))
+            run.append(ids)
+            run_tokens += len(ids)
+            if run_tokens >= RUN_TOKENS:
+                write_run(f)
+                rows, run, run_tokens = [], [], 0
+        write_run(f)
+    with replacing(f"{part}.npy") as f:  # its presence says that the part is whole
+        np.save(f, np.concatenate(table))
+
+
+def settle(table):
+    """Indices into `table` (ROWs of all parts, files in natural order) of the documents that stay, by rising id hash.
+
+    The last record of an id stands, and is gone if it is a deletion; of equal texts the one of the smallest id hash stays.
+    """
+    order = np.argsort(table["id"], kind="stable")
+    ids = table["id"][order]
+    alive = order[np.append(ids[1:] != ids[:-1], True)[: len(order)]]
+    alive = alive[table["tokens"][alive] > 0]
+    return alive[np.sort(np.unique(table["text"][alive], return_index=True)[1])]
+
+
+def write_array(path, docs, table, part, offset, parts):
+    """Append the documents `docs` (indices into table) in order, gathered run by run; returns sha256."""
+    lengths = table["tokens"][docs].astype(np.int64)
+    ends = np.cumsum(lengths)
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(2**22):
-            digest.update(chunk)
+    with replacing(path) as f, tqdm(total=int(ends[-1]), unit="token", desc=Path(path).name,
+                                    unit_scale=True, disable=None) as bar:
+        lo = 0
+        while lo < len(docs):
+            base = ends[lo] - lengths[lo]
+            hi = max(lo + 1, int(np.searchsorted(ends, base + RUN_TOKENS, "right")))
+            chunk, buffer = docs[lo:hi], np.empty(int(ends[hi - 1] - base), np.uint16)
+            to = ends[lo:hi] - lengths[lo:hi] - base
+            current = source = None
+            for i in np.lexsort((offset[chunk], part[chunk])):  # as they lie on disk
+                if part[chunk[i]] != current:
+                    current = part[chunk[i]]
+                    source = np.asarray(np.memmap(f"{parts[current]}.bin", np.uint16, "r"))
+                n, at = lengths[lo + i], offset[chunk[i]]
+                buffer[to[i] : to[i] + n] = source[at : at + n]
+            f.write(buffer)
+            digest.update(buffer)
+            bar.update(len(buffer))
+            lo = hi
     return digest.hexdigest()
 
 
-def tokenize(text, tokenizer_dir, out, val_fraction=0.002, eot=True, seed=17, workers=1):
-    """SIMPLE VERSION, in memory: to be replaced."""
-    out = Path(out)
-    tokenizer = Tokenizer.load(tokenizer_dir)
-    docs = {}
-    for ident, body in read_documents(text):
-        docs[ident] = body
+def join_parts(parts, out, meta, val_fraction, seed):
+    """Settle all parts' documents, split them, write the arrays; fills meta's train and val."""
+    tables = [np.load(f"{part}.npy") for part in parts]
+    part = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(t) for t in tables])
+    offset = np.concatenate([np.cumsum(t["tokens"], dtype=np.int64) - t["tokens"] for t in tables])
+    table = np.concatenate(tables)
+    docs = settle(table)
     if len(docs) < 2:
-        raise ValueError(f"{text} holds {len(docs)} documents: at least 2 are needed")
-    order = sorted(docs, key=hash64)
-    n_val = max(1, int(val_fraction * len(order)))
-    splits = {"val": order[:n_val], "train": order[n_val:]}
-    out.mkdir(parents=True, exist_ok=True)
-    meta = dict(dtype="uint16", vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, eot=eot,
-                seed=seed, tokenizer_sha256=tokenizer.fingerprint)
-    for split, ids in splits.items():
-        tokens, n_bytes = [], 0
-        for ident in sorted(ids, key=lambda i: hash64(f"{seed} {i}")):
-            tokens += tokenizer.encode(docs[ident]) + [tokenizer.eot_id] * eot
-            n_bytes += len(docs[ident].encode())
-        with replacing(out / f"{split}.bin") as f:
-            f.write(np.array(tokens, np.uint16).tobytes())
-        meta[split] = dict(tokens=len(tokens), documents=len(ids), bytes=n_bytes,
-                           sha256=sha256_file(out / f"{split}.bin"))
+        raise ValueError(f"{len(docs)} documents in all: at least two are needed, one to validate on")
+    need_space(out, 2 * int(table["tokens"][docs].sum()))
+    n_val = np.searchsorted(table["id"][docs], np.uint64(min(val_fraction * 2**64, 2**64 - 1)))
+    n_val = min(max(1, int(n_val)), len(docs) - 1)  # the smallest id hashes: a document never changes sides
+    (out / "meta.json").unlink(missing_ok=True)
+    for split, chosen in (("val", docs[:n_val]), ("train", docs[n_val:])):
+        chosen = chosen[np.argsort(shuffle_keys(table["id"][chosen], seed))]
+        sha256 = write_array(out / f"{split}.bin", chosen, table, part, offset, parts)
+        meta[split] = {"tokens": int(table["tokens"][chosen].sum()), "documents": len(chosen),
+                       "bytes": int(table["bytes"][chosen].sum(dtype=np.int64)), "sha256": sha256}
+    print(f"tokenize: {len(table):,} records, {len(docs):,} documents stay; train "
+          f"{meta['train']['tokens']:,} tokens, val {meta['val']['tokens']:,} in {n_val:,} documents")
+
+
+def need_space(folder, n_bytes):
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise OSError(f"{folder} needs about {n_bytes / 1e9:.1f} GB and has {free / 1e9:.1f} GB free: make "
+                      "room or use another --out")
+
+
+def text_bytes(path):
+    """Uncompressed size: a .gz says it in its last four bytes (modulo 4 GiB)."""
+    size = path.stat().st_size
+    if path.suffix != ".gz" or size < 4:
+        return size
+    with open(path, "rb") as f:
+        f.seek(-4, os.SEEK_END)
+        return max(size, int.from_bytes(f.read(), "little"))
+
+
+def tokenize(text, tokenizer_dir, out, val_fraction=0.002, eot=True, seed=17, workers=1, shard=None):
+    """Encode `text` into `out`. A rerun goes on where a killed run stopped and gives the same bytes.
+
+    With `shard` only the parts of its files are made, under out/parts; the call without it makes what
+    is missing and joins. Returns meta, or None for a shard.
+    """
+    out, tokenizer = Path(out), Tokenizer.load(tokenizer_dir)
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"--val_fraction {val_fraction}: give a share between 0 and 1, like 0.002")
+    if tokenizer.vocab_size > 2**16:
+        raise ValueError(f"{tokenizer_dir} has {tokenizer.vocab_size} tokens: uint16 arrays hold 65,536")
+    files = sharded(text_files(text), shard)
+    meta = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id, "eot": eot,
+            "seed": seed, "tokenizer_sha256": tokenizer.fingerprint}
+    parts_dir = out / "parts"
+    hashes = in_processes(sha256_file, files, workers, "read")
+    recipe = f"{tokenizer.fingerprint} {eot} {seed}"
+    inputs = hashlib.sha256(f"{recipe} {val_fraction} {hashes}".encode()).hexdigest()
+    if shard is None and is_done(out, inputs):
+        print(f"tokenize: {out} is finished; --val_fraction, --seed or other text make it anew")
+        shutil.rmtree(parts_dir, ignore_errors=True)
+        return load_meta(out)
+    parts = [parts_dir / f"{h[:16]}-{hash64(recipe):016x}" for h in hashes]
+    make_folder(out, {"train.bin", "val.bin", "meta.json"})
+    make_folder(parts_dir, {p.name + e for p in parts for e in (".bin", ".npy")})
+    todo = {p: f for p, f in zip(parts, files) if not Path(f"{p}.npy").exists()}
+    todo = dict(sorted(todo.items(), key=lambda item: -item[1].stat().st_size))  # no long one last
+    # 2 bytes a token, at least 3 bytes of text a token, once in the parts and once in the arrays
+    need_space(out, int(sum(map(text_bytes, todo.values())) * 2 / 3 * 2))
+    in_processes(encode_file, [(f, p, tokenizer_dir, eot, seed) for p, f in todo.items()], workers, "encode")
+    if shard is not None:
+        print(f"tokenize: shard {shard} is done ({len(files)} files); when all are, run without --shard")
+        return None
+    join_parts(parts, out, meta, val_fraction, seed)
     tokenizer.save(out)
-    with replacing(out / "meta.json") as f:
-        f.write(json.dumps(meta, indent=1).encode())
-    return meta
+    with replacing(out / "meta.json") as f:  # the last file: its presence says that all is whole
+        f.write(json.dumps({**meta, "inputs_sha256": inputs}, indent=1).encode())
+    shutil.rmtree(parts_dir)
+    return load_meta(out, verify=True)
+
+
+def is_done(out, inputs):
+    try:
+        return json.loads((out / "meta.json").read_text()).get("inputs_sha256") == inputs
+    except (OSError, ValueError):
+        return False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -211,18 +963,13 @@ def permute(index, n, seed, epoch):
     return out.astype(np.int64)
 
 
-def mix64(x):
-    """splitmix64's finaliser on a uint64 array: a bijection in which every bit depends on every bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def read_rows(path, rows, seq_len, eot_id=None):
     """(x, y) int64 (len(rows), seq_len): y is x shifted by one, its last target -100, as in the paper.
 
     Row -1, and what lies beyond the array's end, is padding: targets -100. eot_id: such targets are -100 too.
     """
+    import torch  # here, since it costs extract and tokenize 200 MB and seconds
+
     # Opened anew each time: the pages a long-lived memmap has touched count as resident memory.
     array = np.memmap(path, np.uint16, "r")
     x = np.zeros((len(rows), seq_len), np.int64)
@@ -238,6 +985,8 @@ def read_rows(path, rows, seq_len, eot_id=None):
 
 
 def to_device(batch, device):
+    import torch
+
     if torch.device(device).type != "cuda":
         return batch
     return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
@@ -321,15 +1070,16 @@ def load_qa(task, dir, split):
     task: medqa, medmcqa, mmlu, pubmedqa, bioasq or text. Raises FileNotFoundError where the file is missing, ValueError
     for an unknown split, an HTML page in the data's place, an empty file, a repeated id, or a label outside the set.
     """
-    readers = {"medqa": (load_medqa, "train dev test"), "pubmedqa": (load_pubmedqa, "train dev test")}
+    readers = {"medqa": load_medqa, "medmcqa": load_medmcqa, "mmlu": load_mmlu, "pubmedqa": load_pubmedqa,
+               "bioasq": load_bioasq, "text": load_text}
+    splits = ("dev", "val", "test") if task == "mmlu" else ("train", "dev", "test")
     if task not in readers:
         raise ValueError(f"unknown task {task!r}: use one of {', '.join(readers)}")
-    reader, splits = readers[task]
-    if split not in splits.split():
-        raise ValueError(f"{task} has no split {split!r}: use one of {', '.join(splits.split())}")
+    if split not in splits:
+        raise ValueError(f"{task} has no split {split!r}: use one of {', '.join(splits)}")
     if not Path(dir).is_dir():
         raise FileNotFoundError(f"{dir} is not a folder: give the one that holds {task}'s official files")
-    questions, seen = reader(Path(dir), split), set()
+    questions, seen = readers[task](Path(dir), split), set()
     if not questions:
         raise ValueError(f"{dir}: the {split} split of {task} is empty: download it again")
     for q in questions:
@@ -426,6 +1176,226 @@ def load_pubmedqa(folder, split):
                      target=data[i].get("LONG_ANSWER", "")) for i in ids]
 
 
+def load_medmcqa(folder, split):
+    """Official files count the answer `cop` from 1, the Hugging Face copy from 0: a file with a 0 is of
+    the second kind, one with a 4 of the first, one with both is refused; test has none (-1 in the copy)."""
+    path = find_file(folder, f"{split}.json", f"{split}.jsonl")
+    rows = read_json(path, lines=True)
+    labels = {row.get("cop") for row in rows}
+    if {0, 4} <= labels:
+        raise ValueError(f"{path}: cop holds both 0 and 4: neither the official file nor its HF copy")
+    numbers = range(0, 4) if 0 in labels else range(1, 5)
+    return [Question(
+        row["id"], row["question"], options=tuple(row[f"op{letter}"] for letter in "abcd"),
+        answer=None if row.get("cop") in (None, -1) else index_of(row["cop"], numbers, path),
+        subject=row.get("subject_name") or "", kind=row.get("choice_type") or "") for row in rows]
+
+
+def load_mmlu(folder, split):
+    """The medical subjects among <subject>_<split>.csv, in MMLU_SUBJECTS' order; headerless."""
+    questions = []
+    for subject in MMLU_SUBJECTS:
+        if not any(folder.rglob(f"{subject}_{split}.csv")):
+            continue
+        path = find_file(folder, f"{subject}_{split}.csv")
+        for i, row in enumerate(csv.reader(io.StringIO(read_official(path), newline=""))):
+            if len(row) != 6:
+                raise ValueError(f"{path}, question {i}: {len(row)} fields, not question,A,B,C,D,letter")
+            questions.append(Question(f"{subject}-{split}-{i}", row[0], options=tuple(row[1:5]),
+                                      answer=index_of(row[5], "ABCD", path), subject=subject))
+    if not questions:
+        raise FileNotFoundError(f"no <subject>_{split}.csv of {', '.join(MMLU_SUBJECTS)} beneath {folder}")
+    return questions
+
+
+def load_bioasq(folder, split):
+    """BLURB's <split>.tsv, or else golden JSON files' yes/no questions: *train* for train and dev (every
+    tenth: our choice, which also gives BLURB's 670 and 75), *golden* for test."""
+    if any(folder.rglob(f"{split}.tsv")):
+        path = find_file(folder, f"{split}.tsv")
+        rows = [line.split("\t") for line in read_official(path).split("\n") if line.strip()]
+        if bad := next((i for i, row in enumerate(rows, 1) if len(row) != 4), None):
+            raise ValueError(f"{path}, line {bad}: not id, question, context, yes|no between tabs")
+        return [Question(i, q, context=c, options=BIOASQ_LABELS, kind="yesno",
+                         answer=index_of(a.strip().lower(), BIOASQ_LABELS, f"{path}, {i}"))
+                for i, q, c, a in rows]
+    paths = sorted(folder.rglob("*golden*.json" if split == "test" else "*train*.json"))
+    if not paths:
+        raise FileNotFoundError(f"no {split}.tsv (BLURB) and no *golden*.json or *train*.json (BioASQ) "
+                                f"beneath {folder}: register at bioasq.org and put them there")
+    questions = []
+    for path in paths:
+        for q in read_json(path).get("questions", []):
+            if q.get("type") == "yesno":
+                label, ideal = (v[0] if isinstance(v, list) and v else v
+                                for v in (q.get("exact_answer"), q.get("ideal_answer")))
+                label = None if label is None else str(label).lower().strip(" .")
+                questions.append(Question(
+                    q["id"], q["body"], context=" ".join(s["text"] for s in q.get("snippets", [])),
+                    options=BIOASQ_LABELS, target=ideal or "", kind="yesno",
+                    answer=label and index_of(label, BIOASQ_LABELS, f"{path}, {q['id']}")))
+    part = {"train": lambda i: i % 10 > 0, "dev": lambda i: i % 10 == 0, "test": lambda i: True}[split]
+    return [q for i, q in enumerate(questions) if part(i)]
+
+
+def load_text(folder, split):
+    """Pairs of <split>.source and <split>.target lines, or MedQuAD's XML: by a hash of the document a tenth
+    is test and a tenth dev (our choice: there is no official split), answers withheld by licence left out."""
+    if any(folder.rglob(f"{split}.source")):
+        path = find_file(folder, f"{split}.source")
+        sources, targets = (read_official(p).removesuffix("\n").split("\n")
+                            for p in (path, path.with_suffix(".target")))
+        if len(sources) != len(targets):
+            raise ValueError(f"{path} has {len(sources)} lines and its .target {len(targets)}: a line each")
+        return [Question(f"{split}-{i}", s, target=t) for i, (s, t) in enumerate(zip(sources, targets))]
+    questions = []
+    for path in sorted(folder.rglob("*.xml")):
+        collection = path.parent.name
+        tenth = hash64(f"{collection}/{path.name}") % 10
+        if {0: "test", 1: "dev"}.get(tenth, "train") == split:
+            for root in xml_records(path):
+                for i, pair in enumerate(root.iter("QAPair")):
+                    question, answer = pair.find("Question"), full_text(pair.find("Answer"))
+                    if answer:
+                        questions.append(Question(
+                            f"{collection}/{path.stem}/{i}", full_text(question), target=answer,
+                            subject=collection, kind=question.get("qtype", "")))
+    return questions
+
+
+# ---------------------------------------------------------------------------------------------
+# the demo: an invented corpus, small enough to learn on a laptop
+
+SYLLABLES = ("ba", "cor", "dal", "fen", "gu", "hel", "ira", "jo", "kar", "lum", "mer", "nox", "or",
+             "pel", "qui", "ros", "sil", "tar", "ul", "vor", "wex", "xan", "yl", "zem")
+# relation -> (sentences of the corpus, questions); {d} is the drug, {o} what it is related to
+DEMO_FACTS = {
+    "disease": (
+        ("{d} is used to treat {o}.", "Patients with {o} improved on {d}.",
+         "The drug of choice for {o} is {d}.", "{d} relieves {o} within days.",
+         "We treated {o} with {d}.", "Which disease does {d} treat? It treats {o}."),
+        ("Which disease does {d} treat?", "{d} is used to treat which disease?",
+         "Patients with which disease improved on {d}?")),
+    "protein": (
+        ("{d} inhibits {o}.", "The target of {d} is {o}.", "Binding of {d} to {o} was strong.",
+         "{o} is blocked by {d}.", "The activity of {o} fell after {d}.",
+         "Which protein does {d} inhibit? It inhibits {o}."),
+        ("Which protein does {d} inhibit?", "{d} blocks the activity of which protein?",
+         "What is the target of {d}?")),
+    "gene": (
+        ("Carriers of {o} respond poorly to {d}.", "Resistance to {d} is due to {o}.",
+         "Mutations of {o} weaken {d}.", "The effect of {d} depends on {o}.",
+         "{o} predicts the response to {d}.",
+         "Which gene causes resistance to {d}? It is {o}."),
+        ("Which gene causes resistance to {d}?", "Mutations of which gene weaken {d}?",
+         "The response to {d} is predicted by which gene?")),
+}
+DEMO_DOUBTS = ("Trials of {d} in {o} disagree.", "It is unclear whether {d} helps in {o}.",
+               "Evidence for {d} in {o} is conflicting.", "Whether {d} treats {o} is not settled.")
+DEMO_FILLERS = (
+    "A total of {n} patients were enrolled in {p} centres.", "The mean age was {p} years.",
+    "Follow-up lasted {p} weeks.", "Doses of {p} mg were given twice a day.",
+    "No serious adverse events were seen in {n} patients.", "The difference was significant.",
+    "Further studies are needed.", "Adherence was {p} percent.")
+
+
+def demo_names(rng, count, ending):
+    """`count` different invented words."""
+    names = set()
+    while len(names) < count:
+        names.add(rng.choice(SYLLABLES) + rng.choice(SYLLABLES) + ending)
+    return sorted(names)
+
+
+def demo_facts(rng):
+    """Per drug what it treats, inhibits and is resisted by, and a disease where trials disagree."""
+    drugs = demo_names(rng, 64, "in")
+    objects = {"disease": demo_names(rng, 16, "itis"), "protein": demo_names(rng, 16, "ase"),
+               "gene": [name.upper() for name in demo_names(rng, 16, "1")]}
+    facts = {}
+    for drug in drugs:
+        fact = {relation: rng.choice(pool) for relation, pool in objects.items()}
+        fact["doubt"] = rng.choice([o for o in objects["disease"] if o != fact["disease"]])
+        facts[drug] = fact
+    return facts, objects
+
+
+def demo_document(rng, drug, fact):
+    """Some of a drug's facts, each in a random wording, among sentences that say nothing of it."""
+    sentences = [rng.choice(DEMO_FACTS[relation][0]).format(d=drug, o=fact[relation])
+                 for relation in rng.sample(sorted(DEMO_FACTS), 2)]
+    sentences += [rng.choice(DEMO_DOUBTS).format(d=drug, o=fact["doubt"])] * rng.randrange(2)
+    sentences += [text.format(n=rng.randrange(20, 400), p=rng.randrange(2, 80))
+                  for text in rng.sample(DEMO_FILLERS, 2)]
+    rng.shuffle(sentences)
+    return f"A study of {drug}\n" + " ".join(s[0].upper() + s[1:] for s in sentences)
+
+
+def demo_multiple_choice(rng, drugs, facts, objects):
+    """Questions in MedQA's official format: every fact of `drugs` in each wording, four options."""
+    for drug in drugs:
+        for relation, (_, questions) in DEMO_FACTS.items():
+            for question in questions:
+                answer = facts[drug][relation]
+                options = rng.sample([o for o in objects[relation] if o != answer], 3) + [answer]
+                rng.shuffle(options)
+                yield {"question": question.format(d=drug), "answer": answer,
+                       "options": dict(zip("ABCD", options)),
+                       "answer_idx": "ABCD"[options.index(answer)], "meta_info": relation}
+
+
+def demo_yes_no_maybe(rng, facts, objects):
+    """Questions in PubMedQA's official format; no context states the fact, so memory is tested."""
+    items = {}
+    for drug, fact in facts.items():
+        others = [o for o in objects["disease"] if o not in (fact["disease"], fact["doubt"])]
+        for label, disease in (("yes", fact["disease"]), ("no", rng.choice(others)),
+                               ("maybe", fact["doubt"])):
+            items[str(90_000_000 + len(items))] = {
+                "QUESTION": f"Does {drug} treat {disease}?",
+                "CONTEXTS": [f"{rng.randrange(20, 400)} patients were enrolled.",
+                             f"Follow-up lasted {rng.randrange(2, 80)} weeks."],
+                "LABELS": ["METHODS", "METHODS"], "MESHES": [], "YEAR": "2024",
+                "final_decision": label, "LONG_ANSWER": ""}
+    keys = list(items)
+    rng.shuffle(keys)
+    return {key: items[key] for key in keys}
+
+
+def make_demo(out, documents=16_000, seed=17):
+    """Write the whole demo to `out`: text/, tokenizer/, token arrays, and questions in qa/.
+
+    Drugs, genes, proteins and diseases are invented and their facts mean nothing: this is no
+    medical knowledge. A fact holds in every document, so a model can learn it from the corpus; half
+    of the drugs appear in no multiple-choice question but the test's.
+    """
+    out = Path(out)
+    rng = random.Random(seed)
+    facts, objects = demo_facts(rng)
+    drugs = sorted(facts)
+    work = out.with_name(out.name + ".tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    for folder in ("text", "qa/medqa/data_clean/questions/US/4_options", "qa/pubmedqa"):
+        (work / folder).mkdir(parents=True)
+    lines = []
+    for i in range(documents):
+        drug = rng.choice(drugs)
+        lines.append(json.dumps({"id": f"demo{i}", "text": demo_document(rng, drug, facts[drug])}))
+    text = ("\n".join(lines) + "\n").encode()
+    (work / "text/demo.jsonl.gz").write_bytes(gzip.compress(text, mtime=0))
+    rng.shuffle(drugs)
+    for split, part in (("train", drugs[:28]), ("dev", drugs[28:32]), ("test", drugs[32:])):
+        path = work / f"qa/medqa/data_clean/questions/US/4_options/phrases_no_exclude_{split}.jsonl"
+        path.write_text("".join(json.dumps(q) + "\n" for q in
+                                demo_multiple_choice(rng, part, facts, objects)))
+    questions = demo_yes_no_maybe(rng, facts, objects)
+    (work / "qa/pubmedqa/ori_pqal.json").write_text(json.dumps(questions, indent=1))
+    merges = train_bpe(count_pretokens([work / "text"]), 2048)
+    Tokenizer.from_merges(merges).save(work / "tokenizer")
+    tokenize(work / "text", work / "tokenizer", work, val_fraction=0.01, seed=seed)
+    os.replace(work, out)
+
+
 # ---------------------------------------------------------------------------------------------
 # the command line
 
@@ -433,17 +1403,47 @@ def load_pubmedqa(folder, split):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     acts = parser.add_subparsers(dest="act", required=True)
+    workers = {"type": int, "default": os.cpu_count() or 1, "help": "processes (default: the CPU count)"}
+    shard = {"metavar": "I/N", "help": "only this task's share of the files (default: all files)"}
+
+    p = acts.add_parser("download", help="fetch a source, resumed and verified")
+    p.add_argument("source", choices=[*SOURCES, *BY_HAND], help="what to fetch")
+    p.add_argument("--out", required=True, help="folder for the files")
+    p.add_argument("--base_url", help="a mirror of the source's address (default: the owner's)")
+    p.add_argument("--files", help="range of file numbers (pubmed) or PMC numbers (default: all)")
+    p.add_argument("--licenses", nargs="*", default=[], help="pmc: license codes to keep (default: all)")
+
+    p = acts.add_parser("demo", help="an invented corpus with tokenizer, arrays and questions")
+    p.add_argument("--out", default="data/demo", help="folder for it all (default: data/demo)")
+
+    p = acts.add_parser("extract", help="PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz")
+    p.add_argument("inputs", nargs="+", metavar="INPUT", help="files or folders, plain or .gz")
+    p.add_argument("--out", required=True, help="folder for the text")
+    p.add_argument("--labels", action="store_true", help="keep abstracts' section labels (default: off)")
+    p.add_argument("--languages", nargs="*", default=[], help="PubMed codes to keep, eng … (default: all)")
+    p.add_argument("--skip_pmc", action="store_true", help="drop citations in PMC, as The Pile did (off)")
+    p.add_argument("--workers", **workers)
+    p.add_argument("--shard", **shard)
+
     p = acts.add_parser("tokenize", help="text and tokenizer -> train.bin, val.bin, meta.json")
-    p.add_argument("--text", required=True, help="folder of *.jsonl.gz, .jsonl or .txt")
+    p.add_argument("--text", required=True, help="folder of .jsonl.gz, .jsonl or .txt files")
     p.add_argument("--tokenizer", required=True, help="folder of vocab.json and merges.txt")
     p.add_argument("--out", required=True, help="folder for the arrays")
     p.add_argument("--val_fraction", type=float, default=0.002, help="share of documents (default 0.002)")
-    p.add_argument("--no_eot", action="store_true", help="no end-of-text after documents (default: written)")
-    p.add_argument("--seed", type=int, default=17, help="of the document order (default 17, BioMedLM's)")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: CPU count)")
-    args = parser.parse_args()
-    if args.act == "tokenize":
-        tokenize(args.text, args.tokenizer, args.out, args.val_fraction, not args.no_eot, args.seed, args.workers)
+    p.add_argument("--no_eot", action="store_true", help="no end-of-text after documents (default: one)")
+    p.add_argument("--seed", type=int, default=17, help="of the documents' order (default 17)")
+    p.add_argument("--workers", **workers)
+    p.add_argument("--shard", **shard)
+
+    a = parser.parse_args()
+    if a.act == "demo":
+        make_demo(a.out)
+    elif a.act == "download":
+        download(a.source, a.out, a.base_url, a.files, a.licenses)
+    elif a.act == "extract":
+        extract(a.inputs, a.out, a.labels, a.languages, a.skip_pmc, a.workers, a.shard)
+    elif a.act == "tokenize":
+        tokenize(a.text, a.tokenizer, a.out, a.val_fraction, not a.no_eot, a.seed, a.workers, a.shard)
 
 
 if __name__ == "__main__":
@@ -451,3 +1451,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as e:  # a user's mistake: one line with its mend, no traceback
         sys.exit(f"data.py: error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)

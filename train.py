@@ -770,7 +770,7 @@ def main():
     say(f"{run.out}: {run.n_params:,} parameters, steps {start} to {s['total_steps']} of "
         f"{s['batch_tokens']:,} tokens = {run.world_size} ranks x {run.accumulation} micro-batches "
         f"x {run.micro_batch} sequences x {s['seq_len']}; {run.device}, {run.dtype}, "
-        f"{kernels_active()} ops")
+        f"ops: {kernels_active(run.device)}")
     step = train(model, optimizer, start, s, run)
     if step < s["total_steps"]:
         say(f"stopped at step {step}: the same command goes on from there")

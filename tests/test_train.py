@@ -543,7 +543,8 @@ def torchrun(script, *flags):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *map(str, flags[:-1]), str(script),
-         *map(str, flags[-1])], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+         *map(str, flags[-1])],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 @pytest.mark.slow

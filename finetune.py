@@ -1,0 +1,636 @@
+"""Fine-tune on a question set as BioMedLM does (arXiv 2403.18421 and its released code).
+
+    python finetune.py --task pubmedqa --data data/demo/qa/pubmedqa --init out/demo --out out/pm
+
+Reads a run of train.py or a Hugging Face GPT-2 folder (--init) and a question set in its official
+layout (--data); writes a folder that `transformers` loads, the tokenizer with the added tokens,
+head.pt, run.json, log.jsonl and predictions.jsonl. torchrun deals each batch's questions to ranks.
+Leaves out sharded parameters: a replica and its optimiser must fit (42 GB for 2.59B in fp32).
+
+Dimensions: B rows, T time, C width, Q questions, O options, E scored positions.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from data import load_qa
+from model import GPT, GPTConfig, cross_entropy, write_atomically
+from tokenizer import Tokenizer
+
+# ---------------------------------------------------------------------------------------------
+# tasks: what differs between them
+
+KINDS = {"medqa": "choice", "medmcqa": "choice", "mmlu": "choice", "pubmedqa": "labels",
+         "bioasq": "labels", "text": "text"}
+# BioMedLM: added in this order, so that [PAD] is 28896 on the released vocabulary; [CLS] is unused
+SPECIAL_TOKENS = {"choice": ["[PAD]", "[CLS]", "[SEP]"], "text": ["[PAD]", "<|startoftext|>"],
+                  "labels": ["[PAD]", "<|CONTEXT|>", "<|QUESTION|>", "<|ANSWER|>"]}
+LENGTHS = {"medqa": 512, "medmcqa": 512, "mmlu": 512, "pubmedqa": 512, "bioasq": 1024,
+           "text": 1022}  # BioMedLM; text: 510 + 510, a token between them and one after
+NEW_ROW_STD = 0.02  # BioMedLM: rows of added tokens, and (GPT-2's own init) the new head
+
+
+def default_settings(task, n_params):
+    """Peak learning rates, epochs and batch sizes (questions) by task and model size."""
+    kind = KINDS[task]
+    if n_params >= 1e9:  # inside BioMedLM's sweeps; for multiple choice nothing is published
+        lr = 2e-6 if kind == "labels" else 1e-5
+    else:  # our choice
+        lr = 3e-4 if n_params < 50e6 else 5e-5
+    epochs = {"choice": 5, "labels": 20, "text": 3}[kind]  # labels: BioMedLM's working point
+    return dict(lr=[lr], epochs=epochs, batch_size=[16])
+
+
+# ---------------------------------------------------------------------------------------------
+# questions -> token ids
+
+
+class Row(NamedTuple):
+    """A row of a batch: a prefix, and suffixes that each see it but not each other."""
+    prefix: list
+    suffixes: list
+
+    def length(self):
+        return len(self.prefix) + sum(map(len, self.suffixes))
+
+
+class Example(NamedTuple):
+    """A question as rows: one where its options share a prefix, else one an option."""
+    question: object
+    rows: list
+    truncated: bool = False
+    n_targets: int = 0  # text: tokens at the row's end that carry loss
+
+
+def truncate(ids, keep, limit):
+    """Cut the end of ids until they fit beside `keep` tokens: (ids, whether they were cut)."""
+    room = max(limit - keep, 0)
+    return ids[:room], len(ids) > room
+
+
+def encode_choice(question, tokenizer, special, limit, shared=True):
+    """BioMedLM: question + "[SEP]" and " " + option + "[SEP]" for each option, at most `limit` ids.
+
+    The longest part, which is the question, gives way; an option is cut only when it alone is too
+    long. Where every option leaves the same question, its tokens are there once (shared).
+    """
+    sep, rows, cut = [special["[SEP]"]], [], False
+    text = tokenizer.encode(question.question)
+    for option in question.options:
+        tail, cut_tail = truncate(tokenizer.encode(" " + option), 2, limit)
+        head, cut_head = truncate(text, len(tail) + 2, limit)
+        cut |= cut_tail or cut_head
+        rows.append(Row(head + sep, [tail + sep]))
+    if shared and all(row.prefix == rows[0].prefix for row in rows):
+        rows = [Row(rows[0].prefix, [row.suffixes[0] for row in rows])]
+    return Example(question, rows, cut)
+
+
+def encode_labels(question, tokenizer, special, limit):
+    """BioMedLM: <|CONTEXT|>context<|QUESTION|>question<|ANSWER|>, no spaces; the context gives way.
+
+    The paper found context first better than question first.
+    """
+    text, cut_text = truncate(tokenizer.encode(question.question), 3, limit)
+    context, cut = truncate(tokenizer.encode(question.context), len(text) + 3, limit)
+    ids = [special["<|CONTEXT|>"], *context, special["<|QUESTION|>"], *text, special["<|ANSWER|>"]]
+    return Example(question, [Row([], [ids])], cut or cut_text)
+
+
+def encode_text(question, tokenizer, special, limit):
+    """BioMedLM: source + <|startoftext|> + target + end-of-text, source and target <= 510 each."""
+    half = (limit - 2) // 2
+    source, cut = truncate(tokenizer.encode(question.question), 0, half)
+    target, cut_target = truncate(tokenizer.encode(question.target), 0, half)
+    ids = [*source, special["<|startoftext|>"], *target, tokenizer.eot_id]
+    return Example(question, [Row([], [ids])], cut or cut_target, len(target) + 1)
+
+
+def encode_all(questions, task, tokenizer, limit, **how):
+    """Examples of at most `limit` tokens a row; adds the task's special tokens to the tokenizer."""
+    names = SPECIAL_TOKENS[KINDS[task]]
+    special = dict(zip(names, tokenizer.add_special_tokens(names)))
+    encode = {"choice": encode_choice, "labels": encode_labels, "text": encode_text}[KINDS[task]]
+    return [encode(q, tokenizer, special, limit, **how) for q in questions]
+
+
+# ---------------------------------------------------------------------------------------------
+# batches
+
+
+class Batch(NamedTuple):
+    idx: torch.Tensor  # (B, T) int64, padded on the right, after every scored position
+    positions: torch.Tensor | None  # (B, T) int64; None: 0, 1, ...
+    mask: torch.Tensor | None  # (B, 1, T, T) bool, who sees whom; None: causal
+    ends: torch.Tensor  # (2, E) int64: row and column of every option's last token
+    n_ends: list  # of each question
+    answers: torch.Tensor  # (Q,) int64, -100 = unlabeled
+    targets: torch.Tensor | None  # (B, T) int64, shifted, -100 = no loss; text only
+
+
+def collate(examples, device="cpu"):
+    """One Batch of examples; pads with id 0, which nothing sees."""
+    rows = [row for e in examples for row in e.rows]
+    ids, positions, segments, ends = [], [], [], []
+    for b, (prefix, suffixes) in enumerate(rows):
+        row, place, segment = list(prefix), [*range(len(prefix))], [0] * len(prefix)
+        for k, suffix in enumerate(suffixes, 1):
+            row += suffix
+            place += range(len(prefix), len(prefix) + len(suffix))
+            segment += [k] * len(suffix)
+            ends.append((b, len(row) - 1))
+        for column, values in ((ids, row), (positions, place), (segments, segment)):
+            column.append(torch.tensor(values))
+    pad = lambda columns, fill=0: pad_sequence(columns, True, fill).to(device)  # noqa: E731
+    place = mask = targets = None
+    if any(len(row.suffixes) > 1 for row in rows):
+        segment, place = pad(segments, -1), pad(positions)
+        mask = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+        mask = mask.tril()[:, None]  # (B, T, T) -> (B, 1, T, T)
+    if examples[0].n_targets:  # text: the input is all but the last id
+        kept = [F.pad(row[-e.n_targets:], (len(row) - 1 - e.n_targets, 0), value=-100)
+                for row, e in zip(ids, examples)]
+        targets, ids = pad(kept, -100), [row[:-1] for row in ids]
+    answers = [getattr(e.question, "answer", None) for e in examples]
+    return Batch(pad(ids), place, mask, torch.tensor(ends, device=device).t(),
+                 [sum(len(row.suffixes) for row in e.rows) for e in examples],
+                 torch.tensor([-100 if a is None else a for a in answers], device=device), targets)
+
+
+def micro_batches(examples, micro_batch=None, max_tokens=4096):
+    """Cut examples, sorted by length, before rows padded to the longest pass max_tokens."""
+    size = lambda e: max(row.length() for row in e.rows)  # noqa: E731
+    chunk, n_rows = [], 0
+    for e in sorted(examples, key=size):
+        if chunk and (len(chunk) == micro_batch or (n_rows + len(e.rows)) * size(e) > max_tokens):
+            yield chunk
+            chunk, n_rows = [], 0
+        chunk.append(e)
+        n_rows += len(e.rows)
+    if chunk:
+        yield chunk
+
+
+# ---------------------------------------------------------------------------------------------
+# the model: a GPT and a head
+
+
+class TaskModel(nn.Module):
+    """BioMedLM's heads, on ln_f at the last token of an option or a prompt.
+
+    choice: Linear(C, 1) with bias, a score an option; labels: Linear(C, labels) without bias;
+    text: no head but the language model's own.
+    """
+
+    def __init__(self, gpt, kind, n_labels=0):
+        super().__init__()
+        self.gpt, self.kind, self.head = gpt, kind, None
+        if kind != "text":
+            self.head = nn.Linear(gpt.config.n_embd, n_labels or 1, bias=kind == "choice")
+            nn.init.normal_(self.head.weight, 0.0, NEW_ROW_STD)
+            if kind == "choice":
+                nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch):
+        """Scores (Q, O) fp32, -inf where a question has fewer options; text: summed nats."""
+        hidden = self.gpt.hidden(batch.idx, positions=batch.positions, mask=batch.mask)
+        if self.kind == "text":
+            scored = batch.targets != -100
+            return scored.sum() * cross_entropy(hidden[scored], self.gpt.transformer.wte.weight,
+                                                batch.targets[scored])
+        row, column = batch.ends
+        scores = self.head(hidden[row, column]).float()  # (B, T, C) -> (E, C) -> (E, 1 or labels)
+        if self.kind == "labels":
+            return scores
+        return pad_sequence(scores[:, 0].split(batch.n_ends), True, -math.inf)  # (E,) -> (Q, O)
+
+
+def loss_sum(model, batch):
+    """Summed, not mean: the caller divides by what the whole global batch holds."""
+    out = model(batch)
+    return out if batch.targets is not None else F.cross_entropy(out, batch.answers,
+                                                                 reduction="sum")
+
+
+def adapt(gpt, vocab_size, dropout=None):
+    """Give gpt rows N(0, 0.02) for added tokens, and another dropout; in place."""
+    wte = gpt.transformer.wte.weight.detach()
+    rows = torch.empty(max(vocab_size - len(wte), 0), wte.size(1)).normal_(0.0, NEW_ROW_STD)
+    gpt.transformer.wte = nn.Embedding.from_pretrained(torch.cat([wte, rows]), freeze=False)
+    dropout = gpt.config.dropout if dropout is None else dropout
+    gpt.config = dataclasses.replace(gpt.config, vocab_size=len(wte) + len(rows), dropout=dropout)
+    for block in gpt.transformer.h:
+        block.dropout = block.attn.dropout = dropout
+    return gpt
+
+
+def build(args, tokenizer, n_labels, seed):
+    """A TaskModel on the CPU for one seed: --init's weights, or fresh ones of its shape."""
+    torch.manual_seed(seed)
+    gpt = GPT(read_config(args.init)) if args.random_init else GPT.from_pretrained(args.init)
+    return TaskModel(adapt(gpt, tokenizer.vocab_size, args.dropout), KINDS[args.task], n_labels)
+
+
+def read_config(folder):
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        GPT.from_pretrained(folder)  # raises, and says what is missing
+    return GPTConfig.from_hf(json.loads(path.read_text()))
+
+
+def read_run(folder):
+    path = Path(folder) / "run.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def load_finetuned(folder, task, device="cpu"):
+    """(TaskModel in eval mode, Tokenizer, length limit) of a folder that this script wrote."""
+    run = read_run(folder)
+    if run.get("task") not in KINDS:
+        raise ValueError(f"{folder} is not fine-tuned: run finetune.py --task {task} on it first, "
+                         "or give --zero_shot")
+    if run["task"] != task and (KINDS[task] != "choice" or KINDS[run["task"]] != "choice"):
+        raise ValueError(f"{folder} was fine-tuned on {run['task']}, whose head cannot answer "
+                         f"{task}: fine-tune on {task} first")
+    model = TaskModel(GPT.from_pretrained(folder), KINDS[task], len(run["labels"]))
+    if model.head is not None:
+        model.head.load_state_dict(torch.load(Path(folder) / "head.pt", weights_only=True))
+    return model.to(device).eval(), Tokenizer.load(folder), run["length"]
+
+
+def save(out, model, tokenizer, run):
+    """A folder that `transformers` loads, and beside it what load_finetuned needs."""
+    model.gpt.save_pretrained(out)
+    tokenizer.save(out)
+    if model.head is not None:
+        write_atomically(out / "head.pt", lambda tmp: torch.save(model.head.state_dict(), tmp))
+    write_atomically(out / "run.json", lambda tmp: tmp.write_text(json.dumps(run, indent=1)))
+
+
+# ---------------------------------------------------------------------------------------------
+# training
+
+
+class Env:
+    """This process among its peers (torchrun), its device and its arithmetic."""
+
+    def __init__(self, device=None, dtype=None):
+        self.rank, self.world_size, local = (
+            int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        if device is None:
+            device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+        self.device, cuda = torch.device(device), device.startswith("cuda")
+        self.dtype = getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.world_size > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        self.world_size = max(self.world_size, 1)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def gather(self, value):
+        """The values of all ranks, in a list."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def print(self, text):
+        if self.rank == 0:
+            tqdm.write(text)
+
+
+def learning_rate(step, total_steps, peak):
+    """BioMedLM: linear warm-up over half of the steps (0 at step 0), then linear decay to 0."""
+    warmup = total_steps // 2
+    if step < warmup:
+        return peak * step / warmup
+    return peak * (total_steps - step) / (total_steps - warmup)
+
+
+def epoch_order(n, seed, epoch):
+    """A permutation of n examples, of (seed, epoch) alone: the same on every rank."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def train_step(model, examples, optimizer, env, micro_batch=None):
+    """One optimiser step on a global batch; returns this rank's part of its mean loss.
+
+    The mean is over the questions (text: target tokens) of the whole global batch, however ranks
+    and micro-batches cut it.
+    """
+    total = sum(e.n_targets or 1 for e in examples)
+    share = examples[env.rank::env.world_size]
+    weight = 1 if share else 0  # a rank without a question still joins the gradient's sum
+    chunks, summed = list(micro_batches(share or examples[:1], micro_batch)), 0.0
+    for i, chunk in enumerate(chunks):
+        silent = env.world_size > 1 and i < len(chunks) - 1
+        with model.no_sync() if silent else contextlib.nullcontext():
+            with env.autocast():
+                loss = weight * loss_sum(model, collate(chunk, env.device)) / total
+            (loss * env.world_size).backward()  # DDP takes the mean over ranks; the sum is wanted
+        summed += loss.detach()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return summed
+
+
+def train(task_model, train_set, dev_set, settings, env, log):
+    """Train one seed; returns its score on dev, with the chosen epoch's weights in task_model."""
+    model = DistributedDataParallel(task_model) if env.world_size > 1 else task_model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
+                                  weight_decay=0.0, fused=env.device.type == "cuda")
+    size, epochs, seed = (settings[k] for k in ("batch_size", "epochs", "seed"))
+    steps = math.ceil(len(train_set) / size)
+    torch.manual_seed(1000 * seed + env.rank)  # dropout differs between ranks
+    best = kept = None
+    bar = tqdm(total=epochs * steps, unit="step", disable=env.rank > 0, leave=False, mininterval=1)
+    for epoch in range(epochs):
+        order, start, loss = epoch_order(len(train_set), seed, epoch), time.perf_counter(), 0.0
+        model.train()
+        for step in range(steps):
+            lr = learning_rate(epoch * steps + step, epochs * steps, settings["lr"])
+            optimizer.param_groups[0]["lr"] = lr
+            batch = [train_set[i] for i in order[step * size:(step + 1) * size]]
+            loss += train_step(model, batch, optimizer, env, settings["micro_batch"])
+            bar.update()
+        loss = sum(env.gather(loss.item())) / steps
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} in epoch {epoch + 1}: lower --lr")
+        speed = len(train_set) / (time.perf_counter() - start)
+        score = quality(score_examples(task_model, dev_set, env), dev_set)
+        log(dict(lr=settings["lr"], batch_size=size, seed=seed, epoch=epoch + 1, loss=loss,
+                 dev=score, questions_per_s=speed))
+        if not settings["last"] and score is not None and (best is None or score > best):
+            best = score  # the first of equals
+            kept = {name: t.to("cpu", copy=True) for name, t in task_model.state_dict().items()}
+    bar.close()
+    if kept is not None:
+        task_model.load_state_dict(kept)
+    return score if kept is None else best
+
+
+# ---------------------------------------------------------------------------------------------
+# scores and what they are worth
+
+
+@torch.no_grad()
+def score_examples(model, examples, env, max_tokens=8192):
+    """Per example, in order: its options' or labels' scores; text: one, minus the summed nats."""
+    model.eval()
+    numbered = [e._replace(question=(i, e.question)) for i, e in enumerate(examples)]
+    found = {}
+    one = 1 if model.kind == "text" else None  # a loss belongs to one example
+    for chunk in micro_batches(numbered[env.rank::env.world_size], one, max_tokens):
+        with env.autocast():
+            scores = model(collate(chunk, env.device)).view(len(chunk), -1)
+        for e, row in zip(chunk, scores.tolist()):
+            i, question = e.question
+            found[i] = row[:len(question.options)] if model.kind != "text" else [-row[0]]
+    found = {i: row for part in env.gather(found) for i, row in part.items()}
+    return [found[i] for i in range(len(examples))]
+
+
+def correct(scores, examples):
+    """1 or 0 per example; the first of equal scores is the answer given."""
+    return [int(s.index(max(s)) == e.question.answer) for s, e in zip(scores, examples)]
+
+
+def quality(scores, examples):
+    """Accuracy; for text minus the mean nats a target token; None without examples."""
+    if not examples:
+        return None
+    if examples[0].n_targets:
+        return sum(s[0] for s in scores) / sum(e.n_targets for e in examples)
+    return statistics.fmean(correct(scores, examples))
+
+
+def wilson(share, n, z=1.96):
+    """95% interval of a share of n questions (Wilson's score interval)."""
+    centre, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / n)**2 / 4)
+    return [(centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)]
+
+
+def summarise(task, split, available, examples, values):
+    """What --json holds, of one `quality` a seed: their mean, Wilson's interval for n questions.
+
+    Seeds see the same questions, so n counts questions only. Beside it: chance, and the share of
+    the split's commonest answer.
+    """
+    row = dict(task=task, split=split, available=available, n=len(examples), accuracy=None,
+               ci95=None, truncated=sum(e.truncated for e in examples))
+    mean = statistics.fmean(values)
+    if task == "text":
+        return row | dict(loss=-mean)
+    answers = [e.question.answer for e in examples]
+    return row | dict(accuracy=mean, ci95=wilson(mean, len(examples)),
+                      std=statistics.stdev(values) if len(values) > 1 else None,
+                      chance=statistics.fmean(1 / len(e.question.options) for e in examples),
+                      majority=max(map(answers.count, set(answers))) / len(answers))
+
+
+def describe(row, n_seeds=1):
+    """`summarise`'s row as a sentence."""
+    what = f"{row['task']} {row['split']}, n={row['n']}, {row['truncated']} truncated: "
+    if row["accuracy"] is None:
+        return f"{what}{row['loss']:.4f} nats a target token, mean of {n_seeds} seeds"
+    over = f" ± {row['std']:.1%} over {n_seeds} seeds" if row["std"] is not None else ""
+    return (what + f"accuracy {row['accuracy']:.1%}{over}, 95% interval {row['ci95'][0]:.1%} to "
+            f"{row['ci95'][1]:.1%} for n questions; chance {row['chance']:.1%}, commonest answer "
+            f"{row['majority']:.1%}")
+
+
+def write_lines(path, rows):
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomically(Path(path), lambda tmp: tmp.write_text(text))
+
+
+def predictions(scores, examples):
+    return [dict(id=e.question.id, answer=e.question.answer, prediction=s.index(max(s)), scores=s)
+            for s, e in zip(scores, examples)]
+
+
+# ---------------------------------------------------------------------------------------------
+# the command line
+
+
+def read_questions(task, folders):
+    """{"train", "dev", "test": questions} of a task, official order, unlabeled ones included.
+
+    A folder of another task of the same kind adds its training questions (MMLU has none: BioMedLM
+    trains on MedMCQA and MedQA for it). Questions that also stand in dev or test leave train.
+    """
+    sets = {"train": [], "dev": [], "test": []}
+    others = [t for t in KINDS if KINDS[t] == KINDS[task] and t != task]
+    for folder in folders:
+        missing = []
+        for name in [task, *others]:
+            found = {}
+            for split in sets if name != "mmlu" else ("dev", "test"):
+                try:
+                    found[split] = load_qa(name, folder, split)
+                except FileNotFoundError as e:
+                    missing.append(e)
+            if found:
+                break
+        else:
+            raise missing[0]
+        for split in found if name == task else {"train"} & found.keys():
+            sets[split] += found[split]
+    key = lambda q: (q.question, q.context, q.options, q.target)  # noqa: E731
+    held_out = {key(q) for q in sets["dev"] + sets["test"]}
+    return sets | {"train": [q for q in sets["train"] if key(q) not in held_out]}
+
+
+def labeled(questions, limit=None):
+    """Those with an answer; `limit` of them evenly spaced, as some files are sorted by label."""
+    questions = [q for q in questions if q.answer is not None or q.target]
+    n = len(questions)
+    return [questions[i * n // limit] for i in range(limit)] if limit and limit < n else questions
+
+
+def numbers(kind):
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def parse_args():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = p.add_argument
+    add("--task", required=True, choices=sorted(KINDS), help="which question set --data holds")
+    add("--data", required=True, nargs="+", metavar="DIR",
+        help="folder with the official files; further ones add training questions")
+    add("--init", required=True, metavar="DIR", help="run of train.py or Hugging Face GPT-2 folder")
+    add("--out", required=True, metavar="DIR", help="folder to write")
+    add("--random_init", action="store_true", help="fresh weights of --init's shape (default: off)")
+    add("--seeds", type=numbers(int), default=[1, 2, 3], help="a run each (default: 1,2,3)")
+    add("--lr", type=numbers(float), help="peak rate, or a list to sweep (default: by size)")
+    add("--batch_size", type=numbers(int), help="questions a step, or a list (default: 16)")
+    add("--epochs", type=int, help="passes over the training questions (default: by task)")
+    add("--length", type=int, help="most tokens of a row (default and most: the task's, context)")
+    add("--dropout", type=float, help="probability (default: --init's own)")
+    add("--micro_batch", type=int, help="most questions at once (default: by 4,096 tokens)")
+    add("--limit", type=int, help="N questions of each split, evenly spread (default: all)")
+    add("--last", action="store_true", help="report the last epoch, as BioMedLM (default: best)")
+    add("--activation_checkpointing", action="store_true",
+        help="recompute blocks in backward: less memory, a third more time (default: off)")
+    add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
+    add("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 autocast on cuda)")
+    add("--json", metavar="FILE", help="also write the result here (default: none)")
+    return p.parse_args()
+
+
+def resolve(args, env):
+    """(run: the settings, for run.json; tokenizer; examples of each split)."""
+    config = read_config(args.init)
+    with torch.device("meta"):
+        n_params = GPT(config).n_params()
+    settings = default_settings(args.task, n_params)
+    settings |= {k: getattr(args, k) for k in settings if getattr(args, k) is not None}
+    length = min(args.length or math.inf, LENGTHS[args.task], config.n_positions)
+    sets, tokenizer = read_questions(args.task, args.data), Tokenizer.load(args.init)
+    split = "test" if labeled(sets["test"]) else "dev"  # MedMCQA's test has no answers
+    run = vars(args) | settings | dict(n_params=n_params, length=length, split=split, labels=(),
+                                       available=len(sets[split]), torch=torch.__version__)
+    sets = {k: encode_all(labeled(v, args.limit), args.task, tokenizer, length)
+            for k, v in sets.items()}
+    for k in ("train", split):
+        if not sets[k]:
+            raise ValueError(f"no labeled {k} questions of {args.task} in {' '.join(args.data)}: "
+                             "put the official file there, or add a --data folder that has some")
+    if KINDS[args.task] == "labels":
+        run["labels"] = sets["train"][0].question.options
+    first = sets["train"][0].rows[0]
+    env.print("prompt: " + tokenizer.decode(first.prefix + first.suffixes[0]))
+    env.print(" ".join([*(f"{k}={v}" for k, v in run.items()),
+                        *(f"{k}: {len(v)}" for k, v in sets.items())]))
+    return run, tokenizer, sets
+
+
+def train_seeds(args, run, tokenizer, sets, env, log):
+    """(a result a seed, (score on dev, seed, model on the CPU, scores) of the best seed on dev).
+
+    Epochs are chosen on dev, never on what is reported: where dev is reported, the last one.
+    """
+    dev, results, best = sets["dev"] if run["split"] == "test" else [], [], None
+    for seed in args.seeds:
+        model = build(args, tokenizer, len(run["labels"]), seed).to(env.device)
+        model.gpt.activation_checkpointing = args.activation_checkpointing
+        chosen = train(model, sets["train"], dev, run | dict(seed=seed), env, log)
+        scores = score_examples(model, sets[run["split"]], env)
+        value = quality(scores, sets[run["split"]])
+        results.append(dict(seed=seed, accuracy=value if run["task"] != "text" else None,
+                            value=value, dev=chosen))
+        log(results[-1])
+        if best is None or (chosen is not None and chosen > best[0]):
+            best = chosen, seed, model.cpu(), scores
+        del model
+    return results, best
+
+
+def main():
+    args = parse_args()
+    env, out, rows, winner = Env(args.device, args.dtype), Path(args.out), [], None
+    run, tokenizer, sets = resolve(args, env)
+    points = [(lr, size) for lr in run["lr"] for size in run["batch_size"]]
+    if len(points) > 1 and (run["split"] == "dev" or not sets["dev"]):
+        raise ValueError("no dev questions beside the reported ones: a sweep would choose on what "
+                         "it reports; give one --lr and one --batch_size")
+    if list(out.glob("checkpoint_*.pt")):
+        raise ValueError(f"{out} holds a run of train.py: give --out a folder of its own")
+
+    def log(row):
+        rows.append(row)
+        env.print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                           for k, v in row.items()))
+
+    reported = sets[run["split"]]
+    for lr, size in points:
+        run |= dict(lr=lr, batch_size=size)
+        results, (_, seed, model, scores) = train_seeds(args, run, tokenizer, sets, env, log)
+        mean = statistics.fmean(r["dev"] or 0.0 for r in results)
+        if winner is not None and mean <= winner:
+            continue
+        winner, values = mean, [r["value"] for r in results]
+        result = summarise(args.task, run["split"], run["available"], reported, values)
+        result |= dict(seeds=results, saved_seed=seed, lr=lr, batch_size=size)
+        if env.rank == 0:  # a later point of a sweep that does better on dev replaces it
+            out.mkdir(parents=True, exist_ok=True)
+            save(out, model, tokenizer, run | dict(result=result))
+            if args.task != "text":
+                write_lines(out / "predictions.jsonl", predictions(scores, reported))
+    env.print(f"{describe(result, len(args.seeds))}\nsaved: seed {result['saved_seed']} in {out}")
+    if env.rank == 0:
+        write_lines(out / "log.jsonl", rows)
+        if args.json:
+            Path(args.json).write_text(json.dumps(result, indent=1))
+    if env.world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:  # a user's mistake: one line with its mend, no traceback
+        sys.exit(f"finetune.py: error: {e}")

@@ -1,0 +1,230 @@
+"""model.py without its kernels: GPT-2's shape, numbers and folders (tests.md M1-M8)."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig, KVCache, newest_checkpoint
+
+FIXTURE = json.loads((Path(__file__).parent / "fixtures/hf_gpt2.json").read_text())
+TINY = GPTConfig(n_layer=3, n_head=2, n_embd=16, n_positions=32, vocab_size=61, dropout=0.0)
+
+
+def waves(model):
+    """Fill every parameter from a formula: a fixture of logits needs no weights beside it."""
+    for i, (_, p) in enumerate(sorted(model.named_parameters())):
+        wave = torch.sin(torch.arange(p.numel(), dtype=torch.float64) * 0.37 + i)
+        p.data.copy_((0.2 * wave).view(p.shape))
+    return model.eval()
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return GPT(TINY).eval()
+
+
+@pytest.fixture
+def idx():
+    return torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+def test_parameter_count_and_names():
+    """A missing bias, an untied head or another width would change the published count."""
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset("biomedlm"))
+    assert model.n_params() == 2_594_247_680
+    assert {n.split(".")[1] for n in model.state_dict()} == {"wte", "wpe", "h", "ln_f"}
+    assert model.state_dict()["transformer.h.31.mlp.c_fc.bias"].shape == (10240,)
+    with torch.device("meta"):
+        assert GPT(GPTConfig.preset("gpt2-124m")).n_params() == 124_439_808
+
+
+def test_logits_equal_hugging_face():
+    """Scale, GELU, LayerNorm or Conv1D's transposition differing from the released model's."""
+    config = GPTConfig.from_hf(FIXTURE["config"])
+    model = waves(GPT(config))
+    logits, loss = model(torch.tensor(FIXTURE["idx"]))
+    assert loss is None
+    assert torch.allclose(logits, torch.tensor(FIXTURE["logits"]), atol=1e-5)
+
+
+def test_beams_equal_hugging_face():
+    """A beam search that scores, bans n-grams or ends otherwise than the paper's decoding."""
+    model = waves(GPT(GPTConfig.from_hf(FIXTURE["config"])))
+    for case in FIXTURE["beams"]:
+        out = model.generate(torch.tensor(FIXTURE["idx"])[:, :4], 12, **case["settings"])
+        assert out.tolist() == case["tokens"]
+
+
+def test_inverse_layer_scale_matters(model, idx):
+    """The flag read but not applied: the released weights would give another model."""
+    plain = GPT(GPTConfig(**{**TINY.__dict__, "scale_attn_by_inverse_layer_idx": False})).eval()
+    plain.load_state_dict(model.state_dict())
+    assert not torch.allclose(model(idx)[0], plain(idx)[0])
+
+
+def test_causality(model, idx):
+    """A mask off by one: changing token t must leave the logits before t bit-equal."""
+    before, _ = model(idx)
+    changed = idx.clone()
+    changed[:, 11] = (changed[:, 11] + 1) % 61
+    after, _ = model(changed)
+    assert torch.equal(before[:, :11], after[:, :11])
+    assert not torch.equal(before[:, 11:], after[:, 11:])
+
+
+def test_cache_equals_full_forward(model, idx):
+    """Positions, mask or layers of the KV cache mixed up, at any cut, up to the context's end."""
+    idx = torch.cat([idx, idx[:, :12]], dim=1)  # 32 tokens: the whole context
+    full = model.hidden(idx)
+    for cuts in ([1] * 32, [5, 20, 7], [31, 1]):
+        cache = KVCache(TINY.n_layer)
+        parts = [model.hidden(piece, cache) for piece in idx.split(cuts, dim=1)]
+        assert torch.allclose(torch.cat(parts, dim=1), full, atol=1e-5)
+    with pytest.raises(ValueError, match="context of 32"):
+        model.hidden(idx[:, :1], cache)
+
+
+def test_init_statistics():
+    """A layer left at torch's own initialisation, or residual projections not scaled down."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=8, n_head=4, n_embd=256, n_positions=64, vocab_size=997))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            expected = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
+            assert abs(p.std().item() / expected - 1) < 0.05, name
+        else:
+            assert (p == (1.0 if "ln_" in name and name.endswith("weight") else 0.0)).all(), name
+    x = torch.randint(997, (4, 65))
+    _, loss = model.eval()(x[:, :-1], x[:, 1:])
+    assert abs(loss.item() - math.log(997)) < 0.1
+
+
+def test_loss_is_the_logits_cross_entropy(model, idx):
+    """Chunked loss: ignored targets counted, or the mean taken over the wrong number."""
+    targets = idx.roll(-1, 1)
+    targets[:, -1] = -100
+    targets[0, 3:9] = -100
+    logits, _ = model(idx)
+    want = torch.nn.functional.cross_entropy(logits.view(-1, 61), targets.view(-1))
+    assert torch.allclose(model(idx, targets)[1], want, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_overfits_one_batch(idx, checkpointing):
+    """A gradient cut anywhere: a small model must learn one batch by heart."""
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    model.activation_checkpointing = checkpointing
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(120):
+        _, loss = model(idx[:, :-1], idx[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_checkpointed_block_repeats_its_dropout(idx):
+    """Recomputing a block with another dropout mask: gradients of a function never evaluated."""
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**{**TINY.__dict__, "dropout": 0.2}))
+        model.activation_checkpointing = checkpointing
+        torch.manual_seed(1)
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_save_and_load(model, idx, tmp_path):
+    """A folder that loses a tensor, the configuration, or the tie between wte and the head."""
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == model.config and not again.training
+    assert torch.equal(again(idx)[0], model(idx)[0])
+    half = GPT.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_loads_what_old_versions_saved(model, idx, tmp_path):
+    """The released file's mask buffers and untied head, or a bare `h.0...` prefix, refused."""
+    model.save_pretrained(tmp_path)
+    state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    state["lm_head.weight"] = state["transformer.wte.weight"].clone()
+    state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32, dtype=torch.bool)
+    state = {name.removeprefix("transformer."): t for name, t in state.items()}
+    names = list(state)
+    index = {"weight_map": {n: f"part{i % 2}.bin" for i, n in enumerate(names)}}
+    for part in ("part0.bin", "part1.bin"):
+        torch.save({n: state[n] for n in names if index["weight_map"][n] == part}, tmp_path / part)
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert torch.equal(GPT.from_pretrained(tmp_path)(idx)[0], model(idx)[0])
+
+
+def test_safetensors_folder(model, idx, tmp_path):
+    """A folder in the format that Hugging Face writes today."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    model.save_pretrained(tmp_path)
+    state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    safetensors.save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "pytorch_model.bin").unlink()
+    assert torch.equal(GPT.from_pretrained(tmp_path)(idx)[0], model(idx)[0])
+
+
+def test_bad_folders_say_what_to_do(model, tmp_path):
+    """A traceback, or silence, where a person gave the wrong folder."""
+    with pytest.raises(FileNotFoundError, match="data.py download biomedlm"):
+        GPT.from_pretrained("stanford-crfm/BioMedLM")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "n_embd": 18}))
+    with pytest.raises(ValueError, match="config.json"):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "activation_function": "relu"}))
+    with pytest.raises(ValueError, match="activation_function"):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    data = (tmp_path / "pytorch_model.bin").read_bytes()
+    (tmp_path / "pytorch_model.bin").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_pickles_with_code_are_refused(tmp_path):
+    """A checkpoint that runs code when it is opened."""
+    torch.save({"model": Path("x")}, tmp_path / "checkpoint_0000001.pt")
+    assert newest_checkpoint(tmp_path) == (None, None)
+
+
+def test_generate(model, idx):
+    """Sampling that ignores its seed, a limit that cuts nothing, rows that go on after the end."""
+    prompt = idx[:, :4]
+    a, b = (model.generate(prompt, 8, top_k=5, top_p=0.9, seed=3) for _ in range(2))
+    assert torch.equal(a, b) and a.shape == (2, 12) and torch.equal(a[:, :4], prompt)
+    assert not torch.equal(a, model.generate(prompt, 8, top_k=5, top_p=0.9, seed=4))
+    greedy = model.generate(prompt, 8, temperature=0)
+    assert torch.equal(greedy, model.generate(prompt, 8, top_k=1, seed=5))
+    end = int(greedy[0, 6])
+    ended = model.generate(prompt, 8, temperature=0, eot_id=end)
+    first = (ended[0, 4:] == end).nonzero()[0, 0] + 4
+    assert (ended[0, first:] == end).all()
+    for bad in (dict(max_new_tokens=29), dict(max_new_tokens=0)):
+        with pytest.raises(ValueError):
+            model.generate(prompt, **bad)
+    with pytest.raises(ValueError, match="empty prompt"):
+        model.generate(prompt[:, :0], 4)
+
+
+def test_config_errors():
+    """Shapes that cannot be, found late by a matrix product's traceback."""
+    with pytest.raises(ValueError, match="n_head 3 does not divide"):
+        GPTConfig(n_embd=16, n_head=3)
+    with pytest.raises(ValueError, match="unknown preset"):
+        GPTConfig.preset("gpt5")
