@@ -6,9 +6,8 @@ Every comparison is interleaved in one process (A B A B ...) and reported as med
 since machines are shared and noisy. Rows print as they come; --json also writes them to FILE.
 """
 
-from pathlib import Path
-from xml.sax.saxutils import escape
 import argparse
+import gc
 import gzip
 import json
 import os
@@ -20,6 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
+from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -462,6 +463,196 @@ def bench_kernels(rest):
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device here: run `python tests/bench.py kernels --static`")
     return tune_kernels() if args.tune else time_kernels(args.quick)
+
+
+# ---------------------------------------------------------------------------------------------
+# train: a whole step of train.py beside a plain GPT's, on the same weights and optimiser
+
+
+def plain_block(residual, branch, dropout, n_head, ln_1w, ln_1b, qkv_w, qkv_b, proj_w, proj_b,
+                ln_2w, ln_2b, fc_w, fc_b, out_w, out_b):
+    """nanoGPT's block from torch's own ops; cut where ours is, so that compile fuses as much."""
+    import torch.nn.functional as F
+
+    if branch is not None:
+        residual = residual + F.dropout(branch, dropout)
+    B, T, C = residual.shape
+    x = F.layer_norm(residual, (C,), ln_1w, ln_1b)
+    q, k, v = F.linear(x, qkv_w, qkv_b).split(C, dim=2)
+    q, k, v = (t.view(B, T, n_head, C // n_head).transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    y = F.linear(y.transpose(1, 2).reshape(B, T, C), proj_w, proj_b)
+    residual = residual + F.dropout(y, dropout)
+    x = F.layer_norm(residual, (C,), ln_2w, ln_2b)
+    x = F.gelu(F.linear(x, fc_w, fc_b), approximate="tanh")
+    return residual, F.linear(x, out_w, out_b)
+
+
+def plain_head(residual, branch, targets, dropout, ln_w, ln_b, wte):
+    """Final LayerNorm, all logits at once, F.cross_entropy."""
+    import torch.nn.functional as F
+
+    x = F.layer_norm(residual + F.dropout(branch, dropout), ln_w.shape, ln_w, ln_b)
+    logits = F.linear(x, wte)
+    return F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1))
+
+
+def plain_step(model, optimizer, batches, accumulation, autocast, compiled):
+    """One step as nanoGPT takes it, on our model's parameters."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    block, head = compiled
+    t, p = model.transformer, model.config.dropout
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
+                SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    for _ in range(accumulation):
+        x, y = next(batches)
+        with autocast(), sdpa_kernel(backends, set_priority=True):
+            residual = F.dropout(t.wte(x) + t.wpe.weight[:x.size(1)], p)
+            branch = None
+            for layer in t.h:
+                residual, branch = block(residual, branch, p, model.config.n_head,
+                                         *layer.parameters())
+            loss = head(residual, branch, y, p, t.ln_f.weight, t.ln_f.bias, t.wte.weight)
+        (loss / accumulation).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+def train_variants(args, device, dropout, micro_batch):
+    """({name: a whole step}, the model): ours as train.py takes it, and the plain one."""
+    from functools import partial
+    from types import SimpleNamespace
+
+    import torch
+
+    import train
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    config = GPTConfig.preset(args.shape, dropout=dropout)
+    with torch.device(device):
+        model = GPT(config)
+    s = train.PRESETS[args.shape] | {"lr": 1e-5, "min_lr": 1e-5}
+    run = SimpleNamespace(device=device, rank=0, accumulation=args.accumulation,
+                          dtype="bfloat16" if device.type == "cuda" else "float32",
+                          micro_batch=micro_batch)
+    optimizer = train.make_optimizer(model, s)
+    x = torch.randint(config.vocab_size, (micro_batch, s["seq_len"]), device=device)
+    batches = iter(lambda: (x, x), None)
+    plain = plain_block, plain_head
+    if device.type == "cuda":  # the blocks share one graph, so that compiling takes seconds
+        plain = tuple(torch.compile(f, dynamic=False) for f in plain)
+    if args.compile:
+        for block in model.transformer.h:
+            block.compile()
+    autocast = partial(torch.autocast, device.type, torch.bfloat16,
+                       enabled=run.dtype == "bfloat16")
+    return {"ours": lambda: train.train_step(model, optimizer, batches, 200, s, run)[0],
+            "plain": lambda: plain_step(model, optimizer, batches, args.accumulation, autocast,
+                                        plain)}, model
+
+
+def timed_segment(step, device, seconds):
+    """(steps per second, peak GB) of running `step` for so many seconds, hot."""
+    import torch
+
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step()  # the cache is filled again outside the clock
+        torch.cuda.synchronize()
+    start, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < seconds:
+        step()
+        count += 1
+        if cuda:
+            torch.cuda.synchronize()
+    return count / elapsed, torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+
+
+def measure_train(args, device, dropout, micro_batch):
+    """Rows of one dropout rate: medians over `rounds` interleaved segments of each variant."""
+    import train
+
+    steps, model = train_variants(args, device, dropout, micro_batch)
+    for name, step in steps.items():
+        start = time.perf_counter()
+        loss = [step() for _ in range(3)][-1].item()
+        print(f"{name}: first 3 steps {time.perf_counter() - start:.0f} s, loss {loss:.4f}",
+              flush=True)
+    segments = {name: [] for name in steps}
+    for i in range(args.rounds):
+        for name in sorted(steps, reverse=i % 2 == 1):
+            segments[name].append(timed_segment(steps[name], device, args.seconds / args.rounds))
+    seq_len = train.PRESETS[args.shape]["seq_len"]
+    flops = train.flops_per_token(model.config, model.n_params(), seq_len)
+    peak, rows = train.peak_flops(device), []
+    for name, measured in segments.items():
+        rates = [rate * args.accumulation * micro_batch * seq_len for rate, _ in measured]
+        rows.append({
+            "variant": name + "+compile" * (name == "ours" and args.compile), "shape": args.shape,
+            "dropout": dropout, "micro_batch": micro_batch, "accumulation": args.accumulation,
+            "tokens_per_s": statistics.median(rates), "lowest": min(rates), "highest": max(rates),
+            "mfu": peak and statistics.median(rates) * flops / peak, "memory_gb": measured[-1][1],
+            "seconds": args.seconds})
+    ratios = [a / b for (a, _), (b, _) in zip(segments["ours"], segments["plain"])]
+    rows[0]["ratio"] = statistics.median(ratios)
+    for row in rows:
+        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                        for key, value in row.items()), flush=True)
+    return rows
+
+
+def bench_train(rest):
+    """tokens/s, MFU and peak memory of a full step, ours and plain in turns on the same weights."""
+    import torch
+
+    parser = argparse.ArgumentParser(prog="bench.py train")
+    parser.add_argument("--shape", default="demo", choices=("demo", "gpt2-124m", "biomedlm"),
+                        help="preset of train.py (default: demo)")
+    parser.add_argument("--micro_batch", type=int, help="sequences a forward pass (default: demo "
+                        "16, gpt2-124m 32, biomedlm 16 over 100 GB else 8; halved until it fits)")
+    parser.add_argument("--accumulation", type=int, help="micro-batches a step (default: demo 1, "
+                        "others 8, where a real run has 32 or more)")
+    parser.add_argument("--seconds", type=float, help="hot seconds of each variant (default: 60 on "
+                        "CUDA, 15 on a CPU)")
+    parser.add_argument("--rounds", type=int, default=6, help="turns taken (default: 6)")
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1],
+                        help="rates to measure (default: 0 0.1)")
+    parser.add_argument("--compile", action="store_true",
+                        help="torch.compile our blocks too (default: off)")
+    args = parser.parse_args(rest)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
+    torch.set_float32_matmul_precision("high")
+    args.seconds = args.seconds or (60 if cuda else 15)
+    args.accumulation = args.accumulation or (1 if args.shape == "demo" else 8)
+    roomy = cuda and torch.cuda.get_device_properties(device).total_memory > 100e9
+    micro_batch = args.micro_batch or {"demo": 16, "gpt2-124m": 32,
+                                       "biomedlm": 16 if roomy else 8}[args.shape]
+    print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}")
+    rows = []
+    for dropout in args.dropout:
+        while True:
+            try:
+                rows += measure_train(args, device, dropout, micro_batch)
+                break
+            except torch.OutOfMemoryError:
+                micro_batch //= 2
+                print(f"out of memory: micro_batch {micro_batch}", flush=True)
+                if not micro_batch:
+                    raise
+            finally:  # this round's model goes before the next is built
+                gc.collect()
+                if cuda:
+                    torch.cuda.empty_cache()
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------
