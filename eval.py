@@ -390,8 +390,9 @@ def fragmentation(args, _env):
              ([name, f"{n_words:,}", f"{tokens[name]:,}", f"{tokens[name] / n_words:.3f}",
                f"{n_bytes / tokens[name]:.3f}"] for name in tokenizers))
     groups = {}
-    for least, most in ((100, float("inf")), (10, 99), (1, 9), (0, 0)):
-        groups[f"{least} to {most}"] = [word for words in SPECIALTIES.values() for word in words
+    for least, most, name in ((100, 1e9, "100 or more"), (10, 99, "10 to 99"), (1, 9, "1 to 9"),
+                              (0, 0, "never")):
+        groups[name] = [word for words in SPECIALTIES.values() for word in words
                         if least <= seen[word.lower()] <= most]
     markdown(["times in the text", "terms", *columns], fragmentation_rows(groups, tokenizers))
 

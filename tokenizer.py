@@ -156,6 +156,8 @@ def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size {vocab_size} is below 257 (256 bytes, end-of-text): use more")
+    if min_frequency < 1:
+        raise ValueError(f"min_frequency {min_frequency} is below 1: BioMedLM's is 2")
     words = [piece.encode().translate(BYTE_ID).decode("latin-1") for piece in counts]
     freqs = list(counts.values())
     where = defaultdict(list)  # pair -> indices of words, one per occurrence, maybe outdated

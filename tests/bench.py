@@ -678,9 +678,10 @@ if part == "train":
     tok.save(folder + "/tokenizer.json")
 else:
     tok = Tokenizer.from_file(folder + "/tokenizer.json")
-    lines = open(text, newline="\\n", encoding="utf-8").read().split("\\n")
+    lines = open(text, newline="\\n", encoding="utf-8").readlines()
+    texts = ["".join(lines[i:i + 40]) for i in range(0, len(lines), 40)]
     start = clock()
-    rows = tok.encode_batch_fast(lines, add_special_tokens=False)
+    rows = tok.encode_batch_fast(texts, add_special_tokens=False)
     end = clock()
     import array, hashlib
     print(hashlib.sha256(b"".join(array.array("I", r.ids).tobytes() for r in rows)).hexdigest())
@@ -701,9 +702,10 @@ if part == "train":
     Tokenizer.from_merges(merges).save(folder)
 else:
     tok = Tokenizer.load(folder)
-    lines = open(text, newline="\\n", encoding="utf-8").read().split("\\n")
+    lines = open(text, newline="\\n", encoding="utf-8").readlines()
+    texts = ["".join(lines[i:i + 40]) for i in range(0, len(lines), 40)]
     start = clock()
-    rows = tok.encode_batch(lines, num_threads=int(threads))
+    rows = tok.encode_batch(texts, num_threads=int(threads))
     end = clock()
     import array, hashlib
     print(hashlib.sha256(b"".join(array.array("I", r).tobytes() for r in rows)).hexdigest())

@@ -275,6 +275,23 @@ def test_gpt2(shared, monkeypatch):
         assert tok.encode(text) == own.encode_ordinary(text)
 
 
+def test_audit(trained, tmp_path):
+    """eval.py's tables: pieces, words or bytes miscounted, a term list that shrank below 200."""
+    trained.save(tmp_path / "t")
+    text = "thrombin and thrombin (aspirin).\n"
+    (tmp_path / "x.txt").write_text(text)
+    done = run("eval.py", "tokenizer", "--tokenizer", tmp_path / "t", "--text", tmp_path / "x.txt")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.split("\n")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    pieces = [trained.decode([i]).strip() for i in trained.encode(" thrombin")]
+    assert ["thrombin", "/".join(pieces)] in rows
+    n = len(trained.encode(text))
+    assert ["t", "4", str(n), f"{n / 4:.3f}", f"{len(text) / n:.3f}"] in rows
+    assert next(int(row[1]) for row in rows if row[0] == "the ten together") >= 200
+    assert ["1 to 9", "1"] in [row[:2] for row in rows]  # aspirin is listed, thrombin is not
+
+
 # ---------------------------------------------------------------------------------------------
 # a user's mistakes
 
@@ -305,6 +322,8 @@ def test_bad_input(trained, tmp_path):
     """Tracebacks, silence or half-written files on a user's mistakes."""
     with pytest.raises(ValueError, match="257"):
         train_bpe({"ab": 5}, 256)
+    with pytest.raises(ValueError, match="min_frequency"):
+        train_bpe({"ab": 5}, 300, min_frequency=0)
     for ids in ([800], [-1]):
         with pytest.raises(ValueError, match="another tokenizer"):
             trained.decode(ids)
