@@ -1,11 +1,11 @@
-"""Raw sources -> text -> token arrays -> batches; and the question sets as their owners publish them.
+"""Raw sources -> text -> token arrays -> batches; question sets as their owners publish them.
 
     python data.py extract pubmed/ pmc/ --out text            # PubMed XML, JATS, JSON lines, .txt
     python data.py tokenize --text text --tokenizer tokenizer --out data/pubmed
 
-Reads what `download` fetched or what lies on disk; writes text (*.jsonl.gz, a document {"id", "text"}
-a line) and arrays: train.bin, val.bin (flat uint16), meta.json, and the tokenizer beside them. Every
-output depends on inputs and flags alone: no time, path, host or worker count. On N machines with one
+Reads what `download` fetched or what lies on disk. Writes text (*.jsonl.gz, a line a document
+{"id", "text"}) and arrays: train.bin, val.bin (flat uint16), meta.json, and the tokenizer beside them. An
+output depends on inputs and flags alone: no time, path, host, worker count. On N machines with one
 --out: --shard 0/N ... N-1/N, then, for tokenize, the same command without --shard, which joins.
 Left out: language detection, near-duplicates, back matter (references, appendices, peer reviews).
 """
@@ -41,7 +41,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 from xml.parsers import expat
 
 import numpy as np
@@ -80,7 +80,7 @@ def make_folder(folder, names):
 
 
 def in_processes(function, tasks, workers, title):
-    """Results of function(task) in the tasks' order, from `workers` processes, with a progress bar."""
+    """Results of function(task) in the order of tasks, from `workers` processes, with a bar."""
     bar = {"total": len(tasks), "desc": title, "unit": "file", "disable": None}
     if workers <= 1 or len(tasks) <= 1:
         return list(tqdm(map(function, tasks), **bar))
@@ -153,10 +153,10 @@ def json_lines(path):
             try:
                 if line.strip():
                     record = json.loads(line.decode("utf-8-sig"))
-                    record.get  # an object, not a list or a number
+                    assert isinstance(record, dict)
                     yield number, record
-            except (ValueError, AttributeError):
-                raise ValueError(f"{path}: line {number} is not a JSON object, or longer than 64 MiB: "
+            except (ValueError, AssertionError):
+                raise ValueError(f"{path}: line {number} is no JSON object or exceeds 64 MiB: "
                                  "get the file anew") from None
 
 
@@ -169,7 +169,7 @@ def read_records(path):
     for number, record in json_lines(path):
         ident, text = record.get("id"), record.get("text")
         if not isinstance(ident, str) or not (isinstance(text, str) or record.get("deleted")):
-            raise ValueError(f'{path}: line {number} lacks "id" or "text": run data.py extract on it')
+            raise ValueError(f'{path}: line {number} lacks "id" or "text": run data.py extract')
         yield ident, None if record.get("deleted") else text
 
 
@@ -209,23 +209,23 @@ FILES = {"mmlu": ["data.tar"], "medquad": ["master.zip"],
 UNPACKED = {"mmlu": r"(?:\./)?(data/(?:dev|val|test)/[a-z_]+\.csv)",
             "medquad": r"[^/]+/(\d+_[^/.]+/[^/]+\.xml)"}
 BY_HAND = {
-    "medqa": "https://github.com/jind11/MedQA links a Google Drive archive: put its data_clean folder",
+    "medqa": "https://github.com/jind11/MedQA links a Google Drive archive: put its data_clean",
     "medmcqa": "https://github.com/medmcqa/medmcqa links a Google Drive archive: put train.json, "
                "dev.json, test.json",
-    "bioasq": "http://participants-area.bioasq.org has the golden files after registration, BLURB's "
+    "bioasq": "http://participants-area.bioasq.org (registration) has the golden files, BLURB's "
               "scripts make {train,dev,test}.tsv of them: put either",
 }
-AGENT = {"User-Agent": "biomedlm-data/1.0 (four connections at most)", "Accept-Encoding": "identity"}
+AGENT = {"User-Agent": "biomedlm-data/1.0 (at most 4 connections)", "Accept-Encoding": "identity"}
 TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S = 7, 1.0, 4, (10, 30)
 SLOWEST_BYTES_PER_S, SLOW_AFTER_S = 1000, 30  # a slower connection is dropped, then resumed
 
 
 class Fault(Exception):
-    """A transfer that may succeed when tried again; args: what happened, seconds to wait if asked."""
+    """A transfer that may succeed when tried again; args: what happened, seconds to wait."""
 
 
 def retry(function, url):
-    """function() until it raises no Fault: TRIES times, waiting 1, 2, 4 … s or as asked, at most 60."""
+    """function() until it raises no Fault: TRIES times, 1, 2, 4 … 60 s apart, or as asked."""
     for attempt in range(TRIES):
         try:
             return function()
@@ -339,10 +339,10 @@ def fetch_pubmed(base, out, first, last, bar):
         fetch(url, out / url.rsplit("/", 1)[1], bar, md5)
 
     for folder in ("baseline/", "updatefiles/"):
-        listing = page(urljoin(base, folder), r"<a href|pubmed\d+n\d+")
+        listing = page(base + folder, r"<a href|pubmed\d+n\d+")
         for name in sorted(set(re.findall(r"\bpubmed\d+n\d+\.xml\.gz\b", listing)), key=natural):
             if first <= int(re.search(r"n(\d+)", name)[1]) <= last:
-                yield lambda url=urljoin(base, folder + name): citations(url)
+                yield lambda url=base + folder + name: citations(url)
 
 
 def fetch_pmc(base, out, first, last, bar, licenses):
@@ -391,7 +391,7 @@ def unpack(archive, out, pattern):
 def download(source, out, base_url=None, files=None, licenses=()):
     """Fetch a source into `out`, CONNECTIONS files at a time; a rerun fetches what is missing."""
     if source in BY_HAND:
-        raise ValueError(f"{source} has no plain address. {BY_HAND[source]} into the folder for --data")
+        raise ValueError(f"{source} has no plain address. {BY_HAND[source]} in --data's folder")
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", files or "0-999999999999")
     if not match:
         raise ValueError(f"--files {files}: give a number or a range, like 1-3")
@@ -416,7 +416,7 @@ def download(source, out, base_url=None, files=None, licenses=()):
         except KeyboardInterrupt:
             os._exit(130)  # at once; partial files stay, to be resumed
     if errors:
-        raise OSError(f"{len(errors)} of {done} files failed, run again for them; the first: {errors[0]}")
+        raise OSError(f"{len(errors)} of {done} files failed, run again; the first: {errors[0]}")
     if not done:
         raise ValueError(f"{base} lists no file numbered {files}: check --files")
     if source in UNPACKED:
@@ -460,7 +460,7 @@ def xml_records(path):
                     del top[0][:-1]
                     pending = 0
                 if pending > RECORD_LIMIT:
-                    raise ValueError(f"{path}: a record of more than {RECORD_LIMIT // MIB} MiB is no "
+                    raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
                                      "article: remove the file or raise RECORD_LIMIT")
                 chunk = f.read(MIB // 16)
             parser.close()
@@ -474,7 +474,7 @@ def check_prolog(head, path):
     roots = []
 
     def refuse(name, *_):
-        raise ValueError(f"{path} declares an entity ({name}), which could grow without bound: refused")
+        raise ValueError(f"{path} declares an entity ({name}): refused, it could grow endlessly")
 
     guard = expat.ParserCreate()
     guard.EntityDeclHandler = refuse
@@ -519,10 +519,11 @@ def pubmed_document(record, options):
     return ident, f"{full_text(article.find('ArticleTitle'))}\n{' '.join(parts)}".strip(), None
 
 
-JATS_DROPPED = {*"""ref-list graphic inline-graphic media supplementary-material object-id fn fn-group
-    table-wrap-foot permissions attrib alt-text long-desc related-article annotation""".split()}
-JATS_BLOCKS = {*"""title subtitle article-title p sec abstract list list-item disp-formula
-    disp-quote boxed-text caption fig table-wrap tr def-item statement verse-line speech""".split()}
+words = re.compile(r"[\w-]+").findall
+JATS_DROPPED = set(words("""ref-list graphic inline-graphic media supplementary-material object-id fn
+    fn-group table-wrap-foot permissions attrib alt-text long-desc related-article annotation"""))
+JATS_BLOCKS = set(words("""title subtitle article-title p sec abstract list list-item disp-formula tr
+    disp-quote boxed-text caption fig table-wrap def-item statement verse-line speech"""))
 AFTER = {"label": "\0", "td": " | ", "th": " | ", "term": ": ", **dict.fromkeys(JATS_BLOCKS, "\n")}
 
 
@@ -548,7 +549,8 @@ def jats_text(*elements):
             return
         if tag == "alternatives":  # one formula or table, several times over
             ranks = ["tex-math", "math", "table"]
-            ranked = sorted((ranks.index(local(c)), i) for i, c in enumerate(e) if local(c) in ranks)
+            ranked = sorted((ranks.index(local(c)), i) for i, c in enumerate(e)
+                            if local(c) in ranks)
             children = [e[i] for _, i in ranked[:1]]
         pieces.append("\n" if tag in JATS_BLOCKS else " " if tag == "break" else "")
         pieces.append(re.sub(r"\s+", " ", e.text or ""))
@@ -566,7 +568,7 @@ def jats_text(*elements):
 
 
 def is_superscript_citation(e, tag, before):
-    """<sup><xref>1</xref></sup>, <xref><sup>1</sup></xref>, or a number glued to the word `before`."""
+    """<sup><xref>1</xref></sup>, <xref><sup>1</sup></xref>, or a number glued to the word."""
     if tag == "sup":
         return bool(len(e)) and all(x.get("ref-type") == "bibr" for x in e)
     glued = re.search("[a-z.)\\]”’%][,;]?$|\1[,;–-]?$", before, re.IGNORECASE)
@@ -615,7 +617,7 @@ def json_document(record, options, where):
 
 
 def documents(path, options):
-    """(id, text or None, reason or None) of every record of a file; reason "deleted" is passed on."""
+    """(id, text or None, reason or None) of each record of a file; "deleted" is passed on."""
     kind = SUFFIX.search(path.name)[1]
     if kind == "txt":
         text, name = read_txt(path).strip(), re.match(r"PMC\d+", path.name)
@@ -662,14 +664,14 @@ def extract_file(task):
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         return f"{path}: damaged gzip ({e}): download it again"
     except (ValueError, OSError, AttributeError) as e:
-        return str(e) if str(path) in str(e) else f"{path}: {e}: not as its owner made it, get it anew"
+        return str(e) if str(path) in str(e) else f"{path}: {e}: damaged, get it anew"
     finally:
         gc.enable()
     return counts
 
 
 def keep_last(f, ids, sizes):
-    """Settle versions and deletions within the gzip file `f`: of the lines of one id the last stays.
+    """Settle versions and deletions within gzip file `f`: of the lines of one id the last stays.
 
     ids: 64-bit hashes of the lines' ids; sizes: bytes of their texts, 0 for a deletion.
     """
@@ -685,13 +687,14 @@ def keep_last(f, ids, sizes):
             f.truncate()
             with gzip.GzipFile("", "wb", 1, f, mtime=0) as gz:
                 gz.writelines(line for line, k in zip(gzip.GzipFile(fileobj=draft), keep) if k)
-    return {"documents": int((sizes[keep] > 0).sum()), "bytes": int(sizes[keep].sum(dtype=np.int64)),
-            "deletions": int((sizes[keep] == 0).sum()), "replaced in its file": int((~keep).sum())}
+    sums = {"documents": (sizes[keep] > 0).sum(), "bytes": sizes[keep].sum(dtype=np.int64),
+            "deletions": (sizes[keep] == 0).sum(), "replaced in its file": (~keep).sum()}
+    return {k: int(n) for k, n in sums.items()}
 
 
 def input_files(inputs, out):
-    """(input, output) pairs. An output is named by the path beneath the folder given, with "-" for "/";
-    a name that an earlier input took gets -2, -3 …: no two collide, the same inputs give the same."""
+    """(input, output) pairs. An output is named by the path beneath the folder given, "/" as "-"; a
+    name that an earlier input took gets -2, -3 …: none collide, the same inputs give the same."""
     pairs, taken = {}, set()
     for given in map(Path, inputs):
         if not given.exists():
@@ -699,7 +702,7 @@ def input_files(inputs, out):
         found = [given] if given.is_file() else sorted(given.rglob("*"), key=natural)
         found = [p for p in found if p.is_file() and SUFFIX.search(p.name) and out not in p.parents]
         if not found:
-            raise ValueError(f"nothing to extract in {given}: .xml, .nxml, .jsonl, .json, .txt, plain "
+            raise ValueError(f"nothing to extract in {given}: .xml, .nxml, .jsonl, .json, .txt or "
                              "or .gz, are read (unpack .zst and .tar first)")
         for path in found:
             name = path.name if path == given else "-".join(path.relative_to(given).parts)
@@ -735,19 +738,19 @@ def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1, 
           f"{total['deletions']:,} deletions passed on; dropped: "
           + (", ".join(f"{k} {n:,}" for k, n in sorted(dropped.items())) or "none"))
     if errors:
-        raise ValueError(f"{len(errors)} of {len(todo)} files failed, the others are done; mend and run "
-                         "again: " + "; ".join(errors[:5]))
+        raise ValueError(f"{len(errors)} of {len(todo)} files failed, others are done; mend, "
+                         "run again: " + "; ".join(errors[:5]))
     return total
 
 
 # ---------------------------------------------------------------------------------------------
 # tokenize: text -> train.bin, val.bin, meta.json
 #
-# Every document has a key, a hash of seed and id, and the arrays hold the documents by rising key: a
+# Every document has a key, a hash of seed and id; the arrays hold the documents by rising key: a
 # global shuffle that depends on nothing else. Each text file becomes a part, its tokens in sorted
-# runs; the join settles ids, deletions and equal texts on the parts' 64-bit hashes, then gathers one
-# range of keys after the other, which lies together in every run. A part depends on its file alone, so
-# any process or machine may make it. (36 GB of tokens: about 1,300 parts, 30 bytes a document in memory.)
+# runs; the join settles ids, deletions and equal texts on 64-bit hashes, then gathers one range of
+# keys after the other, which lies together in every run. A part depends on its file alone, so any
+# process or machine may make it. The join holds about 60 bytes a document in memory.
 
 ROW = np.dtype([("id", "<u8"), ("text", "<u8"), ("tokens", "<u4"), ("bytes", "<u4")])
 RUN_TOKENS = 2**25  # sorted in memory at once, and gathered at once: 64 MiB
@@ -835,14 +838,14 @@ def write_array(path, docs, table, part, offset, parts):
 
 
 def join_parts(parts, out, val_fraction, seed):
-    """Settle the documents of all parts, split them, write the arrays; meta.json's train and val."""
+    """Settle the documents of all parts, split them, write the arrays; meta's train and val."""
     tables = [np.load(f"{part}.npy") for part in parts]
     part = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(t) for t in tables])
     offset = np.concatenate([np.cumsum(t["tokens"], dtype=np.int64) - t["tokens"] for t in tables])
     table = np.concatenate(tables)
     docs = settle(table)
     if len(docs) < 2:
-        raise ValueError(f"{len(docs)} documents in all: at least two are needed, one to validate on")
+        raise ValueError(f"{len(docs)} documents in all: two are needed, one to validate on")
     need_space(out, 2 * int(table["tokens"][docs].sum(dtype=np.int64)))
     # by the id's hash alone: a document stays on its side whatever is added; at least one validates
     n_val = int(np.searchsorted(table["id"][docs], np.uint64(val_fraction * 2**64)))
@@ -854,15 +857,15 @@ def join_parts(parts, out, val_fraction, seed):
         sums = {k: int(table[k][chosen].sum(dtype=np.int64)) for k in ("tokens", "bytes")}
         sha256 = write_array(out / f"{split}.bin", chosen, table, part, offset, parts)
         splits[split] = {**sums, "documents": len(chosen), "sha256": sha256}
-    print(f"tokenize: {len(table):,} records, {len(docs):,} documents stay; train "
-          f"{splits['train']['tokens']:,} tokens, val {splits['val']['tokens']:,} in {n_val:,} documents")
+    print(f"tokenize: {len(table):,} records, {len(docs):,} documents stay; "
+          + ", ".join(f"{k} {v['tokens']:,} tokens" for k, v in splits.items()))
     return splits
 
 
 def need_space(folder, n_bytes):
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
-        raise OSError(f"{folder} needs about {n_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: make "
+        raise OSError(f"{folder} needs about {n_bytes / 1e9:.1f} GB, has {free / 1e9:.1f}: make "
                       "room or use another --out")
 
 
@@ -873,7 +876,8 @@ def is_finished(out, inputs):
         return False
 
 
-def tokenize(text, tokenizer_dir, out, val_fraction=0.002, eot=True, seed=17, workers=1, shard=None):
+def tokenize(text, tokenizer_dir, out, val_fraction=0.002, eot=True, seed=17, workers=1,
+             shard=None):
     """Encode `text` into `out`; returns meta. A rerun goes on where a killed run stopped.
 
     With `shard` only its files' parts are made, under out/parts (returns None); the call without it
@@ -902,7 +906,7 @@ def tokenize(text, tokenizer_dir, out, val_fraction=0.002, eot=True, seed=17, wo
     rest = (tokenizer_dir, tokenizer.fingerprint, eot, seed)
     in_processes(encode_file, [(f, p, *rest) for p, f in todo.items()], workers, "encode")
     if shard is not None:
-        print(f"tokenize: shard {shard} is done ({len(files)} files); after all, run without --shard")
+        print(f"tokenize: shard {shard} is done ({len(files)} files); at last, run without --shard")
         return None
     splits = join_parts(parts, out, val_fraction, seed)
     tokenizer.save(out)
@@ -922,8 +926,8 @@ def tokenize(text, tokenizer_dir, out, val_fraction=0.002, eot=True, seed=17, wo
 def load_meta(data_dir, verify=False):
     """meta.json of `data_dir`, checked against the files beside it.
 
-    Always: presence, sizes, the tokenizer's fingerprint. verify: also each array's sha256, and every
-    id below vocab_size (reads it all). Raises FileNotFoundError or ValueError with the mend.
+    Always: presence, sizes, the tokenizer's fingerprint. verify: also each array's sha256, and all
+    ids below vocab_size (reads it all). Raises FileNotFoundError or ValueError with the mend.
     """
     folder = Path(data_dir)
     again = f"run: python data.py tokenize --text DIR --tokenizer DIR --out {data_dir}"
@@ -943,21 +947,22 @@ def load_meta(data_dir, verify=False):
         if verify and hash_file(path) != meta[split]["sha256"]:
             raise ValueError(f"{path} is not the array of meta.json (sha256 differs); {again}")
         if verify and (top := max_id(path, tokens)) >= meta["vocab_size"]:
-            raise ValueError(f"{path} holds id {top}, beyond the vocabulary of {meta['vocab_size']}; "
-                             + again)
+            raise ValueError(f"{path} holds id {top}, beyond the vocabulary of "
+                             f"{meta['vocab_size']}; {again}")
     if Tokenizer.load(folder).fingerprint != meta["tokenizer_sha256"]:
         raise ValueError(f"the tokenizer in {folder} is not the one that made the arrays; {again}")
     return meta
 
 
 def max_id(path, tokens, step=2**25):
-    return max(int(np.memmap(path, np.uint16, "r")[i : i + step].max()) for i in range(0, tokens, step))
+    array = np.memmap(path, np.uint16, "r")
+    return max(int(array[i : i + step].max()) for i in range(0, tokens, step))
 
 
 def permute(index, n, seed, epoch):
-    """Rows at positions `index` (int64, each in [0, n)) of the epoch's order, a bijection of [0, n).
+    """Rows at positions `index` (int64, in [0, n)) of the epoch's order, a bijection of [0, n).
 
-    A Feistel network of six rounds shuffles [0, 4^k), the smallest that holds n; what falls beyond n
+    A Feistel network of six rounds shuffles [0, 4^k), the least that holds n; what falls beyond n
     is shuffled again until it falls inside (cycle walking, under four times on average). So any
     epoch's order takes no memory, and any position is found at once.
     """
@@ -976,7 +981,7 @@ def permute(index, n, seed, epoch):
 
 
 def read_rows(array, rows, seq_len, eot_id=None):
-    """(x, y) int64 (len(rows), seq_len): y is x shifted by one, the last target -100, as in the paper.
+    """(x, y) int64 (len(rows), seq_len): y is x shifted by one, its last -100, as in the paper.
 
     Row -1 and what lies beyond the array's end are padding: targets -100; so are targets of eot_id.
     """
@@ -1001,17 +1006,17 @@ def to_device(batch, device):
 
 def train_batches(data_dir, seq_len, micro_batch, seed, start=0, rank=0, world_size=1, device="cpu",
                   ignore_eot=False):
-    """Endless (x, y) int64 (micro_batch, seq_len) on `device`, the next one already on its way there.
+    """Endless (x, y) int64 (micro_batch, seq_len) on `device`, the next one on its way there.
 
     Micro step k takes the global samples start + k*world_size*micro_batch + rank*micro_batch + [0,
     micro_batch). Global sample i is row permute(i % n_rows) of epoch i // n_rows. `start` counts
-    sequences and is all the state: after k steps a loader from start + k*world_size*micro_batch goes on.
+    sequences, and is all the state: k steps on, start + k*world_size*micro_batch.
     """
     meta, path = load_meta(data_dir), Path(data_dir) / "train.bin"
     n_rows = meta["train"]["tokens"] // seq_len
     if n_rows == 0:
-        raise ValueError(f"{path} has {meta['train']['tokens']} tokens, less than one sequence: use a "
-                         "--seq_len of no more, or more text")
+        raise ValueError(f"{path} has {meta['train']['tokens']} tokens, less than one sequence: "
+                         "use a smaller --seq_len, or more text")
     eot_id = meta["eot_id"] if ignore_eot else None
 
     def batches():
@@ -1038,8 +1043,8 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
                 ignore_eot=False):
     """Finite (x, y) like train_batches, rows in file order dealt round-robin to the ranks.
 
-    The short last row is padded with targets -100. All ranks yield the same number of full batches (a
-    sharded model's forward is collective): where rows run out, whole rows are padding. max_tokens
+    The short last row is padded with targets -100. All ranks yield the same number of full batches
+    (a sharded model's forward is collective): where rows run out, rows are padding. max_tokens
     takes the first rows only.
     """
     meta, path = load_meta(data_dir), Path(data_dir) / "val.bin"
@@ -1061,7 +1066,7 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
 
 PUBMEDQA_LABELS, BIOASQ_LABELS = ("maybe", "no", "yes"), ("no", "yes")  # alphabetical (BioMedLM)
 MMLU_SUBJECTS = ("clinical_knowledge", "professional_medicine", "college_biology",
-                 "medical_genetics", "anatomy", "college_medicine")  # BioMedLM reports the first four
+                 "medical_genetics", "anatomy", "college_medicine")  # the paper has the first four
 
 
 @dataclass(frozen=True)
@@ -1079,11 +1084,11 @@ class Question:
 
 
 def load_qa(task, dir, split):
-    """list[Question] of a task's official files, found by name anywhere beneath `dir`, in their order.
+    """list[Question] of a task's official files, found by name anywhere beneath `dir`, in order.
 
     task: medqa, medmcqa, mmlu, pubmedqa, bioasq or text; split: train, dev or test (mmlu: dev, val,
-    test). Raises FileNotFoundError for a missing file; ValueError for an unknown split, a web page in
-    the data's place, an empty set or question, a repeated id, a label outside the set.
+    test). Raises FileNotFoundError for a missing file; ValueError for an unknown split, a web page
+    for the data, an empty set or question, a repeated id, a label outside the set.
     """
     readers = {"medqa": load_medqa, "medmcqa": load_medmcqa, "mmlu": load_mmlu,
                "pubmedqa": load_pubmedqa, "bioasq": load_bioasq, "text": load_text}
@@ -1097,7 +1102,8 @@ def load_qa(task, dir, split):
     try:
         questions, seen = readers[task](Path(dir), split), set()
     except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{dir}: a record of {task} lacks {e}: not the official {split} file") from None
+        raise ValueError(f"{dir}: a record of {task}'s {split} lacks {e}: get the official "
+                         "file") from None
     if not questions:
         raise ValueError(f"{dir}: the {split} split of {task} is empty: download it again")
     for q in questions:
@@ -1113,7 +1119,7 @@ def find_file(folder, *names):
     """The one file beneath `folder` that has one of the names."""
     found = sorted({p for name in names for p in folder.rglob(name) if p.is_file()})
     if not found:
-        raise FileNotFoundError(f"no {' or '.join(names)} beneath {folder}: put the official file there")
+        raise FileNotFoundError(f"no {' or '.join(names)} beneath {folder}: put the official file")
     if len(found) > 1:
         raise ValueError(f"one file is expected beneath {folder}, found {found[0]} and {found[1]}: "
                          "give the folder of one of them")
@@ -1128,7 +1134,7 @@ def read_official(path):
 
 
 def read_json(path, lines=False):
-    """A list of parsed documents: the file's one, or with lines=True one a line. HTML entities in its
+    """A list of parsed documents: the file, or with lines=True one a line. HTML entities in the
     strings are resolved; a key that an object has twice is refused."""
 
     def unique(pairs):
@@ -1138,7 +1144,8 @@ def read_json(path, lines=False):
         return {k: html.unescape(v) if isinstance(v, str) else v for k, v in pairs}
 
     rows = []
-    for number, text in enumerate(read_official(path).split("\n") if lines else [read_official(path)], 1):
+    whole = read_official(path)
+    for number, text in enumerate(whole.split("\n") if lines else [whole], 1):
         try:
             if text.strip():
                 rows.append(json.loads(text, object_pairs_hook=unique))
@@ -1165,13 +1172,13 @@ def load_medqa(folder, split):
 
 
 def load_medmcqa(folder, split):
-    """Official files count the answer `cop` from 1, the Hugging Face copy from 0: a file with a 0 is
-    of the second kind, with both 0 and 4 refused. None and the copy's -1 mean no label (test)."""
+    """Official files count the answer `cop` from 1, the Hugging Face copy from 0: a file with a 0
+    is of the second kind, with both 0 and 4 refused. None and the copy's -1: no label (test)."""
     path = find_file(folder, f"{split}.json", f"{split}.jsonl")
     rows = read_json(path, lines=True)
     labels = {row.get("cop") for row in rows}
     if {0, 4} <= labels:
-        raise ValueError(f"{path}: cop holds both 0 and 4: neither the official file nor its HF copy")
+        raise ValueError(f"{path}: cop holds 0 and 4: neither the official file nor the HF copy")
     numbers = range(0, 4) if 0 in labels else range(1, 5)
     return [Question(
         row["id"], row["question"], options=tuple(row[f"op{letter}"] for letter in "abcd"),
@@ -1196,7 +1203,7 @@ def load_mmlu(folder, split):
 
 
 def load_pubmedqa(folder, split):
-    """The official split_dataset.py, all of it from one random.seed(0) stream (BioMedLM: fold 0)."""
+    """The official split_dataset.py, all from one random.seed(0) stream (BioMedLM: fold 0)."""
     path = find_file(folder, "ori_pqal.json")
     data, rng = read_json(path)[0], random.Random(0)
     for ident, item in data.items():
@@ -1236,30 +1243,33 @@ def load_bioasq(folder, split):
                 for i, q, c, a in rows]
     paths = sorted(folder.rglob("*golden*.json" if split == "test" else "*train*.json"))
     if not paths:
-        raise FileNotFoundError(f"no {split}.tsv (BLURB), *golden*.json or *train*.json (BioASQ) beneath "
+        raise FileNotFoundError(f"no {split}.tsv (BLURB), *golden*.json, *train*.json (BioASQ) in "
                                 f"{folder}: register at bioasq.org and put them there")
-    questions = []
-    for path, q in ((path, q) for path in paths for q in read_json(path)[0]["questions"]):
+    questions, items = [], ((p, q) for p in paths for q in read_json(p)[0]["questions"])
+    for path, q in items:
         if q["type"] == "yesno":
             label, ideal = (v[0] if isinstance(v, list) and v else v
                             for v in (q.get("exact_answer"), q.get("ideal_answer")))
-            answer = label and index_of(label.lower().strip(" ."), BIOASQ_LABELS, f"{path}, {q['id']}")
+            where = f"{path}, {q['id']}"
+            answer = label and index_of(label.lower().strip(" ."), BIOASQ_LABELS, where)
             context = " ".join(s["text"] for s in q.get("snippets", []))
             questions.append(Question(q["id"], q["body"], context, BIOASQ_LABELS, answer,
                                       target=ideal or "", kind="yesno"))
-    return [q for i, q in enumerate(questions) if split == "test" or (i % 10 == 0) == (split == "dev")]
+    parts = {"test": range(10), "dev": [0], "train": range(1, 10)}
+    return [q for i, q in enumerate(questions) if i % 10 in parts[split]]
 
 
 def load_text(folder, split):
-    """Lines of SPLIT.source and SPLIT.target; or MedQuAD's XML, where by a hash of the document a tenth
-    is test, a tenth dev (our choice: there is no official split). Withheld answers are left out."""
+    """Lines of SPLIT.source and SPLIT.target; or MedQuAD's XML, of which by a hash of the document
+    a tenth is test, a tenth dev (our choice: no official split). Withheld answers are left out."""
     if any(folder.rglob(f"{split}.source")):
         path = find_file(folder, f"{split}.source")
         sources, targets = (read_official(p).removesuffix("\n").split("\n")
                             for p in (path, path.with_suffix(".target")))
         if len(sources) != len(targets):
-            raise ValueError(f"{path} has {len(sources)} lines, its .target {len(targets)}: one each")
-        return [Question(f"{split}-{i}", s, target=t) for i, (s, t) in enumerate(zip(sources, targets))]
+            raise ValueError(f"{path} has {len(sources)} lines, its .target {len(targets)}")
+        return [Question(f"{split}-{i}", s, target=t)
+                for i, (s, t) in enumerate(zip(sources, targets))]
     questions = []
     for path in sorted(folder.rglob("*.xml")):
         ident = f"{path.parent.name}/{path.stem}"
@@ -1269,7 +1279,8 @@ def load_text(folder, split):
                 question, answer = pair.find("Question"), full_text(pair.find("Answer"))
                 if answer:
                     questions.append(Question(f"{ident}/{i}", full_text(question), target=answer,
-                                              subject=path.parent.name, kind=question.get("qtype", "")))
+                                              subject=path.parent.name,
+                                              kind=question.get("qtype", "")))
     return questions
 
 
@@ -1280,7 +1291,7 @@ def load_text(folder, split):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     acts = parser.add_subparsers(dest="act", required=True)
-    workers = {"type": int, "default": os.cpu_count() or 1, "help": "processes (default: the CPU count)"}
+    workers = {"type": int, "default": os.cpu_count() or 1, "help": "processes (default: CPUs)"}
     shard = {"metavar": "I/N", "help": "only this task's share of the files (default: all files)"}
 
     p = acts.add_parser("download", help="fetch a source, resumed and verified")
@@ -1288,14 +1299,14 @@ def main():
     p.add_argument("--out", required=True, help="folder for the files")
     p.add_argument("--base_url", help="a mirror of the source's address (default: the owner's)")
     p.add_argument("--files", help="range of file numbers (pubmed) or PMC numbers (default: all)")
-    p.add_argument("--licenses", nargs="*", default=[], help="pmc: license codes to keep (default: all)")
+    p.add_argument("--licenses", nargs="*", default=[], help="pmc: codes to keep (default: all)")
 
     p = acts.add_parser("extract", help="PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz")
     p.add_argument("inputs", nargs="+", metavar="INPUT", help="files or folders, plain or .gz")
     p.add_argument("--out", required=True, help="folder for the text")
-    p.add_argument("--labels", action="store_true", help="keep abstracts' section labels (default: off)")
-    p.add_argument("--languages", nargs="*", default=[], help="PubMed's codes, like eng (default: all)")
-    p.add_argument("--skip_pmc", action="store_true", help="drop citations in PMC, as The Pile did (off)")
+    p.add_argument("--labels", action="store_true", help="keep section labels (default: off)")
+    p.add_argument("--languages", nargs="*", default=[], help="PubMed's codes (default: all)")
+    p.add_argument("--skip_pmc", action="store_true", help="drop what is in PMC, as The Pile (off)")
     p.add_argument("--workers", **workers)
     p.add_argument("--shard", **shard)
 
@@ -1303,8 +1314,8 @@ def main():
     p.add_argument("--text", required=True, help="folder of .jsonl.gz, .jsonl or .txt files")
     p.add_argument("--tokenizer", required=True, help="folder of vocab.json and merges.txt")
     p.add_argument("--out", required=True, help="folder for the arrays")
-    p.add_argument("--val_fraction", type=float, default=0.002, help="share of documents (default 0.002)")
-    p.add_argument("--no_eot", action="store_true", help="no end-of-text after documents (default: one)")
+    p.add_argument("--val_fraction", type=float, default=0.002, help="of documents (default 0.002)")
+    p.add_argument("--no_eot", action="store_true", help="no end-of-text after each (default: one)")
     p.add_argument("--seed", type=int, default=17, help="of the documents' order (default 17)")
     p.add_argument("--workers", **workers)
     p.add_argument("--shard", **shard)
@@ -1315,7 +1326,8 @@ def main():
     elif a.act == "extract":
         extract(a.inputs, a.out, a.labels, a.languages, a.skip_pmc, a.workers, a.shard)
     elif a.act == "tokenize":
-        tokenize(a.text, a.tokenizer, a.out, a.val_fraction, not a.no_eot, a.seed, a.workers, a.shard)
+        tokenize(a.text, a.tokenizer, a.out, a.val_fraction, not a.no_eot, a.seed, a.workers,
+                 a.shard)
 
 
 if __name__ == "__main__":
