@@ -4,9 +4,9 @@
     python data.py tokenize --text text --tokenizer tokenizer --out data/pubmed
 
 Reads what `download` fetched or what lies on disk. Writes text (*.jsonl.gz, a line a document
-{"id", "text"}) and arrays: train.bin, val.bin (flat uint16), meta.json, and the tokenizer beside them. An
-output depends on inputs and flags alone: no time, path, host, worker count. On N machines with one
---out: --shard 0/N ... N-1/N, then, for tokenize, the same command without --shard, which joins.
+{"id", "text"}) and arrays: train.bin, val.bin (flat uint16), meta.json, the tokenizer beside them.
+An output depends on inputs and flags alone: no time, path, host, worker count. On N machines with
+one --out: --shard 0/N ... N-1/N, then, for tokenize, the same command without --shard, which joins.
 Left out: language detection, near-duplicates, back matter (references, appendices, peer reviews).
 """
 
@@ -520,10 +520,11 @@ def pubmed_document(record, options):
 
 
 words = re.compile(r"[\w-]+").findall
-JATS_DROPPED = set(words("""ref-list graphic inline-graphic media supplementary-material object-id fn
-    fn-group table-wrap-foot permissions attrib alt-text long-desc related-article annotation"""))
-JATS_BLOCKS = set(words("""title subtitle article-title p sec abstract list list-item disp-formula tr
-    disp-quote boxed-text caption fig table-wrap def-item statement verse-line speech"""))
+JATS_DROPPED = set(words("""ref-list graphic inline-graphic media supplementary-material object-id
+    fn fn-group table-wrap-foot permissions attrib alt-text long-desc annotation
+    related-article"""))
+JATS_BLOCKS = set(words("""title subtitle article-title p sec abstract list list-item disp-formula
+    disp-quote boxed-text caption fig table-wrap tr def-item statement verse-line speech"""))
 AFTER = {"label": "\0", "td": " | ", "th": " | ", "term": ": ", **dict.fromkeys(JATS_BLOCKS, "\n")}
 
 
@@ -865,8 +866,8 @@ def join_parts(parts, out, val_fraction, seed):
 def need_space(folder, n_bytes):
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
-        raise OSError(f"{folder} needs about {n_bytes / 1e9:.1f} GB, has {free / 1e9:.1f}: make "
-                      "room or use another --out")
+        raise OSError(f"{folder} needs about {n_bytes / 1e9:.1f} GB, has {free / 1e9:.1f} GB free: "
+                      "make room or use another --out")
 
 
 def is_finished(out, inputs):
