@@ -130,8 +130,14 @@ def natural(path):
     return [int(p) if i % 2 else p for i, p in enumerate(parts)], str(path)
 
 
+@contextmanager
 def open_input(path):
-    return gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
+    """A binary file, plain or .gz; what gzip raises on damage becomes one clear ValueError."""
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+            yield f
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ValueError(f"{path}: damaged gzip ({e}): download or make it again") from None
 
 
 def read_txt(path):
@@ -662,8 +668,6 @@ def extract_file(task):
             counts.update(keep_last(f, ids, sizes))
     except RecursionError:
         return f"{path}: elements nested too deeply for an article: leave the file out"
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        return f"{path}: damaged gzip ({e}): download it again"
     except (ValueError, OSError, AttributeError) as e:
         return str(e) if str(path) in str(e) else f"{path}: {e}: damaged, get it anew"
     finally:
@@ -721,8 +725,9 @@ def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1, 
     out = Path(out)
     options = {"labels": labels, "languages": sorted(languages), "skip_pmc": skip_pmc}
     tasks = [(*pair, options) for pair in sharded(input_files(inputs, out), shard)]
-    make_folder(out, {output.name for _, output, _ in tasks} | {"extract.json"})
     settings = out / "extract.json"
+    own = {settings.name} if shard is None else set()  # another shard may be writing it
+    make_folder(out, {output.name for _, output, _ in tasks} | own)
     if settings.exists() and json.loads(settings.read_text()) != options:
         raise ValueError(f"{out} was extracted with other options ({settings}): use another --out")
     with replacing(settings) as f:

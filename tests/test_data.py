@@ -217,9 +217,9 @@ def test_memory_stays_flat(tmp_path, tokenizer):
         import sys, data
         rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
         batches = data.train_batches(sys.argv[1], 1024, 16, seed=0)
-        for i in range(1500):
+        for i in range(800):
             next(batches)
-            before = rss() if i == 300 else before if i else 0
+            before = rss() if i == 200 else before if i else 0
         print(rss() - before)"""
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True
