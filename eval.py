@@ -288,8 +288,8 @@ def peak_memory_gb(env):
 # ---------------------------------------------------------------------------------------------
 # audit: are the numbers of generated answers made up?
 
-UNITS = ("%|percent|mg/dl|mg/kg|mg|mcg|µg|μg|ug|kg|g/dl|g|ml|dl|l|mmol/l|mmol|iu|units?|mm ?hg|mm|cm|"
-         "years?|months?|weeks?|days?|hours?|hrs?|minutes?|mins?|seconds?|times|cases|people|"
+UNITS = ("%|percent|mg/dl|mg/kg|mg|mcg|µg|μg|ug|kg|g/dl|g|ml|dl|l|mmol/l|mmol|iu|units?|mm ?hg|mm|"
+         "cm|years?|months?|weeks?|days?|hours?|hrs?|minutes?|mins?|seconds?|times|cases|people|"
          "patients|calories|degrees")
 # not the 53 of p53, nor the 6 of IL-6
 NUMBER = re.compile(r"(?<![\w.])(?<![a-zA-Z]-)(\d+(?:,\d{3})*(?:\.\d+)?)"
