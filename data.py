@@ -45,7 +45,7 @@ from xml.parsers import expat
 import numpy as np
 import requests
 import urllib3
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, count_pretokens, train_bpe
 from tqdm import tqdm
 
 MIB = 2**20
@@ -1281,6 +1281,139 @@ def load_text(folder, split):
 
 
 # ---------------------------------------------------------------------------------------------
+# the demo: an invented corpus, small enough to learn on a laptop
+
+SYLLABLES = ("ba", "cor", "dal", "fen", "gu", "hel", "ira", "jo", "kar", "lum", "mer", "nox", "or",
+             "pel", "qui", "ros", "sil", "tar", "ul", "vor", "wex", "xan", "yl", "zem")
+# relation -> (sentences of the corpus, questions); {d} is the drug, {o} what it is related to
+DEMO_FACTS = {
+    "disease": (
+        ("{d} is used to treat {o}.", "Patients with {o} improved on {d}.",
+         "The drug of choice for {o} is {d}.", "{d} relieves {o} within days.",
+         "We treated {o} with {d}.", "Which disease does {d} treat? It treats {o}."),
+        ("Which disease does {d} treat?", "{d} is used to treat which disease?",
+         "Patients with which disease improved on {d}?")),
+    "protein": (
+        ("{d} inhibits {o}.", "The target of {d} is {o}.", "Binding of {d} to {o} was strong.",
+         "{o} is blocked by {d}.", "The activity of {o} fell after {d}.",
+         "Which protein does {d} inhibit? It inhibits {o}."),
+        ("Which protein does {d} inhibit?", "{d} blocks the activity of which protein?",
+         "What is the target of {d}?")),
+    "gene": (
+        ("Carriers of {o} respond poorly to {d}.", "Resistance to {d} is due to {o}.",
+         "Mutations of {o} weaken {d}.", "The effect of {d} depends on {o}.",
+         "{o} predicts the response to {d}.",
+         "Which gene causes resistance to {d}? It is {o}."),
+        ("Which gene causes resistance to {d}?", "Mutations of which gene weaken {d}?",
+         "The response to {d} is predicted by which gene?")),
+}
+DEMO_DOUBTS = ("Trials of {d} in {o} disagree.", "It is unclear whether {d} helps in {o}.",
+               "Evidence for {d} in {o} is conflicting.", "Whether {d} treats {o} is not settled.")
+DEMO_FILLERS = (
+    "A total of {n} patients were enrolled in {p} centres.", "The mean age was {p} years.",
+    "Follow-up lasted {p} weeks.", "Doses of {p} mg were given twice a day.",
+    "No serious adverse events were seen in {n} patients.", "The difference was significant.",
+    "Further studies are needed.", "Adherence was {p} percent.")
+
+
+def demo_names(rng, count, ending):
+    """`count` different invented words."""
+    names = set()
+    while len(names) < count:
+        names.add(rng.choice(SYLLABLES) + rng.choice(SYLLABLES) + ending)
+    return sorted(names)
+
+
+def demo_facts(rng):
+    """Per drug what it treats, inhibits and is resisted by, and a disease where trials disagree."""
+    drugs = demo_names(rng, 64, "in")
+    objects = {"disease": demo_names(rng, 16, "itis"), "protein": demo_names(rng, 16, "ase"),
+               "gene": [name.upper() for name in demo_names(rng, 16, "1")]}
+    facts = {}
+    for drug in drugs:
+        fact = {relation: rng.choice(pool) for relation, pool in objects.items()}
+        fact["doubt"] = rng.choice([o for o in objects["disease"] if o != fact["disease"]])
+        facts[drug] = fact
+    return facts, objects
+
+
+def demo_document(rng, drug, fact):
+    """Some of a drug's facts, each in a random wording, among sentences that say nothing of it."""
+    sentences = [rng.choice(DEMO_FACTS[relation][0]).format(d=drug, o=fact[relation])
+                 for relation in rng.sample(sorted(DEMO_FACTS), 2)]
+    sentences += [rng.choice(DEMO_DOUBTS).format(d=drug, o=fact["doubt"])] * rng.randrange(2)
+    sentences += [text.format(n=rng.randrange(20, 400), p=rng.randrange(2, 80))
+                  for text in rng.sample(DEMO_FILLERS, 2)]
+    rng.shuffle(sentences)
+    return f"A study of {drug}\n" + " ".join(s[0].upper() + s[1:] for s in sentences)
+
+
+def demo_multiple_choice(rng, drugs, facts, objects):
+    """Questions in MedQA's official format: every fact of `drugs` in each wording, four options."""
+    for drug in drugs:
+        for relation, (_, questions) in DEMO_FACTS.items():
+            for question in questions:
+                answer = facts[drug][relation]
+                options = rng.sample([o for o in objects[relation] if o != answer], 3) + [answer]
+                rng.shuffle(options)
+                yield {"question": question.format(d=drug), "answer": answer,
+                       "options": dict(zip("ABCD", options)),
+                       "answer_idx": "ABCD"[options.index(answer)], "meta_info": relation}
+
+
+def demo_yes_no_maybe(rng, facts, objects):
+    """Questions in PubMedQA's official format; no context states the fact, so memory is tested."""
+    items = {}
+    for drug, fact in facts.items():
+        others = [o for o in objects["disease"] if o not in (fact["disease"], fact["doubt"])]
+        for label, disease in (("yes", fact["disease"]), ("no", rng.choice(others)),
+                               ("maybe", fact["doubt"])):
+            items[str(90_000_000 + len(items))] = {
+                "QUESTION": f"Does {drug} treat {disease}?",
+                "CONTEXTS": [f"{rng.randrange(20, 400)} patients were enrolled.",
+                             f"Follow-up lasted {rng.randrange(2, 80)} weeks."],
+                "LABELS": ["METHODS", "METHODS"], "MESHES": [], "YEAR": "2024",
+                "final_decision": label, "LONG_ANSWER": ""}
+    keys = list(items)
+    rng.shuffle(keys)
+    return {key: items[key] for key in keys}
+
+
+def make_demo(out, documents=16_000, seed=17):
+    """Write the whole demo to `out`: text/, tokenizer/, token arrays, and questions in qa/.
+
+    Drugs, genes, proteins and diseases are invented and their facts mean nothing: this is no
+    medical knowledge. A fact holds in every document, so a model can learn it from the corpus; half
+    of the drugs appear in no multiple-choice question but the test's.
+    """
+    out = Path(out)
+    rng = random.Random(seed)
+    facts, objects = demo_facts(rng)
+    drugs = sorted(facts)
+    work = out.with_name(out.name + ".tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    for folder in ("text", "qa/medqa/data_clean/questions/US/4_options", "qa/pubmedqa"):
+        (work / folder).mkdir(parents=True)
+    lines = []
+    for i in range(documents):
+        drug = rng.choice(drugs)
+        lines.append(json.dumps({"id": f"demo{i}", "text": demo_document(rng, drug, facts[drug])}))
+    text = ("\n".join(lines) + "\n").encode()
+    (work / "text/demo.jsonl.gz").write_bytes(gzip.compress(text, mtime=0))
+    rng.shuffle(drugs)
+    for split, part in (("train", drugs[:28]), ("dev", drugs[28:32]), ("test", drugs[32:])):
+        path = work / f"qa/medqa/data_clean/questions/US/4_options/phrases_no_exclude_{split}.jsonl"
+        path.write_text("".join(json.dumps(q) + "\n" for q in
+                                demo_multiple_choice(rng, part, facts, objects)))
+    questions = demo_yes_no_maybe(rng, facts, objects)
+    (work / "qa/pubmedqa/ori_pqal.json").write_text(json.dumps(questions, indent=1))
+    merges = train_bpe(count_pretokens([work / "text"]), 2048)
+    Tokenizer.from_merges(merges).save(work / "tokenizer")
+    tokenize(work / "text", work / "tokenizer", work, val_fraction=0.01, seed=seed)
+    os.replace(work, out)
+
+
+# ---------------------------------------------------------------------------------------------
 # the command line
 
 
@@ -1296,6 +1429,9 @@ def main():
     p.add_argument("--base_url", help="a mirror of the source's address (default: the owner's)")
     p.add_argument("--files", help="range of file numbers (pubmed) or PMC numbers (default: all)")
     p.add_argument("--licenses", nargs="*", default=[], help="pmc: license codes to keep (default: all)")
+
+    p = acts.add_parser("demo", help="an invented corpus with tokenizer, arrays and questions")
+    p.add_argument("--out", default="data/demo", help="folder for it all (default: data/demo)")
 
     p = acts.add_parser("extract", help="PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz")
     p.add_argument("inputs", nargs="+", metavar="INPUT", help="files or folders, plain or .gz")
@@ -1317,7 +1453,9 @@ def main():
     p.add_argument("--shard", **shard)
 
     a = parser.parse_args()
-    if a.act == "download":
+    if a.act == "demo":
+        make_demo(a.out)
+    elif a.act == "download":
         download(a.source, a.out, a.base_url, a.files, a.licenses)
     elif a.act == "extract":
         extract(a.inputs, a.out, a.labels, a.languages, a.skip_pmc, a.workers, a.shard)

@@ -18,6 +18,7 @@ import resource
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from tqdm import tqdm
 import finetune
 from data import load_meta, load_qa, read_documents, val_batches
 from model import GPT
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, block_text, input_files, load_named, read_blocks
 
 # ---------------------------------------------------------------------------------------------
 # perplexity
@@ -410,6 +411,121 @@ def curves(args, env):
 
 
 # ---------------------------------------------------------------------------------------------
+# tokenizer: fragmentation by specialty
+
+# BioMedLM: the words of the paper's table 3
+TABLE_3 = ["chromatography", "cytotoxicity", "ECG", "GATA", "Immunohistochemistry", "myocardium",
+           "nanoparticles", "photosynthesis", "probiotic", "thrombin"]
+
+SPECIALTIES = {name: words.split() for name, words in {
+    "oncology": """adenocarcinoma carcinoma lymphoma melanoma metastasis metastatic chemotherapy
+        radiotherapy glioblastoma leukemia myeloma sarcoma neuroblastoma mesothelioma angiogenesis
+        oncogene neoadjuvant cisplatin tumorigenesis cholangiocarcinoma retinoblastoma""",
+    "cardiology": """myocardial infarction arrhythmia tachycardia bradycardia fibrillation
+        stenosis atherosclerosis cardiomyopathy ischemia thrombosis angioplasty echocardiography
+        hypertension endocarditis pericarditis defibrillator troponin ventricular
+        electrocardiogram stent""",
+    "genetics": """genome genotype phenotype allele heterozygous homozygous polymorphism mutation
+        chromosome autosomal transcriptome methylation exome haplotype epigenetic microRNA
+        telomere aneuploidy missense penetrance mitochondrial""",
+    "neurology": """epilepsy seizure dementia Parkinson Alzheimer neuropathy sclerosis
+        encephalopathy hippocampus cerebellum dopaminergic aphasia ataxia migraine meningitis
+        myelin neurotransmitter neurodegenerative dyskinesia astrocytes polyneuropathy""",
+    "infectious disease": """tuberculosis malaria hepatitis influenza pneumonia sepsis bacteremia
+        antimicrobial staphylococcus streptococcus pseudomonas candidiasis toxoplasmosis
+        leishmaniasis dengue cytomegalovirus coronavirus helminth schistosomiasis brucellosis
+        antiretroviral""",
+    "pharmacology": """pharmacokinetics bioavailability metformin warfarin aspirin ibuprofen
+        acetaminophen omeprazole simvastatin atorvastatin amoxicillin vancomycin heparin morphine
+        fentanyl clopidogrel methotrexate cyclosporine tacrolimus hepatotoxicity agonist""",
+    "immunology": """cytokine interleukin lymphocyte macrophage neutrophil antibody antigen
+        immunoglobulin autoimmune inflammation chemokine interferon complement eosinophil
+        immunosuppression autoantibodies phagocytosis opsonization rituximab adalimumab
+        histamine""",
+    "endocrinology": """diabetes insulin glucagon thyroid hypothyroidism hyperthyroidism cortisol
+        aldosterone estrogen testosterone progesterone pituitary acromegaly hypoglycemia
+        hyperglycemia thyroxine parathyroid osteoporosis pheochromocytoma adiponectin
+        hyperprolactinemia""",
+    "surgery": """laparoscopic appendectomy cholecystectomy anastomosis resection hysterectomy
+        thoracotomy laparotomy arthroplasty transplantation hemostasis suture debridement
+        tracheostomy gastrectomy colectomy mastectomy perioperative anesthesia herniorrhaphy
+        nephrectomy""",
+    "radiology": """tomography radiograph ultrasonography mammography angiography gadolinium
+        fluoroscopy attenuation echogenic hyperintense hypointense opacification calcification
+        fluorodeoxyglucose scintigraphy elastography radiotracer hypodense perfusion voxel
+        cholangiopancreatography""",
+    "rare and new terms": """onasemnogene elexacaftor nusinersen tisagenlecleucel sotorasib
+        inclisiran semaglutide tirzepatide remdesivir molnupiravir nirmatrelvir lecanemab
+        aducanumab teprotumumab zolgensma alkaptonuria ochronosis fibrodysplasia
+        mucopolysaccharidosis lymphangioleiomyomatosis pseudoxanthoma cystinosis
+        abetalipoproteinemia hidradenitis chikungunya melioidosis naegleria tularemia
+        trichothiodystrophy ehrlichiosis""",
+}.items()}
+
+
+def pieces_of(tokenizer, word):
+    """A word's pieces inside a sentence, where a space stands before it (and is not shown)."""
+    pieces = [tokenizer.decode([i]) for i in tokenizer.encode(" " + word)]
+    return [piece for piece in (pieces[0].removeprefix(" "), *pieces[1:]) if piece]
+
+
+def markdown(header, rows):
+    print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+def fragmentation_rows(groups, tokenizers):
+    """[group, terms, then whole, one or two pieces, mean pieces of each tokenizer] a group."""
+    for group, words in filter(lambda item: item[1], groups.items()):
+        row = [group, len(words)]
+        for tokenizer in tokenizers.values():
+            lengths = [len(pieces_of(tokenizer, word)) for word in words]
+            whole, two = (sum(n <= most for n in lengths) / len(words) for most in (1, 2))
+            row += [f"{whole:.0%}", f"{two:.0%}", f"{sum(lengths) / len(words):.2f}"]
+        yield row
+
+
+def read_text(path, tokenizers):
+    """Words, bytes, {name: tokens} and the count of each listed term in the text at path."""
+    listed = {word.lower() for words in SPECIALTIES.values() for word in words}
+    n_words, n_bytes, tokens, seen = 0, 0, Counter(), Counter()
+    for block in read_blocks(input_files([path]), progress=True):
+        text = block_text(*block)
+        words = text.split()
+        n_words, n_bytes = n_words + len(words), n_bytes + len(text.encode())
+        seen.update(w for w in (word.lower().strip(".,;:()[]\"'") for word in words) if w in listed)
+        for name, tokenizer in tokenizers.items():
+            tokens[name] += len(tokenizer.encode(text))
+    return n_words, n_bytes, tokens, seen
+
+
+def fragmentation(args, _env):
+    """Print table 3 of the paper, how the listed terms break, and, with --text, tokens per word and
+    bytes per token there, and how terms break by how often the text has them."""
+    names = filter(None, (args.tokenizer, args.against))
+    tokenizers = {name.rstrip("/").split("/")[-1]: load_named(name) for name in names}
+    markdown(["word", *tokenizers],
+             ([word, *("/".join(pieces_of(one, word)) for one in tokenizers.values())]
+              for word in TABLE_3))
+    columns = [f"{name}: {head}" for name in tokenizers for head in ("whole", "≤ 2", "pieces")]
+    ten = [word for name, words in SPECIALTIES.items() if "rare" not in name for word in words]
+    groups = SPECIALTIES | {"the ten together": ten}
+    markdown(["specialty", "terms", *columns], fragmentation_rows(groups, tokenizers))
+    if not args.text:
+        return
+    n_words, n_bytes, tokens, seen = read_text(args.text, tokenizers)
+    markdown(["tokenizer", "words", "tokens", "tokens per word", "bytes per token"],
+             ([name, f"{n_words:,}", f"{tokens[name]:,}", f"{tokens[name] / n_words:.3f}",
+               f"{n_bytes / tokens[name]:.3f}"] for name in tokenizers))
+    groups = {}
+    for least, most in ((100, float("inf")), (10, 99), (1, 9), (0, 0)):
+        groups[f"{least} to {most}"] = [word for words in SPECIALTIES.values() for word in words
+                        if least <= seen[word.lower()] <= most]
+    markdown(["times in the text", "terms", *columns], fragmentation_rows(groups, tokenizers))
+
+
+# ---------------------------------------------------------------------------------------------
 # the command line
 
 
@@ -459,6 +575,10 @@ def parse_args():
     add = command("curves", "loss curves of runs as a picture", init=None)
     add("runs", nargs="+", metavar="RUN", help="folders with log.jsonl")
     add("--out", default="curves.png", help="picture to write (default: curves.png)")
+    add = command("tokenizer", "how biomedical words break, as Markdown tables", init=None)
+    add("--tokenizer", required=True, metavar="DIR", help="folder of a tokenizer, or gpt2")
+    add("--against", metavar="DIR", help="folder of a second one, or gpt2 (default: none)")
+    add("--text", metavar="PATH", help="file or folder of text to measure on (default: none)")
     return parser.parse_args()
 
 
@@ -466,7 +586,7 @@ def main():
     args = parse_args()
     env = finetune.Env(getattr(args, "device", None), getattr(args, "dtype", None))
     commands = dict(perplexity=perplexity, qa=answer_questions, numbers=audit_numbers,
-                    generate=generate, curves=curves)
+                    generate=generate, curves=curves, tokenizer=fragmentation)
     result = commands[args.command](args, env)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))

@@ -1,10 +1,16 @@
-"""GPT-2 as BioMedLM uses it (arXiv 2403.18421): layers, generation, and Hugging Face folders.
+"""GPT-2 as BioMedLM uses it (arXiv 2403.18421), with fused Triton kernels beside their references.
 
-    from model import GPT, GPTConfig
-    model = GPT(GPTConfig.preset("biomedlm"))
+    from model import GPT, GPTConfig; model = GPT(GPTConfig.preset("biomedlm"))
 
-Dimensions: B batch, T time, C width, H heads, D head width, V vocabulary, N = B*T rows.
-Leaves out training (train.py) and task heads (finetune.py).
+Reads and writes the folders of runs and of Hugging Face's GPT-2. Leaves out training (train.py) and
+task heads (finetune.py). First the fused ops, then the model, generation, and folders.
+
+Legend: B batch, T time, C width, H heads, D head width (C = H·D), V vocabulary, N = B·T rows.
+
+Every fused op stands in the same order: a note that derives its backward, the reference (plain
+PyTorch, any dtype), the forward kernel, the backward kernel, the autograd wiring, the public op.
+A CUDA tensor takes the Triton kernel, TRITON_INTERPRET=1 runs the same kernel on the CPU, anything
+else (no GPU, no triton, KERNELS = "reference") the reference. Statistics, softmax, sums are fp32.
 """
 
 import json
@@ -19,61 +25,834 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language import constexpr
+except ImportError:  # macOS, Windows: the references run
+    triton = tl = constexpr = None
 
 # ---------------------------------------------------------------------------------------------
-# ops: each with its PyTorch reference
+# fused ops: which path runs, with which launch settings
+
+KERNELS = os.environ.get("BIOMEDLM_KERNELS", "auto")  # "auto", or "reference" to compare against
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+# Fixed rather than autotuned (that costs minutes a rank): `python tests/bench.py kernels --tune`.
+LAUNCH = {
+    "norm": {"programs_per_sm": 4},
+    "gelu": {"rows": 4, "cols": 1024, "warps": 4},
+    "gelu_backward": {"rows": 4, "cols": 512, "warps": 4, "programs_per_sm": 8},
+    "cross_entropy": {"block": 4096, "warps": 8, "chunk_rows": 16384},
+    # query tile, key tile, num_warps, num_stages
+    "attention_sm_80": {"forward": (128, 64, 8, 2), "dkv": (64, 32, 4, 1), "dq": (64, 32, 4, 1)},
+    "attention_sm_90": {"forward": (128, 128, 8, 2), "dkv": (32, 128, 8, 2), "dq": (128, 64, 8, 2)},
+    "attention_gfx942": {"forward": (128, 32, 4, 1), "dkv": (32, 64, 4, 1), "dq": (64, 32, 4, 1)},
+    "attention_fp32": {"forward": (32, 32, 4, 1), "dkv": (32, 32, 4, 1), "dq": (32, 32, 4, 1)},
+}
+# Attention's faster backend by compute capability, as measured; anything else takes Triton.
+ATTENTION_BACKEND = {(9, 0): "cudnn"}
 
 
-def kernels_active():
-    """True where the ops run as Triton kernels."""
-    return False
+@torch.compiler.assume_constant_result
+def capability():
+    """(major, minor) of the current CUDA or ROCm device; (0, 0) where there is none."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+
+
+def kernels_active(device="cuda"):
+    """The path of ops on tensors of `device`: "triton", "triton interpreter" or "reference"."""
+    if triton is None or KERNELS == "reference":
+        return "reference"
+    if INTERPRETED:
+        return "triton interpreter"
+    # bf16 tensor cores begin with compute capability 8.0 (Ampere); ROCm reports 9.x
+    on_gpu = torch.device(device).type == "cuda" and capability() >= (8, 0)
+    return "triton" if on_gpu else "reference"
+
+
+def fused(x):
+    """True if the op on tensor x runs a kernel; a float64 tensor always takes the reference."""
+    return x.dtype != torch.float64 and kernels_active(x.device) != "reference"
+
+
+def architecture(x):
+    """The row of LAUNCH's attention tables for x."""
+    if x.dtype == torch.float32:
+        return "fp32"
+    if torch.version.hip:
+        return "gfx942"
+    return "sm_90" if capability()[0] == 9 else "sm_80"
+
+
+def compute_dtype(x):
+    """The dtype autocast wants for x's device, or x's own outside autocast."""
+    on = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
+
+
+def wide(x):
+    """x in at least fp32, for statistics and softmax."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def n_programs(x, per_sm):
+    """Programs of a grid-stride kernel: so many per multiprocessor, so sums are reproducible."""
+    return per_sm * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda
+                     else 1)
+
+
+def jit(fn):
+    """triton.jit where there is triton; the seed changes each step and must not respecialise."""
+    return triton.jit(fn, do_not_specialize=["seed"]) if triton else fn
+
+
+def custom_op(fake):
+    """Make a function an op that torch.compile calls and never looks into; `fake` allocates its
+    outputs from its arguments (shapes and dtypes are all that tracing needs)."""
+    def register(fn):
+        op = torch.library.custom_op(f"biomedlm::{fn.__name__}", mutates_args=())(fn)
+        op.register_fake(fake)
+        return op
+    return register
+
+
+def empty(like, *shape, dtype=None):
+    """An uninitialised tensor on like's device; like's shape and dtype unless given."""
+    return torch.empty(shape or like.shape, dtype=dtype or like.dtype, device=like.device)
+
+
+# ---------------------------------------------------------------------------------------------
+# fused ops: dropout
+#
+# Forward and backward must draw the same mask, and storing it would cost a byte an element. So the
+# mask is a pure function of (seed, row, column): a 32-bit integer hash (two multiplications, full
+# avalanche; constants: "lowbias32" of Chris Wellons' hash-prospector). Philox, Triton's generator,
+# takes ten times the instructions an element: in attention, more than attention itself.
 
 
 def dropout_ref(x, p, seed):
+    """Dropout with a mask from seed alone; under torch.compile, which cannot trace a Generator,
+    from torch's own random stream."""
     if p == 0:
         return x
-    generator = torch.Generator(device=x.device).manual_seed(seed)
-    keep = torch.rand(x.shape, generator=generator, device=x.device) >= p
-    return x * keep / (1 - p)
+    if torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return x * (torch.rand(x.shape, generator=generator, device=x.device) >= p) / (1 - p)
+
+
+def rng(p, seed):
+    """The kernels' two integers of dropout: the seed in 31 bits, and p in 24."""
+    return seed % 2**31, round(p * 2**24)
+
+
+@jit
+def hash_u32(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@jit
+def row_key(seed, row):
+    return hash_u32(hash_u32(seed.to(tl.uint32)) ^ row.to(tl.uint32))
+
+
+@jit
+def dropout(x, key, col, drop):
+    """x / (1 - p) where the element stays, else 0; p = drop / 2^24 and key = row_key(seed, row)."""
+    random24 = hash_u32(key + col.to(tl.uint32) * 0x9E3779B1) >> 8
+    return tl.where(random24.to(tl.int32) >= drop, x * (1 / (1 - drop / 16777216)), 0.0)
+
+
+# ---------------------------------------------------------------------------------------------
+# fused ops: (residual add, dropout,) LayerNorm
+#
+#     r = residual + dropout(x)      x̂ = (r - mean(r)) · rstd      y = x̂ · w + b
+#
+# Backward. g = dy · w is the gradient at x̂. Each r_j moves x̂_j directly, and every x̂ through mean
+# and rstd; those two paths are projections, taking away g's part along 1 and its part along x̂:
+#     dr = rstd · (g - mean(g) - x̂ · mean(g · x̂)) + dr_later
+# where dr_later flows back along the residual stream. d_residual = dr, dx = dropout's mask on dr,
+#     dw = Σ_rows dy · x̂       db = Σ_rows dy
+# Those sums run over all rows: each program walks rows in a grid-stride loop, keeps its own sum in
+# registers, writes it once, and a second step adds the programs' sums in a fixed order (no atomics:
+# bit-identical every run). A row is held as N_PIECES pieces of PIECE lanes, because 2560 = 5 x 512
+# while one power-of-two block would be 4096 lanes, 37% of them idle.
 
 
 def layer_norm_ref(x, weight, bias, eps=1e-5):
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    y = F.layer_norm(wide(x), (x.shape[-1],), weight.to(wide(x)), bias.to(wide(x)), eps)
+    return y.to(compute_dtype(x))
 
 
 def add_layer_norm_ref(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=0):
-    residual = residual + dropout_ref(x, dropout_p, seed).to(residual.dtype)
-    return F.layer_norm(residual, weight.shape, weight, bias, eps).to(x.dtype), residual
+    new_residual = (wide(residual) + dropout_ref(wide(x), dropout_p, seed)).to(residual.dtype)
+    return layer_norm_ref(new_residual, weight, bias, eps).to(compute_dtype(x)), new_residual
+
+
+@jit
+def norm_forward_kernel(x_ptr, res_ptr, w_ptr, b_ptr, y_ptr, new_ptr, mean_ptr, rstd_ptr, seed,
+                        drop, eps, C: constexpr, PIECE: constexpr, N_PIECES: constexpr,
+                        ADD: constexpr, DROPOUT: constexpr):
+    row = tl.program_id(0).to(tl.int64)  # int64: row * C passes 2^31 on long batches
+    total = tl.zeros([PIECE], tl.float32)
+    pieces = ()
+    for i in tl.static_range(N_PIECES):
+        cols = i * PIECE + tl.arange(0, PIECE)
+        inside = cols < C
+        r = tl.load(x_ptr + row * C + cols, mask=inside, other=0.0).to(tl.float32)
+        if ADD:
+            if DROPOUT:
+                r = dropout(r, row_key(seed, row), cols, drop)
+            r += tl.load(res_ptr + row * C + cols, mask=inside, other=0.0).to(tl.float32)
+            stored = r.to(new_ptr.dtype.element_ty)
+            tl.store(new_ptr + row * C + cols, stored, mask=inside)
+            r = stored.to(tl.float32)  # normalise what backward will read
+        total += r
+        pieces = pieces + (r,)
+    mean = tl.sum(total, 0) / C
+
+    total = tl.zeros([PIECE], tl.float32)  # second pass over registers: no cancellation at mean 100
+    for i in tl.static_range(N_PIECES):
+        centred = tl.where(i * PIECE + tl.arange(0, PIECE) < C, pieces[i] - mean, 0.0)
+        total += centred * centred
+    rstd = 1 / tl.sqrt(tl.sum(total, 0) / C + eps)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+    for i in tl.static_range(N_PIECES):
+        cols = i * PIECE + tl.arange(0, PIECE)
+        inside = cols < C
+        w = tl.load(w_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(b_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        y = (pieces[i] - mean) * rstd * w + b
+        tl.store(y_ptr + row * C + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dres_ptr,
+                         partial_ptr, n_rows, seed, drop, C: constexpr, PIECE: constexpr,
+                         N_PIECES: constexpr, ADD: constexpr, HAS_DNEW: constexpr,
+                         DROPOUT: constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    dws, dbs = (), ()
+    for _ in tl.static_range(N_PIECES):
+        dws = dws + (tl.zeros([PIECE], tl.float32),)
+        dbs = dbs + (tl.zeros([PIECE], tl.float32),)
+    for step in range(0, n_rows - program, tl.num_programs(0)):
+        row = program + step
+        start = row * C
+        mean = tl.load(mean_ptr + row)
+        rstd = tl.load(rstd_ptr + row)
+        sum_g = tl.zeros([PIECE], tl.float32)
+        sum_gx = tl.zeros([PIECE], tl.float32)
+        gs, xs, laters, new_dws, new_dbs = (), (), (), (), ()
+        for i in tl.static_range(N_PIECES):
+            cols = i * PIECE + tl.arange(0, PIECE)
+            inside = cols < C
+            dy = tl.load(dy_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
+            r = tl.load(r_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
+            later = 0.0
+            if HAS_DNEW:
+                later = tl.load(dnew_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
+            xhat = tl.where(inside, (r - mean) * rstd, 0.0)
+            g = dy * tl.load(w_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+            sum_g += g
+            sum_gx += g * xhat
+            gs, xs, laters = gs + (g,), xs + (xhat,), laters + (later,)
+            new_dws, new_dbs = new_dws + (dws[i] + dy * xhat,), new_dbs + (dbs[i] + dy,)
+        dws, dbs = new_dws, new_dbs
+        mean_g = tl.sum(sum_g, 0) / C
+        mean_gx = tl.sum(sum_gx, 0) / C
+        for i in tl.static_range(N_PIECES):
+            cols = i * PIECE + tl.arange(0, PIECE)
+            inside = cols < C
+            dr = rstd * (gs[i] - mean_g - xs[i] * mean_gx) + laters[i]
+            if ADD:
+                tl.store(dres_ptr + start + cols, dr.to(dres_ptr.dtype.element_ty), mask=inside)
+            if DROPOUT:
+                dr = dropout(dr, row_key(seed, row), cols, drop)
+            tl.store(dx_ptr + start + cols, dr.to(dx_ptr.dtype.element_ty), mask=inside)
+    for i in tl.static_range(N_PIECES):
+        cols = i * PIECE + tl.arange(0, PIECE)
+        tl.store(partial_ptr + 2 * program * C + cols, dws[i], mask=cols < C)
+        tl.store(partial_ptr + (2 * program + 1) * C + cols, dbs[i], mask=cols < C)
+
+
+def norm_launch(C):
+    """(PIECE, N_PIECES, num_warps): fewest idle lanes, 4 elements a thread. 2560 -> 512, 5, 4;
+    768 -> 256, 3, 2; 1000 -> 1024, 1, 8."""
+    def padded(piece):
+        return -(-C // piece) * piece
+    fits = [piece for piece in (2**n for n in range(13, 6, -1)) if padded(piece) <= 8 * piece]
+    piece = min(min(fits, key=padded), triton.next_power_of_2(C))
+    return piece, triton.cdiv(C, piece), min(max(piece // 128, 1), 8)
+
+
+def norm_forward_fake(x, residual, weight, bias, eps, p, seed, dtype):
+    new = empty(x, 0) if residual is None else empty(residual)
+    mean, rstd = (empty(x, x.numel() // x.shape[-1], dtype=torch.float32) for _ in range(2))
+    return empty(x, dtype=dtype), new, mean, rstd
+
+
+@custom_op(norm_forward_fake)
+def norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+                 p: float, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, new, mean, rstd = norm_forward_fake(x, residual, weight, bias, eps, p, seed, dtype)
+    x, res = x.contiguous(), x if residual is None else residual.contiguous()
+    if x.numel():
+        piece, n_pieces, warps = norm_launch(x.shape[-1])
+        norm_forward_kernel[(mean.numel(),)](
+            x, res, weight, bias, y, new, mean, rstd, *rng(p, seed), eps, x.shape[-1], piece,
+            n_pieces, residual is not None, p > 0, num_warps=warps)
+    return y, new, mean, rstd
+
+
+def norm_backward_fake(dy, dnew, r, weight, mean, rstd, add, p, seed, dtype):
+    return (empty(r, dtype=dtype), empty(r) if add else empty(r, 0), empty(weight), empty(weight))
+
+
+@custom_op(norm_backward_fake)
+def norm_backward(dy: Tensor, dnew: Tensor | None, r: Tensor, weight: Tensor, mean: Tensor,
+                  rstd: Tensor, add: bool, p: float, seed: int, dtype: torch.dtype
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    C, N, r, dy = r.shape[-1], mean.numel(), r.contiguous(), dy.contiguous()
+    dx, dres, _, _ = norm_backward_fake(dy, dnew, r, weight, mean, rstd, add, p, seed, dtype)
+    programs = max(min(N, n_programs(r, LAUNCH["norm"]["programs_per_sm"])), 1)
+    partial = empty(r, programs, 2, C, dtype=torch.float32)
+    piece, n_pieces, warps = norm_launch(C)
+    norm_backward_kernel[(programs,)](
+        dy, dy if dnew is None else dnew.contiguous(), r, weight, mean, rstd, dx, dres, partial, N,
+        *rng(p, seed), C, piece, n_pieces, add, dnew is not None, p > 0, num_warps=warps)
+    dw, db = partial.sum(0).to(weight.dtype)  # the second stage, in a fixed order
+    return dx, dres, dw.clone(), db.clone()  # clones: an op's outputs may not share storage
+
+
+def norm_setup(ctx, inputs, output):
+    x, residual, weight, _, _, ctx.p, ctx.seed, _ = inputs
+    _, new, mean, rstd = output
+    ctx.set_materialize_grads(False)  # an unused output's gradient stays None, not a zero tensor
+    ctx.add, ctx.dtype = residual is not None, x.dtype
+    ctx.save_for_backward(new if ctx.add else x, weight, mean, rstd)
+
+
+def norm_autograd(ctx, dy, dnew, _dmean, _drstd):
+    r, weight, mean, rstd = ctx.saved_tensors
+    dx, dres, dw, db = norm_backward(
+        torch.zeros_like(r) if dy is None else dy, dnew if ctx.add else None, r, weight, mean, rstd,
+        ctx.add, ctx.p, ctx.seed, ctx.dtype)
+    return dx, dres if ctx.add else None, dw, db, None, None, None, None
+
+
+norm_forward.register_autograd(norm_autograd, setup_context=norm_setup)
+
+
+def layer_norm(x, weight, bias, eps=1e-5):
+    """LayerNorm over the last dimension. x (..., C) of any float dtype; weight, bias (C,), fp32
+    under autocast. Returns (..., C) in x's dtype, or autocast's."""
+    if not fused(x):
+        return layer_norm_ref(x, weight, bias, eps)
+    return norm_forward(x, None, weight, bias, eps, 0.0, 0, compute_dtype(x))[0]
+
+
+def add_layer_norm(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=0):
+    """new_residual = residual + dropout(x) in residual's dtype, and y = LayerNorm(new_residual) in
+    x's dtype (or autocast's). x, residual (..., C). The mask is a function of the int seed."""
+    if not fused(x):
+        return add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed)
+    return norm_forward(x, residual, weight, bias, eps, dropout_p, seed, compute_dtype(x))[:2]
+
+
+# ---------------------------------------------------------------------------------------------
+# fused ops: bias + GELU
+#
+#     u = x + b      y = ½ u (1 + tanh z),  z = √(2/π) (u + 0.044715 u³)
+#
+# With ½(1 + tanh z) = sigmoid(2z) = s this is y = u·s: one exponential, and safe at both ends (exp
+# overflows to inf, s to 0). Backward, by the product rule and s' = s(1 - s)·2z':
+#     dx = dy · (s + u · s(1 - s) · 2z'),  2z' = 2√(2/π) (1 + 0.134145 u²)      db = Σ_rows dx
+# Only x and b are kept: y is cheaper to make again than to store (a quarter of a block's memory).
 
 
 def bias_gelu_ref(x, bias):
-    return F.gelu(x + bias.to(x.dtype), approximate="tanh")
+    x = x.to(compute_dtype(x))
+    return F.gelu(wide(x) + bias.to(wide(x)), approximate="tanh").to(x.dtype)
+
+
+@jit
+def gelu_gate(u):
+    """s = sigmoid(2z); 1.5957691216 = 2 √(2/π)."""
+    return 1 / (1 + tl.exp(-1.5957691216057308 * u * (1 + 0.044715 * u * u)))
+
+
+@jit
+def gelu_forward_kernel(x_ptr, b_ptr, y_ptr, n_rows, C: constexpr, ROWS: constexpr,
+                        COLS: constexpr):
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
+    at = rows[:, None] * C + cols[None, :]
+    b = tl.load(b_ptr + cols[None, :], mask=(cols < C)[None, :], other=0.0).to(tl.float32)
+    u = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + b
+    tl.store(y_ptr + at, (u * gelu_gate(u)).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def gelu_backward_kernel(dy_ptr, x_ptr, b_ptr, dx_ptr, partial_ptr, n_rows, C: constexpr,
+                         ROWS: constexpr, COLS: constexpr):
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    b = tl.load(b_ptr + cols[None, :], mask=(cols < C)[None, :], other=0.0).to(tl.float32)
+    db = tl.zeros([ROWS, COLS], tl.float32)
+    first = tl.program_id(1).to(tl.int64) * ROWS
+    for step in range(0, n_rows - first, tl.num_programs(1) * ROWS):
+        rows = first + step + tl.arange(0, ROWS)
+        inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
+        at = rows[:, None] * C + cols[None, :]
+        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        u = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + b
+        s = gelu_gate(u)
+        dx = dy * (s + u * s * (1 - s) * (1.5957691216057308 + 0.2140644488 * u * u))
+        db += dx
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(partial_ptr + tl.program_id(1) * C + cols, tl.sum(db, 0), mask=cols < C)
+
+
+@custom_op(lambda x, bias: empty(x))
+def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
+    x, C, launch = x.contiguous(), x.shape[-1], LAUNCH["gelu"]
+    y, N = empty(x), x.numel() // C
+    if N:
+        cols = min(launch["cols"], triton.next_power_of_2(C))
+        gelu_forward_kernel[(triton.cdiv(C, cols), triton.cdiv(N, launch["rows"]))](
+            x, bias, y, N, C, launch["rows"], cols, num_warps=launch["warps"])
+    return y
+
+
+@custom_op(lambda dy, x, bias: (empty(x), empty(bias)))
+def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    x, dy, C, launch = x.contiguous(), dy.contiguous(), x.shape[-1], LAUNCH["gelu_backward"]
+    dx, N, rows = empty(x), x.numel() // C, launch["rows"]
+    cols = min(launch["cols"], triton.next_power_of_2(C))
+    col_blocks = triton.cdiv(C, cols)
+    wanted = triton.cdiv(n_programs(x, launch["programs_per_sm"]), col_blocks)
+    programs = max(min(wanted, triton.cdiv(N, rows)), 1)
+    partial = empty(x, programs, C, dtype=torch.float32)
+    gelu_backward_kernel[(col_blocks, programs)](dy, x, bias, dx, partial, N, C, rows, cols,
+                                                 num_warps=launch["warps"])
+    return dx, partial.sum(0).to(bias.dtype)
+
+
+gelu_forward.register_autograd(
+    lambda ctx, dy: gelu_backward(dy, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def bias_gelu(x, bias):
+    """GELU(x + bias), tanh approximation (GPT-2's gelu_new). x (..., C), bias (C,). Returns x's
+    dtype, or autocast's."""
+    return gelu_forward(x.to(compute_dtype(x)), bias) if fused(x) else bias_gelu_ref(x, bias)
+
+
+# ---------------------------------------------------------------------------------------------
+# fused ops: causal attention on the packed projection
+#
+#     S = scale · Q Kᵀ (below the diagonal)     P = softmax(S)     O = dropout(P) V
+#
+# Forward (FlashAttention): a program owns a tile of query rows and walks the key tiles, keeping
+# each row's running maximum m, running sum l and unscaled output; when m grows, both are rescaled.
+# Only lse = m + log l is kept, T numbers a head instead of T². Exponentials are base 2 (one
+# instruction), so lse is too. Backward recomputes P = exp(S - lse) tile by tile. With dropout's
+# mask M, which holds 1/(1-p):
+#     dV = (P∘M)ᵀ dO     dP = (dO Vᵀ)∘M     dS = P∘(dP - δ)     dQ = scale·dS K     dK = scale·dSᵀ Q
+# The softmax's Jacobian takes away δ_i = Σ_j P_ij dP_ij, which equals Σ_d dO_id O_id.
+# Two kernels, so that nobody needs atomics: one owns query tiles (δ, dQ), one key tiles (dK, dV).
+# qkv (B, T, 3C) is read in place through its strides, [q | k | v] as HF packs it, and the gradient
+# is written in the same layout: no transposed copy. Key tiles below the diagonal need no causal
+# mask: each loop's body is unrolled twice, for those (ON_DIAGONAL 0) and for the rest (1).
+
+
+def split_heads(qkv, n_head):
+    """(B, T, 3C) -> q, k, v, each a (B, H, T, D) view."""
+    B, T, C3 = qkv.shape
+    return qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def attention_ref(qkv, n_head, scale, dropout_p=0.0, seed=0):
-    B, T, C3 = qkv.shape
-    q, k, v = qkv.view(B, T, 3, n_head, C3 // 3 // n_head).permute(2, 0, 3, 1, 4)
-    if dropout_p == 0:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    qkv = qkv.to(compute_dtype(qkv))
+    q, k, v = split_heads(qkv, n_head)
+    S = scale * wide(q @ k.transpose(-2, -1))  # (B, H, T, T)
+    above = torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).triu(1)
+    P = dropout_ref(S.masked_fill(above, -torch.inf).softmax(-1), dropout_p, seed)
+    return (P.to(v.dtype) @ v).transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
+
+
+@jit
+def load_tile(ptr, rows, stride, T, D: constexpr, BD: constexpr, EVEN: constexpr):
+    """Rows of one head, (len(rows), BD), zero outside; EVEN: the tiles fit and need no mask."""
+    d = tl.arange(0, BD)
+    at = ptr + rows[:, None] * stride + d[None, :]
+    if EVEN:
+        return tl.load(at)
     else:
-        mask = torch.ones(T, T, dtype=torch.bool, device=qkv.device).tril()
-        att = (q @ k.transpose(-2, -1) * scale).float().masked_fill(~mask, -math.inf).softmax(-1)
-        y = dropout_ref(att, dropout_p, seed).to(v.dtype) @ v
-    return y.transpose(1, 2).reshape(B, T, C3 // 3)
+        return tl.load(at, mask=(rows < T)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@jit
+def store_tile(ptr, tile, rows, stride, T, D: constexpr, BD: constexpr):
+    d = tl.arange(0, BD)
+    tl.store(ptr + rows[:, None] * stride + d[None, :], tile.to(ptr.dtype.element_ty),
+             mask=(rows < T)[:, None] & (d < D)[None, :])
+
+
+@jit
+def head_offsets(pair, T, H: constexpr, D: constexpr):
+    """Where the (batch, head) pair begins in qkv (B, T, 3C), and in an output (B, T, C)."""
+    batch, at = (pair // H).to(tl.int64), (pair % H) * D
+    return batch * T * (3 * H * D) + at, batch * T * (H * D) + at
+
+
+@jit
+def attention_forward_kernel(qkv_ptr, o_ptr, lse_ptr, T, scale2, seed, drop, H: constexpr,
+                             D: constexpr, BD: constexpr, BM: constexpr, BN: constexpr,
+                             EVEN: constexpr, DROPOUT: constexpr):
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # longest rows first: even load
+    pair = tl.program_id(1)
+    at, o_at = head_offsets(pair, T, H, D)
+    rows = first + tl.arange(0, BM)
+    keys = row_key(seed, pair * T + rows)
+    q = load_tile(qkv_ptr + at, rows, 3 * H * D, T, D, BD, EVEN)
+    acc = tl.zeros([BM, BD], tl.float32)
+    m = tl.full([BM], -1e30, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    diagonal = first // BN * BN
+    end = tl.minimum(first + BM, T)
+    for ON_DIAGONAL in tl.static_range(2):
+        low, high = diagonal * ON_DIAGONAL, diagonal + (end - diagonal) * ON_DIAGONAL
+        for start in range(low, high, BN):
+            cols = start + tl.arange(0, BN)
+            k = load_tile(qkv_ptr + at + H * D, cols, 3 * H * D, T, D, BD, EVEN)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
+            if ON_DIAGONAL:  # finite: -inf minus -inf would be NaN
+                s = tl.where(cols[None, :] <= rows[:, None], s, -1e30)
+            m_new = tl.maximum(m, tl.max(s, 1))
+            prob = tl.exp2(s - m_new[:, None])
+            alpha = tl.exp2(m - m_new)
+            total = total * alpha + tl.sum(prob, 1)  # P before dropout
+            if DROPOUT:
+                prob = dropout(prob, keys[:, None], cols[None, :], drop)
+            v = load_tile(qkv_ptr + at + 2 * H * D, cols, 3 * H * D, T, D, BD, EVEN)
+            acc = tl.dot(prob.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+            m = m_new
+    tl.store(lse_ptr + pair.to(tl.int64) * T + rows, m + tl.log2(total), mask=rows < T)
+    store_tile(o_ptr + o_at, acc / total[:, None], rows, H * D, T, D, BD)
+
+
+@jit
+def attention_dq_kernel(qkv_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, scale, scale2,
+                        seed, drop, H: constexpr, D: constexpr, BD: constexpr, BM: constexpr,
+                        BN: constexpr, EVEN: constexpr, DROPOUT: constexpr):
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
+    pair = tl.program_id(1)
+    at, o_at = head_offsets(pair, T, H, D)
+    rows = first + tl.arange(0, BM)
+    row_at = pair.to(tl.int64) * T + rows
+    keys = row_key(seed, pair * T + rows)
+    do = load_tile(do_ptr + o_at, rows, H * D, T, D, BD, EVEN)
+    o = load_tile(o_ptr + o_at, rows, H * D, T, D, BD, EVEN)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta_ptr + row_at, delta, mask=rows < T)  # for the other kernel, which runs next
+    q = load_tile(qkv_ptr + at, rows, 3 * H * D, T, D, BD, EVEN)
+    lse = tl.load(lse_ptr + row_at, mask=rows < T, other=0.0)
+    dq = tl.zeros([BM, BD], tl.float32)
+    diagonal = first // BN * BN
+    end = tl.minimum(first + BM, T)
+    for ON_DIAGONAL in tl.static_range(2):
+        low, high = diagonal * ON_DIAGONAL, diagonal + (end - diagonal) * ON_DIAGONAL
+        for start in range(low, high, BN):
+            cols = start + tl.arange(0, BN)
+            k = load_tile(qkv_ptr + at + H * D, cols, 3 * H * D, T, D, BD, EVEN)
+            v = load_tile(qkv_ptr + at + 2 * H * D, cols, 3 * H * D, T, D, BD, EVEN)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
+            prob = tl.exp2(s - lse[:, None])
+            if ON_DIAGONAL:
+                prob = tl.where(cols[None, :] <= rows[:, None], prob, 0.0)
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            if DROPOUT:
+                dp = dropout(dp, keys[:, None], cols[None, :], drop)
+            ds = prob * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    store_tile(dqkv_ptr + at, dq * scale, rows, 3 * H * D, T, D, BD)
+
+
+@jit
+def attention_dkv_kernel(qkv_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, scale, scale2, seed,
+                         drop, H: constexpr, D: constexpr, BD: constexpr, BM: constexpr,
+                         BN: constexpr, EVEN: constexpr, DROPOUT: constexpr):
+    first, pair = tl.program_id(0) * BN, tl.program_id(1)  # the first key tile has the most rows
+    at, o_at = head_offsets(pair, T, H, D)
+    cols = first + tl.arange(0, BN)
+    k = load_tile(qkv_ptr + at + H * D, cols, 3 * H * D, T, D, BD, EVEN)
+    v = load_tile(qkv_ptr + at + 2 * H * D, cols, 3 * H * D, T, D, BD, EVEN)
+    dk = tl.zeros([BN, BD], tl.float32)
+    dv = tl.zeros([BN, BD], tl.float32)
+    below = tl.minimum(tl.cdiv(first + BN, BM) * BM, T)  # rows from here on see all these keys
+    for ON_DIAGONAL in tl.static_range(2):
+        low = below + (first // BM * BM - below) * ON_DIAGONAL
+        high = T + (below - T) * ON_DIAGONAL
+        for start in range(low, high, BM):  # everything transposed: (keys, queries)
+            rows = start + tl.arange(0, BM)
+            row_at = pair.to(tl.int64) * T + rows
+            q = load_tile(qkv_ptr + at, rows, 3 * H * D, T, D, BD, EVEN)
+            lse = tl.load(lse_ptr + row_at, mask=rows < T, other=0.0)
+            prob = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 - lse[None, :])
+            if ON_DIAGONAL:
+                prob = tl.where(cols[:, None] <= rows[None, :], prob, 0.0)
+            do = load_tile(do_ptr + o_at, rows, H * D, T, D, BD, EVEN)
+            delta = tl.load(delta_ptr + row_at, mask=rows < T, other=0.0)
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            dropped = prob
+            if DROPOUT:
+                keys = row_key(seed, pair * T + rows)[None, :]
+                dropped = dropout(prob, keys, cols[:, None], drop)
+                dp = dropout(dp, keys, cols[:, None], drop)
+            dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision="ieee")
+            ds = prob * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    store_tile(dqkv_ptr + at + H * D, dk * scale, cols, 3 * H * D, T, D, BD)
+    store_tile(dqkv_ptr + at + 2 * H * D, dv, cols, 3 * H * D, T, D, BD)
+
+
+def attention_launch(qkv, n_head, kernel):
+    """(grid, keyword arguments) of one attention kernel: "forward", "dkv" or "dq"."""
+    B, T, C3 = qkv.shape
+    BM, BN, num_warps, num_stages = LAUNCH[f"attention_{architecture(qkv)}"][kernel]
+    D = C3 // 3 // n_head
+    BD = max(triton.next_power_of_2(D), 16)
+    grid = (triton.cdiv(T, BN if kernel == "dkv" else BM), B * n_head)
+    return grid, {"H": n_head, "D": D, "BD": BD, "BM": BM, "BN": BN, "num_warps": num_warps,
+                  "EVEN": T % BM == 0 and T % BN == 0 and BD == D, "num_stages": num_stages}
+
+
+LOG2_E = 1.4426950408889634
+
+
+def attention_forward_fake(qkv, n_head, scale, p, seed):
+    B, T, C3 = qkv.shape
+    return empty(qkv, B, T, C3 // 3), empty(qkv, B, n_head, T, dtype=torch.float32)
+
+
+@custom_op(attention_forward_fake)
+def attention_forward(qkv: Tensor, n_head: int, scale: float, p: float, seed: int
+                      ) -> tuple[Tensor, Tensor]:
+    o, lse = attention_forward_fake(qkv, n_head, scale, p, seed)
+    if qkv.numel():
+        grid, options = attention_launch(qkv, n_head, "forward")
+        attention_forward_kernel[grid](qkv, o, lse, qkv.shape[1], scale * LOG2_E, *rng(p, seed),
+                                       DROPOUT=p > 0, **options)
+    return o, lse
+
+
+@custom_op(lambda do, qkv, *_: empty(qkv))
+def attention_backward(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, n_head: int, scale: float,
+                       p: float, seed: int) -> Tensor:
+    do, dqkv, delta = do.contiguous(), empty(qkv), empty(lse)
+    if qkv.numel():
+        rest = (qkv.shape[1], scale, scale * LOG2_E, *rng(p, seed))
+        grid, options = attention_launch(qkv, n_head, "dq")
+        attention_dq_kernel[grid](qkv, o, do, lse, delta, dqkv, *rest, DROPOUT=p > 0, **options)
+        grid, options = attention_launch(qkv, n_head, "dkv")
+        attention_dkv_kernel[grid](qkv, do, lse, delta, dqkv, *rest, DROPOUT=p > 0, **options)
+    return dqkv
+
+
+def attention_setup(ctx, inputs, output):
+    qkv, *ctx.settings = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, *output)
+
+
+attention_forward.register_autograd(
+    lambda ctx, do, *_: (attention_backward(do, *ctx.saved_tensors, *ctx.settings), *[None] * 4),
+    setup_context=attention_setup)
+
+
+# cuDNN's flash kernels, out of Triton's reach on Hopper, behind the same interface. Dropout draws
+# from CUDA's generator, so that is set to `seed` for the call and put back: one seed, one mask.
+
+
+def cudnn_forward_fake(qkv, n_head, scale, p, seed):
+    o, lse = attention_forward_fake(qkv, n_head, scale, p, seed)
+    return o, lse.unsqueeze(-1), *(empty(qkv, 1, dtype=torch.int64) for _ in range(2))
+
+
+@custom_op(cudnn_forward_fake)
+def cudnn_forward(qkv: Tensor, n_head: int, scale: float, p: float, seed: int
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = split_heads(qkv, n_head)
+    generator = torch.cuda.default_generators[qkv.device.index]
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    o, lse, *_, philox_seed, philox_offset, _ = (
+        torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, p, True, False, scale=scale))
+    generator.set_state(state)
+    words = (torch.zeros(1, dtype=torch.int64, device=qkv.device) if word is None
+             else word.reshape(1) for word in (philox_seed, philox_offset))
+    return o.transpose(1, 2).flatten(2).contiguous(), lse.contiguous(), *words
+
+
+@custom_op(lambda do, qkv, *_: empty(qkv))
+def cudnn_backward(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, philox_seed: Tensor,
+                   philox_offset: Tensor, n_head: int, scale: float, p: float, seed: int) -> Tensor:
+    T, heads = qkv.shape[1], (*qkv.shape[:2], n_head, -1)
+    do, o = (t.contiguous().view(heads).transpose(1, 2) for t in (do, o))
+    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        do, *split_heads(qkv, n_head), o, lse, philox_seed, philox_offset, None, None, None, T, T,
+        p, True, scale=scale)
+    return torch.stack([g.transpose(1, 2) for g in grads], 2).view(qkv.shape)
+
+
+cudnn_forward.register_autograd(
+    lambda ctx, do, *_: (cudnn_backward(do, *ctx.saved_tensors, *ctx.settings), *[None] * 4),
+    setup_context=attention_setup)
+
+
+def attention_backend(qkv, n_head):
+    """"triton" or "cudnn" for this tensor, by the measured table ATTENTION_BACKEND."""
+    half = qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16) and qkv.numel() > 0
+    if not half or torch.version.hip or qkv.shape[-1] // 3 // n_head not in (64, 128):
+        return "triton"
+    return ATTENTION_BACKEND.get(capability(), "triton")
+
+
+def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
+    """Causal self-attention. qkv (B, T, 3C) packed [q | k | v]; scale multiplies q·k (it holds
+    1/sqrt(D) and BioMedLM's 1/(layer_idx + 1)). Returns (B, T, C) in qkv's dtype, or autocast's."""
+    qkv = qkv.to(compute_dtype(qkv))
+    if fused(qkv):
+        op = cudnn_forward if attention_backend(qkv, n_head) == "cudnn" else attention_forward
+        return op(qkv.contiguous(), n_head, scale, dropout_p, seed)[0]
+    if dropout_p > 0 and not torch.compiler.is_compiling():
+        return attention_ref(qkv, n_head, scale, dropout_p, seed)
+    q, k, v = split_heads(qkv, n_head)  # torch's fused attention: the fast reference
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p, scale=scale)
+    return o.transpose(1, 2).flatten(2)
+
+
+# ---------------------------------------------------------------------------------------------
+# fused ops: cross-entropy with the head's matrix product
+#
+#     Z = hidden Wᵀ      loss = mean over targets that count of  log Σ_v exp(Z_v) - Z_target
+#     dZ = (softmax(Z) - onehot(target)) / count      dhidden = dZ W      dW = dZᵀ hidden
+#
+# For N = 16k rows Z is 0.9 GB in bf16, and would be written, read and written again as dZ. Here
+# rows go in chunks: one product makes Z, one kernel takes the loss and overwrites Z with dZ, two
+# products use that up at once, so one chunk of logits is all that ever exists. The gradients are
+# therefore made in forward (if anybody wants them) for a loss gradient of 1; backward multiplies.
 
 
 def cross_entropy_ref(hidden, weight, targets, ignore_index=-100):
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for h, t in zip(hidden.split(1024), targets.split(1024)):
-        def chunk(h, t):
-            return F.cross_entropy(F.linear(h, weight).float(), t, ignore_index=ignore_index,
-                                   reduction="sum")
-        total = total + torch.utils.checkpoint.checkpoint(chunk, h, t, use_reentrant=False)
-    return total / (targets != ignore_index).sum().clamp(min=1)
+    hidden = hidden.to(compute_dtype(hidden))
+    logits = wide(hidden @ weight.to(hidden.dtype).T)  # (N, V)
+    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    return loss / (targets != ignore_index).sum().clamp(min=1)
 
 
-layer_norm, add_layer_norm, bias_gelu = layer_norm_ref, add_layer_norm_ref, bias_gelu_ref
-attention, cross_entropy = attention_ref, cross_entropy_ref
+@jit
+def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, count_ptr, ignore_index, V: constexpr,
+                         BLOCK: constexpr, GRADIENT: constexpr):
+    """One row of logits: its loss and, in place, its gradient."""
+    row = tl.program_id(0).to(tl.int64)  # int64: row * V passes 2^31 at 74k rows
+    target = tl.load(target_ptr + row)
+    z_ptr += row * V
+    top = tl.full([BLOCK], -1e30, tl.float32)  # each lane's running maximum and sum,
+    total = tl.zeros([BLOCK], tl.float32)  # merged once at the end
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z = tl.load(z_ptr + cols, mask=cols < V, other=-1e30).to(tl.float32)
+        higher = tl.maximum(top, z)
+        total = total * tl.exp(top - higher) + tl.exp(z - higher)
+        top = higher
+    peak = tl.max(top, 0)
+    total = tl.sum(total * tl.exp(top - peak), 0)
+    counts = target != ignore_index
+    z_target = tl.load(z_ptr + target, mask=counts, other=0.0).to(tl.float32)
+    tl.store(loss_ptr + row, tl.where(counts, peak - z_target + tl.log(total), 0.0))
+    if GRADIENT:
+        tl.debug_barrier()  # every warp has read z_target before one overwrites it
+        factor = tl.where(counts, 1.0 / tl.load(count_ptr).to(tl.float32), 0.0)
+        for start in range(0, V, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            z = tl.load(z_ptr + cols, mask=cols < V, other=-1e30).to(tl.float32)
+            softmax = tl.exp(z - peak) / total  # not exp(z - lse): at 1e4, lse has 3 decimals
+            dz = (softmax - tl.where(cols == target, 1.0, 0.0)) * factor
+            tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=cols < V)
+
+
+def product_fp32(a, b):
+    """a @ b summed and returned in fp32; operands in bf16 still take the tensor cores."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def cross_entropy_fake(hidden, weight, targets, ignore_index, gradient):
+    return (torch.empty((), dtype=torch.float32, device=hidden.device),
+            empty(hidden) if gradient else empty(hidden, 0),
+            empty(weight) if gradient else empty(weight, 0))
+
+
+@custom_op(cross_entropy_fake)
+def cross_entropy_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
+                         gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    (N, V), launch = (hidden.shape[0], weight.shape[0]), LAUNCH["cross_entropy"]
+    hidden, targets, w = hidden.contiguous(), targets.contiguous(), weight.to(hidden.dtype)
+    count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device
+    losses = empty(hidden, N, dtype=torch.float32)
+    _, dhidden, dweight = cross_entropy_fake(hidden, weight, targets, ignore_index, gradient)
+    block = min(launch["block"], triton.next_power_of_2(V))
+    with torch.autocast(hidden.device.type, enabled=False):
+        for at in range(0, N, launch["chunk_rows"]):
+            rows = slice(at, min(at + launch["chunk_rows"], N))
+            z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
+            cross_entropy_kernel[(z.shape[0],)](
+                z, targets[rows], losses[rows], count, ignore_index, V, block, gradient,
+                num_warps=launch["warps"])
+            if gradient:
+                torch.mm(z, w, out=dhidden[rows])
+                part = product_fp32(z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
+                dweight = part if at == 0 else dweight.add_(part)
+    dweight = dweight if N else dweight.zero_()
+    return losses.sum() / count, dhidden, dweight.to(weight.dtype)
+
+
+def cross_entropy_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def cross_entropy_autograd(ctx, dloss, *_):
+    dhidden, dweight = ctx.saved_tensors
+    return dhidden * dloss, dweight * dloss, None, None, None
+
+
+cross_entropy_chunks.register_autograd(cross_entropy_autograd, setup_context=cross_entropy_setup)
+
+
+def cross_entropy(hidden, weight, targets, ignore_index=-100):
+    """Mean cross-entropy of softmax(hidden weightᵀ) over the targets that are not ignore_index.
+
+    hidden (N, C), weight (V, C), targets (N,) int64 below V. Returns an fp32 scalar. With every
+    target ignored it is 0 with zero gradients (torch's is NaN). No host synchronisation."""
+    if not fused(hidden):
+        return cross_entropy_ref(hidden, weight, targets, ignore_index)
+    gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    hidden = hidden.to(compute_dtype(hidden))
+    return cross_entropy_chunks(hidden, weight, targets, ignore_index, gradient)[0]
 
 
 # ---------------------------------------------------------------------------------------------

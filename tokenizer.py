@@ -1,31 +1,29 @@
-"""Byte-level BPE as GPT-2 and BioMedLM have it: training from scratch, encoding, Hugging Face's files.
+"""Byte-level BPE as GPT-2 and BioMedLM have it: training, encoding, Hugging Face's files.
 
-    python tokenizer.py train --input data/pubmed/text --vocab_size 28896 --out data/pubmed/tokenizer
-    python tokenizer.py show --tokenizer data/pubmed/tokenizer "myocardium" --against gpt2
+    python tokenizer.py train --input data/pubmed/text --vocab_size 28896 --out data/pubmed/tok
 
-Training reads text (*.jsonl.gz with a document {"id", "text"} a line, .jsonl, .txt; plain or .gz) and writes
-vocab.json + merges.txt, equal to the last line to those of Hugging Face's BpeTrainer on the same text.
-Encoding runs through tiktoken. Text that is not UTF-8 is read with U+FFFD in place of each bad byte
-sequence, and a lone surrogate in a str counts as U+FFFD. Left out: normalisers, prefix spaces, dropout, byte
-fallback, and special tokens found in plain text (they are only when asked for).
+Reads text (.jsonl with a document {"id", "text"} a line, or .txt; plain or .gz; files or folders),
+writes vocab.json + merges.txt, to the last line those of Hugging Face's BpeTrainer. Encodes through
+tiktoken. Bytes that are no UTF-8, and half surrogate pairs, are read as U+FFFD. Left out:
+normalisers, prefix spaces, dropout, and special tokens in plain text (only when asked for).
 """
 
 import argparse
 import gzip
 import hashlib
 import heapq
-import itertools
 import json
-import multiprocessing
 import os
-import queue
 import re
 import signal
 import sys
 import tempfile
 import zlib
-from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
+from operator import add
 from pathlib import Path
 
 import regex
@@ -37,175 +35,111 @@ from tqdm import tqdm
 
 END_OF_TEXT = "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same cut for text of many lines, each pre-tokenised alone with its "\n", as HF's trainer reads files.
-LINE_PATTERN = regex.compile(PATTERN.replace(r"|\s+(?!\S)|\s+", r"|[^\S\n]*\n|[^\S\n]+(?!\S)|\s"))
+# The same for many lines, each cut as if it stood alone with its "\n": so HF's trainer reads.
+LINE_PATTERN = regex.compile(PATTERN.replace(r"\s+(?!\S)|\s+", r"[^\S\n]*\n|[^\S\n]+(?!\S)|\s"))
 
-
-def byte_characters():
-    """GPT-2's printable stand-in of each byte: itself where it is visible, else 256, 257, ...; " " is "Ġ"."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = sorted(set(range(256)) - set(visible))
-    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-
-
-BYTE_CHAR = byte_characters()
-ALPHABET = sorted(BYTE_CHAR.values())  # ids 0-255 of a trained vocabulary: "!" is 0, "Ġ" is 220
+# GPT-2 writes a byte as a visible character: itself, or one of chr(256), ...; " " becomes "Ġ".
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = sorted(set(range(256)) - set(VISIBLE))
+BYTE_CHAR = {byte: chr(byte) for byte in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
 CHAR_BYTE = {ord(char): byte for byte, char in BYTE_CHAR.items()}
-BYTE_ID = bytes(ALPHABET.index(BYTE_CHAR[b]) for b in range(256))  # for bytes.translate
+ALPHABET = sorted(BYTE_CHAR.values())  # the ids 0-255: "!" is 0, "Ġ" is 220
+BYTE_ID = bytes(ALPHABET.index(BYTE_CHAR[byte]) for byte in range(256))  # for bytes.translate
 
 
 def token_bytes(token):
-    """"Ġcell" -> b" cell"; None for a string that byte characters cannot spell, such as "[A B]"."""
-    if not all(ord(char) in CHAR_BYTE for char in token):
-        return None
+    """From byte characters: "Ġcell" -> b" cell"."""
     return token.translate(CHAR_BYTE).encode("latin-1")
 
 
 # ---------------------------------------------------------------------------------------------
-# counting pre-tokens: streamed, in bounded memory, over processes
+# counting pre-tokens: streamed in bounded memory, over processes
 
-BLOCK_BYTES = 1 << 20
-CHUNKS_IN_MEMORY = 500_000
-SPACE = re.compile(r" (?=\S)")  # a space before anything but white space always starts a pre-token
-SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
+BLOCK_BYTES = 1 << 22
+SPACE = re.compile(r" (?=\S)")  # a space before anything visible always starts a pre-token
 
 
 def input_files(inputs):
-    """Files as given; of a folder, those directly in it that hold text, in name order."""
+    """The files among inputs; of a folder, the text files directly in it, in name order."""
     files = []
     for path in map(Path, inputs):
-        found = sorted(f for f in path.iterdir() if f.name.endswith(SUFFIXES)) if path.is_dir() else [path]
-        if not found:
-            raise FileNotFoundError(f"{path} holds no {', '.join(SUFFIXES)}: run data.py extract --out {path}")
+        inside = path.iterdir() if path.is_dir() else [path]
+        found = sorted(f for f in inside if re.search(r"\.(jsonl|txt)(\.gz)?$", f.name))
+        if not found or not path.exists():
+            raise FileNotFoundError(f"{path}: no .jsonl or .txt (.gz): run python data.py extract")
         files += found
-    for path in files:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: give --input a folder or files of text")
     return files
 
 
 def read_blocks(files, progress=False):
-    """Yield (file name, about BLOCK_BYTES of whole lines); a last line without "\\n" gets one."""
-    total = sum(os.path.getsize(path) for path in files)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="counting", disable=not progress) as bar:
-        for path in files:
-            with open(path, "rb") as raw:
-                stream = gzip.GzipFile(fileobj=raw) if path.name.endswith(".gz") else raw
-                rest, seen = [], 0
-                try:
-                    while data := stream.read(BLOCK_BYTES):
-                        bar.update(raw.tell() - seen)
-                        seen = raw.tell()
-                        cut = data.rfind(b"\n") + 1
-                        if cut:
-                            yield path.name, b"".join((*rest, data[:cut]))
-                            rest = []
-                        rest.append(data[cut:])
-                except (EOFError, zlib.error) as e:
-                    raise ValueError(f"{path} is truncated or damaged ({e}): fetch it again") from e
-                if any(rest):
-                    yield path.name, b"".join((*rest, b"\n"))
+    """Yield (file name, bytes): whole lines, ended by "\\n" alone, about BLOCK_BYTES of them."""
+    total, done = sum(path.stat().st_size for path in files), 0
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=not progress)
+    for path in files:
+        with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as stream:
+            try:
+                while lines := stream.readlines(BLOCK_BYTES):
+                    bar.update(done + raw.tell() - bar.n)
+                    yield path.name, b"".join(lines)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+                raise ValueError(f"{path} is truncated or damaged ({e}): fetch it again") from e
+        done += path.stat().st_size
+    bar.close()
 
 
 def block_text(name, block):
-    """The text of a block: as it is, or the "text" of each JSON line; every document ends in "\\n"."""
-    if not name.removesuffix(".gz").endswith((".jsonl", ".json")):
-        return block.decode("utf-8", "replace")
-    documents = []
-    for line in block.decode("utf-8", "replace").split("\n"):
-        record = parse_record(name, line) if line.strip() else {"deleted": True}
-        if not record.get("deleted"):
-            documents.append(record["text"] if record["text"].endswith("\n") else record["text"] + "\n")
-    text = "".join(documents)
-    if b"\\ud" in block or b"\\uD" in block:  # JSON can spell half a surrogate pair
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    """A block's text: as it is, or the documents in its JSON lines; a last line gets its "\\n"."""
+    text, documents = block.decode("utf-8", "replace"), []
+    if ".jsonl" not in name:
+        return text.removesuffix("\n") + "\n"
+    for line in filter(str.strip, text.split("\n")):
+        try:
+            record = json.loads(line)
+            if not record.get("deleted"):
+                documents.append(record["text"].removesuffix("\n") + "\n")
+        except (ValueError, KeyError, AttributeError) as e:
+            raise ValueError(f'{name}: {line[:60]!r} is no document {{"id", "text"}}: '
+                             "python data.py extract makes them") from e
+    # JSON can spell half a surrogate pair, which is no character: U+FFFD, as tiktoken has it.
+    return "".join(documents).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def parse_record(name, line):
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{name}: not JSON ({e}): {line[:60]!r}") from e
-    if not isinstance(record, dict) or not (record.get("deleted") or isinstance(record.get("text"), str)):
-        raise ValueError(f'{name}: a record without "text": run data.py extract on it first: {line[:60]!r}')
-    return record
+@lru_cache(maxsize=1 << 18)
+def cut_chunk(chunk):
+    return LINE_PATTERN.findall(" " + chunk)
 
 
-def count_blocks(blocks):
-    """Counter of pre-tokens. Text is cut at spaces first, which is cheap; GPT-2's pattern, which is not,
-    then runs once on each distinct chunk: "(myocardium)," occurs often and is cut once."""
-    chunks, pieces = Counter(), Counter()
-
-    def resolve():
-        for chunk, count in chunks.items():
-            for piece in LINE_PATTERN.findall(" " + chunk):
-                pieces[piece] += count
-        chunks.clear()
-
-    for name, block in blocks:
-        first, *rest = SPACE.split(block_text(name, block))
-        pieces.update(LINE_PATTERN.findall(first))
-        chunks.update(rest)
-        if len(chunks) > CHUNKS_IN_MEMORY:
-            resolve()
-    resolve()
-    return pieces
-
-
-def count_worker(blocks, result):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer: it ends the team
-    try:
-        result.send(count_blocks(iter(blocks.get, None)))
-    except ValueError as e:
-        result.send(e)
-        sys.exit(1)
-
-
-def count_pretokens(inputs, workers=1, progress=False):
-    """Counter of the pre-tokens in files or folders, the same for every number of worker processes. This
-    process reads and unpacks, the workers count, and about two blocks a worker are in flight."""
-    blocks = read_blocks(input_files(inputs), progress)
-    if workers == 1:
-        return count_blocks(blocks)
-    waiting, team = multiprocessing.Queue(maxsize=2 * workers), []
-    waiting.cancel_join_thread()  # after an error nobody reads the rest: don't wait for that at exit
-    try:
-        for _ in range(workers):
-            receive, send = multiprocessing.Pipe(duplex=False)
-            process = multiprocessing.Process(target=count_worker, args=(waiting, send), daemon=True)
-            process.start()
-            send.close()  # the worker holds the only writing end: should it die, recv raises EOFError
-            team.append((process, receive))
-        for block in itertools.chain(blocks, [None] * workers):
-            put_block(waiting, block, team)
-        counts = Counter()
-        for _, receive in team:
-            counts.update(receive_counts(receive))
-    finally:
-        for process, _ in team:
-            process.terminate()
+def count_block(named_block):
+    """Counter of pre-tokens. Text is cut at spaces first, which is cheap; GPT-2's pattern, which is
+    not, then runs once on each distinct chunk: "(myocardium)," comes often and is cut once."""
+    first, *chunks = SPACE.split(block_text(*named_block))
+    counts = Counter(LINE_PATTERN.findall(first))
+    for chunk, count in Counter(chunks).items():
+        for piece in cut_chunk(chunk):
+            counts[piece] += count
     return counts
 
 
-def put_block(waiting, block, team):
-    while True:
-        try:
-            return waiting.put(block, timeout=1)
-        except queue.Full:
-            for process, receive in team:
-                if process.exitcode:  # non-zero: refused its block, or killed
-                    receive_counts(receive)
-
-
-def receive_counts(receive):
+def count_pretokens(inputs, workers=1, progress=False):
+    """Counter of the pre-tokens in files or folders, the same for every number of processes. This
+    process reads and unpacks, the workers count; about two blocks each are in memory."""
+    counts, blocks, running = Counter(), read_blocks(input_files(inputs), progress), deque()
+    if workers == 1:
+        for block in blocks:
+            counts.update(count_block(block))
+        return counts
+    no_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # the parent answers it
     try:
-        result = receive.recv()
-    except EOFError as e:
+        with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=no_ctrl_c) as pool:
+            for block in blocks:
+                running.append(pool.submit(count_block, block))
+                if len(running) > 2 * workers:
+                    counts.update(running.popleft().result())
+            for future in running:
+                counts.update(future.result())
+    except BrokenProcessPool as e:
         raise OSError("a counting process was killed (memory?): use fewer --workers") from e
-    if isinstance(result, ValueError):
-        raise result
-    return result
+    return counts
 
 
 # ---------------------------------------------------------------------------------------------
@@ -213,22 +147,22 @@ def receive_counts(receive):
 
 
 def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
-    """Merges [("t", "h"), ("Ġ", "th"), ...] in byte characters from {pre-token: count}: vocab_size - 257 of
-    them (256 bytes, end-of-text), fewer when no pair is left with min_frequency.
+    """Merges [("t", "h"), ("Ġ", "th"), ...] in byte characters from {pre-token: count}: vocab_size
+    - 257 of them (256 bytes, end-of-text), fewer when no pair is left with min_frequency.
 
-    HF's rule: the pair with the highest count wins, a tie goes to the smaller (id, id); it is merged from
-    left to right. A word is a str whose characters are its symbols, chr(id): then str.split finds a pair,
-    str.join writes its merge, and pairs, as two-character strs, sort as (id, id) does.
+    HF's rule: the pair with the highest count wins, a tie goes to the smaller (id, id); it is
+    merged left to right. A word is a str with a character chr(id) for each symbol: str.split finds
+    a pair, str.join writes its merge, and pairs, two-character strs, sort as (id, id) does.
     """
     if vocab_size < 257:
-        raise ValueError(f"vocab_size {vocab_size} is below 257 (256 bytes and end-of-text): use more")
+        raise ValueError(f"vocab_size {vocab_size} is below 257 (256 bytes, end-of-text): use more")
     words = [piece.encode().translate(BYTE_ID).decode("latin-1") for piece in counts]
     freqs = list(counts.values())
-    where = defaultdict(list)  # pair -> indices of its words, once per occurrence; some may be outdated
+    where = defaultdict(list)  # pair -> indices of words, one per occurrence, maybe outdated
     for i, word in enumerate(words):
-        for pair in map(str.__add__, word, word[1:]):
+        for pair in map(add, word, word[1:]):
             where[pair].append(i)
-    pair_counts = {pair: sum(map(freqs.__getitem__, indices)) for pair, indices in where.items()}
+    pair_counts = {pair: sum(map(freqs.__getitem__, found)) for pair, found in where.items()}
     heap = [(-count, pair) for pair, count in pair_counts.items() if count >= min_frequency]
     heapq.heapify(heap)
     tokens, merges = list(ALPHABET), []
@@ -236,20 +170,20 @@ def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
     while heap and len(merges) < vocab_size - 257:
         count, pair = heapq.heappop(heap)
         now = pair_counts[pair]
-        if now != -count:  # a pair's count only falls, so the heap corrects itself lazily
+        if now != -count:  # counts only fall: an outdated entry goes back with its true count
             if now >= min_frequency:
                 heapq.heappush(heap, (-now, pair))
             continue
-        merges.append((tokens[ord(pair[0])], tokens[ord(pair[1])]))
         del pair_counts[pair]
+        merges.append((tokens[ord(pair[0])], tokens[ord(pair[1])]))
         merged = chr(len(tokens))
-        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
-        for new, old, indices in merge_pair(pair, merged, words, where.pop(pair)):
-            count = sum(map(freqs.__getitem__, indices))
+        tokens.append("".join(merges[-1]))
+        for new, old, found in merge_pair(pair, merged, words, where.pop(pair)):
+            count = sum(map(freqs.__getitem__, found))
             if old in pair_counts:
                 pair_counts[old] -= count
-            if count >= min_frequency:  # it can only fall: a rarer pair is never needed again
-                pair_counts[new], where[new] = count, indices
+            if count >= min_frequency:  # a rarer pair can only get rarer: forget it
+                pair_counts[new], where[new] = count, found
                 heapq.heappush(heap, (-count, new))
         bar.update()
     bar.close()
@@ -257,120 +191,90 @@ def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
 
 
 def merge_pair(pair, merged, words, indices):
-    """Merge in the words at indices, in place; yields (new pair, old pair it replaces, indices of words,
-    once per occurrence). E.g. "h"+"e" in "then": "tX" replaces "th", "Xn" replaces "en"."""
+    """Merge pair in words[i] for i in indices. Yields (new pair, old pair it replaces, indices of
+    words, one per occurrence): merging "he" to "X" in "then", "tX" for "th" and "Xn" for "en"."""
     lefts, rights, doubles = defaultdict(list), defaultdict(list), []
     for i in indices:
-        parts = words[i].split(pair)
-        if len(parts) == 1:
-            continue  # merged at its first occurrence, or taken apart by an earlier merge
+        before, *others = parts = words[i].split(pair)
+        if not others:
+            continue  # done at the word's first occurrence, or taken apart by an earlier merge
         words[i] = merged.join(parts)
-        before = parts[0]
-        for j in range(1, len(parts)):
-            after = parts[j]
+        doubles += [i] * parts[1:-1].count("")  # two side by side: "hehe" -> "XX"
+        for after in others:
             if before:
                 lefts[before[-1]].append(i)
-            elif j > 1:
-                doubles.append(i)  # two merges side by side, "hehe" -> "XX"
             if after:
                 rights[after[0]].append(i)
             before = after
+    yield merged + merged, pair[1] + pair[0], doubles
     for char, found in lefts.items():
         yield char + merged, char + pair[0], found
     for char, found in rights.items():
         yield merged + char, pair[1] + char, found
-    if doubles:
-        yield merged + merged, pair[1] + pair[0], doubles
-
-
-# ---------------------------------------------------------------------------------------------
-# what tiktoken may merge
-
-
-def usable_ranks(vocab, merges):
-    """tiktoken's {bytes: rank} that gives HF's tokens, and the set of all that merges make.
-
-    tiktoken joins any two neighbours whose bytes together are a token, HF only the pairs of merges.txt. In
-    trained merges this is the same: a token's bytes, wherever no merge crosses their ends, go through the same
-    merges, so that they always arrive at the same pair. In hand-made files a token may have no way to come
-    about ("a b", "b c", "a bc": "abc" is stopped at "ab" + "c"); HF never gives it, so tiktoken must not know it.
-    """
-    missing = sum(char not in vocab for char in ALPHABET)
-    if missing:
-        raise ValueError(f"the vocabulary lacks {missing} of the 256 byte characters: not byte-level BPE")
-    rank_of = {pair: rank for rank, pair in enumerate(merges)}
-    ranks = {bytes([CHAR_BYTE[ord(char)]]): rank for rank, char in enumerate(ALPHABET)}
-    tree = {char: (None, None, -1) for char in ALPHABET}  # token -> its two parts and its rank
-    known = set(ALPHABET)
-    for rank, (a, b) in enumerate(merges):
-        if a not in known or b not in known or rank_of[a, b] != rank or a + b not in vocab:
-            raise ValueError(f"merge {rank + 1}, {a!r} {b!r}, repeats one, or uses or makes a token that is not "
-                             "there: merges and vocabulary don't fit; copy both files again")
-        known.add(a + b)
-        if a in tree and b in tree and a + b not in tree and not crossed(a, b, rank, rank_of, tree):
-            tree[a + b] = a, b, rank
-            ranks[token_bytes(a + b)] = 256 + rank
-    return ranks, known
-
-
-def crossed(a, b, rank, rank_of, tree):
-    """Whether a merge before `rank` joins the end of a with the beginning of b while they are being built."""
-
-    def edge(token, side):  # the pieces at the border, from a byte up to the token itself, and their ends
-        found = [(token, rank)]
-        while tree[token][2] >= 0:
-            found.append((tree[token][side], tree[token][2]))
-            token = tree[token][side]
-        return found[::-1]
-
-    left, right = edge(a, 1), edge(b, 0)
-    i = j = 0
-    while i < len(left) and j < len(right):
-        (x, x_ends), (y, y_ends) = left[i], right[j]
-        joined = rank_of.get((x, y), rank)
-        if joined < x_ends and joined <= y_ends and joined < rank:
-            return True  # of two equal merges that overlap, the left one is made: hence <, then <=
-        i, j = i + (x_ends <= y_ends), j + (y_ends <= x_ends)
-    return False
 
 
 # ---------------------------------------------------------------------------------------------
 # the tokenizer
 
-LONG_TEXT = 100_000  # tiktoken 0.14 panics where \s+(?!\S) must back out of a run near a million
+LONG = 100_000  # tiktoken 0.14 panics on near a million white-space characters in a row
+
+
+def usable_ranks(vocab, merges):
+    """tiktoken's {bytes: rank} that gives HF's tokens, and the set of all tokens that merges make.
+
+    tiktoken joins any neighbours whose bytes together are a token, HF only the pairs of merges.txt.
+    In trained merges this is the same: wherever no merge crosses the ends of a token's bytes, they
+    go through the same merges and arrive at the same pair. In other files a token may be out of
+    reach ("a b", "b c", "a bc": "abc" stops at "ab" + "c"): HF never gives it, so it gets no rank.
+    """
+    symbol = {token: chr(i) for i, token in enumerate(vocab)}
+    rules, made = {}, set(ALPHABET)  # pair of symbols -> (rank, pair, the symbol it becomes)
+    for rank, (a, b) in enumerate(merges, len(ALPHABET)):
+        if not made >= {a, b} or a + b not in vocab or symbol[a] + symbol[b] in rules:
+            raise ValueError(f"merge {rank - 255}, {a!r} {b!r}, is there twice, or uses or makes "
+                             "an unknown token: copy the vocabulary and the merges again")
+        rules[symbol[a] + symbol[b]] = rank, symbol[a] + symbol[b], symbol[a + b]
+        made.add(a + b)
+    ranks = {token_bytes(char): rank for rank, char in enumerate(ALPHABET)}
+    for rank, (a, b) in enumerate(merges, len(ALPHABET)):
+        word = "".join([symbol[char] for char in a + b])
+        while found := [rules[pair] for pair in map(add, word, word[1:]) if pair in rules]:
+            last, pair, merged = min(found)
+            word = word.replace(pair, merged)
+        if len(word) == 1 and last == rank:  # of several pairs that spell a token, one is reached
+            ranks[token_bytes(a + b)] = rank
+    return ranks, made
 
 
 class Tokenizer:
-    """Byte-level BPE over tiktoken. vocab: {token in byte characters, or special string: id}; merges: pairs
-    in order; added: {special string: id} beyond vocab. ValueError where they do not fit each other."""
+    """vocab: {token in byte characters, or special string: id}; merges: pairs in order; added:
+    {special string: id} beyond vocab. ValueError where these do not fit each other."""
 
     def __init__(self, vocab, merges, added=None):
-        self.vocab, self.merges, self.added = vocab, merges, {}
-        ranks, made = usable_ranks(vocab, merges)
-        self.special = {t: i for t, i in vocab.items() if t not in made}
-        lost = [t for t in self.special if not re.fullmatch(r"<.*>|\[.*\]", t) and t not in (added or {})]
-        if lost:
-            raise ValueError(f"no merge makes {lost[0]!r} ({len(lost)} such tokens): the merges are cut short "
-                             "or belong to another vocabulary; copy both files again")
-        self._bytes = {i: token_bytes(t) for t, i in vocab.items() if t in made}
-        self._bytes |= {i: t.encode() for t, i in self.special.items()}
-        if len(self._bytes) != len(vocab):
-            raise ValueError("two tokens of the vocabulary share an id: copy the file again")
-        for text, i in sorted((added or {}).items(), key=lambda item: item[1]):
-            self._add(text, i)
+        if not vocab.keys() >= set(ALPHABET):
+            raise ValueError("the vocabulary lacks some of the 256 bytes: not byte-level BPE")
+        self._ranks, made = usable_ranks(vocab, merges)
+        self._encodings = {}
+        self.vocab, self.merges = vocab, merges
+        self.added = {token: i for token, i in (added or {}).items() if vocab.get(token) != i}
+        self.special = {token: i for token, i in vocab.items() if token not in made} | self.added
+        for token in self.special:
+            if not re.fullmatch(r"<.*>|\[.*\]", token) and token not in (added or {}):
+                raise ValueError(f"no merge makes {token!r}: the merges are cut short, copy them")
         if END_OF_TEXT not in self.special:
-            raise ValueError(f"the vocabulary has no {END_OF_TEXT}: not a GPT-2 or BioMedLM tokenizer")
+            raise ValueError(f"there is no {END_OF_TEXT}: not GPT-2's or BioMedLM's kind")
         self.eot_id = self.special[END_OF_TEXT]
-        ids = [vocab[t] for t in ALPHABET] + [vocab[a + b] for a, b in merges]
-        self._ids = None if ids == list(range(len(ids))) else ids  # tiktoken's ranks -> ids; None: equal
-        self._ranks = ranks
-        self._bpe = tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
-        self._one_piece = None
+        self._bytes = {i: token_bytes(token) for token, i in vocab.items() if token in made}
+        self._bytes |= {i: token.encode() for token, i in self.special.items()}
+        if len(self._bytes) < len(vocab) + len(self.added):
+            raise ValueError("two tokens share an id: copy the vocabulary again")
+        ids = [vocab[token] for token in (*ALPHABET, *map("".join, merges))]
+        self._id_of_rank = None if ids == list(range(len(ids))) else ids  # None: they are the same
 
     @classmethod
     def from_merges(cls, merges):
-        """The vocabulary that merges learned by train_bpe make, end-of-text last."""
-        tokens = [*ALPHABET, *(a + b for a, b in merges), END_OF_TEXT]
+        """The vocabulary of merges learned by train_bpe, end-of-text last."""
+        tokens = [*ALPHABET, *map("".join, merges), END_OF_TEXT]
         return cls({token: i for i, token in enumerate(tokens)}, merges)
 
     @property
@@ -378,110 +282,97 @@ class Tokenizer:
         """The highest id + 1, added special tokens included."""
         return max(self._bytes) + 1
 
-    def _add(self, text, i):
-        if text not in self.special:
-            if i in self._bytes or text in self.vocab:
-                raise ValueError(f"special token {text!r} (id {i}) is in the vocabulary already")
-            self._bytes[i] = text.encode()
-            self.special[text] = self.added[text] = i
-        return self.special[text]
-
-    def add_special_tokens(self, texts):
-        """Ids of special strings; those not there yet get the ids from vocab_size up."""
-        return [self._add(text, self.vocab_size) for text in texts]
+    def add_special_tokens(self, tokens):
+        """Ids of special strings; those that are new get the ids from vocab_size up."""
+        for token in tokens:
+            if token not in self.special:
+                self.special[token] = self.added[token] = self.vocab_size
+                self._bytes[self.vocab_size] = token.encode()
+        return [self.special[token] for token in tokens]
 
     def encode(self, text, allow_special=False):
         """Ids (list of int) of text. Special strings in it are plain text unless allow_special."""
         if not allow_special:
-            return self.encode_batch([text], num_threads=1)[0]
+            return self._encode(text)
         longest_first = sorted(self.special, key=len, reverse=True)
-        parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
-        plain = self.encode_batch(parts[::2], num_threads=1)  # re.split: plain, special, plain, ...
-        ids = plain[0]
-        for special, more in zip(parts[1::2], plain[1:]):
-            ids += [self.special[special], *more]
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        ids = []
+        for n, part in enumerate(parts):  # plain, special, plain, ...
+            ids += [self.special[part]] if n % 2 else self._encode(part)
         return ids
 
     def encode_batch(self, texts, num_threads=None):
         """Ids of each text, on num_threads threads (None: all cores)."""
-        work = self._encode_long if any(len(t) > LONG_TEXT for t in texts) else self._bpe.encode_ordinary
-        threads = num_threads or os.cpu_count()
-        if threads == 1 or len(texts) == 1:
-            ranks = [work(text) for text in texts]
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                ranks = list(pool.map(work, texts))
-        return ranks if self._ids is None else [[self._ids[r] for r in row] for row in ranks]
+        with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
+            return list((map if num_threads == 1 else pool.map)(self._encode, texts))
 
-    def _encode_long(self, text):
-        """As HF cuts it, a run of white space before a word is one piece but for its last character; such a
-        piece is encoded apart when it is very long."""
-        if self._one_piece is None:
-            self._one_piece = tiktoken.Encoding("one piece", pat_str=r"(?s).+", mergeable_ranks=self._ranks,
-                                                special_tokens={})
+    def _bpe(self, text, pattern=PATTERN):
+        if pattern not in self._encodings:
+            self._encodings[pattern] = tiktoken.Encoding(
+                "bpe", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={})
+        return self._encodings[pattern].encode_ordinary(text)
+
+    def _encode(self, text):
         ranks, start = [], 0
-        for run in re.finditer(r"\s{%d,}" % LONG_TEXT, text):
-            end = run.end() - (run.end() < len(text))
-            ranks += self._bpe.encode_ordinary(text[start:run.start()])
-            ranks += self._one_piece.encode_ordinary(text[run.start():end])
-            start = end
-        return ranks + self._bpe.encode_ordinary(text[start:])
+        for run in re.finditer(rf"\s{{{LONG},}}", text) if len(text) > LONG else ():
+            # HF's pieces: white space before a word is one piece, but for its last character
+            ranks += self._bpe(text[start:run.start()])
+            start = run.end() - (run.end() < len(text))
+            ranks += self._bpe(text[run.start():start], pattern=r"(?s).+")
+        ranks += self._bpe(text[start:])
+        return [self._id_of_rank[rank] for rank in ranks] if self._id_of_rank else ranks
 
     def decode_bytes(self, ids):
         try:
             return b"".join([self._bytes[i] for i in ids])
         except KeyError as e:
-            raise ValueError(f"id {e} is not one of the vocabulary's {self.vocab_size:,}: the ids come from "
-                             "another tokenizer") from None
+            raise ValueError(f"id {e} is none of this vocabulary's {self.vocab_size:,}: the ids "
+                             "come from another tokenizer") from None
 
     def decode(self, ids):
-        """Text of ids (ints); bytes that are not UTF-8, as of a character cut in two, become U+FFFD."""
+        """Text of ids (ints); bytes that are no UTF-8, as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def files(self):
-        """{file name: content} as saved, and as HF saves them."""
+        """{file name: bytes} as saved, byte for byte as HF saves them."""
         by_id = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
-        files = {"vocab.json": json.dumps(by_id, ensure_ascii=False, separators=(",", ":")),
-                 "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges)}
-        if self.added:
-            files["added_tokens.json"] = json.dumps(self.added, ensure_ascii=False, indent=1)
-        return {name: content.encode() for name, content in files.items()}
+        vocab = json.dumps(by_id, ensure_ascii=False, separators=(",", ":"))
+        merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges)
+        return {"vocab.json": vocab.encode(), "merges.txt": merges.encode()}
 
     @property
     def fingerprint(self):
-        """sha256 (hex) of vocab.json and merges.txt as saved; added tokens don't count."""
-        files = self.files()
-        return hashlib.sha256(files["vocab.json"] + files["merges.txt"]).hexdigest()
+        """sha256 (hex) over vocab.json and merges.txt as saved; added tokens don't count."""
+        return hashlib.sha256(b"".join(self.files().values())).hexdigest()
 
     def save(self, folder):
-        """Write vocab.json, merges.txt (and added_tokens.json) to folder, each whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not self.added:
-            (folder / "added_tokens.json").unlink(missing_ok=True)
-        for name, content in self.files().items():
-            part = folder / f"{name}.part"
+        """Write vocab.json, merges.txt and, if tokens were added, added_tokens.json; each whole."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        files = self.files()
+        if self.added:
+            files["added_tokens.json"] = json.dumps(self.added).encode()
+        for name, content in files.items():
+            part = Path(folder, f"{name}.part")
             try:
                 with open(part, "wb") as f:
                     f.write(content)
                     f.flush()
                     os.fsync(f.fileno())
-                os.replace(part, folder / name)
+                os.replace(part, Path(folder, name))
             finally:
                 part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder):
-        """From a folder with vocab.json + merges.txt, GPT-2's encoder.json + vocab.bpe, or tokenizer.json."""
+        """From vocab.json + merges.txt, GPT-2's encoder.json + vocab.bpe, or a tokenizer.json."""
         folder = Path(folder)
         for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
             if (folder / vocab).is_file():
-                added = read_json(folder / "added_tokens.json") if (folder / "added_tokens.json").is_file() else {}
-                return from_files(cls, folder / vocab, folder / merges, added)
+                return from_files(folder / vocab, folder / merges, folder / "added_tokens.json")
         if (folder / "tokenizer.json").is_file():
-            return from_tokenizer_json(cls, folder / "tokenizer.json")
-        raise FileNotFoundError(f"{folder} has no vocab.json + merges.txt: make them with python tokenizer.py "
-                                f"train --input TEXT --vocab_size 28896 --out {folder}")
+            return from_tokenizer_json(folder / "tokenizer.json")
+        raise FileNotFoundError(f"{folder} has no vocab.json + merges.txt: make them with python "
+                                f"tokenizer.py train --input TEXT --out {folder}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -495,71 +386,70 @@ def read_json(path):
         raise ValueError(f"{path} is not JSON, perhaps cut short ({e}): copy it again") from e
 
 
-def from_files(cls, vocab_path, merges_path, added):
-    merges = []
-    for number, line in enumerate(merges_path.read_bytes().decode("utf-8", "replace").split("\n"), 1):
-        if line and not line.startswith("#version"):  # "\n" alone ends a line: splitlines knows ten more
-            pair = tuple(line.removesuffix("\r").split(" "))
-            if len(pair) != 2 or not all(pair):
-                raise ValueError(f"{merges_path}, line {number}: {line!r} is not two tokens: copy it again")
-            merges.append(pair)
+def from_files(vocab, merges, added):
+    lines = merges.read_bytes().decode("utf-8", "replace").replace("\r", "").split("\n")
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    for pair in pairs:
+        if len(pair) != 2 or not all(pair):
+            raise ValueError(f"{merges}: {' '.join(pair)!r} is no pair: copy the file again")
     try:
-        return cls(read_json(vocab_path), merges, added)
+        return Tokenizer(read_json(vocab), pairs, read_json(added) if added.is_file() else {})
     except ValueError as e:
-        raise ValueError(f"{vocab_path}, {merges_path.name}: {e}") from e
+        raise ValueError(f"{vocab}, {merges.name}: {e}") from e
 
 
-def from_tokenizer_json(cls, path):
+def from_tokenizer_json(path):
     top = read_json(path)
     model, pre = top.get("model", {}), top.get("pre_tokenizer") or {}
-    plain = pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space") and pre.get("use_regex", True)
-    if model.get("type") != "BPE" or not plain or top.get("normalizer") or model.get("ignore_merges"):
-        raise ValueError(f"{path} is not GPT-2's kind: BPE, ByteLevel without prefix space, no normalizer")
+    plain = pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space")
+    plain = plain and pre.get("use_regex", True) and not top.get("normalizer")
+    if not plain or "merges" not in model:
+        raise ValueError(f"{path} is not GPT-2's kind: BPE, ByteLevel, no prefix space, normalizer")
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    return cls(model["vocab"], merges, {t["content"]: t["id"] for t in top.get("added_tokens", [])})
+    return Tokenizer(model["vocab"], merges, {t["content"]: t["id"] for t in top["added_tokens"]})
 
 
-def load_other(name):
-    """A tokenizer to compare with: a folder, or "gpt2" by the files that tiktoken caches."""
+def load_named(name):
+    """A tokenizer's folder, or "gpt2" from the files that tiktoken caches."""
     if name != "gpt2":
         return Tokenizer.load(name)
-    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir()) / "data-gym-cache")
-    base = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    paths = [cache / hashlib.sha1((base + f).encode()).hexdigest() for f in ("encoder.json", "vocab.bpe")]
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
+    url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    paths = [Path(cache, hashlib.sha1(f"{url}{name}".encode()).hexdigest())
+             for name in ("encoder.json", "vocab.bpe")]
     if not all(path.is_file() for path in paths):
-        raise FileNotFoundError(f"GPT-2's files are not in {cache}: point TIKTOKEN_CACHE_DIR to tiktoken's cache, "
-                                "or give --against a folder with encoder.json and vocab.bpe")
-    return from_files(Tokenizer, *paths, {})
+        raise FileNotFoundError(f"GPT-2's files are not in {cache}: set TIKTOKEN_CACHE_DIR to "
+                                "tiktoken's cache, or name a folder with encoder.json, vocab.bpe")
+    return from_files(*paths, Path(cache, "added_tokens.json"))
 
 
 # ---------------------------------------------------------------------------------------------
 # the command line
 
 
-def show(tokenizer, text, name, colour):
-    """Print the pieces of text and their ids; on a terminal the pieces are coloured in turns."""
+def show(name, text):
+    """Print the pieces of text, coloured in turns on a terminal, and their ids."""
+    tokenizer = load_named(name)
     ids = tokenizer.encode(text)
-    print(f"{name}: {len(ids)} tokens, {len(text.encode()) / max(1, len(ids)):.2f} bytes a token")
     pieces = [tokenizer.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids]
-    if colour:
-        print("".join(f"\033[30;{(42, 43, 45, 46)[n % 4]}m{p}\033[0m" for n, p in enumerate(pieces)))
+    print(f"{name}: {len(ids)} tokens, {len(text.encode()) / max(1, len(ids)):.2f} bytes a token")
+    if sys.stdout.isatty():
+        print("".join(f"\033[30;{42 + n % 5}m{piece}\033[0m" for n, piece in enumerate(pieces)))
     else:
         print("|".join(pieces))
-    print(" ".join(map(str, ids)))
+    print(*ids)
 
 
 def train(args):
     counts = count_pretokens(args.input, args.workers or os.cpu_count(), progress=True)
     if not counts:
         raise ValueError("the input holds no text: give --input a folder with documents")
-    merges = train_bpe(counts, args.vocab_size, args.min_frequency, progress=True)
-    tokenizer = Tokenizer.from_merges(merges)
+    tokenizer = Tokenizer.from_merges(train_bpe(counts, args.vocab_size, args.min_frequency, True))
     tokenizer.save(args.out)
     if tokenizer.vocab_size < args.vocab_size:
-        print(f"no pair is left that occurs {args.min_frequency} times: the vocabulary ends at "
-              f"{tokenizer.vocab_size:,} of {args.vocab_size:,}; more text gives more")
-    print(f"{args.out}: {tokenizer.vocab_size:,} tokens = 256 bytes + {len(merges):,} merges + {END_OF_TEXT} "
-          f"(id {tokenizer.eot_id})")
+        print(f"no pair is left that occurs {args.min_frequency} times: the vocabulary ends before "
+              f"{args.vocab_size:,}; more text would fill it")
+    print(f"{args.out}: {tokenizer.vocab_size:,} tokens, {END_OF_TEXT} is {tokenizer.eot_id}")
 
 
 def main():
@@ -569,20 +459,20 @@ def main():
     sub.add_argument("--input", nargs="+", required=True, metavar="PATH",
                      help="folders or files of text: .jsonl or .txt, plain or .gz (required)")
     sub.add_argument("--vocab_size", type=int, default=28896,
-                     help="tokens, the 256 bytes and end-of-text included (default: 28896, BioMedLM's)")
+                     help="tokens, the 256 bytes and end-of-text included (default: 28896)")
     sub.add_argument("--min_frequency", type=int, default=2,
                      help="merge no pair that occurs fewer times (default: 2)")
-    sub.add_argument("--out", required=True, metavar="DIR", help="folder for vocab.json, merges.txt (required)")
+    sub.add_argument("--out", required=True, help="folder for the files written (required)")
     sub.add_argument("--workers", type=int, help="counting processes (default: all cores)")
     sub = commands.add_parser("show", help="print the pieces and ids of a text")
     sub.add_argument("text", help="the text to cut")
-    sub.add_argument("--tokenizer", required=True, metavar="DIR", help="folder with a tokenizer (required)")
-    sub.add_argument("--against", metavar="gpt2|DIR", help="a second tokenizer to compare (default: none)")
+    sub.add_argument("--tokenizer", required=True, help="folder of a tokenizer, or gpt2 (required)")
+    sub.add_argument("--against", help="folder of a second one, or gpt2 (default: none)")
     args = parser.parse_args()
     if args.command == "train":
         return train(args)
-    for name in filter(None, [args.tokenizer, args.against]):
-        show(load_other(name), args.text, name, colour=sys.stdout.isatty())
+    for name in filter(None, (args.tokenizer, args.against)):
+        show(name, args.text)
 
 
 if __name__ == "__main__":

@@ -19,15 +19,18 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+import warnings
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
-    set_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
@@ -84,7 +87,7 @@ FLAGS = {  # those that a preset sets
 MODEL_FLAGS = ("n_layer", "n_head", "n_embd")
 # On resume these must be as they were: the weights' shape and the order of the data hang on them.
 FIXED = ("n_layer", "n_head", "n_embd", "vocab_size", "seq_len", "batch_tokens", "seed",
-         "ignore_eot_targets", "data_fingerprint")
+         "ignore_eot_targets", "data_fingerprint", "init")
 
 
 def parse_args(argv=None):
@@ -192,6 +195,8 @@ def distribute(model, parallel, device):
     if parallel == "ddp":
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    # of the blocks' outputs, which nothing here changes in place
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.transformer.h:  # fp32 shards and fp32 reduction, bf16 by autocast alone
         fully_shard(block, mesh=mesh)
@@ -265,10 +270,12 @@ def save_checkpoint(out, model, optimizer, step, keep):
         state = {"model": weights, "optimizer": moments, "step": step}
         try:
             write_atomically(path, lambda temporary: torch.save(state, temporary))
-            for old in sorted(out.glob("checkpoint_*.pt"))[:-keep]:
+            # a file of a later step is damaged, or the run would have gone on from it: not counted
+            whole = sorted(p for p in out.glob("checkpoint_*.pt") if p.name <= path.name)
+            for old in whole[:-keep]:
                 old.unlink()
         except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into RuntimeError
-            error[0] = f"{path} could not be written ({str(e).splitlines()[0]})"
+            error[0] = f"{path} could not be written, is the disk full? ({str(e).splitlines()[0]})"
     if dist.is_initialized():
         dist.broadcast_object_list(error, src=0)
     return error[0]
@@ -278,19 +285,21 @@ def load_checkpoint(checkpoint, model, optimizer):
     """Spread the state that rank 0 read (None elsewhere) over the ranks."""
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
     checkpoint = checkpoint or {"model": {}, "optimizer": {}}
-    set_state_dict(model, optimizer, model_state_dict=checkpoint["model"],
-                   optim_state_dict=checkpoint["optimizer"], options=options)
+    # not set_state_dict: it takes a rank's empty model for "optimiser only", and the ranks part
+    set_model_state_dict(model, checkpoint["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, checkpoint["optimizer"], options=options)
 
 
 def check_same_run(old, new):
-    """Refuse settings the checkpoint can't go on with; print harmless ones that changed."""
-    for name in FIXED:
-        if old.get(name) != new.get(name):
-            raise ValueError(f"the run was made with {name} {old.get(name)}, now it is "
-                             f"{new.get(name)}: keep it, give another --out, or start --fresh")
-    for name in sorted(old.keys() & new.keys()):
-        if old[name] != new[name]:
-            print(f"changed on resume: {name} {old[name]} -> {new[name]}")
+    """Refuse settings the checkpoint can't go on with; print and return {name: [old, new]}."""
+    changed = {name: [old.get(name), new[name]] for name in sorted(new)
+               if old.get(name) != new[name]}
+    for name, (was, now) in changed.items():
+        if name in FIXED:
+            raise ValueError(f"the run was made with {name} {was}, now it is {now}: keep it, give "
+                             "another --out, or start --fresh")
+        print(f"changed on resume: {name} {was} -> {now}")
+    return changed
 
 
 def cut_log(path, step, evaluates):
@@ -357,16 +366,19 @@ class Log:
     """log.jsonl, the printed lines and the progress bar; silent on every rank but 0."""
 
     def __init__(self, out, rank, start, total_steps):
-        self.file = open(out / "log.jsonl", "a") if rank == 0 else None  # noqa: SIM115
+        # unbuffered: a row is one write, so that a kill leaves it whole or absent
+        self.file = open(out / "log.jsonl", "ab", 0) if rank == 0 else None  # noqa: SIM115
         self.bar = tqdm(total=total_steps, initial=start, unit="step", leave=False,
                         disable=None if rank == 0 else True)  # None: only on a terminal
         self.total_steps = total_steps
 
     def write(self, row, seconds_per_step=0.0):
         if self.file:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
             self.say(describe(row, self.total_steps, seconds_per_step))
+            try:
+                self.file.write((json.dumps(row) + "\n").encode())
+            except OSError as e:
+                self.say(f"warning: log.jsonl could not be written ({e}); training goes on")
 
     def say(self, text):
         if self.file:
@@ -428,14 +440,21 @@ class Watch:
 # the loop
 
 
+def dropout_seed(seed, step, rank):
+    """Dropout is all that is random in a step; seeded anew in each, a resumed run repeats it.
+
+    A hash in 32 bits: torch's CPU generator ignores the upper half of a 64-bit seed.
+    """
+    return zlib.crc32(f"{seed} {step} {rank}".encode())
+
+
 def train_step(model, optimizer, batches, step, s, run):
     """One update from `accumulation` micro-batches: (loss, gradient norm, skipped), 0-d tensors.
 
     The loss is divided by the step's positions, not by its valid targets, so that ignored targets
     weigh the same however the batch is cut among ranks and micro-batches.
     """
-    # Dropout is all that is random here: seeded by (seed, step, rank), a resumed run repeats it.
-    torch.manual_seed((s["seed"] << 52 | run.rank << 32 | step) % 2**63)
+    torch.manual_seed(dropout_seed(s["seed"], step, run.rank))
     positions = run.accumulation * run.micro_batch * (s["seq_len"] - 1)
     total = torch.zeros((), device=run.device)
     for micro in range(run.accumulation):
@@ -443,7 +462,7 @@ def train_step(model, optimizer, batches, step, s, run):
             # must be set before forward, and only the last micro-batch pays for the all-reduce
             model.require_backward_grad_sync = micro == run.accumulation - 1
         x, y = next(batches)
-        with run.autocast():
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == "bfloat16"):
             _, loss = model(x, y)
         loss = loss * ((y != -100).sum() / positions)
         loss.backward()
@@ -460,7 +479,7 @@ def evaluate(model, s, run, stop):
     for x, y in data.val_batches(run.data, s["seq_len"], run.micro_batch, run.rank,
                                  run.world_size, s["eval_tokens"], run.device,
                                  s["ignore_eot_targets"]):
-        with run.autocast():
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == "bfloat16"):
             _, loss = model(x, y)
         valid = (y != -100).sum()
         total += torch.where(valid > 0, loss, 0).double() * valid
@@ -586,19 +605,6 @@ def print_plan(config, s):
 # the command
 
 
-class Run:
-    """Where and on what this process trains; plain values, set once by prepare()."""
-
-    def __init__(self, **values):
-        self.__dict__.update(values)
-
-    def autocast(self):
-        """bf16 matrix products over fp32 weights and residual stream, or fp32 throughout."""
-        if self.dtype == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
-
-
 def on_rank_0(fn):
     """fn() of rank 0; its result, or its user's error, reaches every rank, so that none hangs."""
     outcome = [None, None]
@@ -622,6 +628,16 @@ def versions():
             "git": git.stdout.strip() or None}
 
 
+def read_record(path):
+    """run.json of the run that goes on."""
+    try:
+        record = json.loads(path.read_text())
+        return {"settings": dict(record["settings"]), "changes": list(record["changes"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged or missing, so that nothing tells how the checkpoints "
+                         "beside it were made: restore it, or start --fresh") from None
+
+
 def open_run(run, settings, fresh):
     """On rank 0: make or check the run's folder, and write what describes it. Returns the step."""
     run.out.mkdir(parents=True, exist_ok=True)
@@ -632,16 +648,21 @@ def open_run(run, settings, fresh):
             old.unlink(missing_ok=True)
     _, run.checkpoint = newest_checkpoint(run.out)
     step = run.checkpoint["step"] if run.checkpoint else 0
+    changes = []
     if run.checkpoint:
-        check_same_run(json.loads((run.out / "run.json").read_text())["settings"], settings)
-    evaluates = step % settings["eval_every"] == 0 or step == settings["total_steps"]
-    if step < settings["total_steps"]:
-        cut_log(run.out / "log.jsonl", step, evaluates)
+        record = read_record(run.out / "run.json")
+        # where the weights came from stays true of a run that goes on without --init
+        settings["init"] = settings["init"] or record["settings"].get("init")
+        if step >= settings["total_steps"]:
+            return step
+        changed = check_same_run(record["settings"], settings)
+        changes = record["changes"] + ([{"step": step, **changed}] if changed else [])
+    cut_log(run.out / "log.jsonl", step, step % settings["eval_every"] == 0)
     for name in ("vocab.json", "merges.txt"):
-        if (run.data / name).exists():
-            shutil.copyfile(run.data / name, run.out / name)
-    for name, content in (("run.json", {"settings": settings, "versions": versions()}),
-                          ("config.json", run.config.to_hf())):
+        shutil.copyfile(run.data / name, run.out / name)
+    for name, content in (("config.json", run.config.to_hf()),
+                          ("run.json", {"settings": settings, "changes": changes,
+                                        "versions": versions()})):
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(run.out / name, lambda tmp, text=text: tmp.write_text(text))
     return step
@@ -676,7 +697,8 @@ def prepare(args):
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     with torch.device("meta"):
         n_params = GPT(config).n_params()
-    run = Run(out=Path(args.out or f"out/{args.preset}"), data=folder, config=config, rank=rank,
+    run = SimpleNamespace(
+              out=Path(args.out or f"out/{args.preset}"), data=folder, config=config, rank=rank,
               world_size=world_size, device=device, dtype=dtype, micro_batch=micro_batch,
               accumulation=accumulation, n_params=n_params, peak=peak_flops(device),
               checkpoint=None)
@@ -748,7 +770,7 @@ def main():
     say(f"{run.out}: {run.n_params:,} parameters, steps {start} to {s['total_steps']} of "
         f"{s['batch_tokens']:,} tokens = {run.world_size} ranks x {run.accumulation} micro-batches "
         f"x {run.micro_batch} sequences x {s['seq_len']}; {run.device}, {run.dtype}, "
-        f"{'Triton kernels' if kernels_active() else 'PyTorch reference ops'}")
+        f"ops: {kernels_active(run.device)}")
     step = train(model, optimizer, start, s, run)
     if step < s["total_steps"]:
         say(f"stopped at step {step}: the same command goes on from there")
@@ -764,4 +786,4 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError) as e:  # a user's mistake: one line with its mend, no traceback
-        sys.exit(f"train.py: error: {e}" if os.environ.get("RANK", "0") == "0" else 1)
+        sys.exit(f"train.py: error: {e}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)

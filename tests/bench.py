@@ -7,8 +7,10 @@ since machines are shared and noisy. Rows print as they come; --json also writes
 """
 
 import argparse
+import gc
 import gzip
 import json
+import os
 import platform
 import re
 import shutil
@@ -33,6 +35,845 @@ def interleave(variants, rounds):
             fn()
             seconds[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+# ---------------------------------------------------------------------------------------------
+# kernels: static figures without a GPU (--static), times on one, and launch settings (--tune)
+
+HBM_BYTES_PER_S = 4.3e12  # an H200's measured device copy, read + written
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+# Compulsory bytes a row under autocast (bf16 activations, fp32 residual stream), from width C,
+# H heads and V vocabulary; each input counted once, each output once
+ROW_BYTES = {
+    "norm_forward_kernel": lambda C, H, V: 2 * C + 4 * C + 4 * C + 2 * C + 8,
+    "norm_backward_kernel": lambda C, H, V: 2 * C + 4 * C + 4 * C + 2 * C + 4 * C + 8,
+    "gelu_forward_kernel": lambda C, H, V: 4 * C * 2 * 2,
+    "gelu_backward_kernel": lambda C, H, V: 4 * C * 2 * 3,
+    "attention_forward_kernel": lambda C, H, V: 6 * C + 2 * C + 4 * H,
+    "attention_dkv_kernel": lambda C, H, V: 6 * C + 2 * C + 4 * C + 8 * H,
+    "attention_dq_kernel": lambda C, H, V: 6 * C + 4 * C + 2 * C + 8 * H,
+    "cross_entropy_kernel": lambda C, H, V: 2 * V + 2 * V + 12,
+}
+
+
+def recorded_launches(arch, C=2560, n_head=20, V=28896, dropout_p=0.1):
+    """Every kernel launch of a forward and backward through all ops in bf16, recorded, not run:
+    [(kernel, {argument: value}, options)]. So the table holds what really launches, as it does."""
+    import torch
+    from triton.runtime.jit import JITFunction
+
+    import model
+    launches, saved = [], (JITFunction.run, model.fused, model.architecture)
+
+    def record(kernel, *args, grid=None, warmup=False, **kwargs):
+        options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
+        launches.append((kernel, {**dict(zip(kernel.arg_names, args)), **kwargs}, options))
+
+    def parameter(*shape, dtype=torch.float32):
+        return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+    JITFunction.run, model.fused, model.architecture = record, lambda x: True, lambda x: arch
+    try:
+        x, bf16 = parameter(16, C, dtype=torch.bfloat16), torch.bfloat16
+        w, b = parameter(C), parameter(C)
+        outputs = [*model.add_layer_norm(x, parameter(16, C), w, b, 1e-5, dropout_p, 1),
+                   model.layer_norm(x, w, b),
+                   model.bias_gelu(parameter(16, 4 * C, dtype=bf16), parameter(4 * C))]
+        for p in sorted({0.0, dropout_p}):
+            qkv = parameter(1, 1024, 3 * C, dtype=bf16)
+            outputs.append(model.attention(qkv, n_head, 0.1, p, 1))
+        targets = torch.zeros(16, dtype=torch.int64)
+        outputs.append(model.cross_entropy(x, parameter(V, C, dtype=bf16), targets))
+        torch.autograd.backward(outputs, [torch.zeros_like(o) for o in outputs])
+    finally:
+        JITFunction.run, model.fused, model.architecture = saved
+    return launches
+
+
+def cross_compile(kernel, arguments, options, target):
+    """Compile one recorded launch for another machine's chip; returns triton's CompiledKernel."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+    signature, constants, attributes = {}, {}, {}
+    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params)):
+        value = arguments[name]
+        if parameter.is_constexpr:
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(i,)] = types[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def resources(compiled):
+    """(registers, stack bytes) of a compiled CUDA kernel; a spilled register shows as stack."""
+    import tempfile
+
+    import triton
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        text = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True,
+                              text=True, check=True).stdout
+    return tuple(int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK"))
+
+
+def static_table(C=2560, n_head=20, V=28896):
+    """Registers, spills, shared memory of every kernel and target; the floor its bytes imply."""
+    rows, seen = [], set()
+    print(f"{'kernel':<26}{'target':>8}{'dropout':>8}{'warps':>6}{'regs':>6}{'stack':>6}"
+          f"{'shared KB':>10}{'wgmma':>6}{'bytes/row':>10}{'floor ns/row':>13}")
+    for target in TARGETS:
+        for kernel, arguments, options in recorded_launches(target, C, n_head, V):
+            key = (target, kernel.__name__, arguments.get("DROPOUT"))
+            if key in seen or arguments.get("ADD") is False:
+                continue
+            seen.add(key)
+            compiled = cross_compile(kernel, arguments, options, target)
+            registers, stack = resources(compiled) if "cubin" in compiled.asm else (None, None)
+            n_bytes = ROW_BYTES[kernel.__name__](C, n_head, V)
+            row = {"kernel": kernel.__name__, "target": target,
+                   "dropout": bool(arguments.get("DROPOUT")),
+                   "warps": compiled.metadata.num_warps, "registers": registers, "stack": stack,
+                   "shared_kb": compiled.metadata.shared / 1024, "bytes_per_row": n_bytes,
+                   "wgmma": "wgmma.mma_async" in compiled.asm.get("ptx", ""),
+                   "floor_ns_per_row": n_bytes / HBM_BYTES_PER_S * 1e9}
+            rows.append(row)
+            print(f"{row['kernel']:<26}{target:>8}{row['dropout']!s:>8}{row['warps']:>6}"
+                  f"{registers!s:>6}{stack!s:>6}{row['shared_kb']:>10.1f}{row['wgmma']!s:>6}"
+                  f"{n_bytes:>10}{row['floor_ns_per_row']:>13.2f}", flush=True)
+    return rows
+
+
+def gpu_milliseconds(variants, rounds=9, reps=4):
+    """Median device milliseconds of each named callable, in turns. A sleeping kernel goes first, so
+    that launches queue up behind it and Python's own time stays out of the figure. A variant that
+    fails is printed and left out."""
+    import torch
+    times, alive = {name: [] for name in variants}, dict(variants)
+    for name, fn in variants.items():
+        try:
+            for _ in range(3):
+                fn()
+            torch.cuda.synchronize()
+        except Exception as e:  # a setting that does not fit this chip must not end the sweep
+            print(f"  {name}: {type(e).__name__} {str(e).splitlines()[0][:90]}", flush=True)
+            del alive[name], times[name]
+    for _ in range(rounds):
+        for name, fn in alive.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(4_000_000)
+            begin.record()
+            for _ in range(reps):
+                fn()
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(begin.elapsed_time(end) / reps)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measured_ceilings():
+    """(copy bytes/s counting read + written, bf16 matrix FLOP/s) of this device, now."""
+    import torch
+    a = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
+    b, other = torch.randn(8192, 8192).cuda().bfloat16(), torch.empty_like(a)
+    times = gpu_milliseconds({"copy": lambda: other.copy_(a), "matmul": lambda: b @ b})
+    copy, matmul = 2 * 2 * 2**30 / times["copy"] * 1e3, 2 * 8192**3 / times["matmul"] * 1e3
+    print(f"{torch.cuda.get_device_name()}: copy {copy / 1e12:.2f} TB/s, "
+          f"bf16 matmul {matmul / 1e12:.0f} TFLOP/s")
+    return copy, matmul
+
+
+def plain_ops(p, n_head):
+    """The ops as one would write them in plain torch under autocast: {name: function}."""
+    import torch.nn.functional as F
+
+    import model
+
+    def add_layer_norm(x, r, w, b):
+        new = r + F.dropout(x, p)
+        return F.layer_norm(new, (x.shape[-1],), w, b).to(x.dtype), new
+
+    def bias_gelu(x, b):
+        return F.gelu(x + b.to(x.dtype), approximate="tanh")
+
+    def cross_entropy(h, w, t):
+        return F.cross_entropy((h @ w.to(h.dtype).T).float(), t)
+
+    def attention(qkv):
+        q, k, v = model.split_heads(qkv, n_head)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
+        return o.transpose(1, 2).flatten(2)
+
+    return {"add_layer_norm": add_layer_norm, "bias_gelu": bias_gelu, "attention": attention,
+            "cross_entropy": cross_entropy}
+
+
+def kernel_cases(rows, C, n_head, p, V=28896):
+    """{op: (tensors, ours, {direction: (bytes, FLOPs)})} in bf16, parameters and residual fp32."""
+    import torch
+
+    import model
+
+    def rand(*shape, dtype=torch.float32):
+        return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+
+    bf16, T = torch.bfloat16, 1024
+    moved = {name: rows * fn(C, n_head, V) for name, fn in ROW_BYTES.items()}
+    scale = (C // n_head) ** -0.5
+    return {
+        "add_layer_norm": ((rand(rows, C, dtype=bf16), rand(rows, C), rand(C), rand(C)),
+                           lambda x, r, w, b: model.add_layer_norm(x, r, w, b, 1e-5, p, 1),
+                           {"forward": (moved["norm_forward_kernel"], 0),
+                            "backward": (moved["norm_backward_kernel"], 0)}),
+        "bias_gelu": ((rand(rows, 4 * C, dtype=bf16), rand(4 * C)), model.bias_gelu,
+                      {"forward": (moved["gelu_forward_kernel"], 0),
+                       "backward": (moved["gelu_backward_kernel"], 0)}),
+        "attention": ((rand(rows // T, T, 3 * C, dtype=bf16),),
+                      lambda qkv: model.attention(qkv, n_head, scale, p, 1),
+                      {"forward": (0, 2 * T * C * rows), "backward": (0, 5 * T * C * rows)}),
+        "cross_entropy": ((rand(rows, C, dtype=bf16), (rand(V, C) / 50).detach().requires_grad_(),
+                           torch.randint(0, V, (rows,), device="cuda")), model.cross_entropy,
+                          {"both": (0, 6 * rows * C * V)}),
+    }
+
+
+def directions(fn, tensors):
+    """{direction: callable} for fn on these leaves, the output gradients made once."""
+    import torch
+    leaves = [t for t in tensors if t.requires_grad]
+    outputs = fn(*tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = [torch.randn_like(o) for o in outputs]
+
+    def both():
+        out = fn(*tensors)
+        torch.autograd.grad(out, leaves, grads)
+
+    return {"forward": lambda: fn(*tensors), "both": both,
+            "backward": lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)}
+
+
+def time_kernels(quick):
+    """Every op and direction: ours against eager torch and torch.compile; one row a shape."""
+    import torch
+
+    import model
+    torch._functorch.config.donated_buffer = False  # backward runs again and again on one graph
+    copy, matmul = measured_ceilings()
+    rows_out = []
+    print(f"{'op':<16}{'C':>5}{'rows':>7}{'drop':>5} {'direction':<9}{'ms':>8}{'rate':>13}"
+          f"{'% of peak':>10}{'x eager':>8}{'x compile':>10}  all (ms)")
+    for C, n_head in ((2560, 20), (768, 12)):
+        for rows in (16384,) if quick else (8192, 16384, 65536):
+            for p in (0.0, 0.1):
+                for op, (tensors, ours, work) in kernel_cases(rows, C, n_head, p).items():
+                    if p and op in ("bias_gelu", "cross_entropy"):
+                        continue
+                    torch._dynamo.reset()
+                    plain = plain_ops(p, n_head)[op]
+                    variants = {"ours": ours, "eager": plain, "compile": torch.compile(plain)}
+                    if op == "attention":
+                        variants |= attention_variants(n_head, p, plain)
+                    rows_out += time_op(op, C, rows, p, variants, tensors, work, (copy, matmul))
+    print(f"attention by default on this device: {model.ATTENTION_BACKEND}")
+    return rows_out
+
+
+def attention_variants(n_head, p, plain):
+    """Attention through each backend: our Triton kernels, cuDNN, FlashAttention-2."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    import model
+
+    def through(backend):
+        def fn(qkv):
+            with sdpa_kernel(backend):
+                return plain(qkv)
+        return fn
+
+    def triton_kernels(qkv):
+        o = model.attention_forward(qkv, n_head, (qkv.shape[-1] // 3 // n_head) ** -0.5, p, 1)
+        return o[0]
+
+    return {"triton": triton_kernels, "sdpa cudnn": through(SDPBackend.CUDNN_ATTENTION),
+            "flash2": through(SDPBackend.FLASH_ATTENTION)}
+
+
+def time_op(op, C, rows, p, variants, tensors, work, ceilings):
+    """Rows of one op at one shape, printed as they come."""
+    ready, out = {}, []
+    for name, fn in variants.items():
+        try:
+            ready[name] = directions(fn, tensors)
+        except Exception as e:  # a backend that refuses this shape
+            print(f"  {op} {name}: {type(e).__name__} {str(e).splitlines()[0][:90]}", flush=True)
+    for direction, (n_bytes, flops) in work.items():
+        times = gpu_milliseconds({name: fns[direction] for name, fns in ready.items()})
+        if "ours" not in times:
+            continue
+        rate = (n_bytes or flops) / times["ours"] * 1e3
+        share = rate / ceilings[0 if n_bytes else 1]
+        row = {"op": op, "C": C, "rows": rows, "dropout": p, "direction": direction, "ms": times,
+               "rate": rate, "share_of_peak": share}
+        out.append(row)
+        ratios = [f"{times.get(name, float('nan')) / times['ours']:.2f}"
+                  for name in ("eager", "compile")]
+        unit = f"{rate / 1e9:.0f} GB/s" if n_bytes else f"{rate / 1e12:.0f} TFLOP/s"
+        print(f"{op:<16}{C:>5}{rows:>7}{p:>5} {direction:<9}{times['ours']:>8.3f}{unit:>13}"
+              f"{share:>10.1%}{ratios[0]:>8}{ratios[1]:>10}  "
+              + " ".join(f"{name} {ms:.3f}" for name, ms in times.items()), flush=True)
+    return out
+
+
+def sweep(title, fn, settings, apply):
+    """Time fn under every setting (apply(setting) puts it in force); prints all, best first."""
+    def under(setting):
+        def call():
+            apply(setting)
+            return fn()
+        return call
+
+    times = gpu_milliseconds({str(setting): under(setting) for setting in settings}, rounds=5)
+    best = sorted(times.items(), key=lambda item: item[1])
+    print(f"{title}: " + "; ".join(f"{name} {ms:.3f}" for name, ms in best), flush=True)
+    return {"sweep": title, "ms": dict(best)}
+
+
+def tune_kernels(rows=16384):
+    """Sweep the launch settings at both widths; what wins goes into model.LAUNCH by hand."""
+    import torch
+
+    import model
+    copy, _ = measured_ceilings()
+    out, norm, loss = [], model.LAUNCH["norm"], model.LAUNCH["cross_entropy"]
+    for C, n_head in ((2560, 20), (768, 12)):
+        pieces = {2560: [(512, 5), (1024, 3), (4096, 1)], 768: [(256, 3), (128, 6), (1024, 1)]}[C]
+        for p in (0.0, 0.1):
+            cases = kernel_cases(rows, C, n_head, p)
+            run = {op: directions(ours, tensors) for op, (tensors, ours, _) in cases.items()
+                   if op != "cross_entropy"}
+
+            def norm_launch(setting):
+                model.norm_launch = lambda C: (*setting[0], setting[1])
+                norm["programs_per_sm"] = setting[2]
+
+            saved = model.norm_launch, dict(norm)
+            out.append(sweep(f"norm forward C={C} p={p} (piece, warps, -)",
+                             run["add_layer_norm"]["forward"],
+                             [(piece, w, 4) for piece in pieces for w in (1, 2, 4, 8)
+                              if p == 0 or w in (2, 4)], norm_launch))
+            out.append(sweep(f"norm backward C={C} p={p} (piece, warps, programs/SM)",
+                             run["add_layer_norm"]["backward"],
+                             [(piece, w, n) for piece in pieces[:2] for w in (2, 4, 8)
+                              for n in (2, 3, 4, 8) if p == 0 or (w == 4 and piece == pieces[0])],
+                             norm_launch))
+            model.norm_launch = saved[0]
+            norm.update(saved[1])
+            if p == 0:
+                out += tune_gelu(C, run["bias_gelu"])
+            out += tune_attention(C, n_head, p, cases["attention"][0][0])
+            del cases, run
+            torch.cuda.empty_cache()
+    z = torch.randn(8192, 28896, device="cuda").bfloat16()
+    targets = torch.randint(0, 28896, (8192,), device="cuda")
+    losses = torch.empty(8192, device="cuda")
+    count = torch.full((), 8192, device="cuda")
+    saved = dict(loss)
+
+    def softmax_kernel():
+        model.cross_entropy_kernel[(8192,)](z, targets, losses, count, -100, 28896, loss["block"],
+                                            True, num_warps=loss["warps"])
+
+    settings = [(b, w) for b in (2048, 4096, 8192, 16384) for w in (4, 8, 16)
+                if 256 <= b // w <= 2048]
+    out.append(sweep("cross-entropy kernel, 8192 rows (block, warps); floor "
+                     f"{8192 * 28896 * 4 / copy * 1e3:.3f} ms", softmax_kernel, settings,
+                     lambda setting: loss.update(block=setting[0], warps=setting[1])))
+    loss.update(saved)
+    tensors, ours, _ = kernel_cases(rows, 2560, 20, 0.0)["cross_entropy"]
+    out.append(sweep("cross-entropy whole (chunk rows)", directions(ours, tensors)["both"],
+                     [2048, 4096, 8192, 16384], lambda setting: loss.update(chunk_rows=setting)))
+    loss.update(saved)
+    return out
+
+
+def tune_gelu(C, run):
+    """The two GELU kernels' tiles."""
+    import model
+    forward, backward = model.LAUNCH["gelu"], model.LAUNCH["gelu_backward"]
+    saved, tiles = (dict(forward), dict(backward)), [(1, 1024, 4), (2, 1024, 4), (4, 1024, 4),
+                                                     (8, 1024, 8), (4, 512, 4), (8, 512, 4)]
+    out = [sweep(f"gelu forward C={4 * C} (rows, cols, warps)", run["forward"], tiles,
+                 lambda s: forward.update(rows=s[0], cols=s[1], warps=s[2])),
+           sweep(f"gelu backward C={4 * C} (rows, cols, warps, programs/SM)", run["backward"],
+                 [(*tile, n) for tile in ((4, 512, 4), (8, 512, 8), (2, 512, 4), (4, 256, 4),
+                                          (8, 256, 4), (2, 1024, 4)) for n in (4, 8, 16)],
+                 lambda s: backward.update(rows=s[0], cols=s[1], warps=s[2], programs_per_sm=s[3]))]
+    forward.update(saved[0])
+    backward.update(saved[1])
+    return out
+
+
+def tune_attention(C, n_head, p, qkv):
+    """The three attention kernels' tiles (BM, BN, warps, stages)."""
+    import torch
+
+    import model
+    scale, launch = (C // n_head) ** -0.5, model.LAUNCH[f"attention_{model.architecture(qkv)}"]
+    o, lse = model.attention_forward(qkv, n_head, scale, p, 1)
+    do, saved, out = torch.randn_like(o), dict(launch), []
+    runs = {"forward": lambda: model.attention_forward(qkv, n_head, scale, p, 1)}
+    backward = lambda: model.attention_backward(do, qkv, o, lse, n_head, scale, p, 1)
+    runs["dkv"] = runs["dq"] = backward
+    settings = {
+        "forward": [(128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 3),
+                    (64, 128, 4, 2)],
+        "dkv": [(32, 128, 8, 2), (32, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2)],
+        "dq": [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (128, 32, 8, 3)]}
+    for kernel, choices in settings.items():
+        out.append(sweep(f"attention {kernel} C={C} p={p} (BM, BN, warps, stages)", runs[kernel],
+                         choices, lambda setting, kernel=kernel: launch.update({kernel: setting})))
+        launch.update(saved)
+    return out
+
+
+def bench_kernels(rest):
+    """Each op against eager torch and torch.compile, on a GPU; --static needs none."""
+    parser = argparse.ArgumentParser(prog="bench.py kernels")
+    parser.add_argument("--static", action="store_true",
+                        help="cross-compile and print resources (default: off)")
+    parser.add_argument("--quick", action="store_true",
+                        help="16k rows only (default: 8k, 16k and 64k)")
+    parser.add_argument("--tune", action="store_true", help="sweep launch settings (default: off)")
+    args = parser.parse_args(rest)
+    if args.static:
+        return static_table()
+    import torch
+    if not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: run `python tests/bench.py kernels --static`")
+    return tune_kernels() if args.tune else time_kernels(args.quick)
+
+
+# ---------------------------------------------------------------------------------------------
+# train: a whole step of train.py beside a plain GPT's, on the same weights and optimiser
+
+
+def plain_block(residual, branch, dropout, n_head, ln_1w, ln_1b, qkv_w, qkv_b, proj_w, proj_b,
+                ln_2w, ln_2b, fc_w, fc_b, out_w, out_b):
+    """nanoGPT's block from torch's own ops; cut where ours is, so that compile fuses as much."""
+    import torch.nn.functional as F
+
+    if branch is not None:
+        residual = residual + F.dropout(branch, dropout)
+    B, T, C = residual.shape
+    x = F.layer_norm(residual, (C,), ln_1w, ln_1b)
+    q, k, v = F.linear(x, qkv_w, qkv_b).split(C, dim=2)
+    q, k, v = (t.view(B, T, n_head, C // n_head).transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    y = F.linear(y.transpose(1, 2).reshape(B, T, C), proj_w, proj_b)
+    residual = residual + F.dropout(y, dropout)
+    x = F.layer_norm(residual, (C,), ln_2w, ln_2b)
+    x = F.gelu(F.linear(x, fc_w, fc_b), approximate="tanh")
+    return residual, F.linear(x, out_w, out_b)
+
+
+def plain_head(residual, branch, targets, dropout, ln_w, ln_b, wte):
+    """Final LayerNorm, all logits at once, F.cross_entropy."""
+    import torch.nn.functional as F
+
+    x = F.layer_norm(residual + F.dropout(branch, dropout), ln_w.shape, ln_w, ln_b)
+    logits = F.linear(x, wte)
+    return F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1))
+
+
+def plain_step(model, optimizer, batches, accumulation, autocast, compiled):
+    """One step as nanoGPT takes it, on our model's parameters."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    block, head = compiled
+    t, p = model.transformer, model.config.dropout
+    backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION,
+                SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    for _ in range(accumulation):
+        x, y = next(batches)
+        with autocast(), sdpa_kernel(backends, set_priority=True):
+            residual = F.dropout(t.wte(x) + t.wpe.weight[:x.size(1)], p)
+            branch = None
+            for layer in t.h:
+                residual, branch = block(residual, branch, p, model.config.n_head,
+                                         *layer.parameters())
+            loss = head(residual, branch, y, p, t.ln_f.weight, t.ln_f.bias, t.wte.weight)
+        (loss / accumulation).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+def train_variants(args, device, dropout, micro_batch):
+    """({name: a whole step}, the model): ours as train.py takes it, and the plain one."""
+    from functools import partial
+    from types import SimpleNamespace
+
+    import torch
+
+    import train
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    config = GPTConfig.preset(args.shape, dropout=dropout)
+    with torch.device(device):
+        model = GPT(config)
+    s = train.PRESETS[args.shape] | {"lr": 1e-5, "min_lr": 1e-5}
+    run = SimpleNamespace(device=device, rank=0, accumulation=args.accumulation,
+                          dtype="bfloat16" if device.type == "cuda" else "float32",
+                          micro_batch=micro_batch)
+    optimizer = train.make_optimizer(model, s)
+    x = torch.randint(config.vocab_size, (micro_batch, s["seq_len"]), device=device)
+    batches = iter(lambda: (x, x), None)
+    plain = plain_block, plain_head
+    if device.type == "cuda":  # the blocks share one graph, so that compiling takes seconds
+        plain = tuple(torch.compile(f, dynamic=False) for f in plain)
+    if args.compile:
+        for block in model.transformer.h:
+            block.compile()
+    autocast = partial(torch.autocast, device.type, torch.bfloat16,
+                       enabled=run.dtype == "bfloat16")
+    return {"ours": lambda: train.train_step(model, optimizer, batches, 200, s, run)[0],
+            "plain": lambda: plain_step(model, optimizer, batches, args.accumulation, autocast,
+                                        plain)}, model
+
+
+def timed_segment(step, device, seconds):
+    """(steps per second, peak GB) of running `step` for so many seconds, hot."""
+    import torch
+
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        step()  # the cache is filled again outside the clock
+        torch.cuda.synchronize()
+    start, count = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < seconds:
+        step()
+        count += 1
+        if cuda:
+            torch.cuda.synchronize()
+    return count / elapsed, torch.cuda.max_memory_allocated() / 1e9 if cuda else None
+
+
+def measure_train(args, device, dropout, micro_batch):
+    """Rows of one dropout rate: medians over `rounds` interleaved segments of each variant."""
+    import train
+
+    steps, model = train_variants(args, device, dropout, micro_batch)
+    for name, step in steps.items():
+        start = time.perf_counter()
+        loss = [step() for _ in range(3)][-1].item()
+        print(f"{name}: first 3 steps {time.perf_counter() - start:.0f} s, loss {loss:.4f}",
+              flush=True)
+    segments = {name: [] for name in steps}
+    for i in range(args.rounds):
+        for name in sorted(steps, reverse=i % 2 == 1):
+            segments[name].append(timed_segment(steps[name], device, args.seconds / args.rounds))
+    seq_len = train.PRESETS[args.shape]["seq_len"]
+    flops = train.flops_per_token(model.config, model.n_params(), seq_len)
+    peak, rows = train.peak_flops(device), []
+    for name, measured in segments.items():
+        rates = [rate * args.accumulation * micro_batch * seq_len for rate, _ in measured]
+        rows.append({
+            "variant": name + "+compile" * (name == "ours" and args.compile), "shape": args.shape,
+            "dropout": dropout, "micro_batch": micro_batch, "accumulation": args.accumulation,
+            "tokens_per_s": statistics.median(rates), "lowest": min(rates), "highest": max(rates),
+            "mfu": peak and statistics.median(rates) * flops / peak, "memory_gb": measured[-1][1],
+            "seconds": args.seconds})
+    ratios = [a / b for (a, _), (b, _) in zip(segments["ours"], segments["plain"])]
+    rows[0]["ratio"] = statistics.median(ratios)
+    for row in rows:
+        print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                        for key, value in row.items()), flush=True)
+    return rows
+
+
+def bench_train(rest):
+    """tokens/s, MFU and peak memory of a full step, ours and plain in turns on the same weights."""
+    import torch
+
+    parser = argparse.ArgumentParser(prog="bench.py train")
+    parser.add_argument("--shape", default="demo", choices=("demo", "gpt2-124m", "biomedlm"),
+                        help="preset of train.py (default: demo)")
+    parser.add_argument("--micro_batch", type=int, help="sequences a forward pass (default: demo "
+                        "16, gpt2-124m 32, biomedlm 16 over 100 GB else 8; halved until it fits)")
+    parser.add_argument("--accumulation", type=int, help="micro-batches a step (default: demo 1, "
+                        "others 8, where a real run has 32 or more)")
+    parser.add_argument("--seconds", type=float, help="hot seconds of each variant (default: 60 on "
+                        "CUDA, 15 on a CPU)")
+    parser.add_argument("--rounds", type=int, default=6, help="turns taken (default: 6)")
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1],
+                        help="rates to measure (default: 0 0.1)")
+    parser.add_argument("--compile", action="store_true",
+                        help="torch.compile our blocks too (default: off)")
+    args = parser.parse_args(rest)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cuda = device.type == "cuda"
+    torch.set_float32_matmul_precision("high")
+    args.seconds = args.seconds or (60 if cuda else 15)
+    args.accumulation = args.accumulation or (1 if args.shape == "demo" else 8)
+    roomy = cuda and torch.cuda.get_device_properties(device).total_memory > 100e9
+    micro_batch = args.micro_batch or {"demo": 16, "gpt2-124m": 32,
+                                       "biomedlm": 16 if roomy else 8}[args.shape]
+    print(f"{torch.cuda.get_device_name() if cuda else 'CPU'}, torch {torch.__version__}")
+    rows = []
+    for dropout in args.dropout:
+        while True:
+            try:
+                rows += measure_train(args, device, dropout, micro_batch)
+                break
+            except torch.OutOfMemoryError:
+                micro_batch //= 2
+                print(f"out of memory: micro_batch {micro_batch}", flush=True)
+                if not micro_batch:
+                    raise
+            finally:  # this round's model goes before the next is built
+                gc.collect()
+                if cuda:
+                    torch.cuda.empty_cache()
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# the tokenizer: training and encoding beside Hugging Face's, which runs in its own environment
+
+HF_CHILD = """
+import os, resource, sys, time
+clock = lambda: (time.perf_counter(), sum(os.times()[:4]))
+part, text, threads, folder = sys.argv[1:]
+os.environ["RAYON_NUM_THREADS"] = threads
+os.environ["TOKENIZERS_PARALLELISM"] = "true" if int(threads) > 1 else "false"
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+if part == "train":
+    byte_level = pre_tokenizers.ByteLevel
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = byte_level(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=28895, min_frequency=2, show_progress=False,
+                                  initial_alphabet=byte_level.alphabet())
+    start = clock()
+    tok.train([text], trainer)
+    end = clock()
+    tok.model.save(folder)
+    tok.save(folder + "/tokenizer.json")
+else:
+    tok = Tokenizer.from_file(folder + "/tokenizer.json")
+    lines = open(text, newline="\\n", encoding="utf-8").read().split("\\n")
+    start = clock()
+    rows = tok.encode_batch_fast(lines, add_special_tokens=False)
+    end = clock()
+    import array, hashlib
+    print(hashlib.sha256(b"".join(array.array("I", r.ids).tobytes() for r in rows)).hexdigest())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(*(b - a for a, b in zip(start, end)), peak / 1024)
+"""
+
+OUR_CHILD = """
+import os, resource, sys, time
+clock = lambda: (time.perf_counter(), sum(os.times()[:4]))
+part, text, threads, folder = sys.argv[1:]
+from tokenizer import Tokenizer, count_pretokens, train_bpe
+if part == "train":
+    start = clock()
+    counts = count_pretokens([text], workers=int(threads))
+    merges = train_bpe(counts, 28896)
+    end = clock()
+    Tokenizer.from_merges(merges).save(folder)
+else:
+    tok = Tokenizer.load(folder)
+    lines = open(text, newline="\\n", encoding="utf-8").read().split("\\n")
+    start = clock()
+    rows = tok.encode_batch(lines, num_threads=int(threads))
+    end = clock()
+    import array, hashlib
+    print(hashlib.sha256(b"".join(array.array("I", r).tobytes() for r in rows)).hexdigest())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak += int(threads) * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(*(b - a for a, b in zip(start, end)), peak / 1024)
+"""
+
+
+def all_text(folder, path):
+    """One text file of abstracts.jsonl.gz (title, newline, abstract) and pmc_fulltext.jsonl.gz."""
+    with open(path, "w", newline="\n", encoding="utf-8") as out:
+        for name in ("abstracts.jsonl.gz", "pmc_fulltext.jsonl.gz"):
+            with gzip.open(Path(folder) / name, "rb") as lines:
+                for record in map(json.loads, lines):
+                    text = record.get("text")
+                    if text is None:
+                        text = f"{record['title'] or ''}\n{record['abstract'] or ''}"
+                    out.write(text.removesuffix("\n") + "\n")
+
+
+def bench_tokenizer(argv):
+    parser = argparse.ArgumentParser(prog="bench.py tokenizer")
+    parser.add_argument("--data", default=ROOT.parent / "shared/data",
+                        help="a .txt, or a folder with abstracts.jsonl.gz, pmc_fulltext.jsonl.gz "
+                        "(default: ../shared/data)")
+    parser.add_argument("--hf_python", help="a python that has tokenizers (default: ours alone)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each (default: 3)")
+    args = parser.parse_args(argv)
+    children = {"ours": (sys.executable, OUR_CHILD)}
+    if args.hf_python:
+        children["hf"] = (args.hf_python, HF_CHILD)
+    rows, seen = [], {}
+    with tempfile.TemporaryDirectory() as tmp:
+        text = str(args.data)
+        if not text.endswith(".txt"):
+            text = f"{tmp}/all.txt"
+            all_text(args.data, text)
+        megabytes = os.path.getsize(text) / 1e6
+        for part, threads in (("train", 1), ("train", 2), ("encode", 1)):
+            found = {name: [] for name in children}
+            for _ in range(args.rounds):
+                for name, (python, code) in children.items():
+                    folder = Path(tmp, name)
+                    folder.mkdir(exist_ok=True)
+                    command = [python, "-c", code, part, text, str(threads), str(folder)]
+                    done = subprocess.run(command, cwd=ROOT, check=True, text=True,
+                                          stdout=subprocess.PIPE)
+                    *digest, last = done.stdout.strip().split("\n")
+                    found[name].append([float(x) for x in last.split()])
+                    seen[part, name] = digest or (folder / "merges.txt").read_bytes()
+            for name, runs in found.items():
+                wall, cpu, peak = (statistics.median(column) for column in zip(*runs))
+                rows.append({"part": part, "threads": threads, "who": name, "seconds": wall,
+                             "cpu_s": cpu, "MB_per_s": megabytes / wall, "peak_MB": peak})
+                print(f"{part:6} {threads} thread(s) {name:5}{wall:8.2f} s {cpu:8.2f} s of CPU "
+                      f"{megabytes / wall:6.2f} MB/s  peak {peak:5.0f} MB", flush=True)
+            if args.hf_python:
+                ours, hf = rows[-2:]
+                ratios = {f"{k}_ours_over_hf": ours[k] / hf[k] for k in ("seconds", "cpu_s")}
+                same = seen[part, "ours"] == seen[part, "hf"]
+                rows.append({"part": part, "threads": threads, "equal": same, **ratios})
+                print("       ours / hf: {:.2f} wall, {:.2f} CPU; ".format(*ratios.values())
+                      + f"{'merges' if part == 'train' else 'ids'} equal: {same}", flush=True)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# data: extraction, tokenizing, the loader
+
+
+def citations_file(shared, path, n):
+    """A baseline-like file: real titles and abstracts in the frames of NLM's own sample citations."""
+    with gzip.open(shared / "pubmed_xml/pubmedsample18n0001.xml.gz", "rt") as f:
+        frames = re.findall(r"(?s)<PubmedArticle>.*?</PubmedArticle>", f.read())
+    frames = [re.sub(r"(?s)<Abstract>.*?</Abstract>|<OtherAbstract.*</OtherAbstract>", "", x) for x in frames]
+    with gzip.open(shared / "abstracts.jsonl.gz", "rt") as f:
+        bad = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # XML has no control characters
+        records = [{k: bad.sub("", v) for k, v in json.loads(line).items()} for line in f]
+    with gzip.open(path, "wt", compresslevel=6) as f:
+        f.write('<?xml version="1.0" encoding="utf-8"?>\n<PubmedArticleSet>\n')
+        for i in range(n):
+            r, frame = records[i % len(records)], frames[i % len(frames)]
+            text = (f"<ArticleTitle>{escape(r['title'])}</ArticleTitle><Abstract><AbstractText>"
+                    f"{escape(r['abstract'])} {i}</AbstractText></Abstract>")
+            frame = re.sub(r"(?s)<ArticleTitle>.*?</ArticleTitle>", lambda _, t=text: t, frame, count=1)
+            f.write(re.sub(r"(<PMID [^>]*>)\d+", rf"\g<1>{i + 1}", frame, count=1) + "\n")
+        f.write("</PubmedArticleSet>\n")
+
+
+def peak_mib(*args):
+    """(seconds, peak resident MiB) of a command in a process of its own."""
+    code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, sys.executable, *map(str, args)],
+                          capture_output=True, text=True, check=True)
+    return time.perf_counter() - start, int(done.stdout.split()[-1]) / 1024
+
+
+def bench_data(rest):
+    """Extraction on a 30,000-citation file, tokenizing at 1 and 2 workers, the loader, hours at full size."""
+    import data
+
+    parser = argparse.ArgumentParser(prog="bench.py data")
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared/data", help="the real samples")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer folder (default: 8,192 learned here)")
+    args = parser.parse_args(rest)
+    rows = []
+
+    def row(name, value, unit, note=""):
+        rows.append({"name": name, "value": round(value, 2), "unit": unit, "note": note})
+        print(f"{name:34} {value:12,.1f} {unit:10} {note}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        big = folder / "pubmed99n0001.xml.gz"
+        citations_file(args.shared, big, 30_000)
+        with gzip.open(big) as f:
+            xml_mb = sum(len(chunk) for chunk in iter(lambda: f.read(2**20), b"")) / 1e6
+        seconds, peaks = [], []
+        for i in range(3):
+            s, peak = peak_mib(ROOT / "data.py", "extract", big, "--out", folder / f"text{i}", "--workers", 1)
+            seconds.append(s)
+            peaks.append(peak)
+        extract_mb_s = xml_mb / statistics.median(seconds)
+        row("extract", extract_mb_s, "MB/s", f"{xml_mb:.0f} MB of XML, one core, start-up included")
+        row("extract, peak memory", max(peaks), "MiB", "30,000 citations")
+        subset = folder / "small.xml.gz"
+        citations_file(args.shared, subset, 3_000)
+        row("extract, peak memory", peak_mib(ROOT / "data.py", "extract", subset, "--out", folder / "t",
+                                             "--workers", 1)[1], "MiB", "3,000 citations")
+
+        texts = folder / "texts"
+        texts.mkdir()
+        documents = list(data.read_documents(folder / "text0"))
+        for i in range(8):
+            with gzip.open(texts / f"{i}.jsonl.gz", "wt", compresslevel=3) as f:
+                f.writelines(json.dumps({"id": d, "text": t}) + "\n" for d, t in documents[i::8])
+        text_mb = sum(len(t.encode()) for _, t in documents) / 1e6
+        tokenizer = args.tokenizer or folder / "tokenizer"
+        if not args.tokenizer:
+            subprocess.run([sys.executable, ROOT / "tokenizer.py", "train", "--input", folder / "t",
+                            "--vocab_size", "8192", "--out", tokenizer], check=True, capture_output=True)
+
+        def tokenize(workers):
+            out = folder / f"arrays{workers}"
+            shutil.rmtree(out, ignore_errors=True)
+            subprocess.run([sys.executable, ROOT / "data.py", "tokenize", "--text", texts, "--tokenizer", tokenizer,
+                            "--out", out, "--workers", str(workers)], check=True, capture_output=True)
+
+        took = interleave({n: lambda n=n: tokenize(n) for n in (1, 2)}, 3)
+        row("tokenize, 1 worker", text_mb / took[1], "MB/s", f"{text_mb:.0f} MB of text, all included")
+        row("tokenize, 2 workers", text_mb / took[2], "MB/s", f"{took[1] / took[2]:.2f} times one worker")
+
+        batches = data.train_batches(folder / "arrays1", 1024, 8, seed=0)
+        next(batches)
+        start, n = time.perf_counter(), 2000
+        for _ in range(n):
+            next(batches)
+        row("loader", n * 8 * 1024 / (time.perf_counter() - start) / 1e6, "M tokens/s", "8 x 1024, one process")
+        xml_tb, text_gb = 1300 * xml_mb / 1e6, 1300 * text_mb / 1e3
+        hours = lambda mb, mb_s: mb / mb_s / 3600 / 64
+        row("baseline, extract, 64 cores", hours(xml_tb * 1e6, extract_mb_s), "hours",
+            f"1,300 files x {xml_mb:.0f} MB / {extract_mb_s:.0f} MB/s / 64 cores")
+        row("baseline, tokenize, 64 cores", hours(text_gb * 1e3, text_mb / took[1]), "hours",
+            f"{text_gb:.0f} GB of text / {text_mb / took[1]:.1f} MB/s / 64 cores, the join beside")
+        row("100 GB of PMC, extract + tokenize", hours(1e5, extract_mb_s) + hours(5e4, text_mb / took[1]), "hours",
+            "100 GB of XML at the rate above, half of it text")
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,0 +1,341 @@
+"""The tokenizer against oracles: a naive trainer, merge-by-merge BPE, Hugging Face's fixture.
+
+fixtures/hf_bpe.json was made once with Hugging Face tokenizers 0.23.3 (its "origin" has the call):
+our own synthetic corpus, the vocab.json and merges.txt that BpeTrainer gave, and ids of texts.
+"""
+
+import gzip
+import json
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import regex
+from conftest import run
+
+import tokenizer as bpe
+from tokenizer import ALPHABET, BYTE_CHAR, PATTERN, Tokenizer, count_pretokens, train_bpe
+
+FIXTURE = json.loads((Path(__file__).parent / "fixtures/hf_bpe.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_bytes(FIXTURE["corpus"].encode())
+    return Tokenizer.from_merges(train_bpe(count_pretokens([path]), 800))
+
+
+def spell(piece):
+    return [BYTE_CHAR[b] for b in piece.encode()]
+
+
+def join(symbols, pair):
+    out, i = [], 0
+    while i < len(symbols):
+        hit = tuple(symbols[i:i + 2]) == pair
+        out.append("".join(pair) if hit else symbols[i])
+        i += 1 + hit
+    return out
+
+
+def naive_train(counts, n_merges, min_frequency):
+    """The rule as recipe and papers state it: recount everything after each merge."""
+    ids = {char: i for i, char in enumerate(ALPHABET)}
+    words, merges = [(spell(piece), n) for piece, n in counts.items()], []
+    for _ in range(n_merges):
+        pairs = Counter()
+        for word, n in words:
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        best = min(pairs, key=lambda p: (-pairs[p], ids[p[0]], ids[p[1]]), default=None)
+        if best is None or pairs[best] < min_frequency:
+            break
+        merges.append(best)
+        ids["".join(best)] = len(ids)
+        words = [(join(word, best), n) for word, n in words]
+    return merges
+
+
+def naive_encode(text, vocab, merges):
+    """HF's rule: in each piece, the pair that comes first in the merges, until none is left."""
+    rank, ids = {pair: i for i, pair in enumerate(merges)}, []
+    for piece in regex.findall(PATTERN, text):
+        word = spell(piece)
+        while pairs := [p for p in zip(word, word[1:]) if p in rank]:
+            word = join(word, min(pairs, key=rank.get))
+        ids += [vocab[token] for token in word]
+    return ids
+
+
+# ---------------------------------------------------------------------------------------------
+# training
+
+
+def test_wikipedia_example():
+    """T1. A trainer that miscounts overlapping pairs or breaks ties at random."""
+    assert train_bpe({"aaabdaaabac": 1}, 257 + 3) == [("a", "a"), ("a", "b"), ("aa", "ab")]
+
+
+def test_fast_trainer_equals_naive():
+    """T2. Wrong counts: overlaps (aaaa), merges side by side (abab), ties, old heap rows."""
+    for seed in range(300):
+        rng = random.Random(seed)
+        letters = "abcdé "[:rng.randint(1, 6)]
+        counts = {"".join(rng.choices(letters, k=rng.randint(1, 14))): rng.choice([1, 1, 2, 3, 50])
+                  for _ in range(rng.randint(1, 30))}
+        n, least = rng.randint(0, 60), rng.randint(1, 4)
+        assert train_bpe(counts, 257 + n, least) == naive_train(counts, n, least), f"seed {seed}"
+
+
+def test_merges_and_vocab_equal_hf(trained):
+    """T3. Any difference to Hugging Face in pre-tokens, counts, ties, ids or the files' bytes."""
+    files = trained.files()
+    assert files["merges.txt"].decode() == FIXTURE["merges_txt"]
+    assert files["vocab.json"].decode() == FIXTURE["vocab_json"][:-1] + ',"<|endoftext|>":799}'
+
+
+def test_counting_cuts_each_line_alone(tmp_path):
+    """Pre-tokens over two lines, other line ends taken for "\\n", spaces lost between chunks."""
+    rng = random.Random(0)
+    parts = ["a", "B", " ", "  ", "\n", "\t", "\r", "\x0b", "\x1c", "\x85", "\xa0", "\u2009", "é"]
+    text = "".join(rng.choices([*parts, "\u2028", "'s", "7", ".", "中", "😀"], k=20000))
+    (tmp_path / "t.txt").write_bytes(text.encode())
+    lines = [line + "\n" for line in (text.rstrip("\n") + "\n").split("\n")][:-1]
+    lines += ["\n"] * (len(text) - len(text.rstrip("\n")) - 1)
+    expected = Counter(piece for line in lines for piece in regex.findall(PATTERN, line))
+    assert count_pretokens([tmp_path / "t.txt"]) == expected
+
+
+def test_workers_and_hash_seed_change_nothing(tmp_path, monkeypatch):
+    """T7. A block lost or doubled between processes; merges that hang on set or dict order."""
+    (tmp_path / "c.txt").write_bytes(FIXTURE["corpus"].encode())
+    with gzip.open(tmp_path / "d.jsonl.gz", "wt") as f:
+        for i, line in enumerate(FIXTURE["corpus"].split("\n")):
+            print(json.dumps({"id": str(i), "text": line}), file=f)
+    monkeypatch.setattr(bpe, "BLOCK_BYTES", 1000)
+    one = count_pretokens([tmp_path])
+    assert one == count_pretokens([tmp_path], workers=3)
+    characters = sum(len(piece) * n for piece, n in one.items())
+    assert characters == 2 * len(FIXTURE["corpus"]) + 1  # the JSON's last, empty line has its own
+    written = set()
+    for seed, workers in (("0", 1), ("1", 2)):
+        out = tmp_path / seed
+        done = run("tokenizer.py", "train", "--input", tmp_path, "--vocab_size", 600, "--out", out,
+                   "--workers", workers, env={"PYTHONHASHSEED": seed})
+        assert done.returncode == 0, done.stderr
+        written.add((out / "merges.txt").read_bytes() + (out / "vocab.json").read_bytes())
+    assert len(written) == 1
+
+
+def test_documents_and_deletions(tmp_path):
+    """Deleted records counted or fatal, blank lines, no newline at the end, half surrogates."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "1", "text": "one two"}\n\n{"id": "2", "deleted": true}\n'
+                    '{"id": "3", "text": "one \\ud800x"}')
+    assert count_pretokens([path]) == {"one": 2, " two": 1, " \ufffd": 1, "x": 1, "\n": 2}
+    (tmp_path / "b.txt").write_bytes(b"ab \xff cd")
+    assert count_pretokens([tmp_path / "b.txt"]) == {"ab": 1, " \ufffd": 1, " cd": 1, "\n": 1}
+
+
+# ---------------------------------------------------------------------------------------------
+# encoding
+
+
+def test_hard_strings_equal_hf_and_naive(trained):
+    """T4. tiktoken's merge rule or pattern differing from HF's; long and odd pieces."""
+    for text, ids in zip(FIXTURE["texts"], FIXTURE["ids"]):
+        assert trained.encode(text) == ids, repr(text)
+        assert naive_encode(text, trained.vocab, trained.merges) == ids, repr(text)
+
+
+def test_random_merges_equal_naive():
+    """T4. Vocabularies where a token can be spelt by a pair that no merge has, or never be reached,
+    and ids in another order than the merges: tiktoken alone gives other ids than HF there."""
+    differs = 0
+    for seed in range(200):
+        rng = random.Random(seed)
+        tokens, merges = list("abc"), []
+        while len(merges) < 12:
+            pair = rng.choice(tokens), rng.choice(tokens)
+            if pair not in merges and len("".join(pair)) < 9:
+                merges.append(pair)
+                tokens.append("".join(pair))
+        every = list(dict.fromkeys([*ALPHABET, *tokens, bpe.END_OF_TEXT]))
+        rng.shuffle(every)
+        tok = Tokenizer({token: i for i, token in enumerate(every)}, merges)
+        differs += len(tok._ranks) < 256 + len(merges)
+        for _ in range(40):
+            text = "".join(rng.choices("abc", k=rng.randint(1, 25)))
+            assert tok.encode(text) == naive_encode(text, tok.vocab, merges), (seed, text)
+    assert differs > 50  # the test does meet tokens that are out of reach
+
+
+@pytest.mark.parametrize("filler", [" ", "\n", "\u2009", "a", "!"])
+def test_a_million_characters(trained, filler):
+    """T4. tiktoken 0.14 panics on a million spaces; a run that is cut gives other ids than HF."""
+    for after in ("", "x", " x"):
+        text = "x" + filler * 1_200_000 + after
+        ids = trained.encode(text)
+        assert trained.decode(ids) == text
+    long, short = (trained.encode(filler * n + "x") for n in (200_001, 2_001))
+    assert long[-2:] == short[-2:] and set(long) <= set(short) | set(trained.encode(filler * 999))
+
+
+def test_long_white_space_is_cut_as_short(trained, monkeypatch):
+    """T4. The detour for very long runs swallowing the space that belongs to the next word."""
+    rng = random.Random(1)
+    texts = ["".join(rng.choices([" ", "  ", "\n\n", "\t", " " * 9, "ab", "x", "\xa0"], k=40)) + end
+             for _ in range(200) for end in ("", "x")]
+    expected = [trained.encode(text) for text in texts]
+    monkeypatch.setattr(bpe, "LONG", 3)
+    assert [trained.encode(text) for text in texts] == expected
+
+
+def test_round_trip(trained):
+    """T5. Bytes lost or changed on the way, for any code point and any byte."""
+    rng = random.Random(2)
+    for _ in range(300):
+        top = rng.choice([128, 0x3000, 0x110000])
+        points = [rng.randrange(top) for _ in range(rng.randint(0, 60))]
+        text = "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000)
+        assert trained.decode(trained.encode(text)) == text
+    every_byte = bytes(trained.decode_bytes([i])[0] for i in range(256))
+    assert sorted(every_byte) == list(range(256))
+    assert trained.decode([trained.vocab["Ã"]]) == "\ufffd"  # half of a character
+    assert trained.encode("\ud800") == trained.encode("\ufffd")
+
+
+def test_batch_equals_single(trained):
+    """Rows in another order, or another answer, when threads share the work."""
+    texts = FIXTURE["texts"] * 5
+    assert trained.encode_batch(texts, num_threads=4) == [trained.encode(text) for text in texts]
+    assert trained.encode_batch([]) == [] and trained.encode("") == []
+
+
+# ---------------------------------------------------------------------------------------------
+# special tokens and files
+
+
+def test_special_tokens_only_when_asked(trained, tmp_path):
+    """T6, T8. Special strings in plain text taken as special; ids that move; save and load."""
+    trained.save(tmp_path / "plain")
+    tok = Tokenizer.load(tmp_path / "plain")
+    assert (tok.vocab_size, tok.eot_id, tok.fingerprint) == (800, 799, trained.fingerprint)
+    assert tok.add_special_tokens(["[PAD]", "[SEP]", "[PAD]"]) == [800, 801, 800]
+    text = "a [SEP]b<|endoftext|>[PAD]"
+    plain, special = tok.encode(text), tok.encode(text, allow_special=True)
+    assert max(plain) < 799 and plain == trained.encode(text)
+    assert special == [*tok.encode("a "), 801, *tok.encode("b"), 799, 800]
+    assert tok.decode(plain) == tok.decode(special) == text
+    tok.save(tmp_path / "more")
+    again = Tokenizer.load(tmp_path / "more")
+    assert again.encode(text, allow_special=True) == special and again.vocab_size == 802
+    assert again.fingerprint == trained.fingerprint
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_released_size():
+    """T8. End-of-text anywhere but at 28895 when 28,896 tokens are asked for."""
+    rng = random.Random(3)
+    counts = {"".join(rng.choices("abcdefghij", k=20)): 2 for _ in range(6000)}
+    tok = Tokenizer.from_merges(train_bpe(counts, 28896))
+    assert (tok.vocab_size, tok.eot_id, len(tok.merges)) == (28896, 28895, 28639)
+
+
+def test_other_file_formats(trained, tmp_path):
+    """GPT-2's file names, tokenizer.json with both spellings of merges, ids in another order."""
+    for name, content in zip(("encoder.json", "vocab.bpe"), trained.files().values()):
+        (tmp_path / name).write_bytes(content)
+    assert Tokenizer.load(tmp_path).fingerprint == trained.fingerprint
+    vocab = {bpe.END_OF_TEXT: 0} | {t: i + 1 for t, i in trained.vocab.items() if i < 799}
+    for merges in (trained.merges, [" ".join(pair) for pair in trained.merges]):
+        whole = {"model": {"type": "BPE", "vocab": vocab, "merges": merges}, "normalizer": None,
+                 "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+                 "added_tokens": [{"id": 0, "content": bpe.END_OF_TEXT, "special": True}]}
+        (tmp_path / "j").mkdir(exist_ok=True)
+        (tmp_path / "j/tokenizer.json").write_text(json.dumps(whole))
+        tok = Tokenizer.load(tmp_path / "j")
+        assert tok.eot_id == 0
+        for text, ids in zip(FIXTURE["texts"], FIXTURE["ids"]):
+            assert tok.encode(text) == [i + 1 for i in ids] and tok.decode(tok.encode(text)) == text
+
+
+def test_gpt2(shared, monkeypatch):
+    """The released GPT-2 files read wrongly: other pieces than table 3's and tiktoken's."""
+    import tiktoken
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken_cache"))
+    tok, own = bpe.load_named("gpt2"), tiktoken.get_encoding("gpt2")
+    assert (tok.vocab_size, tok.eot_id) == (50257, 50256)
+    assert [tok.decode([i]) for i in tok.encode(" myocardium")] == [" my", "ocard", "ium"]
+    for text in FIXTURE["texts"]:
+        assert tok.encode(text) == own.encode_ordinary(text)
+
+
+# ---------------------------------------------------------------------------------------------
+# a user's mistakes
+
+
+def broken(trained, folder, name, change):
+    trained.save(folder)
+    (folder / name).write_text(change((folder / name).read_text()))
+    return folder
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("merges.txt", lambda s: s[:len(s) // 2].rsplit("\n", 1)[0], "cut short"),
+    ("merges.txt", lambda s: s.rsplit(" ", 1)[0], "no pair"),
+    ("merges.txt", lambda s: s + s.split("\n")[1] + "\n", "twice"),
+    ("merges.txt", lambda s: s + "q zz\n", "unknown token"),
+    ("vocab.json", lambda s: s[:-20], "not JSON"),
+    ("vocab.json", lambda s: s.replace(',"<|endoftext|>":799', ""), "no <|endoftext|>"),
+    ("vocab.json", lambda s: s.replace('"a":64', '"a":65'), "share an id"),
+    ("vocab.json", lambda s: s.replace('"a":64,', ""), "lacks"),
+])
+def test_damaged_files_are_refused(trained, tmp_path, name, change, message):
+    """A truncated or mixed-up file loading as another tokenizer without a word."""
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        Tokenizer.load(broken(trained, tmp_path, name, change))
+
+
+def test_bad_input(trained, tmp_path):
+    """Tracebacks, silence or half-written files on a user's mistakes."""
+    with pytest.raises(ValueError, match="257"):
+        train_bpe({"ab": 5}, 256)
+    for ids in ([800], [-1]):
+        with pytest.raises(ValueError, match="another tokenizer"):
+            trained.decode(ids)
+    with pytest.raises(FileNotFoundError, match="tokenizer.py train"):
+        Tokenizer.load(tmp_path)
+    os.makedirs(tmp_path / "empty")
+    (tmp_path / "raw.jsonl").write_text('{"id": 1, "title": "no text"}\n')
+    (tmp_path / "none.txt").write_text("")
+    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(os.urandom(5000))[:2000])
+    for name, message in (("empty", "data.py extract"), ("missing", "data.py extract"),
+                          ("raw.jsonl", "data.py extract"), ("none.txt", "no text"),
+                          ("cut.txt.gz", "truncated")):
+        for workers in (1, 2):
+            done = run("tokenizer.py", "train", "--input", tmp_path / name,
+                       "--out", tmp_path / "out", "--workers", workers)
+            assert done.returncode == 1 and message in done.stderr, done.stderr
+            assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_small_corpus_and_show(trained, tmp_path):
+    """A vocabulary that ends early without a word; show's pieces or its comparison."""
+    (tmp_path / "c.txt").write_text("abab abab\n")
+    done = run("tokenizer.py", "train", "--input", tmp_path / "c.txt", "--vocab_size", 5000,
+               "--out", tmp_path / "t")
+    assert done.returncode == 0 and "no pair is left" in done.stdout
+    tok = Tokenizer.load(tmp_path / "t")
+    assert tok.eot_id == tok.vocab_size - 1 == 256 + len(tok.merges)
+    trained.save(tmp_path / "u")
+    done = run("tokenizer.py", "show", "--tokenizer", tmp_path / "t", "--against", tmp_path / "u",
+               "ab é")
+    assert done.returncode == 0 and "ab| |\\xc3|\\xa9" in done.stdout and "\033" not in done.stdout
+    done = run("tokenizer.py", "show", "--tokenizer", "gpt2", "ab",
+               env={"TIKTOKEN_CACHE_DIR": "/none"})
+    assert done.returncode == 1 and "TIKTOKEN_CACHE_DIR" in done.stderr
