@@ -12,6 +12,8 @@ import argparse
 import itertools
 import json
 import math
+import random
+import re
 import resource
 import statistics
 import sys
@@ -101,13 +103,16 @@ def perplexity(args, env):
 # question answering: a fine-tuned head, or likelihood
 
 
+def plain_prompt(question):
+    return f"{question.context}\nQuestion: {question.question}\nAnswer:".lstrip()  # our choice
+
+
 def zero_shot_examples(questions, tokenizer, limit):
-    """Rows of a plain prompt (our choice) and " " + option, for a model without a head."""
+    """Rows of a plain prompt and " " + option, for a model without a head."""
     examples = []
     for q in questions:
-        prompt = f"{q.context}\nQuestion: {q.question}\nAnswer:".lstrip()
         options = [tokenizer.encode(" " + o)[:limit - 1] for o in q.options]
-        ids = tokenizer.encode(prompt)
+        ids = tokenizer.encode(plain_prompt(q))
         room = limit - max(map(len, options))
         # cut at the start: the question stands at the end
         examples.append(finetune.Example(q, [finetune.Row(ids[-room:], options)], len(ids) > room))
@@ -282,6 +287,130 @@ def peak_memory_gb(env):
 
 
 # ---------------------------------------------------------------------------------------------
+# audit: are the numbers of generated answers made up?
+
+UNITS = ("%|percent|mg/dl|mg/kg|mg|mcg|µg|μg|ug|kg|g/dl|g|ml|dl|l|mmol/l|mmol|iu|units?|mm ?hg|mm|"
+         "cm|years?|months?|weeks?|days?|hours?|hrs?|minutes?|mins?|seconds?|times|cases|people|"
+         "patients|calories|degrees")
+# not the 53 of p53, nor the 6 of IL-6
+NUMBER = re.compile(r"(?<![\w.])(?<![a-zA-Z]-)(\d+(?:,\d{3})*(?:\.\d+)?)"
+                    rf"(?:[ -]?({UNITS})(?![\w/]))?", re.IGNORECASE)
+
+
+def numbers_in(text):
+    """[(value, unit or "")] of a text: "1,500 mg" is (1500.0, "mg"), "2 years" (2.0, "year")."""
+    same = {"percent": "%", "mcg": "µg", "ug": "µg", "μg": "µg", "hr": "hour", "min": "minute"}
+    found = []
+    for value, unit in NUMBER.findall(text):
+        unit = unit.lower().removesuffix("s")
+        found.append((float(value.replace(",", "")), same.get(unit, unit)))
+    return found
+
+
+def verdict(number, known):
+    """supported: known has the value (with its unit, or one side names none); contradicted: known
+    has that unit with other values only; unsupported: neither."""
+    value, unit = number
+    if any(v == value and (u == unit or not u or not unit) for v, u in known):
+        return "supported"
+    return "contradicted" if unit and any(u == unit for _, u in known) else "unsupported"
+
+
+def perturb(text, seed):
+    """text with one of its numbers replaced by another of as many digits; None without numbers."""
+    places = list(re.finditer(r"(?<![\w.,])\d+(?![\w.,]*\d)", text))
+    if not places:
+        return None
+    rng = random.Random(seed)
+    place = rng.choice(places)
+    other = place[0]
+    while other == place[0]:
+        other = rng.choice("123456789") + "".join(rng.choices("0123456789", k=len(place[0]) - 1))
+    return text[:place.start()] + other + text[place.end():]
+
+
+def audit_row(name, answers, sources):
+    """Counts over all numbers of answers, each judged by its own question's source."""
+    verdicts = [verdict(n, numbers_in(source)) for answer, source in zip(answers, sources)
+                for n in numbers_in(answer)]
+    shares = {k: verdicts.count(k) / len(verdicts) if verdicts else math.nan
+              for k in ("supported", "contradicted", "unsupported")}
+    return dict(answers=name, n=len(answers), with_numbers=sum(map(bool, map(numbers_in, answers))),
+                numbers=len(verdicts), **shares)
+
+
+def audit_numbers(args, env):
+    """Numbers of generated answers against question, context and reference; then the model's taste.
+
+    The second row is the control: answers to other questions, whose agreement is chance. The last
+    table needs no generation: how often a true text is likelier than with one number changed.
+    """
+    questions = load_qa(args.task, args.data, args.split or "test")
+    questions = [q for q in finetune.labeled(questions, args.limit) if q.target]
+    gpt, tokenizer, start = load_for_generation(args.init, env)
+    room = gpt.config.n_positions - args.max_new_tokens - 1
+    if room < 1:
+        raise ValueError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a question: "
+                         f"use less than {gpt.config.n_positions - 1}")
+    prompts = [tokenizer.encode(q.question if start else plain_prompt(q))[-room:] + start
+               for q in questions]
+    outputs = continue_texts(gpt, tokenizer, prompts, env, args.max_new_tokens,
+                             **PAPER_DECODING if args.paper else dict(temperature=0.0))
+    answers = [tokenizer.decode(ids) for ids in outputs]
+    sources = [f"{q.question}\n{q.context}\n{q.target}" for q in questions]
+    references = [q.target for q in questions]
+    contexts = [f"{q.question}\n{q.context}" for q in questions]
+    rows = [audit_row("generated", answers, sources),
+            audit_row("another question's reference", references[1:] + references[:1], sources),
+            audit_row("reference, against the question alone", references, contexts)]
+    table(rows)
+    pairs = [(r, p) for i, r in enumerate(references) if (p := perturb(r, i)) is not None]
+    if not pairs:
+        raise ValueError(f"no reference answer of {args.data} holds a number: nothing to perturb")
+    true, false = (score_text(gpt, texts, tokenizer, env) for texts in zip(*pairs))
+    wins = statistics.fmean(t[0] < f[0] for t, f in zip(true, false))
+    taste = dict(texts_with_numbers=len(pairs), true_preferred=wins,
+                 ci95=finetune.wilson(wins, len(pairs)),
+                 nats_gap=statistics.fmean(f[0] - t[0] for t, f in zip(true, false)))
+    print("a true text against itself with one number changed (chance 0.5):")
+    table([taste])
+    return dict(numbers=rows, perturbed=taste, answers=answers)
+
+
+# ---------------------------------------------------------------------------------------------
+# curves
+
+
+def curves(args, env):
+    """Training and validation loss of runs over their steps, from log.jsonl, as a picture."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("curves needs: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
+    last = {}
+    for i, run in enumerate(args.runs):
+        path = Path(run) / "log.jsonl"
+        if not path.exists():
+            raise FileNotFoundError(f"no {path}: give folders that train.py or finetune.py wrote")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for key, style, label in ("loss", "-", run), ("val_loss", "o--", f"{run}, validation"):
+            points = [(row.get("step", row.get("epoch")), row[key]) for row in rows if key in row]
+            if points:
+                axes.plot(*zip(*points), style, color=f"C{i}", label=label, markersize=3,
+                          linewidth=1 if key == "loss" else 1.5, alpha=0.6 if key == "loss" else 1)
+                last[label] = points[-1][1]
+    axes.set(xlabel="step", ylabel="nats a token", title="loss")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(args.out, metadata={"Software": None})
+    table([dict(run=run, last_loss=loss) for run, loss in last.items()])
+    return dict(last=last)
+
+
+# ---------------------------------------------------------------------------------------------
 # tokenizer: fragmentation by specialty
 
 # BioMedLM: the words of the paper's table 3
@@ -407,25 +536,32 @@ def parse_args():
 
     def command(name, text, init="run or Hugging Face GPT-2 folder"):
         p = commands.add_parser(name, help=text, description=text)
+        p.add_argument("--json", metavar="FILE", help="also write the result here (default: none)")
         if init:
             p.add_argument("--init", required=True, metavar="DIR", help=init)
             p.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
             p.add_argument("--dtype", choices=["float32", "bfloat16"],
                            help="(default: bfloat16 on cuda, float32 on a CPU)")
-        p.add_argument("--json", metavar="FILE", help="also write the result here (default: none)")
         return p.add_argument
+
+    def questions(add, tasks):
+        add("--task", choices=tasks, required=len(tasks) > 2, default="text", help="which set")
+        add("--data", required=True, metavar="DIR", help="folder with the official files")
+        add("--split", choices=["train", "dev", "val", "test"], help="(default: test, else dev)")
+        add("--limit", type=int, help="N questions, evenly spread over the split (default: all)")
 
     add = command("perplexity", "nats a token and bits a byte")
     add("--data", required=True, metavar="DIR_OR_TEXT",
         help="folder of arrays (its val.bin), or a text file or folder: each document on its own")
     add("--limit", type=int, help="score only the first N documents of text (default: all)")
     add = command("qa", "accuracy on a question set", "folder of finetune.py; --zero_shot: any")
-    add("--task", required=True, choices=sorted(set(finetune.KINDS) - {"text"}), help="which set")
-    add("--data", required=True, metavar="DIR", help="folder with the official files")
-    add("--split", choices=["train", "dev", "test"], help="(default: test, else dev)")
-    add("--limit", type=int, help="N questions, evenly spread over the split (default: all)")
+    questions(add, sorted(set(finetune.KINDS) - {"text"}))
     add("--zero_shot", action="store_true", help="score options by likelihood (default: off)")
     add("--predictions", metavar="FILE", help="also write a JSON line a question (default: none)")
+    add = command("numbers", "audit of made-up numbers in generated answers")
+    questions(add, ["text", "pubmedqa"])
+    add("--max_new_tokens", type=int, default=128, help="of an answer at most (default: 128)")
+    add("--paper", action="store_true", help="BioMedLM's beams (default: greedy)")
     add = command("generate", "continue a text")
     add("--prompt", required=True, nargs="+", help="one or several texts")
     add("--max_new_tokens", type=int, default=64, help="tokens to add at most (default: 64)")
@@ -437,6 +573,9 @@ def parse_args():
     add("--seed", type=int, default=1, help="of sampling (default: 1)")
     add("--paper", action="store_true",
         help="BioMedLM's decoding: 5 beams, no repeated 6-gram, length penalty -0.5 (default: off)")
+    add = command("curves", "loss curves of runs as a picture", init=None)
+    add("runs", nargs="+", metavar="RUN", help="folders with log.jsonl")
+    add("--out", default="curves.png", help="picture to write (default: curves.png)")
     add = command("tokenizer", "how biomedical words break, as Markdown tables", init=None)
     add("--tokenizer", required=True, metavar="DIR", help="folder of a tokenizer, or gpt2")
     add("--against", metavar="DIR", help="folder of a second one, or gpt2 (default: none)")
@@ -447,7 +586,8 @@ def parse_args():
 def main():
     args = parse_args()
     env = finetune.Env(getattr(args, "device", None), getattr(args, "dtype", None))
-    commands = dict(perplexity=perplexity, qa=answer_questions, generate=generate, tokenizer=fragmentation)
+    commands = dict(perplexity=perplexity, qa=answer_questions, numbers=audit_numbers,
+                    generate=generate, curves=curves, tokenizer=fragmentation)
     result = commands[args.command](args, env)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))

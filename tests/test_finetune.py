@@ -5,10 +5,12 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, run
+from test_model import waves
 
 import finetune
 from data import Question, load_qa
@@ -220,6 +222,28 @@ def test_added_rows_leave_old_logits(choice):
     assert torch.equal(gpt.transformer.wte.weight[:300], before)
     assert gpt.config.vocab_size == 304 and gpt.config.eot_id == 299
     assert 0.01 < gpt.transformer.wte.weight[300:].std() < 0.03
+
+
+def test_heads_equal_transformers():
+    """Catches another prompt, position or head than the reference's (GPT2ForSequenceClassification
+    with pad_token_id, and Linear(C, 1) on GPT2Model; transformers 5.23, made once by us)."""
+    fixture = json.loads((Path(__file__).parent / "fixtures/hf_heads.json").read_text())
+    for task, kind, n_labels in ("medqa", "choice", 0), ("pubmedqa", "labels", 3):
+        tokenizer = small_tokenizer()
+        config = GPTConfig(n_layer=3, n_head=2, n_embd=32, n_positions=64, vocab_size=304,
+                           dropout=0.0, eot_id=299)
+        model = TaskModel(waves(GPT(config)), kind, n_labels)
+        n = model.head.weight.numel()
+        model.head.weight.data = torch.sin(torch.arange(n).double() * 0.37).float().view(-1, 32)
+        if kind == "choice":
+            model.head.bias.data.fill_(0.25)
+        examples = encode_all([Question(id="", answer=0, **q) for q in fixture["questions"]],
+                              task, tokenizer, 64)
+        ids = [[row.prefix + s for row in e.rows for s in row.suffixes] for e in examples]
+        assert fixture[f"{kind}_ids"] == (ids if kind == "choice" else [i[0] for i in ids])
+        for got, expected in zip(score_examples(model, examples, Env("cpu")),
+                                 fixture[f"{kind}_scores"], strict=True):
+            assert got == pytest.approx(expected[:len(got)], abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------
