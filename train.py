@@ -22,6 +22,7 @@ import time
 import warnings
 import zlib
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +37,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 from model import GPT, GPTConfig, kernels_active, newest_checkpoint, write_atomically
@@ -190,7 +190,9 @@ def start_processes(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # gloo beside NCCL: agreeing on a signal each step is then no work for the GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # an hour: the others wait while rank 0 writes a checkpoint, or makes the demo
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            timeout=timedelta(hours=1))
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -351,45 +353,37 @@ def memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def duration(seconds):
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}h{rest // 60:02d}m" if hours else f"{rest // 60}m{rest % 60:02d}s"
-
-
 def describe(row, total_steps, seconds_per_step):
     """The aligned line of a row of log.jsonl."""
     head = f"step {row['step']:>6}/{total_steps}"
     if "val_loss" in row:
         return f"{head}  validation loss {row['val_loss']:.4f}"
     mfu = f"  mfu {100 * row['mfu']:4.1f}%" if "mfu" in row else ""
-    eta = duration((total_steps - row["step"]) * seconds_per_step)
+    eta = timedelta(seconds=int((total_steps - row["step"]) * seconds_per_step))
     return (f"{head}  tokens {row['tokens'] / 1e6:9.2f}M  loss {row['loss']:7.4f}  "
             f"lr {row['lr']:.2e}  norm {row['grad_norm']:7.3f}  tok/s {row['tokens_per_s']:9,.0f}"
             f"{mfu}  mem {row['memory']:5.1f}G  eta {eta}")
 
 
 class Log:
-    """log.jsonl, the printed lines and the progress bar; silent on every rank but 0."""
+    """log.jsonl and the printed lines; silent on every rank but 0."""
 
-    def __init__(self, out, rank, start, total_steps):
+    def __init__(self, run, total_steps):
         # unbuffered: a row is one write, so that a kill leaves it whole or absent
-        self.file = open(out / "log.jsonl", "ab", 0) if rank == 0 else None  # noqa: SIM115
-        self.bar = tqdm(total=total_steps, initial=start, unit="step", leave=False,
-                        disable=None if rank == 0 else True)  # None: only on a terminal
+        self.file = open(run.out / "log.jsonl", "ab", 0) if run.rank == 0 else None  # noqa: SIM115
         self.total_steps = total_steps
-
-    def write(self, row, seconds_per_step=0.0):
-        if self.file:
-            self.say(describe(row, self.total_steps, seconds_per_step))
-            try:
-                self.file.write((json.dumps(row) + "\n").encode())
-            except OSError as e:
-                self.say(f"warning: log.jsonl could not be written ({e}); training goes on")
 
     def say(self, text):
         if self.file:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            print(text, flush=True)
+
+    def write(self, row, seconds_per_step=0.0):
+        self.say(describe(row, self.total_steps, seconds_per_step))
+        try:
+            if self.file:
+                self.file.write((json.dumps(row) + "\n").encode())
+        except OSError as e:
+            self.say(f"warning: log.jsonl could not be written ({e}); training goes on")
 
 
 class Stop:
@@ -498,13 +492,12 @@ def evaluate(model, s, run, stop):
 
 def train(model, optimizer, start, s, run):
     """Steps start..total_steps; the pass after the last step only validates and saves."""
-    stop, log = Stop(), Log(run.out, run.rank, start, s["total_steps"])
+    stop, log, skips = Stop(), Log(run, s["total_steps"]), Skips(run)
     flops = flops_per_token(run.config, run.n_params, s["seq_len"])
     batches = data.train_batches(
         run.data, s["seq_len"], run.micro_batch, s["seed"], rank=run.rank,
         start=start * (s["batch_tokens"] // s["seq_len"]), world_size=run.world_size,
         device=run.device, ignore_eot=s["ignore_eot_targets"])
-    skips = Skips(run)
     clock, clock_step = time.perf_counter(), start
     for step in range(start, s["total_steps"] + 1):
         last = step == s["total_steps"]
@@ -528,7 +521,6 @@ def train(model, optimizer, start, s, run):
             clock, clock_step = time.perf_counter(), step
         loss, norm, skipped = train_step(model, optimizer, batches, step, s, run)
         skips.add(step + 1, loss, skipped)
-        log.bar.update()
         if (step + 1) % s["log_every"] == 0 or step == start or step + 1 == s["total_steps"]:
             skips.report(log)
             loss = all_reduce([loss], dist.ReduceOp.SUM, run.device)[0] / run.world_size
@@ -541,7 +533,6 @@ def train(model, optimizer, start, s, run):
             row["memory"] = memory_gib(run.device)
             log.write(row, seconds)
             clock, clock_step = time.perf_counter(), step + 1
-    log.bar.close()
     return step
 
 
@@ -638,24 +629,6 @@ def on_rank_0(fn):
     return outcome[0]
 
 
-def versions():
-    """What this run was made with, for run.json."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
-                         capture_output=True, text=True)
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "git": git.stdout.strip() or None}
-
-
-def read_record(path):
-    """run.json of the run that goes on."""
-    try:
-        record = json.loads(path.read_text())
-        return {"settings": dict(record["settings"]), "changes": list(record["changes"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged or missing, so that nothing tells how the checkpoints "
-                         "beside it were made: restore it, or start --fresh") from None
-
-
 def open_run(run, settings, fresh):
     """On rank 0: make or check the run's folder, and write what describes it. Returns the step."""
     run.out.mkdir(parents=True, exist_ok=True)
@@ -668,7 +641,13 @@ def open_run(run, settings, fresh):
     step = run.checkpoint["step"] if run.checkpoint else 0
     changes = []
     if run.checkpoint:
-        record = read_record(run.out / "run.json")
+        try:
+            record = json.loads((run.out / "run.json").read_text())
+            record["settings"].items(), record["changes"].copy()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{run.out}/run.json is damaged or missing, so that nothing tells how "
+                             "the checkpoints beside it were made: restore it, or start --fresh"
+                             ) from None
         # where the weights came from stays true of a run that goes on without --init
         settings["init"] = settings["init"] or record["settings"].get("init")
         if step >= settings["total_steps"]:
@@ -678,9 +657,12 @@ def open_run(run, settings, fresh):
     cut_log(run.out / "log.jsonl", step, step % settings["eval_every"] == 0)
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(run.data / name, run.out / name)
-    for name, content in (("config.json", run.config.to_hf()),
-                          ("run.json", {"settings": settings, "changes": changes,
-                                        "versions": versions()})):
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
+                         capture_output=True, text=True).stdout.strip()
+    record = {"settings": settings, "changes": changes,
+              "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                           "git": git or None}}
+    for name, content in (("config.json", run.config.to_hf()), ("run.json", record)):
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(run.out / name, lambda tmp, text=text: tmp.write_text(text))
     return step
@@ -715,7 +697,7 @@ def prepare(args):
                          "--tokenizer DIR --out DIR")
     if args.data is None and not (folder / "meta.json").exists():
         on_rank_0(lambda: data.make_demo(folder))
-    meta = data.load_meta(folder, verify=args.verify)
+    meta = on_rank_0(lambda: data.load_meta(folder, verify=args.verify))
     micro_batch, accumulation = split_batch(s, world_size, args.micro_batch is not None)
     config = choose_model(args, s, meta)
     with torch.device("meta"):
@@ -751,28 +733,20 @@ def build(run, s, init):
     return model, make_optimizer(model, s)
 
 
-def print_sample(run, model):
-    """A few tokens from the trained model, so that a person sees what it has learnt."""
-    if isinstance(model, DistributedDataParallel):
+def print_end(run, model, args):
+    """What the model writes by now, and what to run next."""
+    if hasattr(model, "module"):  # DDP
         model = model.module
-    tokenizer = Tokenizer.load(run.out)
-    start = torch.tensor([[run.config.eot_id]], device=run.device)
-    model.eval()
-    new = min(60, run.config.n_positions - 1)
-    tokens = model.generate(start, new, temperature=0.8, top_k=50, seed=0, eot_id=run.config.eot_id)
-    print(f"\na sample: {tokenizer.decode(tokens[0, 1:].tolist()).strip()}")
-
-
-def print_next(run, args):
-    """What to run next, with this run's folders filled in."""
+    eot_id = run.config.eot_id
+    tokens = model.eval().generate(torch.tensor([[eot_id]], device=run.device),
+                                   min(60, run.config.n_positions - 1), temperature=0.8, top_k=50,
+                                   seed=0, eot_id=eot_id)
+    print(f"\na sample: {Tokenizer.load(run.out).decode(tokens[0, 1:].tolist()).strip()}")
+    print(f"\nnext:\n  python eval.py perplexity --init {run.out} --data {run.data}")
     if args.preset == "demo" and args.data is None:
         tune = (f"python finetune.py --task medqa --data {run.data}/qa/medqa --init {run.out} "
                 f"--out {run.out}-medqa")
-        print(f"\nnext, questions about the corpus:\n  {tune}\nand the same without "
-              f"pre-training:\n  {tune}-random --random_init")
-    else:
-        print(f"\nnext:\n  python eval.py perplexity --init {run.out} --data {run.data}\n"
-              f"  python eval.py generate --init {run.out} --prompt \"...\"")
+        print(f"  {tune}\n  {tune}-random --random_init    # the same without pre-training")
 
 
 @record
@@ -797,10 +771,8 @@ def main():
     step = train(model, optimizer, start, s, run)
     if step < s["total_steps"]:
         say(f"stopped at step {step}: the same command goes on from there")
-    elif run.rank == 0:
-        if not (dist.is_initialized() and s["parallel"] == "fsdp"):
-            print_sample(run, model)
-        print_next(run, args)
+    elif run.rank == 0 and not (dist.is_initialized() and s["parallel"] == "fsdp"):
+        print_end(run, model, args)  # a sharded model needs all ranks to write
     if dist.is_initialized():
         dist.destroy_process_group()
 
