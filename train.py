@@ -21,6 +21,8 @@ import sys
 import time
 import warnings
 import zlib
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +37,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import data
 from model import GPT, GPTConfig, kernels_active, newest_checkpoint, write_atomically
@@ -130,10 +131,15 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
+def given(args, names):
+    """Those of the flags that the command line holds."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def resolve(args):
     """Settings of this run: the preset's numbers under the flags that were given."""
     s = {**PRESETS[args.preset], "min_lr": None, "compile": False, "ignore_eot_targets": False}
-    s.update({name: getattr(args, name) for name in s if getattr(args, name) is not None})
+    s.update(given(args, s))
     for name in FLAGS:
         if s[name] <= 0 and name not in ("dropout", "seed", "warmup_steps", "weight_decay"):
             raise ValueError(f"--{name} is {s[name]}: use a positive number")
@@ -184,7 +190,9 @@ def start_processes(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     # gloo beside NCCL: agreeing on a signal each step is then no work for the GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # an hour: the others wait while rank 0 writes a checkpoint, or makes the demo
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            timeout=timedelta(hours=1))
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -345,45 +353,37 @@ def memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def duration(seconds):
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}h{rest // 60:02d}m" if hours else f"{rest // 60}m{rest % 60:02d}s"
-
-
 def describe(row, total_steps, seconds_per_step):
     """The aligned line of a row of log.jsonl."""
     head = f"step {row['step']:>6}/{total_steps}"
     if "val_loss" in row:
         return f"{head}  validation loss {row['val_loss']:.4f}"
     mfu = f"  mfu {100 * row['mfu']:4.1f}%" if "mfu" in row else ""
-    eta = duration((total_steps - row["step"]) * seconds_per_step)
+    eta = timedelta(seconds=int((total_steps - row["step"]) * seconds_per_step))
     return (f"{head}  tokens {row['tokens'] / 1e6:9.2f}M  loss {row['loss']:7.4f}  "
             f"lr {row['lr']:.2e}  norm {row['grad_norm']:7.3f}  tok/s {row['tokens_per_s']:9,.0f}"
             f"{mfu}  mem {row['memory']:5.1f}G  eta {eta}")
 
 
 class Log:
-    """log.jsonl, the printed lines and the progress bar; silent on every rank but 0."""
+    """log.jsonl and the printed lines; silent on every rank but 0."""
 
-    def __init__(self, out, rank, start, total_steps):
+    def __init__(self, run, total_steps):
         # unbuffered: a row is one write, so that a kill leaves it whole or absent
-        self.file = open(out / "log.jsonl", "ab", 0) if rank == 0 else None  # noqa: SIM115
-        self.bar = tqdm(total=total_steps, initial=start, unit="step", leave=False,
-                        disable=None if rank == 0 else True)  # None: only on a terminal
+        self.file = open(run.out / "log.jsonl", "ab", 0) if run.rank == 0 else None  # noqa: SIM115
         self.total_steps = total_steps
-
-    def write(self, row, seconds_per_step=0.0):
-        if self.file:
-            self.say(describe(row, self.total_steps, seconds_per_step))
-            try:
-                self.file.write((json.dumps(row) + "\n").encode())
-            except OSError as e:
-                self.say(f"warning: log.jsonl could not be written ({e}); training goes on")
 
     def say(self, text):
         if self.file:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            print(text, flush=True)
+
+    def write(self, row, seconds_per_step=0.0):
+        self.say(describe(row, self.total_steps, seconds_per_step))
+        try:
+            if self.file:
+                self.file.write((json.dumps(row) + "\n").encode())
+        except OSError as e:
+            self.say(f"warning: log.jsonl could not be written ({e}); training goes on")
 
 
 class Stop:
@@ -405,35 +405,34 @@ class Stop:
         return self.agreed
 
 
-class Watch:
-    """Counts skipped updates on the device; read only when a line is logged."""
+class Skips:
+    """Updates skipped for NaN or Inf: counted on the device, read only when a line is logged."""
 
-    LIMIT = 10  # our choice: so many updates skipped in a row end the run
+    LIMIT = 10  # our choice: so many in a row end the run
 
     def __init__(self, run):
         self.run = run
-        self.in_a_row, self.new, self.step, self.rank = (
-            torch.zeros((), device=run.device) for _ in range(4))
+        self.new, self.in_a_row, self.step, self.rank = torch.zeros(4, device=run.device)
 
     def add(self, step, loss, skipped):
         self.new += skipped
         self.in_a_row.add_(skipped).mul_(skipped)
-        self.step = torch.where(skipped > 0, float(step), self.step)
-        self.rank = torch.where(torch.isfinite(loss), self.rank, float(self.run.rank + 1))
+        self.step += skipped * (step - self.step)
+        self.rank.masked_fill_(~torch.isfinite(loss), self.run.rank + 1)
 
-    def check(self, log):
+    def report(self, log):
         """Say what was skipped since the last line; ValueError after LIMIT in a row."""
         new, in_a_row, step, rank = all_reduce(
             [self.new, self.in_a_row, self.step, self.rank], dist.ReduceOp.MAX, self.run.device)
-        if new:
-            where = f"loss of rank {int(rank) - 1}" if rank else "gradient norm"
-            text = f"{where} was not finite at step {int(step)}: {int(new)} updates skipped"
-            if in_a_row >= self.LIMIT:
-                raise ValueError(f"{text}, the last {int(in_a_row)} in a row: the weights are as "
-                                 "before; lower --lr or look at the data, then run again")
-            log.say(f"warning: {text}, the weights are as before")
         self.new.zero_()
         self.rank.zero_()
+        if new:
+            what = f"the loss of rank {rank - 1:.0f}" if rank else "the gradient norm"
+            text = f"{what} was not finite at step {step:.0f}: {new:.0f} updates skipped"
+            if in_a_row >= self.LIMIT:
+                raise ValueError(f"{text}, {in_a_row:.0f} in a row: the weights are as before; "
+                                 "lower --lr or look at the data, then run again")
+            log.say(f"warning: {text}, the weights are as before")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -493,37 +492,37 @@ def evaluate(model, s, run, stop):
 
 def train(model, optimizer, start, s, run):
     """Steps start..total_steps; the pass after the last step only validates and saves."""
-    stop, log = Stop(), Log(run.out, run.rank, start, s["total_steps"])
+    stop, log, skips = Stop(), Log(run, s["total_steps"]), Skips(run)
     flops = flops_per_token(run.config, run.n_params, s["seq_len"])
     batches = data.train_batches(
         run.data, s["seq_len"], run.micro_batch, s["seed"], rank=run.rank,
         start=start * (s["batch_tokens"] // s["seq_len"]), world_size=run.world_size,
         device=run.device, ignore_eot=s["ignore_eot_targets"])
-    watch = Watch(run)
     clock, clock_step = time.perf_counter(), start
     for step in range(start, s["total_steps"] + 1):
         last = step == s["total_steps"]
-        if step % s["eval_every"] == 0 or last:
+        evaluating = step % s["eval_every"] == 0 or last
+        if evaluating:
             val_loss = evaluate(model, s, run, stop)
             if val_loss is not None:
                 log.write({"step": step, "val_loss": val_loss})
-            clock, clock_step = time.perf_counter(), step
         stopping = stop.now()
-        if step > start and (step % s["save_every"] == 0 or last or stopping):
+        saving = step > start and (step % s["save_every"] == 0 or last or stopping)
+        if saving:
             error = save_checkpoint(run.out, model, optimizer, step, s["keep"])
             if error and (last or stopping):
                 raise ValueError(f"{error}: make room and run the same command again, the newest "
                                  "checkpoint stands")
             if error:
                 log.say(f"warning: {error}; the older ones stand, training goes on")
-            clock, clock_step = time.perf_counter(), step
         if last or stopping:
             break
+        if evaluating or saving:  # tokens_per_s is of training alone
+            clock, clock_step = time.perf_counter(), step
         loss, norm, skipped = train_step(model, optimizer, batches, step, s, run)
-        watch.add(step + 1, loss, skipped)
-        log.bar.update()
+        skips.add(step + 1, loss, skipped)
         if (step + 1) % s["log_every"] == 0 or step == start or step + 1 == s["total_steps"]:
-            watch.check(log)
+            skips.report(log)
             loss = all_reduce([loss], dist.ReduceOp.SUM, run.device)[0] / run.world_size
             seconds = (time.perf_counter() - clock) / (step + 1 - clock_step)
             row = {"step": step + 1, "tokens": (step + 1) * s["batch_tokens"], "loss": loss,
@@ -534,7 +533,6 @@ def train(model, optimizer, start, s, run):
             row["memory"] = memory_gib(run.device)
             log.write(row, seconds)
             clock, clock_step = time.perf_counter(), step + 1
-    log.bar.close()
     return step
 
 
@@ -546,59 +544,70 @@ MACHINES = (("1 x H200", 1, 141, 989.5e12), ("8 x H100", 8, 80, 989.5e12),
 
 
 def memory_parts(config, n_params, s, gpus, parallel, checkpointing, micro_batch):
-    """GB of one GPU by part. C width, L layers, N parameters, t = micro_batch * seq_len tokens."""
-    C, L, t = config.n_embd, config.n_layer, micro_batch * s["seq_len"]
+    """{formula: bytes} of one GPU with the fused ops, in a block's backward, where it peaks.
+
+    C width, L layers, H heads, V vocabulary, T seq_len, N parameters, t = micro_batch * T tokens.
+    A block saves, a token: the residual stream twice (8C in fp32), in bf16 two LayerNorm outputs
+    (4C), qkv (6C), attention (2C), c_fc (8C) and its GELU (8C), and 4 statistics and H logsumexps.
+    """
+    C, L, V, t = config.n_embd, config.n_layer, config.vocab_size, micro_batch * s["seq_len"]
     shards = gpus if parallel == "fsdp" else 1
-    block = 12 * C * C + 13 * C
-    layers = 1 if checkpointing else L
+    block, saved = 12 * C * C + 13 * C, (36 * C + 4 * config.n_head + 16) * t
     parts = {
-        "weights, fp32: 4N/shards": 4 * n_params / shards,
-        "gradients, fp32: 4N/shards": 4 * n_params / shards,
-        "AdamW moments, fp32: 8N/shards": 8 * n_params / shards,
-        "bf16 copies of live blocks: 2*block*layers": 2 * block * layers,
-        # a block saves residual 2 x 4C, LayerNorm outputs 2 x 2C, qkv 6C, attention 2C, MLP 16C
-        "activations: 36C*layers*t": 36 * C * layers * t,
-        "block inputs, checkpointing: 6C*L*t": 6 * C * L * t if checkpointing else 0,
-        "embedding and head: 10C*t + 10*V*min(t, 1024)":
-            10 * C * t + 10 * config.vocab_size * min(t, 1024),
-        "gathered, FSDP: 4*(2*block + (V+T)*C)":
-            4 * (2 * block + (config.vocab_size + config.n_positions) * C) if shards > 1 else 0,
+        "weights, gradients, two moments in fp32 = 16N / shards": 16 * n_params / shards,
+        "bf16 copies of the blocks' weights, kept by autocast = 24*C*C*L": 24 * C * C * L,
+        "a block's gradients in flight = (36C + 4H + 16) * t": saved,
+        "embedding and head = 9C*t + 2V*min(t, 8192) + 10*V*C":
+            9 * C * t + 2 * V * min(t, 8192) + 10 * V * C,
     }
-    return {name: size / 1e9 for name, size in parts.items() if size}
+    if checkpointing:
+        parts["inputs of L blocks, one block's inside = 6C*L*t + (36C + 4H + 16) * t"] = (
+            6 * C * L * t + saved)
+    else:
+        parts["saved activations = (36C + 4H + 16) * L * t"] = saved * L
+    if shards > 1:  # the block at work and the one fetched ahead, the embeddings; and gradients
+        parts["gathered in fp32 = 8 * (2*(12*C*C + 13*C) + (V + T)*C)"] = (
+            8 * (2 * block + (V + config.n_positions) * C))
+    return parts
 
 
-def print_plan(config, s):
+def print_plan(args):
     """Parameters, FLOPs, memory by part and hours on several machines, each with its formula."""
+    s = resolve(args)
+    config = GPTConfig.preset(args.preset, **given(args, MODEL_FLAGS))
     with torch.device("meta"):
-        n_params = GPT(config).n_params()
-    flops = flops_per_token(config, n_params, s["seq_len"])
-    tokens = s["total_steps"] * s["batch_tokens"]
-    print(f"parameters N            {n_params:,} (tied head counted once)")
-    print(f"FLOPs a token           {flops / 1e9:.2f} G = 6N + 12*L*T*C")
-    print(f"tokens                  {tokens / 1e9:.1f} G = {s['total_steps']:,} steps x "
-          f"{s['batch_tokens']:,}")
-    print(f"FLOPs of the run        {tokens * flops:.3g}")
-    print(f"checkpoint              {12 * n_params / 1e9:.1f} GB = 12N (weights and two moments)")
-    for name, gpus, gigabytes, peak in MACHINES:
+        n = GPT(config).n_params()
+    flops, tokens = flops_per_token(config, n, s["seq_len"]), s["total_steps"] * s["batch_tokens"]
+    for name, value in (
+            ("parameters N", f"{n:,} (the tied head counted once)"),
+            ("FLOPs a token", f"{flops / 1e9:.2f} G = 6N + 12*L*T*C"),
+            ("tokens", f"{tokens / 1e9:.1f} G = {s['total_steps']:,} steps * "
+             f"{s['batch_tokens']:,}"),
+            ("FLOPs", f"{tokens * flops:.3g} = tokens * FLOPs a token"),
+            ("checkpoint", f"{12 * n / 1e9:.1f} GB = 12N (weights and two moments)")):
+        print(f"{name:14} {value}")
+    for machine, gpus, gigabytes, peak in MACHINES:
+        # the fastest that fits: no sharding, no recomputing, the largest micro-batch, in that order
         choices = [(parallel, checkpointing, micro_batch)
                    for parallel in ("ddp", "fsdp")[:1 + (gpus > 1)]
-                   for checkpointing in (False, True) for micro_batch in (32, 16, 8, 4, 2, 1)]
-        fits = next((c for c in choices
-                     if sum(memory_parts(config, n_params, s, gpus, *c).values())
-                     < 0.9 * gigabytes), None)  # a tenth is left to the allocator and to NCCL
-        if fits is None:
-            print(f"\n{name}: does not fit; use more GPUs")
+                   for checkpointing in (False, True) for micro_batch in (32, 16, 8, 4, 2, 1)
+                   if s["batch_tokens"] % (gpus * micro_batch * s["seq_len"]) == 0]
+        for choice in choices:
+            parts = memory_parts(config, n, s, gpus, *choice)
+            if sum(parts.values()) < 0.92e9 * gigabytes:  # the rest is the allocator's and NCCL's
+                break
+        else:
+            print(f"\n{machine}: does not fit")
             continue
-        parallel, checkpointing, micro_batch = fits
-        parts = memory_parts(config, n_params, s, gpus, *fits)
-        print(f"\n{name} GB: --parallel {parallel}{' --activation_checkpointing' * checkpointing} "
-              f"--micro_batch {micro_batch}: {sum(parts.values()):.1f} of {gigabytes} GB")
+        print(f"\n{machine}: --parallel {choice[0]} --{'no_' * (not choice[1])}"
+              f"activation_checkpointing --micro_batch {choice[2]}: "
+              f"{sum(parts.values()) / 1e9:.1f} of {gigabytes} GB a GPU")
         for part, size in parts.items():
-            print(f"    {size:7.2f} GB  {part}")
-        for mfu in (0.23, 0.4, 0.55):  # BioMedLM's own; a fair guess; the best published
+            print(f"  {size / 1e9:7.2f} GB  {part}")
+        for mfu in (0.23, 0.40, 0.60):  # BioMedLM's own; a fair guess; our aim on an H200
             rate = mfu * peak * gpus / flops
-            print(f"    at {100 * mfu:.0f}% MFU: {rate:,.0f} tokens/s = mfu * peak * GPUs / FLOPs "
-                  f"a token; {tokens / rate / 3600:,.0f} hours = tokens / rate")
+            print(f"  {mfu:7.0%} MFU {tokens / rate / 3600:,.0f} hours at {rate:,.0f} tokens/s = "
+                  f"MFU * {peak / 1e12:g}e12 FLOP/s * {gpus} / FLOPs a token")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -620,24 +629,6 @@ def on_rank_0(fn):
     return outcome[0]
 
 
-def versions():
-    """What this run was made with, for run.json."""
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
-                         capture_output=True, text=True)
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "git": git.stdout.strip() or None}
-
-
-def read_record(path):
-    """run.json of the run that goes on."""
-    try:
-        record = json.loads(path.read_text())
-        return {"settings": dict(record["settings"]), "changes": list(record["changes"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged or missing, so that nothing tells how the checkpoints "
-                         "beside it were made: restore it, or start --fresh") from None
-
-
 def open_run(run, settings, fresh):
     """On rank 0: make or check the run's folder, and write what describes it. Returns the step."""
     run.out.mkdir(parents=True, exist_ok=True)
@@ -650,7 +641,13 @@ def open_run(run, settings, fresh):
     step = run.checkpoint["step"] if run.checkpoint else 0
     changes = []
     if run.checkpoint:
-        record = read_record(run.out / "run.json")
+        try:
+            record = json.loads((run.out / "run.json").read_text())
+            record["settings"].items(), record["changes"].copy()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{run.out}/run.json is damaged or missing, so that nothing tells how "
+                             "the checkpoints beside it were made: restore it, or start --fresh"
+                             ) from None
         # where the weights came from stays true of a run that goes on without --init
         settings["init"] = settings["init"] or record["settings"].get("init")
         if step >= settings["total_steps"]:
@@ -660,12 +657,34 @@ def open_run(run, settings, fresh):
     cut_log(run.out / "log.jsonl", step, step % settings["eval_every"] == 0)
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(run.data / name, run.out / name)
-    for name, content in (("config.json", run.config.to_hf()),
-                          ("run.json", {"settings": settings, "changes": changes,
-                                        "versions": versions()})):
+    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
+                         capture_output=True, text=True).stdout.strip()
+    record = {"settings": settings, "changes": changes,
+              "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                           "git": git or None}}
+    for name, content in (("config.json", run.config.to_hf()), ("run.json", record)):
         text = json.dumps(content, indent=2) + "\n"
         write_atomically(run.out / name, lambda tmp, text=text: tmp.write_text(text))
     return step
+
+
+def choose_model(args, s, meta):
+    """GPTConfig of --init or of the preset under the flags given, checked against the arrays."""
+    shape = given(args, MODEL_FLAGS)
+    if args.init:
+        config = replace(GPT.config_of(args.init), dropout=s["dropout"])
+        if shape:
+            raise ValueError(f"--{next(iter(shape))} can't change the model of --init: drop it")
+        if config.vocab_size != meta["vocab_size"]:
+            raise ValueError(f"{args.init} has {config.vocab_size} tokens, the arrays "
+                             f"{meta['vocab_size']}: tokenize with the tokenizer of --init")
+    else:
+        config = GPTConfig.preset(args.preset, vocab_size=meta["vocab_size"],
+                                  eot_id=meta["eot_id"], dropout=s["dropout"], **shape)
+    if s["seq_len"] > config.n_positions:
+        raise ValueError(f"seq_len {s['seq_len']} is longer than the model's context: use "
+                         f"--seq_len {config.n_positions} or less")
+    return config
 
 
 def prepare(args):
@@ -678,30 +697,16 @@ def prepare(args):
                          "--tokenizer DIR --out DIR")
     if args.data is None and not (folder / "meta.json").exists():
         on_rank_0(lambda: data.make_demo(folder))
-    meta = data.load_meta(folder, verify=args.verify)
+    meta = on_rank_0(lambda: data.load_meta(folder, verify=args.verify))
     micro_batch, accumulation = split_batch(s, world_size, args.micro_batch is not None)
-    given = {name: getattr(args, name) for name in MODEL_FLAGS if getattr(args, name) is not None}
-    if args.init:
-        if given:
-            raise ValueError(f"--{next(iter(given))} can't change the model of --init: drop it")
-        config = GPT.config_of(args.init)
-        if config.vocab_size != meta["vocab_size"]:
-            raise ValueError(f"{args.init} has {config.vocab_size} tokens, the arrays "
-                             f"{meta['vocab_size']}: tokenize with the tokenizer of --init")
-    else:
-        config = GPTConfig.preset(args.preset, vocab_size=meta["vocab_size"],
-                                  eot_id=meta["eot_id"], dropout=s["dropout"], **given)
-    if s["seq_len"] > config.n_positions:
-        raise ValueError(f"seq_len {s['seq_len']} is longer than the model's context: use "
-                         f"--seq_len {config.n_positions} or less")
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    config = choose_model(args, s, meta)
     with torch.device("meta"):
         n_params = GPT(config).n_params()
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     run = SimpleNamespace(
-              out=Path(args.out or f"out/{args.preset}"), data=folder, config=config, rank=rank,
-              world_size=world_size, device=device, dtype=dtype, micro_batch=micro_batch,
-              accumulation=accumulation, n_params=n_params, peak=peak_flops(device),
-              checkpoint=None)
+        out=Path(args.out or f"out/{args.preset}"), data=folder, config=config, rank=rank,
+        world_size=world_size, device=device, dtype=dtype, micro_batch=micro_batch,
+        accumulation=accumulation, n_params=n_params, peak=peak_flops(device), checkpoint=None)
     settings = {**s, "preset": args.preset, "init": args.init, "dtype": dtype,
                 "device": str(device), "world_size": world_size, "micro_batch": micro_batch,
                 **{name: getattr(config, name) for name in (*MODEL_FLAGS, "vocab_size")},
@@ -720,43 +725,35 @@ def build(run, s, init):
         model = GPT(run.config).to(run.device)
     model.activation_checkpointing = s["activation_checkpointing"]
     if s["compile"]:
+        # attention's scale differs by layer, so each has its graph: the limit of 8 would drop some
+        torch._dynamo.config.recompile_limit = 4 * run.config.n_layer
         for block in model.transformer.h:
             block.compile()
     model = distribute(model, s["parallel"], run.device)
     return model, make_optimizer(model, s)
 
 
-def print_sample(run, model):
-    """A few tokens from the trained model, so that a person sees what it has learnt."""
-    if isinstance(model, DistributedDataParallel):
+def print_end(run, model, args):
+    """What the model writes by now, and what to run next."""
+    if hasattr(model, "module"):  # DDP
         model = model.module
-    tokenizer = Tokenizer.load(run.out)
-    start = torch.tensor([[run.config.eot_id]], device=run.device)
-    model.eval()
-    new = min(60, run.config.n_positions - 1)
-    tokens = model.generate(start, new, temperature=0.8, top_k=50, seed=0, eot_id=run.config.eot_id)
-    print(f"\na sample: {tokenizer.decode(tokens[0, 1:].tolist()).strip()}")
-
-
-def print_next(run, args):
-    """What to run next, with this run's folders filled in."""
+    eot_id = run.config.eot_id
+    tokens = model.eval().generate(torch.tensor([[eot_id]], device=run.device),
+                                   min(60, run.config.n_positions - 1), temperature=0.8, top_k=50,
+                                   seed=0, eot_id=eot_id)
+    print(f"\na sample: {Tokenizer.load(run.out).decode(tokens[0, 1:].tolist()).strip()}")
+    print(f"\nnext:\n  python eval.py perplexity --init {run.out} --data {run.data}")
     if args.preset == "demo" and args.data is None:
         tune = (f"python finetune.py --task medqa --data {run.data}/qa/medqa --init {run.out} "
                 f"--out {run.out}-medqa")
-        print(f"\nnext, questions about the corpus:\n  {tune}\nand the same without "
-              f"pre-training:\n  {tune}-random --random_init")
-    else:
-        print(f"\nnext:\n  python eval.py perplexity --init {run.out} --data {run.data}\n"
-              f"  python eval.py generate --init {run.out} --prompt \"...\"")
+        print(f"  {tune}\n  {tune}-random --random_init    # the same without pre-training")
 
 
 @record
 def main():
     args = parse_args()
     if args.plan:
-        s = resolve(args)
-        given = {n: getattr(args, n) for n in MODEL_FLAGS if getattr(args, n) is not None}
-        return print_plan(GPTConfig.preset(args.preset, **given), s)
+        return print_plan(args)
     run, s = prepare(args)
     start = on_rank_0(lambda: open_run(run, s, args.fresh))
     say = print if run.rank == 0 else lambda *_: None
@@ -774,10 +771,8 @@ def main():
     step = train(model, optimizer, start, s, run)
     if step < s["total_steps"]:
         say(f"stopped at step {step}: the same command goes on from there")
-    elif run.rank == 0:
-        if not (dist.is_initialized() and s["parallel"] == "fsdp"):
-            print_sample(run, model)
-        print_next(run, args)
+    elif run.rank == 0 and not (dist.is_initialized() and s["parallel"] == "fsdp"):
+        print_end(run, model, args)  # a sharded model needs all ranks to write
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import socket
@@ -178,7 +179,7 @@ def undisturbed(arrays, tmp_path_factory):
 # resume and sharing of work
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["one", "ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_resume_is_bit_exact(arrays, tmp_path, mode):
     """R1, R5: a resumed run repeats data, skips a step, or draws other dropout masks."""
     flags = ("--dropout", 0.1)
@@ -489,11 +490,20 @@ def test_mistakes_name_their_mend(arrays, monkeypatch, args, mend):
         train.main()
 
 
-def test_command_line_error(tmp_path):
-    """A user's mistake ends in a traceback or in exit code 0."""
-    done = run("train.py", "--data", tmp_path / "none")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1
+def test_plan(monkeypatch, capsys):
+    """--plan trains, or its hours are not those of the paper at the paper's own MFU."""
+    argv = ["train.py", "--plan", "--preset", "biomedlm", "--total_steps", "286102"]
+    monkeypatch.setattr(sys, "argv", argv)
+    train.main()
+    text = capsys.readouterr().out
+    assert "2,594,247,680" in text and "16.57 G = 6N" in text and "31.1 GB = 12N" in text
+    a100 = text[text.index("128 x A100-40"):]
+    hours = float(re.search(r"23% MFU ([\d,.]+) hours", a100)[1])
+    assert hours == pytest.approx(24 * 6.25, rel=0.02)  # BioMedLM: 6.25 days
+    for machine in text.split("\n\n")[1:]:
+        total = float(re.search(r"([\d.]+) of \d+ GB a GPU", machine)[1])
+        parts = re.findall(r"([\d.]+) GB  .* = ", machine)
+        assert sum(map(float, parts)) == pytest.approx(total, abs=0.1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -501,6 +511,14 @@ def test_command_line_error(tmp_path):
 
 DEMO = ("--total_steps", 150, "--batch_tokens", 512, "--micro_batch", 4, "--save_every", 10,
         "--eval_every", 40, "--log_every", 5, "--warmup_steps", 10, "--seq_len", 64)
+
+
+@pytest.mark.slow
+def test_command_line_error(tmp_path):
+    """A user's mistake ends in a traceback or in exit code 0."""
+    done = run("train.py", "--data", tmp_path / "none")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -583,3 +601,39 @@ train.main()
     assert agent.returncode == 0, text
     assert (tmp_path / "died").exists() and "steps 5 to 20" in text
     assert rows(out) == pytest.approx(rows(undisturbed), rel=1e-5)
+
+
+SAVED_BYTES = """
+import torch
+from model import GPT, GPTConfig
+
+def saved(n_layer, T, checkpointing):
+    model = GPT(GPTConfig(n_layer=n_layer, n_head=2, n_embd=64, n_positions=64, vocab_size=128))
+    model.train().activation_checkpointing = checkpointing
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return t
+    x = torch.zeros(1, T, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x, x)
+    return sum(storage.nbytes() for storage in kept.values())
+
+for checkpointing in (False, True):
+    more = [saved(n, 32, checkpointing) - saved(n, 16, checkpointing) for n in (2, 3)]
+    print((more[1] - more[0]) / 16)
+"""
+
+
+@pytest.mark.slow
+def test_planned_activations(tmp_path):
+    """A block saves other tensors for backward, or wider ones, than --plan's formula counts."""
+    script = tmp_path / "saved.py"
+    script.write_text(SAVED_BYTES)
+    done = run(script, env={"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)})
+    C, H = 64, 2  # bytes a token that one more block saves, whole and checkpointed
+    assert done.stdout.split() == [f"{36 * C + 4 * H + 16:.1f}", f"{6 * C:.1f}"], done.stderr
