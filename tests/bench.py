@@ -62,7 +62,7 @@ def recorded_launches(arch, C=2560, n_head=20, V=28896, dropout_p=0.1):
     from triton.runtime.jit import JITFunction
 
     import model
-    launches, saved = [], (JITFunction.run, model.fused, model.architecture)
+    launches, saved = [], (JITFunction.run, model.fused, model.gpu)
 
     def record(kernel, *args, grid=None, warmup=False, **kwargs):
         options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
@@ -71,7 +71,7 @@ def recorded_launches(arch, C=2560, n_head=20, V=28896, dropout_p=0.1):
     def parameter(*shape, dtype=torch.float32):
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
-    JITFunction.run, model.fused, model.architecture = record, lambda x: True, lambda x: arch
+    JITFunction.run, model.fused, model.gpu = record, lambda x: True, lambda: arch
     try:
         x, bf16 = parameter(16, C, dtype=torch.bfloat16), torch.bfloat16
         w, b = parameter(C), parameter(C)
@@ -85,7 +85,7 @@ def recorded_launches(arch, C=2560, n_head=20, V=28896, dropout_p=0.1):
         outputs.append(model.cross_entropy(x, parameter(V, C, dtype=bf16), targets))
         torch.autograd.backward(outputs, [torch.zeros_like(o) for o in outputs])
     finally:
-        JITFunction.run, model.fused, model.architecture = saved
+        JITFunction.run, model.fused, model.gpu = saved
     return launches
 
 
@@ -429,7 +429,7 @@ def tune_attention(C, n_head, p, qkv):
     import torch
 
     import model
-    scale, launch = (C // n_head) ** -0.5, model.LAUNCH[f"attention_{model.architecture(qkv)}"]
+    scale, launch = (C // n_head) ** -0.5, model.LAUNCH[model.gpu()]
     o, lse = model.attention_forward(qkv, n_head, scale, p, 1)
     do, saved, out = torch.randn_like(o), dict(launch), []
     runs = {"forward": lambda: model.attention_forward(qkv, n_head, scale, p, 1)}
