@@ -48,7 +48,8 @@ LAUNCH = {
     "gelu_backward": {"rows": 2, "cols": 512, "warps": 4, "programs_per_sm": 8},
     "cross_entropy": {"block": 8192, "warps": 16, "chunk_rows": 4096},
     "sm_80": {"forward": (128, 64, 8, 2), "dkv": (64, 32, 4, 1), "dq": (64, 32, 4, 1)},
-    "sm_90": {"forward": (64, 64, 4, 3), "dkv": (64, 64, 4, 2), "dq": (64, 64, 4, 2)},
+    "sm_90": {"forward": (64, 64, 4, 3), "dkv": (64, 64, 4, 2), "dq": (64, 64, 4, 2),
+              "dkv_dropout": (32, 64, 4, 2)},  # its mask's registers would spill at 64
     "gfx942": {"forward": (128, 32, 4, 1), "dkv": (32, 64, 4, 1), "dq": (64, 32, 4, 1)},
     "fp32": {"forward": (32, 32, 4, 1), "dkv": (32, 32, 4, 1), "dq": (32, 32, 4, 1)},
 }
@@ -316,7 +317,7 @@ def norm_backward(dy: Tensor, dnew: Tensor | None, r: Tensor, weight: Tensor, me
                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     C, N, r, dy = r.shape[-1], mean.numel(), r.contiguous(), dy.contiguous()
     dx, dres, _, _ = norm_backward_fake(dy, dnew, r, weight, mean, rstd, add, p, seed, dtype)
-    per_sm = max(LAUNCH["norm"]["columns_per_sm"] // C, 2)
+    per_sm = min(max(LAUNCH["norm"]["columns_per_sm"] // C, 2), 16)
     programs = max(min(N, n_programs(r, per_sm)), 1)
     partial = empty(r, programs, 2, C, dtype=torch.float32)
     piece, n_pieces, warps = norm_launch(C)
@@ -621,16 +622,17 @@ def attention_dkv_kernel(qkv_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, scale
     store_tile(dqkv_ptr + at + 2 * H * D, dv, cols, 3 * H * D, T, D, BD)
 
 
-def attention_launch(qkv, n_head, kernel):
+def attention_launch(qkv, n_head, kernel, p):
     """(grid, keyword arguments) of one attention kernel: "forward", "dkv" or "dq"."""
-    B, T, C3 = qkv.shape
+    (B, T, C3), dropping = qkv.shape, kernel + "_dropout"
     settings = LAUNCH["fp32" if qkv.dtype == torch.float32 else gpu()]
-    BM, BN, num_warps, num_stages = settings[kernel]
+    BM, BN, warps, stages = settings[dropping if p > 0 and dropping in settings else kernel]
     D = C3 // 3 // n_head
     BD = max(triton.next_power_of_2(D), 16)
     grid = (triton.cdiv(T, BN if kernel == "dkv" else BM), B * n_head)
-    return grid, {"H": n_head, "D": D, "BD": BD, "BM": BM, "BN": BN, "num_warps": num_warps,
-                  "EVEN": T % BM == 0 and T % BN == 0 and BD == D, "num_stages": num_stages}
+    return grid, {"H": n_head, "D": D, "BD": BD, "BM": BM, "BN": BN, "DROPOUT": p > 0,
+                  "EVEN": T % BM == 0 and T % BN == 0 and BD == D,
+                  "num_warps": warps, "num_stages": stages}
 
 
 LOG2_E = 1.4426950408889634
@@ -646,9 +648,9 @@ def attention_forward(qkv: Tensor, n_head: int, scale: float, p: float, seed: in
                       ) -> tuple[Tensor, Tensor]:
     o, lse = attention_forward_fake(qkv, n_head, scale, p, seed)
     if qkv.numel():
-        grid, options = attention_launch(qkv, n_head, "forward")
+        grid, options = attention_launch(qkv, n_head, "forward", p)
         attention_forward_kernel[grid](qkv, o, lse, qkv.shape[1], scale * LOG2_E, *rng(p, seed),
-                                       DROPOUT=p > 0, **options)
+                                       **options)
     return o, lse
 
 
@@ -658,10 +660,10 @@ def attention_backward(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, n_head: 
     do, dqkv, delta = do.contiguous(), empty(qkv), empty(lse)
     if qkv.numel():
         rest = (qkv.shape[1], scale, scale * LOG2_E, *rng(p, seed))
-        grid, options = attention_launch(qkv, n_head, "dq")
-        attention_dq_kernel[grid](qkv, o, do, lse, delta, dqkv, *rest, DROPOUT=p > 0, **options)
-        grid, options = attention_launch(qkv, n_head, "dkv")
-        attention_dkv_kernel[grid](qkv, do, lse, delta, dqkv, *rest, DROPOUT=p > 0, **options)
+        grid, options = attention_launch(qkv, n_head, "dq", p)
+        attention_dq_kernel[grid](qkv, o, do, lse, delta, dqkv, *rest, **options)
+        grid, options = attention_launch(qkv, n_head, "dkv", p)
+        attention_dkv_kernel[grid](qkv, do, lse, delta, dqkv, *rest, **options)
     return dqkv
 
 
