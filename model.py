@@ -40,26 +40,32 @@ except ImportError:  # macOS, Windows: the references run
 KERNELS = os.environ.get("BIOMEDLM_KERNELS", "auto")  # "auto", or "reference" to compare against
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-# Fixed rather than autotuned (that costs minutes a rank): `python tests/bench.py kernels --tune`.
+# Fixed rather than autotuned (that costs minutes a rank): `python tests/bench.py kernels --tune`
+# on an H100. An attention row is query tile, key tile, num_warps, num_stages.
 LAUNCH = {
-    "norm": {"programs_per_sm": 4},
-    "gelu": {"rows": 4, "cols": 1024, "warps": 4},
-    "gelu_backward": {"rows": 4, "cols": 512, "warps": 4, "programs_per_sm": 8},
-    "cross_entropy": {"block": 4096, "warps": 8, "chunk_rows": 16384},
-    # query tile, key tile, num_warps, num_stages
-    "attention_sm_80": {"forward": (128, 64, 8, 2), "dkv": (64, 32, 4, 1), "dq": (64, 32, 4, 1)},
-    "attention_sm_90": {"forward": (128, 128, 8, 2), "dkv": (32, 128, 8, 2), "dq": (128, 64, 8, 2)},
-    "attention_gfx942": {"forward": (128, 32, 4, 1), "dkv": (32, 64, 4, 1), "dq": (64, 32, 4, 1)},
-    "attention_fp32": {"forward": (32, 32, 4, 1), "dkv": (32, 32, 4, 1), "dq": (32, 32, 4, 1)},
+    "norm": {"columns_per_sm": 6144},
+    "gelu": {"rows": 1, "cols": 1024, "warps": 4},
+    "gelu_backward": {"rows": 2, "cols": 512, "warps": 4, "programs_per_sm": 8},
+    "cross_entropy": {"block": 8192, "warps": 16, "chunk_rows": 4096},
+    "sm_80": {"forward": (128, 64, 8, 2), "dkv": (64, 32, 4, 1), "dq": (64, 32, 4, 1)},
+    "sm_90": {"forward": (64, 64, 4, 3), "dkv": (64, 64, 4, 2), "dq": (64, 64, 4, 2),
+              "dkv_dropout": (32, 64, 4, 2)},  # its mask's registers would spill at 64
+    "gfx942": {"forward": (128, 32, 4, 1), "dkv": (32, 64, 4, 1), "dq": (64, 32, 4, 1)},
+    "fp32": {"forward": (32, 32, 4, 1), "dkv": (32, 32, 4, 1), "dq": (32, 32, 4, 1)},
 }
-# Attention's faster backend by compute capability, as measured; anything else takes Triton.
-ATTENTION_BACKEND = {(9, 0): "cudnn"}
+ATTENTION_BACKEND = {"sm_90": "cudnn"}  # the faster one as measured; elsewhere Triton
 
 
-@torch.compiler.assume_constant_result
-def capability():
-    """(major, minor) of the current CUDA or ROCm device; (0, 0) where there is none."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+@torch.compiler.assume_constant_result  # a string: dynamo cannot compare a constant tuple
+def gpu():
+    """Whose settings the GPU takes: "sm_90" (Hopper), "sm_80" (Ampere, and anything newer) or
+    "gfx942" (ROCm); "" where none has bf16 matrix products, which begin with capability 8.0."""
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    if major < 8:
+        return ""
+    if torch.version.hip:
+        return "gfx942"
+    return "sm_90" if major == 9 else "sm_80"
 
 
 def kernels_active(device="cuda"):
@@ -68,23 +74,12 @@ def kernels_active(device="cuda"):
         return "reference"
     if INTERPRETED:
         return "triton interpreter"
-    # bf16 tensor cores begin with compute capability 8.0 (Ampere); ROCm reports 9.x
-    on_gpu = torch.device(device).type == "cuda" and capability() >= (8, 0)
-    return "triton" if on_gpu else "reference"
+    return "triton" if torch.device(device).type == "cuda" and gpu() else "reference"
 
 
 def fused(x):
     """True if the op on tensor x runs a kernel; a float64 tensor always takes the reference."""
     return x.dtype != torch.float64 and kernels_active(x.device) != "reference"
-
-
-def architecture(x):
-    """The row of LAUNCH's attention tables for x."""
-    if x.dtype == torch.float32:
-        return "fp32"
-    if torch.version.hip:
-        return "gfx942"
-    return "sm_90" if capability()[0] == 9 else "sm_80"
 
 
 def compute_dtype(x):
@@ -322,7 +317,8 @@ def norm_backward(dy: Tensor, dnew: Tensor | None, r: Tensor, weight: Tensor, me
                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     C, N, r, dy = r.shape[-1], mean.numel(), r.contiguous(), dy.contiguous()
     dx, dres, _, _ = norm_backward_fake(dy, dnew, r, weight, mean, rstd, add, p, seed, dtype)
-    programs = max(min(N, n_programs(r, LAUNCH["norm"]["programs_per_sm"])), 1)
+    per_sm = min(max(LAUNCH["norm"]["columns_per_sm"] // C, 2), 16)
+    programs = max(min(N, n_programs(r, per_sm)), 1)
     partial = empty(r, programs, 2, C, dtype=torch.float32)
     piece, n_pieces, warps = norm_launch(C)
     norm_backward_kernel[(programs,)](
@@ -626,15 +622,17 @@ def attention_dkv_kernel(qkv_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, scale
     store_tile(dqkv_ptr + at + 2 * H * D, dv, cols, 3 * H * D, T, D, BD)
 
 
-def attention_launch(qkv, n_head, kernel):
+def attention_launch(qkv, n_head, kernel, p):
     """(grid, keyword arguments) of one attention kernel: "forward", "dkv" or "dq"."""
-    B, T, C3 = qkv.shape
-    BM, BN, num_warps, num_stages = LAUNCH[f"attention_{architecture(qkv)}"][kernel]
+    (B, T, C3), dropping = qkv.shape, kernel + "_dropout"
+    settings = LAUNCH["fp32" if qkv.dtype == torch.float32 else gpu()]
+    BM, BN, warps, stages = settings[dropping if p > 0 and dropping in settings else kernel]
     D = C3 // 3 // n_head
     BD = max(triton.next_power_of_2(D), 16)
     grid = (triton.cdiv(T, BN if kernel == "dkv" else BM), B * n_head)
-    return grid, {"H": n_head, "D": D, "BD": BD, "BM": BM, "BN": BN, "num_warps": num_warps,
-                  "EVEN": T % BM == 0 and T % BN == 0 and BD == D, "num_stages": num_stages}
+    return grid, {"H": n_head, "D": D, "BD": BD, "BM": BM, "BN": BN, "DROPOUT": p > 0,
+                  "EVEN": T % BM == 0 and T % BN == 0 and BD == D,
+                  "num_warps": warps, "num_stages": stages}
 
 
 LOG2_E = 1.4426950408889634
@@ -650,9 +648,9 @@ def attention_forward(qkv: Tensor, n_head: int, scale: float, p: float, seed: in
                       ) -> tuple[Tensor, Tensor]:
     o, lse = attention_forward_fake(qkv, n_head, scale, p, seed)
     if qkv.numel():
-        grid, options = attention_launch(qkv, n_head, "forward")
+        grid, options = attention_launch(qkv, n_head, "forward", p)
         attention_forward_kernel[grid](qkv, o, lse, qkv.shape[1], scale * LOG2_E, *rng(p, seed),
-                                       DROPOUT=p > 0, **options)
+                                       **options)
     return o, lse
 
 
@@ -662,10 +660,10 @@ def attention_backward(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, n_head: 
     do, dqkv, delta = do.contiguous(), empty(qkv), empty(lse)
     if qkv.numel():
         rest = (qkv.shape[1], scale, scale * LOG2_E, *rng(p, seed))
-        grid, options = attention_launch(qkv, n_head, "dq")
-        attention_dq_kernel[grid](qkv, o, do, lse, delta, dqkv, *rest, DROPOUT=p > 0, **options)
-        grid, options = attention_launch(qkv, n_head, "dkv")
-        attention_dkv_kernel[grid](qkv, do, lse, delta, dqkv, *rest, DROPOUT=p > 0, **options)
+        grid, options = attention_launch(qkv, n_head, "dq", p)
+        attention_dq_kernel[grid](qkv, o, do, lse, delta, dqkv, *rest, **options)
+        grid, options = attention_launch(qkv, n_head, "dkv", p)
+        attention_dkv_kernel[grid](qkv, do, lse, delta, dqkv, *rest, **options)
     return dqkv
 
 
@@ -724,9 +722,9 @@ cudnn_forward.register_autograd(
 def attention_backend(qkv, n_head):
     """"triton" or "cudnn" for this tensor, by the measured table ATTENTION_BACKEND."""
     half = qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16) and qkv.numel() > 0
-    if not half or torch.version.hip or qkv.shape[-1] // 3 // n_head not in (64, 128):
+    if not half or qkv.shape[-1] // 3 // n_head not in (64, 128):
         return "triton"
-    return ATTENTION_BACKEND.get(capability(), "triton")
+    return ATTENTION_BACKEND.get(gpu(), "triton")
 
 
 def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
@@ -793,6 +791,17 @@ def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, count_ptr, ignore_index, V
             tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=cols < V)
 
 
+def cross_entropy_rows(z, targets, losses, count, ignore_index):
+    """The kernel's work on one chunk in plain torch: fills losses, returns the logits' gradient."""
+    log_softmax = z.float().log_softmax(-1)
+    counts = targets != ignore_index
+    target = targets.where(counts, 0)[:, None]
+    losses.copy_(-log_softmax.gather(1, target)[:, 0] * counts)
+    dz = log_softmax.exp_()
+    dz.scatter_add_(1, target, dz.new_full(target.shape, -1.0))
+    return dz.mul_((counts / count)[:, None]).to(z.dtype)
+
+
 def product_fp32(a, b):
     """a @ b summed and returned in fp32; operands in bf16 still take the tensor cores."""
     if a.is_cuda and a.dtype != torch.float32:
@@ -814,14 +823,17 @@ def cross_entropy_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device
     losses = empty(hidden, N, dtype=torch.float32)
     _, dhidden, dweight = cross_entropy_fake(hidden, weight, targets, ignore_index, gradient)
-    block = min(launch["block"], triton.next_power_of_2(V))
+    block = min(launch["block"], triton.next_power_of_2(V)) if fused(hidden) else None
     with torch.autocast(hidden.device.type, enabled=False):
         for at in range(0, N, launch["chunk_rows"]):
             rows = slice(at, min(at + launch["chunk_rows"], N))
             z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
-            cross_entropy_kernel[(z.shape[0],)](
-                z, targets[rows], losses[rows], count, ignore_index, V, block, gradient,
-                num_warps=launch["warps"])
+            if block:
+                cross_entropy_kernel[(z.shape[0],)](
+                    z, targets[rows], losses[rows], count, ignore_index, V, block, gradient,
+                    num_warps=launch["warps"])
+            else:
+                z = cross_entropy_rows(z, targets[rows], losses[rows], count, ignore_index)
             if gradient:
                 torch.mm(z, w, out=dhidden[rows])
                 part = product_fp32(z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
@@ -848,7 +860,7 @@ def cross_entropy(hidden, weight, targets, ignore_index=-100):
 
     hidden (N, C), weight (V, C), targets (N,) int64 below V. Returns an fp32 scalar. With every
     target ignored it is 0 with zero gradients (torch's is NaN). No host synchronisation."""
-    if not fused(hidden):
+    if hidden.dtype == torch.float64:
         return cross_entropy_ref(hidden, weight, targets, ignore_index)
     gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     hidden = hidden.to(compute_dtype(hidden))

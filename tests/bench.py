@@ -63,7 +63,7 @@ def recorded_launches(arch, C=2560, n_head=20, V=28896, dropout_p=0.1):
     from triton.runtime.jit import JITFunction
 
     import model
-    launches, saved = [], (JITFunction.run, model.fused, model.architecture)
+    launches, saved = [], (JITFunction.run, model.fused, model.gpu)
 
     def record(kernel, *args, grid=None, warmup=False, **kwargs):
         options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
@@ -72,7 +72,7 @@ def recorded_launches(arch, C=2560, n_head=20, V=28896, dropout_p=0.1):
     def parameter(*shape, dtype=torch.float32):
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
-    JITFunction.run, model.fused, model.architecture = record, lambda x: True, lambda x: arch
+    JITFunction.run, model.fused, model.gpu = record, lambda x: True, lambda: arch
     try:
         x, bf16 = parameter(16, C, dtype=torch.bfloat16), torch.bfloat16
         w, b = parameter(C), parameter(C)
@@ -86,7 +86,7 @@ def recorded_launches(arch, C=2560, n_head=20, V=28896, dropout_p=0.1):
         outputs.append(model.cross_entropy(x, parameter(V, C, dtype=bf16), targets))
         torch.autograd.backward(outputs, [torch.zeros_like(o) for o in outputs])
     finally:
-        JITFunction.run, model.fused, model.architecture = saved
+        JITFunction.run, model.fused, model.gpu = saved
     return launches
 
 
@@ -156,23 +156,29 @@ def static_table(C=2560, n_head=20, V=28896):
 
 
 def gpu_milliseconds(variants, rounds=9, reps=4):
-    """Median device milliseconds of each named callable, in turns. A sleeping kernel goes first, so
-    that launches queue up behind it and Python's own time stays out of the figure. A variant that
-    fails is printed and left out."""
+    """Median device milliseconds of each named callable, in turns. A sleeping kernel goes first,
+    for longer than Python needs to queue the launches behind it, so that Python's own time stays
+    out of the figure. A variant that fails is printed and left out."""
     import torch
-    times, alive = {name: [] for name in variants}, dict(variants)
+    times, alive, cycles = {name: [] for name in variants}, dict(variants), {}
     for name, fn in variants.items():
         try:
             for _ in range(3):
                 fn()
             torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(reps):
+                fn()
+            cycles[name] = int(4e6 + 2 * 2e9 * (time.perf_counter() - start))  # at 2 GHz, twice
+            torch.cuda.synchronize()
         except Exception as e:  # a setting that does not fit this chip must not end the sweep
-            print(f"  {name}: {type(e).__name__} {str(e).splitlines()[0][:90]}", flush=True)
+            print(f"  {name}: {type(e).__name__} {(str(e) or '-').splitlines()[0][:90]}",
+                  flush=True)
             del alive[name], times[name]
     for _ in range(rounds):
         for name, fn in alive.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(4_000_000)
+            torch.cuda._sleep(cycles[name])
             begin.record()
             for _ in range(reps):
                 fn()
@@ -195,20 +201,21 @@ def measured_ceilings():
 
 
 def plain_ops(p, n_head):
-    """The ops as one would write them in plain torch under autocast: {name: function}."""
+    """The ops as one would write them in plain torch, to run under autocast: {name: function}."""
     import torch.nn.functional as F
 
     import model
 
     def add_layer_norm(x, r, w, b):
         new = r + F.dropout(x, p)
+        # autocast's norm is fp32; the cast that the next linear layer makes belongs to it
         return F.layer_norm(new, (x.shape[-1],), w, b).to(x.dtype), new
 
     def bias_gelu(x, b):
         return F.gelu(x + b.to(x.dtype), approximate="tanh")
 
     def cross_entropy(h, w, t):
-        return F.cross_entropy((h @ w.to(h.dtype).T).float(), t)
+        return F.cross_entropy(F.linear(h, w), t)  # bf16 product, fp32 loss
 
     def attention(qkv):
         q, k, v = model.split_heads(qkv, n_head)
@@ -249,18 +256,19 @@ def kernel_cases(rows, C, n_head, p, V=28896):
 
 
 def directions(fn, tensors):
-    """{direction: callable} for fn on these leaves, the output gradients made once."""
+    """{direction: callable} for fn on these leaves as in training: forward under bf16 autocast and
+    recorded for backward, the output gradients made once."""
     import torch
     leaves = [t for t in tensors if t.requires_grad]
-    outputs = fn(*tensors)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def forward():
+        with torch.autocast("cuda", torch.bfloat16):
+            out = fn(*tensors)
+        return out if isinstance(out, tuple) else (out,)
+
+    outputs = forward()
     grads = [torch.randn_like(o) for o in outputs]
-
-    def both():
-        out = fn(*tensors)
-        torch.autograd.grad(out, leaves, grads)
-
-    return {"forward": lambda: fn(*tensors), "both": both,
+    return {"forward": forward, "both": lambda: torch.autograd.grad(forward(), leaves, grads),
             "backward": lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)}
 
 
@@ -364,9 +372,9 @@ def tune_kernels(rows=16384):
             run = {op: directions(ours, tensors) for op, (tensors, ours, _) in cases.items()
                    if op != "cross_entropy"}
 
-            def norm_launch(setting):
-                model.norm_launch = lambda C: (*setting[0], setting[1])
-                norm["programs_per_sm"] = setting[2]
+            def norm_launch(setting, C=C):
+                model.norm_launch = lambda _: (*setting[0], setting[1])
+                norm["columns_per_sm"] = setting[2] * C
 
             saved = model.norm_launch, dict(norm)
             out.append(sweep(f"norm forward C={C} p={p} (piece, warps, -)",
@@ -430,7 +438,7 @@ def tune_attention(C, n_head, p, qkv):
     import torch
 
     import model
-    scale, launch = (C // n_head) ** -0.5, model.LAUNCH[f"attention_{model.architecture(qkv)}"]
+    scale, launch = (C // n_head) ** -0.5, model.LAUNCH[model.gpu()]
     o, lse = model.attention_forward(qkv, n_head, scale, p, 1)
     do, saved, out = torch.randn_like(o), dict(launch), []
     runs = {"forward": lambda: model.attention_forward(qkv, n_head, scale, p, 1)}
@@ -442,8 +450,10 @@ def tune_attention(C, n_head, p, qkv):
         "dkv": [(32, 128, 8, 2), (32, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2)],
         "dq": [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (128, 32, 8, 3)]}
     for kernel, choices in settings.items():
-        out.append(sweep(f"attention {kernel} C={C} p={p} (BM, BN, warps, stages)", runs[kernel],
-                         choices, lambda setting, kernel=kernel: launch.update({kernel: setting})))
+        key = kernel + "_dropout" if p and kernel + "_dropout" in launch else kernel
+        timed = kernel if kernel == "forward" else f"{kernel}, timing the whole backward,"
+        out.append(sweep(f"attention {timed} C={C} p={p} (BM, BN, warps, stages)", runs[kernel],
+                         choices, lambda setting, key=key: launch.update({key: setting})))
         launch.update(saved)
     return out
 
