@@ -1,12 +1,12 @@
-"""Raw sources -> text -> token arrays -> batches; and the question sets as their owners publish them.
+"""Raw sources -> text -> token arrays -> batches; question sets as their owners publish them.
 
     python data.py extract pubmed/ pmc/ --out text            # PubMed XML, JATS, JSON lines, .txt
     python data.py tokenize --text text --tokenizer tokenizer --out data/pubmed
 
-Reads what `download` fetched or what lies on disk; writes text (*.jsonl.gz, a document {"id", "text"} a
-line) and arrays: train.bin, val.bin (flat uint16), meta.json, and the tokenizer beside them. Every output
-depends on its inputs and flags alone: no time, path, host or worker count. One machine: leave --shard
-out; N machines: N tasks with --shard 0/N ... N-1/N on one --out, then the same command without --shard.
+Reads what `download` fetched or what lies on disk. Writes text (*.jsonl.gz, a line a document
+{"id", "text"}) and arrays: train.bin, val.bin (flat uint16), meta.json, the tokenizer beside them.
+An output depends on inputs and flags alone: no time, path, host, worker count. On N machines with
+one --out: --shard 0/N ... N-1/N, then, for tokenize, the same command without --shard, which joins.
 Left out: language detection, near-duplicates, back matter (references, appendices, peer reviews).
 """
 
@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import html.entities
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -38,15 +39,17 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 from xml.parsers import expat
 
 import numpy as np
 import requests
 import urllib3
-from tokenizer import Tokenizer, count_pretokens, train_bpe
 from tqdm import tqdm
+
+from tokenizer import Tokenizer, count_pretokens, train_bpe
 
 MIB = 2**20
 
@@ -68,29 +71,28 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def make_folder(folder, names=()):
+def make_folder(folder, names):
     """Create `folder`; remove what a killed run left there under temporary names of `names`."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = set(names)
     for path in folder.glob("*.tmp"):
         if path.name.rsplit(".", 2)[0] in names:
             path.unlink(missing_ok=True)
 
 
 def in_processes(function, tasks, workers, title):
-    """Results of function(task) in the tasks' order, from `workers` processes, with a progress bar."""
+    """Results of function(task) in the order of tasks, from `workers` processes, with a bar."""
     bar = {"total": len(tasks), "desc": title, "unit": "file", "disable": None}
     if workers <= 1 or len(tasks) <= 1:
         return list(tqdm(map(function, tasks), **bar))
-    # spawn: a fork would copy the caller's threads' locks (torch, tqdm)
+    # spawn: a fork would copy locks that the caller's threads (torch's, tqdm's) may hold
     with ProcessPoolExecutor(min(workers, len(tasks)), multiprocessing.get_context("spawn"),
                              initializer=end_with_parent) as pool:
         try:
             chunk = 1 + len(tasks) // 10_000
             return list(tqdm(pool.map(function, tasks, chunksize=chunk), **bar))
         except BrokenProcessPool:
-            raise OSError(f"a worker process of {title} was killed, by lack of memory perhaps: run "
-                          "again with fewer --workers; finished files are kept") from None
+            raise OSError(f"a process of {title} was killed, by lack of memory perhaps: run again "
+                          "with fewer --workers; finished files are kept") from None
 
 
 def end_with_parent():
@@ -110,12 +112,12 @@ def sharded(tasks, shard):
 
 
 def hash64(text):
-    """64-bit hash of a str; ids and texts are settled on it (4e7 documents: 4e-5 risk of a clash)."""
+    """64-bit hash of a str. Ids and texts are settled on it: 4e7 documents risk a clash at 4e-5."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def sha256_file(path):
-    digest = hashlib.sha256()
+def hash_file(path, name="sha256"):
+    digest = hashlib.new(name)
     with open(path, "rb") as f:
         while chunk := f.read(4 * MIB):
             digest.update(chunk)
@@ -128,31 +130,40 @@ def natural(path):
     return [int(p) if i % 2 else p for i, p in enumerate(parts)], str(path)
 
 
+@contextmanager
 def open_input(path):
-    return gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb")
+    """A binary file, plain or .gz; what gzip raises on damage becomes one clear ValueError."""
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+            yield f
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ValueError(f"{path}: damaged gzip ({e}): download or make it again") from None
 
 
-def read_lines(path):
-    """(number, line) of a UTF-8 file, plain or .gz; lines end at "\\n" only and are bounded."""
+def read_txt(path):
+    """A .txt as one document; refused above 64 MiB, where a gzip bomb ends too."""
     with open_input(path) as f:
-        number = 0
-        while line := f.readline(64 * MIB):
-            number += 1
-            if len(line) == 64 * MIB:
-                raise ValueError(f"{path}: line {number} is longer than 64 MiB: not a text document")
-            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        raw = f.read(64 * MIB)
+    if len(raw) == 64 * MIB:
+        raise ValueError(f"{path} is longer than 64 MiB: one document a .txt, or use JSON lines")
+    return raw.decode("utf-8-sig")
 
 
 def json_lines(path):
-    for number, line in read_lines(path):
-        if line.strip():
+    """(line number, object) of a file whose lines end at "\\n" only."""
+    with open_input(path) as f:
+        for number in itertools.count(1):
+            line = f.readline(64 * MIB)
+            if not line:
+                return
             try:
-                record = json.loads(line)
-            except ValueError:
-                raise ValueError(f"{path}: line {number} is not JSON: get the file anew") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}: line {number} is not a JSON object: one document a line")
-            yield number, record
+                if line.strip():
+                    record = json.loads(line.decode("utf-8-sig"))
+                    assert isinstance(record, dict)
+                    yield number, record
+            except (ValueError, AssertionError):
+                raise ValueError(f"{path}: line {number} is no JSON object or exceeds 64 MiB: "
+                                 "get the file anew") from None
 
 
 def read_records(path):
@@ -164,17 +175,8 @@ def read_records(path):
     for number, record in json_lines(path):
         ident, text = record.get("id"), record.get("text")
         if not isinstance(ident, str) or not (isinstance(text, str) or record.get("deleted")):
-            raise ValueError(f'{path}: line {number} lacks "id" and "text": run data.py extract on it')
+            raise ValueError(f'{path}: line {number} lacks "id" or "text": run data.py extract')
         yield ident, None if record.get("deleted") else text
-
-
-def read_txt(path):
-    """A .txt as one document; refused above 64 MiB (a gzip bomb ends here too)."""
-    with open_input(path) as f:
-        raw = f.read(64 * MIB)
-    if len(raw) == 64 * MIB:
-        raise ValueError(f"{path} is longer than 64 MiB: one document a .txt, or use JSON lines")
-    return raw.decode("utf-8-sig")
 
 
 def text_files(paths):
@@ -186,7 +188,7 @@ def text_files(paths):
         inside = [path] if path.is_file() else path.iterdir()
         files += [p for p in inside if re.search(r"\.(jsonl|txt)(\.gz)?$", p.name)]
     if not files:
-        raise FileNotFoundError(f"no .jsonl.gz, .jsonl or .txt in {paths}: run data.py extract first")
+        raise FileNotFoundError(f"no .jsonl.gz, .jsonl, .txt in {paths}: run data.py extract first")
     return sorted(files, key=natural)
 
 
@@ -207,24 +209,29 @@ SOURCES = {
     "medquad": "https://github.com/abachaa/MedQuAD/archive/refs/heads/",
     "biomedlm": "https://huggingface.co/stanford-crfm/BioMedLM/resolve/main/",
 }
+FILES = {"mmlu": ["data.tar"], "medquad": ["master.zip"],
+         "pubmedqa": ["ori_pqal.json", "test_ground_truth.json"],
+         "biomedlm": ["config.json", "vocab.json", "merges.txt", "pytorch_model.bin"]}
+UNPACKED = {"mmlu": r"(?:\./)?(data/(?:dev|val|test)/[a-z_]+\.csv)",
+            "medquad": r"[^/]+/(\d+_[^/.]+/[^/]+\.xml)"}
 BY_HAND = {
-    "medqa": "https://github.com/jind11/MedQA links a Google Drive archive: unpack it, keep data_clean/",
-    "medmcqa": "https://github.com/medmcqa/medmcqa links a Google Drive archive: put train.json, dev.json "
-               "and test.json",
-    "bioasq": "http://participants-area.bioasq.org (free registration) has the golden files; BLURB's "
-              "scripts make train.tsv, dev.tsv, test.tsv: put either",
+    "medqa": "https://github.com/jind11/MedQA links a Google Drive archive: put its data_clean",
+    "medmcqa": "https://github.com/medmcqa/medmcqa links a Google Drive archive: put train.json, "
+               "dev.json, test.json",
+    "bioasq": "http://participants-area.bioasq.org (registration) has the golden files, BLURB's "
+              "scripts make {train,dev,test}.tsv of them: put either",
 }
-AGENT = {"User-Agent": "biomedlm-from-scratch/1.0 (polite: four connections at most)",
-         "Accept-Encoding": "identity"}
-TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S, SLOWEST_BYTES_PER_S = 7, 1.0, 4, (10, 30), 1000
+AGENT = {"User-Agent": "biomedlm-data/1.0 (at most 4 connections)", "Accept-Encoding": "identity"}
+TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S = 7, 1.0, 4, (10, 30)
+SLOWEST_BYTES_PER_S, SLOW_AFTER_S = 1000, 30  # a slower connection is dropped, then resumed
 
 
 class Fault(Exception):
-    """A transfer that may succeed when tried again; args: what happened, seconds the server asks for."""
+    """A transfer that may succeed when tried again; args: what happened, seconds to wait."""
 
 
 def retry(function, url):
-    """function(), again while it raises Fault: TRIES times, waiting 1, 2, 4 … s or as asked, 60 at most."""
+    """function() until it raises no Fault: TRIES times, 1, 2, 4 … 60 s apart, or as asked."""
     for attempt in range(TRIES):
         try:
             return function()
@@ -255,10 +262,9 @@ def page(url, pattern):
 
     def whole():
         with opened(url) as r:
-            body = r.content
-            if len(body) != int(r.headers.get("Content-Length", len(body))):
+            text = r.content.decode(errors="replace")
+            if len(r.content) != int(r.headers.get("Content-Length", len(r.content))):
                 raise Fault("connection cut")
-            text = body.decode(errors="replace")
             if not re.search(pattern, text):
                 raise Fault("not the expected content")
             return text
@@ -269,7 +275,7 @@ def page(url, pattern):
 def transfer(url, part, bar):
     """One connection: bring `part` to its full length; returns the sha256 if the server tells one.
 
-    Resumes only the very version that `part` began with (its ETag is kept beside it).
+    Resumes only the very version that `part` began with: its ETag is kept beside it.
     """
     tag = Path(f"{part}.etag")
     have = part.stat().st_size if part.exists() and tag.exists() else 0
@@ -277,7 +283,7 @@ def transfer(url, part, bar):
     with opened(url, headers) as r:
         span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", r.headers.get("Content-Range", ""))
         if r.status_code == 416 and span and int(span[2]) == have:
-            return None
+            return None  # a run killed between the last byte and the renaming
         if r.status_code == 416 or r.status_code == 206 and not (span and span[1] == str(have)):
             part.unlink(missing_ok=True)
             raise Fault("the partial file does not fit")
@@ -286,37 +292,36 @@ def transfer(url, part, bar):
         version = r.headers.get("ETag") or r.headers.get("Last-Modified") or "W/"
         tag.unlink(missing_ok=True)
         with open(part, "ab" if have else "wb") as f:
-            if not version.startswith("W/"):
+            if not version.startswith("W/"):  # a weak tag may stand for other bytes
                 tag.write_text(version)
             start, got = time.monotonic(), 0
             while chunk := r.raw.read1(MIB):
                 f.write(chunk)
                 got += len(chunk)
                 bar.update(len(chunk))
-                if (seconds := time.monotonic() - start) > 30 and got < SLOWEST_BYTES_PER_S * seconds:
-                    raise Fault("slower than 1 kB/s")
+                seconds = time.monotonic() - start
+                if seconds > SLOW_AFTER_S and got < SLOWEST_BYTES_PER_S * seconds:
+                    raise Fault("too slow")
         if total is not None and have + got != total:
             raise Fault("connection cut")
-        linked = (r.history or [r])[0].headers.get("X-Linked-ETag", "").strip('"')  # Hugging Face
+        linked = (r.history or [r])[0].headers.get("X-Linked-ETag", "").strip('"')  # Hugging Face's
         return linked if len(linked) == 64 else None
 
 
 def fetch(url, path, bar, md5=lambda: None):
     """Download to `path`: resumed, verified by md5() where there is one, renamed when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(f"{path}.part")
 
     def attempt():
         want, sha256 = md5(), transfer(url, part, bar)
         with open(part, "rb+") as f:
             os.fsync(f.fileno())
             head = f.read(512).lstrip().lower()
-            digest = hashlib.md5()
-            f.seek(0)
-            while want and (chunk := f.read(4 * MIB)):
-                digest.update(chunk)
         fault = None
-        if want and digest.hexdigest() != want:
+        if want and hash_file(part, "md5") != want:
             fault = "md5 differs from the published one"
-        elif sha256 and sha256_file(part) != sha256:
+        elif sha256 and hash_file(part) != sha256:
             fault = "sha256 differs from the published one"
         elif head.startswith((b"<!doctype html", b"<html")):
             fault = "a web page in the file's place"
@@ -328,30 +333,32 @@ def fetch(url, path, bar, md5=lambda: None):
             raise Fault(fault)
         os.replace(part, path)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(f"{path}.part")
     if not path.exists():
         retry(attempt, url)
 
 
 def fetch_pubmed(base, out, first, last, bar):
-    """Baseline, then update files, those numbered first to last."""
+    """Jobs for the baseline, then the update files, of those numbered first to last."""
+
+    def citations(url):
+        md5 = lambda: page(url + ".md5", r"\b[0-9a-f]{32}\b").split("=")[-1].strip()
+        fetch(url, out / url.rsplit("/", 1)[1], bar, md5)
+
     for folder in ("baseline/", "updatefiles/"):
-        listing = page(urljoin(base, folder), r"<a href|pubmed\d+n\d+")
-        for name, number in sorted(set(re.findall(r"\b(pubmed\d+n(\d{4,})\.xml\.gz)\b", listing))):
-            if first <= int(number) <= last:
-                url = urljoin(base, folder + name)
-                md5 = lambda url=url: page(url + ".md5", r"\b[0-9a-f]{32}\b").split("=")[-1].strip()
-                yield lambda url=url, name=name, md5=md5: fetch(url, out / name, bar, md5)
+        listing = page(base + folder, r"<a href|pubmed\d+n\d+")
+        for name in sorted(set(re.findall(r"\bpubmed\d+n\d+\.xml\.gz\b", listing)), key=natural):
+            if first <= int(re.search(r"n(\d+)", name)[1]) <= last:
+                yield lambda url=base + folder + name: citations(url)
 
 
-def fetch_pmc(base, out, first, last, bar, licenses=()):
-    """Newest versions of the open-access articles, by the bucket's inventory; first to last by number."""
+def fetch_pmc(base, out, first, last, bar, licenses):
+    """Jobs for the newest version of each open-access article numbered first to last, by the
+    bucket's newest inventory of metadata files; retracted ones and other licences are left out."""
     prefix = "inventory-reports/pmc-oa-opendata/metadata/"
     listing = page(f"{base}?list-type=2&delimiter=/&prefix={prefix}", "<ListBucketResult")
     newest = max(re.findall(rf"<Prefix>{prefix}(\d[^/<]+)/</Prefix>", listing))
     versions = {}
-    for part in json.loads(page(f"{base}{prefix}{newest}/manifest.json", r'"files"'))["files"]:
+    for part in json.loads(page(f"{base}{prefix}{newest}/manifest.json", '"files"'))["files"]:
         inventory = out / ".inventory" / Path(part["key"]).name
         fetch(base + part["key"], inventory, bar, lambda part=part: part.get("MD5checksum"))
         with gzip.open(inventory, "rt") as f:
@@ -362,19 +369,21 @@ def fetch_pmc(base, out, first, last, bar, licenses=()):
 
     def article(number):
         name = f"PMC{number}.{versions[number]}"
-        about = json.loads(page(f"{base}metadata/{name}.json", r'"pmcid"'))
-        if about["is_retracted"] or not about["is_pmc_openaccess"] or \
-                licenses and about["license_code"] not in licenses:
+        about = json.loads(page(f"{base}metadata/{name}.json", '"pmcid"'))
+        if about["is_retracted"] or not about["is_pmc_openaccess"]:
             return
-        url = urlsplit(about["xml_url"])
+        if licenses and about["license_code"] not in licenses:
+            return
+        url = urlsplit(about["xml_url"])  # …/PMC1.1/PMC1.1.xml?md5=HEX
         md5 = lambda: (re.findall(r"md5=([0-9a-f]{32})", url.query) or [None])[0]
-        fetch(base + url.path.lstrip("/"), out / f"{number // 10_000}" / f"{name}.xml", bar, md5)
+        path = out / str(number // 10_000) / f"{name}.xml"  # not millions of files in one folder
+        fetch(base + url.path.lstrip("/"), path, bar, md5)
 
     yield from ((lambda n=n: article(n)) for n in sorted(versions) if first <= n <= last)
 
 
 def unpack(archive, out, pattern):
-    """Write the archive's members that match `pattern` to out / its first group."""
+    """Write the members whose whole name matches `pattern` to out / its group, nothing else."""
     is_tar = tarfile.is_tarfile(archive)
     with (tarfile.open if is_tar else zipfile.ZipFile)(archive) as a:
         for name in a.getnames() if is_tar else a.namelist():
@@ -388,34 +397,36 @@ def unpack(archive, out, pattern):
 def download(source, out, base_url=None, files=None, licenses=()):
     """Fetch a source into `out`, CONNECTIONS files at a time; a rerun fetches what is missing."""
     if source in BY_HAND:
-        raise ValueError(f"{source} has no plain address. {BY_HAND[source]} beneath the folder for --data")
+        raise ValueError(f"{source} has no plain address. {BY_HAND[source]} in --data's folder")
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", files or "0-999999999999")
     if not match:
         raise ValueError(f"--files {files}: give a number or a range, like 1-3")
-    first, last, out = int(match[1]), int(match[2] or match[1]), Path(out)
+    numbers, out = (int(match[1]), int(match[2] or match[1])), Path(out)
     base = (base_url or SOURCES[source]).rstrip("/") + "/"
-    names = {"mmlu": ["data.tar"], "medquad": ["master.zip"],
-             "pubmedqa": ["ori_pqal.json", "test_ground_truth.json"],
-             "biomedlm": ["config.json", "vocab.json", "merges.txt", "pytorch_model.bin"]}
+    done, errors = 0, []
+
+    def guarded(job):
+        try:
+            job()
+        except (OSError, ValueError, KeyError) as e:
+            errors.append(str(e))
+
     with tqdm(unit="B", unit_scale=True, desc=f"download {source}", disable=None) as bar, \
             ThreadPoolExecutor(CONNECTIONS) as pool:
-        if source == "pubmed":
-            jobs = fetch_pubmed(base, out, first, last, bar)
-        elif source == "pmc":
-            jobs = fetch_pmc(base, out, first, last, bar, licenses)
-        else:
-            jobs = [lambda n=n: fetch(base + n, out / n, bar) for n in names[source]]
+        jobs = fetch_pubmed(base, out, *numbers, bar) if source == "pubmed" else \
+            fetch_pmc(base, out, *numbers, bar, licenses) if source == "pmc" else \
+            (lambda n=n: fetch(base + n, out / n, bar) for n in FILES[source])
         try:
-            done = sum(1 for _ in pool.map(lambda job: job(), jobs))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            while some := list(itertools.islice(jobs, 1000)):  # a few of millions at a time
+                done += len(list(pool.map(guarded, some)))
+        except KeyboardInterrupt:
+            os._exit(130)  # at once; partial files stay, to be resumed
+    if errors:
+        raise OSError(f"{len(errors)} of {done} files failed, run again; the first: {errors[0]}")
     if not done:
         raise ValueError(f"{base} lists no file numbered {files}: check --files")
-    if source == "mmlu":
-        unpack(out / "data.tar", out, r"(?:\./)?(data/(?:dev|val|test)/[a-z_]+\.csv)")
-    if source == "medquad":
-        unpack(out / "master.zip", out, r"[^/]+/(\d+_[^/.]+/[^/]+\.xml)")
+    if source in UNPACKED:
+        unpack(out / FILES[source][0], out, UNPACKED[source])
     print(f"download: {source} is whole in {out} ({done} addresses)")
 
 
@@ -423,19 +434,21 @@ def download(source, out, base_url=None, files=None, licenses=()):
 # extract: PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz
 
 CONTAINERS = {"PubmedArticleSet", "PubmedBookArticleSet", "articles", "pmc-articleset"}
-RECORD_LIMIT = 32 * MIB  # of XML between the ends of two records; the largest articles are near 15
+RECORD_LIMIT = 32 * MIB  # of XML between the ends of two records: several times any article
 ENTITIES = {name[:-1]: text for name, text in html.entities.html5.items() if name.endswith(";")}
 PILE_SETS = ("PubMed Abstracts", "PubMed Central")
 NOTICES = {"correction", "retraction", "partial-retraction", "expression-of-concern"}
 SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
+to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def xml_records(path):
     """Elements of the records of an XML file, plain or .gz, one by one in constant memory.
 
-    A record is a child of a known container's root, or else the root. Untrusted: entity declarations are refused
-    (a DOCTYPE alone is normal), nothing external is fetched, a record beyond RECORD_LIMIT is refused, so neither a gzip bomb
-    nor a gigantic text node fills the memory. JATS's named entities (&alpha;) read as HTML's.
+    A record is a child of a known container's root, or else the root. The file is untrusted: entity
+    declarations are refused, nothing external is fetched, and a record beyond RECORD_LIMIT ends the
+    reading, so that neither a gzip bomb nor a gigantic text node fills the memory. Named entities
+    of an unread DTD (&alpha;) are read as HTML's.
     """
     builder = ET.TreeBuilder()
     top = builder.start("top", {})  # above the root, so that finished records can be taken away
@@ -453,23 +466,21 @@ def xml_records(path):
                     del top[0][:-1]
                     pending = 0
                 if pending > RECORD_LIMIT:
-                    raise ValueError(f"{path}: a record of more than {RECORD_LIMIT // MIB} MiB: not an "
-                                     "article; remove the file or raise RECORD_LIMIT")
+                    raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
+                                     "article: remove the file or raise RECORD_LIMIT")
                 chunk = f.read(MIB // 16)
             parser.close()
     except (ET.ParseError, expat.ExpatError) as e:
         raise ValueError(f"{path}: malformed XML ({e}): download it again") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise ValueError(f"{path}: damaged gzip ({e}): download it again") from None
     yield from top[0] if local(top[0]) in CONTAINERS else top
 
 
 def check_prolog(head, path):
-    """Refuse entity declarations; XML allows them in the DOCTYPE only, before the root's start."""
+    """Refuse entity declarations. XML allows them in the DOCTYPE only, before the root's start."""
     roots = []
 
     def refuse(name, *_):
-        raise ValueError(f"{path} declares an entity ({name}): refused, it could expand without bound")
+        raise ValueError(f"{path} declares an entity ({name}): refused, it could grow endlessly")
 
     guard = expat.ParserCreate()
     guard.EntityDeclHandler = refuse
@@ -489,98 +500,131 @@ def full_text(element):
 
 
 def pubmed_document(record, options):
-    """(id, text or None, reason it was dropped or None) of a PubmedArticle or PubmedBookArticle.
+    """(id, text or None, why it was dropped or None) of a PubmedArticle or PubmedBookArticle.
 
-    text = title + "\\n" + abstract, as The Pile has it; options["labels"]: "METHODS: " before the parts of a structured one.
+    The text is title + "\\n" + abstract without section labels, as The Pile has it.
     """
     citation = record.find("MedlineCitation")
-    article = record.find("BookDocument") if citation is None else citation.find("Article")
-    ident = (record.find("BookDocument") if citation is None else citation).findtext("PMID").strip()
-    title, parts = full_text(article.find("ArticleTitle")), []
+    book = record.find("BookDocument")
+    article = book if citation is None else citation.find("Article")
+    ident = (book if citation is None else citation).findtext("PMID").strip()
+    languages = {e.text for e in article.findall("Language")}
+    if options["languages"] and not languages & set(options["languages"]):
+        return ident, None, "another language"
+    # not the references' ids, which lie deeper
+    ids = record.findall("PubmedData/ArticleIdList/ArticleId") if options["skip_pmc"] else ()
+    if any(e.get("IdType") == "pmc" for e in ids):
+        return ident, None, "in PMC"
+    parts = []
     for part in article.findall("Abstract/AbstractText"):
         if body := full_text(part):
             label = part.get("Label") if options["labels"] else None
             parts.append(f"{label}: {body}" if label else body)
-    languages = {e.text for e in article.findall("Language")}
-    if options["languages"] and not languages & set(options["languages"]):
-        return ident, None, "another language"
-    in_pmc = any(e.get("IdType") == "pmc" for e in record.findall("PubmedData/ArticleIdList/ArticleId"))
-    if options["skip_pmc"] and in_pmc:
-        return ident, None, "in PMC"
     if not parts:
         return ident, None, "no abstract"
-    return ident, f"{title}\n{' '.join(parts)}".strip(), None
+    return ident, f"{full_text(article.find('ArticleTitle'))}\n{' '.join(parts)}".strip(), None
 
 
-JATS_DROPPED = set("ref-list graphic inline-graphic media supplementary-material object-id fn fn-group "
-                   "table-wrap-foot permissions attrib alt-text long-desc related-article annotation "
-                   "sub-article response".split())
-JATS_BLOCKS = set("title subtitle article-title p sec abstract list list-item disp-formula disp-quote boxed-text "
-                  "caption fig table-wrap tr def-item statement verse-line preformat speech".split())
+words = re.compile(r"[\w-]+").findall
+JATS_DROPPED = set(words("""ref-list graphic inline-graphic media supplementary-material object-id
+    fn fn-group table-wrap-foot permissions attrib alt-text long-desc annotation
+    related-article"""))
+JATS_BLOCKS = set(words("""title subtitle article-title p sec abstract list list-item disp-formula
+    disp-quote boxed-text caption fig table-wrap tr def-item statement verse-line speech"""))
+AFTER = {"label": "\0", "td": " | ", "th": " | ", "term": ": ", **dict.fromkeys(JATS_BLOCKS, "\n")}
 
 
 def jats_text(*elements):
     """Text in reading order, a line per block (heading, paragraph, list item, caption, table row).
 
-    Kept: captions; tables as "cell | cell"; formulas as their TeX or the letters of their MathML. Dropped: references,
-    superscript citations (bracketed ones stay), footnotes, figures' files.
+    Kept: captions; tables as "cell | cell"; formulas as their TeX or the letters of their MathML.
+    Dropped: references, superscript citations (those in brackets stay), footnotes, supplements.
     """
     pieces = []
 
     def walk(e):
-        tag = local(e)
-        if tag in JATS_DROPPED or tag == "xref" and e.get("ref-type", "").endswith("fn"):
+        tag, children = local(e), list(e)
+        if tag in JATS_DROPPED or e.get("ref-type", "").endswith("fn") or \
+                e.get("sec-type") == "supplementary-material":
+            return
+        if tag in ("sup", "xref") and is_superscript_citation(e, tag, "".join(pieces[-6:])[-2:]):
+            pieces.append("\1")
             return
         if tag == "tex-math":  # the formula without LaTeX's preamble
-            pieces.append(re.sub(r"(?s).*\\begin\{document\}|\\end\{document\}.*", "", e.text or ""))
+            text = re.sub(r"(?s).*\\begin\{document\}|\\end\{document\}.*", "", e.text or "")
+            pieces.append(" ".join(text.split()))
             return
-        if tag in ("sup", "xref") and e.get("ref-type", "bibr") == "bibr" and cites(e, tag):
-            return
-        children = list(e)
-        if tag == "alternatives":  # the same formula or table several times over
+        if tag == "alternatives":  # one formula or table, several times over
             ranks = ["tex-math", "math", "table"]
-            children = sorted((c for c in e if local(c) in ranks), key=lambda c: ranks.index(local(c)))[:1]
+            ranked = sorted((ranks.index(local(c)), i) for i, c in enumerate(e)
+                            if local(c) in ranks)
+            children = [e[i] for _, i in ranked[:1]]
         pieces.append("\n" if tag in JATS_BLOCKS else " " if tag == "break" else "")
         pieces.append(re.sub(r"\s+", " ", e.text or ""))
         for child in children:
             walk(child)
             pieces.append(re.sub(r"\s+", " ", child.tail or ""))
-        pieces.append({"label": "\0", "td": " | ", "th": " | ", "term": ": "}.get(tag, "\n" if tag in JATS_BLOCKS else ""))
+        pieces.append(AFTER.get(tag, ""))
 
     for element in elements:
         walk(element)
-    # \0 ends a label: "Figure 1" goes on the line of its caption, "2.1" on that of its heading
-    lines = re.sub(r"\0\s*", " ", "".join(pieces)).split("\n")
-    return "\n".join(line for line in (" ".join(x.split()).strip("| ") for x in lines) if line)
+    # \1: a citation dropped, with the commas between; \0 ends a label: "Table 1" joins its caption
+    text = re.sub(r"\0\s*", " ", re.sub("\1(?:[,;–-]?\1)*", "", "".join(pieces)))
+    lines = (" ".join(line.split()).strip("| ") for line in text.split("\n"))
+    return "\n".join(line for line in lines if line)
 
 
-def cites(e, tag):
-    """True for a superscript citation: <sup><xref bibr>1</xref></sup> or <xref bibr><sup>1</sup></xref>."""
-    inner = e.findall("xref") if tag == "sup" else e.findall("sup")
-    return bool(inner) and (tag == "xref" or all(x.get("ref-type") == "bibr" for x in inner))
+def is_superscript_citation(e, tag, before):
+    """<sup><xref>1</xref></sup>, <xref><sup>1</sup></xref>, or a number glued to the word."""
+    if tag == "sup":
+        return bool(len(e)) and all(x.get("ref-type") == "bibr" for x in e)
+    glued = re.search("[a-z.)\\]”’%][,;]?$|\1[,;–-]?$", before, re.IGNORECASE)
+    number = re.fullmatch(r"[\d,;–-]+", full_text(e))
+    return e.get("ref-type") == "bibr" and bool(e.find("sup") is not None or glued and number)
 
 
 def jats_document(article, path):
     """(id, text or None, reason) of a JATS article: title, abstract, body sections, late floats."""
     for e in article.iter():
         e.tag = local(e)
-    ids = {e.get("pub-id-type"): (e.text or "").strip() for e in article.findall("front/article-meta/article-id")}
+    meta = article.find("front/article-meta")
+    meta = ET.Element("article-meta") if meta is None else meta
+    ids = {e.get("pub-id-type"): (e.text or "").strip() for e in meta.findall("article-id")}
     pmc = (ids.get("pmcid") or ids.get("pmc") or "").upper().removeprefix("PMC").split(".")[0]
     name = re.match(r"PMC(\d+)", Path(path).name)
     ident = f"PMC{pmc}" if pmc else ids.get("pmid") or (f"PMC{name[1]}" if name else None)
     if article.get("article-type") in NOTICES:
         return ident, None, "correction or retraction"
-    meta = "front/article-meta/"
-    abstracts = [a for a in article.findall(meta + "abstract") if a.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
-    main = abstracts + article.findall("body")
-    text = jats_text(*article.findall(meta + "title-group/article-title"), *main, *article.findall("floats-group"))
+    main = [a for a in meta.findall("abstract")
+            if a.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
+    main += article.findall("body")
     if not any(full_text(e) for e in main):
         return ident, None, "no abstract and no body"
+    text = jats_text(*meta.findall("title-group/article-title"), *main,
+                     *article.findall("floats-group"))
     return ident or f"{hash64(text):016x}", text, None
 
 
+def json_document(record, options, where):
+    """Of {"text"}, {"title", "abstract"}, or The Pile's lines by their meta.pile_set_name."""
+    pile = (record.get("meta") or {}).get("pile_set_name")
+    if pile and pile not in PILE_SETS:
+        return None, None, "another part of The Pile"
+    if record.get("deleted"):
+        return str(record["id"]), None, "deleted"
+    text = record.get("text")
+    if text is None and "title" in record:
+        if not record.get("abstract"):
+            return None, None, "no abstract"
+        text = f"{record['title'].strip()}\n{record['abstract'].strip()}"
+    if not isinstance(text, str):
+        raise ValueError(f'{where} has neither "text" nor "title" and "abstract"')
+    ident, text = record.get("id") or f"{hash64(text):016x}", text.strip()
+    return str(ident), text or None, None if text else "empty"
+
+
 def documents(path, options):
-    """(id, text or None, reason or None) of every record of an input file; reason "deleted" is passed on."""
+    """(id, text or None, reason or None) of each record of a file; "deleted" is passed on."""
     kind = SUFFIX.search(path.name)[1]
     if kind == "txt":
         text, name = read_txt(path).strip(), re.match(r"PMC\d+", path.name)
@@ -598,35 +642,14 @@ def documents(path, options):
             elif tag == "article":
                 yield jats_document(record, path)
             else:
-                raise ValueError(f"{path}: <{tag}> is no record of PubMed or JATS: leave the file out")
-
-
-def json_document(record, options, where):
-    """JSON lines: {"text"}, {"title", "abstract"}, or The Pile's with meta.pile_set_name."""
-    pile = (record.get("meta") or {}).get("pile_set_name")
-    if pile and pile not in PILE_SETS:
-        return None, None, "another part of The Pile"
-    if record.get("deleted"):
-        return str(record["id"]), None, "deleted"
-    text = record.get("text")
-    if text is None and isinstance(record.get("title"), str):
-        text = f"{record['title'].strip()}\n{(record.get('abstract') or '').strip()}"
-        if not record.get("abstract"):
-            return str(record.get("id")), None, "no abstract"
-    if not isinstance(text, str):
-        raise ValueError(f'{where} has neither "text" nor "title" and "abstract"')
-    ident = record.get("id") or f"{hash64(text):016x}"
-    return str(ident), text.strip() or None, None if text.strip() else "empty"
-
-
-to_json = json.JSONEncoder(ensure_ascii=False).encode
+                raise ValueError(f"{path}: <{tag}> is no record of PubMed or JATS: leave it out")
 
 
 def extract_file(task):
-    """One input -> one output, whole or absent; returns its counts, or a str that says what is wrong."""
+    """One input -> one output, whole or absent; its counts, or a str that says what is wrong."""
     path, output, options = task
-    gc.disable()  # XML trees have no cycles, and looking for some takes a third of the time
     counts, ids, sizes, lines = Counter(), array("Q"), array("I"), []
+    gc.disable()  # XML trees have no cycles, and looking for some takes a third of the time
     try:
         with replacing(output) as f:
             with gzip.GzipFile("", "wb", 1, f, mtime=0) as gz:
@@ -634,8 +657,8 @@ def extract_file(task):
                     if text is None and reason != "deleted":
                         counts[reason] += 1
                         continue
-                    record = {"id": ident, "deleted": True} if text is None else {"id": ident, "text": text}
-                    lines.append(to_json(record) + "\n")
+                    record = {"deleted": True} if text is None else {"text": text}
+                    lines.append(to_json({"id": ident, **record}) + "\n")
                     ids.append(hash64(ident))
                     sizes.append(len((text or "").encode()))
                     if len(lines) == 1000:
@@ -645,17 +668,17 @@ def extract_file(task):
             counts.update(keep_last(f, ids, sizes))
     except RecursionError:
         return f"{path}: elements nested too deeply for an article: leave the file out"
-    except (ValueError, OSError, AttributeError, EOFError, zlib.error) as e:
-        return str(e) if str(path) in str(e) else f"{path}: {type(e).__name__} {e}: damaged? get it anew"
+    except (ValueError, OSError, AttributeError) as e:
+        return str(e) if str(path) in str(e) else f"{path}: {e}: damaged, get it anew"
     finally:
         gc.enable()
     return counts
 
 
 def keep_last(f, ids, sizes):
-    """Settle versions and deletions within the gzip file `f`: of the lines of one id the last stays.
+    """Settle versions and deletions within gzip file `f`: of the lines of one id the last stays.
 
-    ids: uint64 hashes of the lines' ids, sizes: their text's bytes (0: deletion). Rewrites only if needed.
+    ids: 64-bit hashes of the lines' ids; sizes: bytes of their texts, 0 for a deletion.
     """
     ids, sizes = np.frombuffer(ids, np.uint64), np.frombuffer(sizes, np.uint32)
     keep = np.zeros(len(ids), bool)
@@ -669,30 +692,31 @@ def keep_last(f, ids, sizes):
             f.truncate()
             with gzip.GzipFile("", "wb", 1, f, mtime=0) as gz:
                 gz.writelines(line for line, k in zip(gzip.GzipFile(fileobj=draft), keep) if k)
-    return {"documents": int((sizes[keep] > 0).sum()), "bytes": int(sizes[keep].sum()),
-            "deletions": int((sizes[keep] == 0).sum()), "replaced in its file": int((~keep).sum())}
+    sums = {"documents": (sizes[keep] > 0).sum(), "bytes": sizes[keep].sum(dtype=np.int64),
+            "deletions": (sizes[keep] == 0).sum(), "replaced in its file": (~keep).sum()}
+    return {k: int(n) for k, n in sums.items()}
 
 
 def input_files(inputs, out):
-    """(input, output) pairs. Output: the path beneath the folder given, its "/" as "-"; a name already
-    taken by an earlier input gets -2, -3 and so on: no two collide, and the same inputs give the same."""
-    pairs = {}
+    """(input, output) pairs. An output is named by the path beneath the folder given, "/" as "-"; a
+    name that an earlier input took gets -2, -3 …: none collide, the same inputs give the same."""
+    pairs, taken = {}, set()
     for given in map(Path, inputs):
         if not given.exists():
             raise FileNotFoundError(f"{given} does not exist: give files or folders")
         found = [given] if given.is_file() else sorted(given.rglob("*"), key=natural)
         found = [p for p in found if p.is_file() and SUFFIX.search(p.name) and out not in p.parents]
         if not found:
-            raise ValueError(f"nothing to extract in {given}: .xml, .nxml, .jsonl, .json or .txt, plain "
+            raise ValueError(f"nothing to extract in {given}: .xml, .nxml, .jsonl, .json, .txt or "
                              "or .gz, are read (unpack .zst and .tar first)")
         for path in found:
-            parts = [path.name] if path == given else path.relative_to(given).parts
-            stem = name = SUFFIX.sub("", "-".join(parts))
-            copy = 1
-            while (output := out / f"{name}.jsonl.gz") in pairs.values():
-                copy += 1
-                name = f"{stem}-{copy}"
-            pairs.setdefault(path, output)
+            name = path.name if path == given else "-".join(path.relative_to(given).parts)
+            stem = name = SUFFIX.sub("", name)
+            copies = itertools.count(2)
+            while name in taken and path not in pairs:
+                name = f"{stem}-{next(copies)}"
+            taken.add(name)
+            pairs.setdefault(path, out / f"{name}.jsonl.gz")
     return list(pairs.items())
 
 
@@ -700,42 +724,41 @@ def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1, 
     """Extract every input file that has no output newer than itself; returns the summed counts."""
     out = Path(out)
     options = {"labels": labels, "languages": sorted(languages), "skip_pmc": skip_pmc}
-    pairs = input_files(inputs, out)
-    tasks = [(path, output, options) for path, output in sharded(pairs, shard)]
-    make_folder(out, {output.name for _, output, _ in tasks})
+    tasks = [(*pair, options) for pair in sharded(input_files(inputs, out), shard)]
     settings = out / "extract.json"
+    own = {settings.name} if shard is None else set()  # another shard may be writing it
+    make_folder(out, {output.name for _, output, _ in tasks} | own)
     if settings.exists() and json.loads(settings.read_text()) != options:
         raise ValueError(f"{out} was extracted with other options ({settings}): use another --out")
     with replacing(settings) as f:
         f.write(json.dumps(options).encode())
-    todo = [t for t in tasks
-            if not t[1].exists() or t[1].stat().st_mtime < t[0].stat().st_mtime]
+    todo = [(path, output, options) for path, output, _ in tasks
+            if not output.exists() or output.stat().st_mtime < path.stat().st_mtime]
     results = in_processes(extract_file, todo, workers, "extract")
     total, errors = Counter(), [r for r in results if isinstance(r, str)]
     for counts in results:
         total.update({} if isinstance(counts, str) else counts)
-    kept = ("documents", "bytes", "deletions")
-    dropped = ", ".join(f"{k} {n:,}" for k, n in sorted(total.items()) if n and k not in kept) or "none"
-    print(f"extract: {len(todo) - len(errors)} files written, {len(tasks) - len(todo)} finished before, "
-          f"{total['documents']:,} documents, {total['bytes']:,} bytes of text, {total['deletions']} "
-          f"deletions passed on; dropped: {dropped}")
+    dropped = {k: n for k, n in total.items() if n and k not in ("documents", "bytes", "deletions")}
+    print(f"extract: {len(todo) - len(errors)} files written, {len(tasks) - len(todo)} finished "
+          f"before; {total['documents']:,} documents, {total['bytes']:,} bytes of text, "
+          f"{total['deletions']:,} deletions passed on; dropped: "
+          + (", ".join(f"{k} {n:,}" for k, n in sorted(dropped.items())) or "none"))
     if errors:
-        for error in errors[1:6]:
-            print(f"extract: {error}", file=sys.stderr)
-        raise ValueError(f"{len(errors)} of {len(todo)} files failed, the others are done: {errors[0]}")
+        raise ValueError(f"{len(errors)} of {len(todo)} files failed, others are done; mend, "
+                         "run again: " + "; ".join(errors[:5]))
     return total
 
 
 # ---------------------------------------------------------------------------------------------
 # tokenize: text -> train.bin, val.bin, meta.json
 #
-# Every document has a key, a hash of seed and id, and the arrays hold the documents by rising key: a
-# global shuffle that depends on nothing else. Workers turn each text file into a part, its tokens in
-# sorted runs; the join settles ids, deletions and equal texts on the parts' 64-bit hashes, then
-# gathers one range of keys after the other, which lies together in every run. Parts are of one file
-# each, so any worker or machine may make them.
+# Every document has a key, a hash of seed and id; the arrays hold the documents by rising key: a
+# global shuffle that depends on nothing else. Each text file becomes a part, its tokens in sorted
+# runs; the join settles ids, deletions and equal texts on 64-bit hashes, then gathers one range of
+# keys after the other, which lies together in every run. A part depends on its file alone, so any
+# process or machine may make it. The join holds about 60 bytes a document in memory.
 
-ROW = np.dtype([("id", "<u8"), ("text", "<u8"), ("tokens", "<u4"), ("bytes", "<u4")])  # 0 tokens: deleted
+ROW = np.dtype([("id", "<u8"), ("text", "<u8"), ("tokens", "<u4"), ("bytes", "<u4")])
 RUN_TOKENS = 2**25  # sorted in memory at once, and gathered at once: 64 MiB
 
 
@@ -750,18 +773,22 @@ def shuffle_keys(ids, seed):
     return mix64(ids ^ np.uint64(hash64(f"order {seed}")))
 
 
+@lru_cache(1)
+def load_tokenizer(folder, fingerprint):
+    return Tokenizer.load(folder)  # once a process; the fingerprint guards against a stale one
+
+
 def encode_file(task):
-    """One text file -> PART.bin (uint16 documents, in runs of rising key) and PART.npy (ROWs beside)."""
-    path, part, tokenizer_dir, eot, seed = task
-    tokenizer = Tokenizer.load(tokenizer_dir)
+    """A text file -> PART.bin (uint16 documents, in runs of rising key), PART.npy (their ROWs)."""
+    path, part, tokenizer_dir, fingerprint, eot, seed = task
+    tokenizer = load_tokenizer(tokenizer_dir, fingerprint)
     tail = [tokenizer.eot_id] if eot else []
     rows, run, run_tokens, table = [], [], 0, []
 
     def write_run(f):
         ordered = np.array(rows, ROW)
-        order = np.argsort(shuffle_keys(ordered["id"], seed), kind="stable")  # versions stay in order
-        for i in order:
-            f.write(run[i].tobytes())
+        order = np.argsort(shuffle_keys(ordered["id"], seed), kind="stable")  # versions keep order
+        f.writelines(run[i].tobytes() for i in order)
         table.append(ordered[order])
 
     with replacing(f"{part}.bin") as f:
@@ -779,9 +806,10 @@ def encode_file(task):
 
 
 def settle(table):
-    """Indices into `table` (ROWs of all parts, files in natural order) of the documents that stay, by rising id hash.
+    """Indices of the documents that stay among the ROWs of all parts, by rising hash of the id.
 
-    The last record of an id stands, and is gone if it is a deletion; of equal texts the one of the smallest id hash stays.
+    The last record of an id stands, in the files' natural order, and is gone if it is a deletion (0
+    tokens); of equal texts the one whose id has the smallest hash stays.
     """
     order = np.argsort(table["id"], kind="stable")
     ids = table["id"][order]
@@ -791,19 +819,17 @@ def settle(table):
 
 
 def write_array(path, docs, table, part, offset, parts):
-    """Append the documents `docs` (indices into table) in order, gathered run by run; returns sha256."""
+    """Write the documents `docs` (indices into table) in that order; returns the array's sha256."""
     lengths = table["tokens"][docs].astype(np.int64)
     ends = np.cumsum(lengths)
-    digest = hashlib.sha256()
-    with replacing(path) as f, tqdm(total=int(ends[-1]), unit="token", desc=Path(path).name,
-                                    unit_scale=True, disable=None) as bar:
-        lo = 0
+    digest, lo = hashlib.sha256(), 0
+    bar = {"total": int(ends[-1]), "unit": "token", "unit_scale": True, "disable": None}
+    with replacing(path) as f, tqdm(desc=path.name, **bar) as progress:
         while lo < len(docs):
-            base = ends[lo] - lengths[lo]
+            base, current = ends[lo] - lengths[lo], None
             hi = max(lo + 1, int(np.searchsorted(ends, base + RUN_TOKENS, "right")))
-            chunk, buffer = docs[lo:hi], np.empty(int(ends[hi - 1] - base), np.uint16)
-            to = ends[lo:hi] - lengths[lo:hi] - base
-            current = source = None
+            chunk, to = docs[lo:hi], ends[lo:hi] - lengths[lo:hi] - base
+            buffer = np.empty(int(ends[hi - 1] - base), np.uint16)
             for i in np.lexsort((offset[chunk], part[chunk])):  # as they lie on disk
                 if part[chunk[i]] != current:
                     current = part[chunk[i]]
@@ -812,96 +838,91 @@ def write_array(path, docs, table, part, offset, parts):
                 buffer[to[i] : to[i] + n] = source[at : at + n]
             f.write(buffer)
             digest.update(buffer)
-            bar.update(len(buffer))
+            progress.update(len(buffer))
             lo = hi
     return digest.hexdigest()
 
 
-def join_parts(parts, out, meta, val_fraction, seed):
-    """Settle all parts' documents, split them, write the arrays; fills meta's train and val."""
+def join_parts(parts, out, val_fraction, seed):
+    """Settle the documents of all parts, split them, write the arrays; meta's train and val."""
     tables = [np.load(f"{part}.npy") for part in parts]
     part = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(t) for t in tables])
     offset = np.concatenate([np.cumsum(t["tokens"], dtype=np.int64) - t["tokens"] for t in tables])
     table = np.concatenate(tables)
     docs = settle(table)
     if len(docs) < 2:
-        raise ValueError(f"{len(docs)} documents in all: at least two are needed, one to validate on")
-    need_space(out, 2 * int(table["tokens"][docs].sum()))
-    n_val = np.searchsorted(table["id"][docs], np.uint64(min(val_fraction * 2**64, 2**64 - 1)))
-    n_val = min(max(1, int(n_val)), len(docs) - 1)  # the smallest id hashes: a document never changes sides
+        raise ValueError(f"{len(docs)} documents in all: two are needed, one to validate on")
+    need_space(out, 2 * int(table["tokens"][docs].sum(dtype=np.int64)))
+    # by the id's hash alone: a document stays on its side whatever is added; at least one validates
+    n_val = int(np.searchsorted(table["id"][docs], np.uint64(val_fraction * 2**64)))
+    n_val = min(max(1, n_val), len(docs) - 1)
     (out / "meta.json").unlink(missing_ok=True)
-    for split, chosen in (("val", docs[:n_val]), ("train", docs[n_val:])):
+    splits = {}
+    for split, chosen in (("train", docs[n_val:]), ("val", docs[:n_val])):
         chosen = chosen[np.argsort(shuffle_keys(table["id"][chosen], seed))]
+        sums = {k: int(table[k][chosen].sum(dtype=np.int64)) for k in ("tokens", "bytes")}
         sha256 = write_array(out / f"{split}.bin", chosen, table, part, offset, parts)
-        meta[split] = {"tokens": int(table["tokens"][chosen].sum()), "documents": len(chosen),
-                       "bytes": int(table["bytes"][chosen].sum(dtype=np.int64)), "sha256": sha256}
-    print(f"tokenize: {len(table):,} records, {len(docs):,} documents stay; train "
-          f"{meta['train']['tokens']:,} tokens, val {meta['val']['tokens']:,} in {n_val:,} documents")
+        splits[split] = {**sums, "documents": len(chosen), "sha256": sha256}
+    print(f"tokenize: {len(table):,} records, {len(docs):,} documents stay; "
+          + ", ".join(f"{k} {v['tokens']:,} tokens" for k, v in splits.items()))
+    return splits
 
 
 def need_space(folder, n_bytes):
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
-        raise OSError(f"{folder} needs about {n_bytes / 1e9:.1f} GB and has {free / 1e9:.1f} GB free: make "
-                      "room or use another --out")
+        raise OSError(f"{folder} needs about {n_bytes / 1e9:.1f} GB, has {free / 1e9:.1f} GB free: "
+                      "make room or use another --out")
 
 
-def text_bytes(path):
-    """Uncompressed size: a .gz says it in its last four bytes (modulo 4 GiB)."""
-    size = path.stat().st_size
-    if path.suffix != ".gz" or size < 4:
-        return size
-    with open(path, "rb") as f:
-        f.seek(-4, os.SEEK_END)
-        return max(size, int.from_bytes(f.read(), "little"))
+def is_finished(out, inputs):
+    try:
+        return load_meta(out).get("inputs_sha256") == inputs
+    except (ValueError, OSError):  # missing or damaged: made anew
+        return False
 
 
-def tokenize(text, tokenizer_dir, out, val_fraction=0.002, eot=True, seed=17, workers=1, shard=None):
-    """Encode `text` into `out`. A rerun goes on where a killed run stopped and gives the same bytes.
+def tokenize(text, tokenizer_dir, out, val_fraction=0.002, eot=True, seed=17, workers=1,
+             shard=None):
+    """Encode `text` into `out`; returns meta. A rerun goes on where a killed run stopped.
 
-    With `shard` only the parts of its files are made, under out/parts; the call without it makes what
-    is missing and joins. Returns meta, or None for a shard.
+    With `shard` only its files' parts are made, under out/parts (returns None); the call without it
+    makes the parts that are missing and joins all.
     """
-    out, tokenizer = Path(out), Tokenizer.load(tokenizer_dir)
+    out, tokenizer, parts_dir = Path(out), Tokenizer.load(tokenizer_dir), Path(out) / "parts"
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val_fraction {val_fraction}: give a share between 0 and 1, like 0.002")
     if tokenizer.vocab_size > 2**16:
-        raise ValueError(f"{tokenizer_dir} has {tokenizer.vocab_size} tokens: uint16 arrays hold 65,536")
+        raise ValueError(f"{tokenizer_dir} has {tokenizer.vocab_size} tokens: uint16 holds 65,536")
     files = sharded(text_files(text), shard)
-    meta = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id, "eot": eot,
-            "seed": seed, "tokenizer_sha256": tokenizer.fingerprint}
-    parts_dir = out / "parts"
-    hashes = in_processes(sha256_file, files, workers, "read")
+    hashes = in_processes(hash_file, files, workers, "read")
     recipe = f"{tokenizer.fingerprint} {eot} {seed}"
     inputs = hashlib.sha256(f"{recipe} {val_fraction} {hashes}".encode()).hexdigest()
-    if shard is None and is_done(out, inputs):
-        print(f"tokenize: {out} is finished; --val_fraction, --seed or other text make it anew")
+    make_folder(out, {"train.bin", "val.bin", "meta.json"})
+    if shard is None and is_finished(out, inputs):
+        print(f"tokenize: {out} is finished")
         shutil.rmtree(parts_dir, ignore_errors=True)
         return load_meta(out)
     parts = [parts_dir / f"{h[:16]}-{hash64(recipe):016x}" for h in hashes]
-    make_folder(out, {"train.bin", "val.bin", "meta.json"})
     make_folder(parts_dir, {p.name + e for p in parts for e in (".bin", ".npy")})
     todo = {p: f for p, f in zip(parts, files) if not Path(f"{p}.npy").exists()}
     todo = dict(sorted(todo.items(), key=lambda item: -item[1].stat().st_size))  # no long one last
-    # 2 bytes a token, at least 3 bytes of text a token, once in the parts and once in the arrays
-    need_space(out, int(sum(map(text_bytes, todo.values())) * 2 / 3 * 2))
-    in_processes(encode_file, [(f, p, tokenizer_dir, eot, seed) for p, f in todo.items()], workers, "encode")
+    # text is about 3 times its .gz; a token takes 3 bytes of it or more, and 2 on disk, twice
+    need_space(out, sum(f.stat().st_size * (4 if f.suffix == ".gz" else 2) for f in todo.values()))
+    rest = (tokenizer_dir, tokenizer.fingerprint, eot, seed)
+    in_processes(encode_file, [(f, p, *rest) for p, f in todo.items()], workers, "encode")
     if shard is not None:
-        print(f"tokenize: shard {shard} is done ({len(files)} files); when all are, run without --shard")
+        print(f"tokenize: shard {shard} is done ({len(files)} files); at last, run without --shard")
         return None
-    join_parts(parts, out, meta, val_fraction, seed)
+    splits = join_parts(parts, out, val_fraction, seed)
     tokenizer.save(out)
+    meta = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id,
+            "eot": eot, "seed": seed, "tokenizer_sha256": tokenizer.fingerprint, **splits,
+            "inputs_sha256": inputs}
     with replacing(out / "meta.json") as f:  # the last file: its presence says that all is whole
-        f.write(json.dumps({**meta, "inputs_sha256": inputs}, indent=1).encode())
+        f.write(json.dumps(meta, indent=1).encode())
     shutil.rmtree(parts_dir)
     return load_meta(out, verify=True)
-
-
-def is_done(out, inputs):
-    try:
-        return json.loads((out / "meta.json").read_text()).get("inputs_sha256") == inputs
-    except (OSError, ValueError):
-        return False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -911,8 +932,8 @@ def is_done(out, inputs):
 def load_meta(data_dir, verify=False):
     """meta.json of `data_dir`, checked against the files beside it.
 
-    Always: presence, sizes, the tokenizer's fingerprint. verify=True: every array's sha256 and that every
-    id is below vocab_size (reads it all). Raises FileNotFoundError or ValueError with the mend.
+    Always: presence, sizes, the tokenizer's fingerprint. verify: also each array's sha256, and all
+    ids below vocab_size (reads it all). Raises FileNotFoundError or ValueError with the mend.
     """
     folder = Path(data_dir)
     again = f"run: python data.py tokenize --text DIR --tokenizer DIR --out {data_dir}"
@@ -929,94 +950,97 @@ def load_meta(data_dir, verify=False):
         if path.stat().st_size != 2 * tokens:
             raise ValueError(f"{path} has {path.stat().st_size:,} bytes where meta.json says "
                              f"{2 * tokens:,}: it was cut or replaced; {again}")
-        if verify and sha256_file(path) != meta[split]["sha256"]:
-            raise ValueError(f"{path} is not the array meta.json describes (sha256 differs); {again}")
+        if verify and hash_file(path) != meta[split]["sha256"]:
+            raise ValueError(f"{path} is not the array of meta.json (sha256 differs); {again}")
         if verify and (top := max_id(path, tokens)) >= meta["vocab_size"]:
-            raise ValueError(f"{path} holds id {top}, beyond the vocabulary of {meta['vocab_size']}; {again}")
+            raise ValueError(f"{path} holds id {top}, beyond the vocabulary of "
+                             f"{meta['vocab_size']}; {again}")
     if Tokenizer.load(folder).fingerprint != meta["tokenizer_sha256"]:
         raise ValueError(f"the tokenizer in {folder} is not the one that made the arrays; {again}")
     return meta
 
 
 def max_id(path, tokens, step=2**25):
-    return max(int(np.memmap(path, np.uint16, "r")[i : i + step].max()) for i in range(0, tokens, step))
+    array = np.memmap(path, np.uint16, "r")
+    return max(int(array[i : i + step].max()) for i in range(0, tokens, step))
 
 
 def permute(index, n, seed, epoch):
-    """Row numbers of positions `index` (int64 array, each in [0, n)) in the epoch's order: a bijection of [0, n).
+    """Rows at positions `index` (int64, in [0, n)) of the epoch's order, a bijection of [0, n).
 
-    A Feistel network of six rounds shuffles the smallest even-bit square that holds n; a result beyond n is
-    shuffled again until it falls inside (cycle walking, under four times on average). So the order of any
-    epoch costs no memory and any position is found at once, whatever n is.
+    A Feistel network of six rounds shuffles [0, 4^k), the least that holds n; what falls beyond n
+    is shuffled again until it falls inside (cycle walking, under four times on average). So any
+    epoch's order takes no memory, and any position is found at once.
     """
     half = max(1, math.ceil(math.log2(max(n, 2)) / 2))
     mask = np.uint64((1 << half) - 1)
-    keys = [hash64(f"{seed} {epoch} {r}") for r in range(6)]
-    out = np.asarray(index, np.uint64).copy()
+    keys = [np.uint64(hash64(f"{seed} {epoch} {r}")) for r in range(6)]
+    out = np.array(index, np.uint64)
     todo = np.ones(out.shape, bool)
     while todo.any():
         left, right = out[todo] >> np.uint64(half), out[todo] & mask
         for key in keys:
-            left, right = right, left ^ (mix64(right + np.uint64(key)) & mask)
+            left, right = right, left ^ (mix64(right + key) & mask)
         out[todo] = (left << np.uint64(half)) | right
         todo = out >= n
     return out.astype(np.int64)
 
 
-def read_rows(path, rows, seq_len, eot_id=None):
-    """(x, y) int64 (len(rows), seq_len): y is x shifted by one, its last target -100, as in the paper.
+def read_rows(array, rows, seq_len, eot_id=None):
+    """(x, y) int64 (len(rows), seq_len): y is x shifted by one, its last -100, as in the paper.
 
-    Row -1, and what lies beyond the array's end, is padding: targets -100. eot_id: such targets are -100 too.
+    Row -1 and what lies beyond the array's end are padding: targets -100; so are targets of eot_id.
     """
     import torch  # here, since it costs extract and tokenize 200 MB and seconds
 
-    # Opened anew each time: the pages a long-lived memmap has touched count as resident memory.
-    array = np.memmap(path, np.uint16, "r")
     x = np.zeros((len(rows), seq_len), np.int64)
     y = np.full((len(rows), seq_len), -100, np.int64)
     for i, row in enumerate(rows):
-        if row >= 0:
-            tokens = array[row * seq_len : (row + 1) * seq_len]
-            x[i, : len(tokens)] = tokens
-            y[i, : len(tokens) - 1] = tokens[1:]
+        tokens = array[row * seq_len : (row + 1) * seq_len] if row >= 0 else array[:0]
+        x[i, : len(tokens)] = tokens
+        y[i, : max(0, len(tokens) - 1)] = tokens[1:]
     if eot_id is not None:
         y[y == eot_id] = -100
     return torch.from_numpy(x), torch.from_numpy(y)
 
 
 def to_device(batch, device):
-    import torch
-
-    if torch.device(device).type != "cuda":
+    if not str(device).startswith("cuda"):
         return batch
     return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
 
 
 def train_batches(data_dir, seq_len, micro_batch, seed, start=0, rank=0, world_size=1, device="cpu",
                   ignore_eot=False):
-    """Endless (x, y) int64 (micro_batch, seq_len) on `device`, the next one already on its way there.
+    """Endless (x, y) int64 (micro_batch, seq_len) on `device`, the next one on its way there.
 
-    Micro step k of a rank takes the global samples start + k*world_size*micro_batch + rank*micro_batch + [0,
-    micro_batch). Global sample i is row permute(i % n_rows) of epoch i // n_rows. `start` counts sequences
-    and is the whole state: k steps further, a new loader with start + k*world_size*micro_batch goes on.
+    Micro step k takes the global samples start + k*world_size*micro_batch + rank*micro_batch + [0,
+    micro_batch). Global sample i is row permute(i % n_rows) of epoch i // n_rows. `start` counts
+    sequences, and is all the state: k steps on, start + k*world_size*micro_batch.
     """
-    meta = load_meta(data_dir)
-    path, n_rows = Path(data_dir) / "train.bin", meta["train"]["tokens"] // seq_len
+    meta, path = load_meta(data_dir), Path(data_dir) / "train.bin"
+    n_rows = meta["train"]["tokens"] // seq_len
     if n_rows == 0:
-        raise ValueError(f"{path} has {meta['train']['tokens']} tokens, less than one sequence: use "
-                         f"--seq_len {max(2, meta['train']['tokens'])} or less, or more text")
+        raise ValueError(f"{path} has {meta['train']['tokens']} tokens, less than one sequence: "
+                         "use a smaller --seq_len, or more text")
     eot_id = meta["eot_id"] if ignore_eot else None
 
     def batches():
-        first, ahead = start + rank * micro_batch, None
+        first, ahead, step = start + rank * micro_batch, None, world_size * micro_batch
         while True:
-            samples = np.arange(first, first + micro_batch)
-            rows = np.concatenate([permute(samples[samples // n_rows == e] % n_rows, n_rows, seed, int(e))
-                                   for e in np.unique(samples // n_rows)])
-            batch = to_device(read_rows(path, rows, seq_len, eot_id), device)
-            if ahead is not None:
-                yield ahead
-            ahead, first = batch, first + world_size * micro_batch
+            samples = first + step * np.arange(64)[:, None] + np.arange(micro_batch)  # 64 steps
+            epochs, rows = samples // n_rows, samples % n_rows
+            for epoch in np.unique(epochs):
+                here = epochs == epoch
+                rows[here] = permute(rows[here], n_rows, seed, int(epoch))
+            # opened anew: pages that a long-lived memmap has touched count as resident memory
+            array = np.asarray(np.memmap(path, np.uint16, "r"))
+            for row in rows:
+                batch = to_device(read_rows(array, row, seq_len, eot_id), device)
+                if ahead is not None:
+                    yield ahead
+                ahead = batch
+            first += 64 * step
 
     return batches()
 
@@ -1025,24 +1049,30 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
                 ignore_eot=False):
     """Finite (x, y) like train_batches, rows in file order dealt round-robin to the ranks.
 
-    The short last row is padded with targets -100. Every rank yields the same number of full batches (a sharded
-    model's forward is collective); where rows run out, whole rows are padding. max_tokens: the first rows only.
+    The short last row is padded with targets -100. All ranks yield the same number of full batches
+    (a sharded model's forward is collective): where rows run out, rows are padding. max_tokens
+    takes the first rows only.
     """
-    meta = load_meta(data_dir)
+    meta, path = load_meta(data_dir), Path(data_dir) / "val.bin"
     n_rows = math.ceil(min(meta["val"]["tokens"], max_tokens or math.inf) / seq_len)
     eot_id = meta["eot_id"] if ignore_eot else None
 
     def batches():
         for first in range(0, n_rows, world_size * micro_batch):
             rows = first + rank + world_size * np.arange(micro_batch)
-            rows = np.where(rows < n_rows, rows, -1)
-            yield to_device(read_rows(Path(data_dir) / "val.bin", rows, seq_len, eot_id), device)
+            array = np.asarray(np.memmap(path, np.uint16, "r"))
+            batch = read_rows(array, np.where(rows < n_rows, rows, -1), seq_len, eot_id)
+            yield to_device(batch, device)
 
     return batches()
 
 
 # ---------------------------------------------------------------------------------------------
 # questions: every task's official files -> one dataclass
+
+PUBMEDQA_LABELS, BIOASQ_LABELS = ("maybe", "no", "yes"), ("no", "yes")  # alphabetical (BioMedLM)
+MMLU_SUBJECTS = ("clinical_knowledge", "professional_medicine", "college_biology",
+                 "medical_genetics", "anatomy", "college_medicine")  # the paper has the first four
 
 
 @dataclass(frozen=True)
@@ -1059,51 +1089,50 @@ class Question:
     kind: str = ""
 
 
-PUBMEDQA_LABELS, BIOASQ_LABELS = ("maybe", "no", "yes"), ("no", "yes")  # alphabetical, as the paper has them
-MMLU_SUBJECTS = ("clinical_knowledge", "professional_medicine", "college_biology", "medical_genetics",
-                 "anatomy", "college_medicine")  # the six of recipe: BioMedLM reports the first four
-
-
 def load_qa(task, dir, split):
-    """list[Question] of a task's official files, found by their names anywhere beneath `dir`, in official order.
+    """list[Question] of a task's official files, found by name anywhere beneath `dir`, in order.
 
-    task: medqa, medmcqa, mmlu, pubmedqa, bioasq or text. Raises FileNotFoundError where the file is missing, ValueError
-    for an unknown split, an HTML page in the data's place, an empty file, a repeated id, or a label outside the set.
+    task: medqa, medmcqa, mmlu, pubmedqa, bioasq or text; split: train, dev or test (mmlu: dev, val,
+    test). Raises FileNotFoundError for a missing file; ValueError for an unknown split, a web page
+    for the data, an empty set or question, a repeated id, a label outside the set.
     """
-    readers = {"medqa": load_medqa, "medmcqa": load_medmcqa, "mmlu": load_mmlu, "pubmedqa": load_pubmedqa,
-               "bioasq": load_bioasq, "text": load_text}
-    splits = ("dev", "val", "test") if task == "mmlu" else ("train", "dev", "test")
+    readers = {"medqa": load_medqa, "medmcqa": load_medmcqa, "mmlu": load_mmlu,
+               "pubmedqa": load_pubmedqa, "bioasq": load_bioasq, "text": load_text}
     if task not in readers:
         raise ValueError(f"unknown task {task!r}: use one of {', '.join(readers)}")
+    splits = ("dev", "val", "test") if task == "mmlu" else ("train", "dev", "test")
     if split not in splits:
         raise ValueError(f"{task} has no split {split!r}: use one of {', '.join(splits)}")
     if not Path(dir).is_dir():
-        raise FileNotFoundError(f"{dir} is not a folder: give the one that holds {task}'s official files")
-    questions, seen = readers[task](Path(dir), split), set()
+        raise FileNotFoundError(f"{dir} is no folder: give the one of {task}'s official files")
+    try:
+        questions, seen = readers[task](Path(dir), split), set()
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{dir}: a record of {task}'s {split} lacks {e}: get the official "
+                         "file") from None
     if not questions:
         raise ValueError(f"{dir}: the {split} split of {task} is empty: download it again")
     for q in questions:
         if q.id in seen:
-            raise ValueError(f"{dir}: id {q.id} appears twice in {task}'s {split} split: remove the copy")
+            raise ValueError(f"{dir}: id {q.id} appears twice in {task}'s {split}: remove the copy")
         if not q.question.strip():
-            raise ValueError(f"{dir}: question {q.id} of {task} is empty: remove it or download the file again")
+            raise ValueError(f"{dir}: question {q.id} of {task} is empty: remove or restore it")
         seen.add(q.id)
     return questions
 
 
 def find_file(folder, *names):
-    """The one file beneath `folder` with one of the names (fnmatch patterns)."""
+    """The one file beneath `folder` that has one of the names."""
     found = sorted({p for name in names for p in folder.rglob(name) if p.is_file()})
     if not found:
-        raise FileNotFoundError(f"no {' or '.join(names)} beneath {folder}: put the official file there")
+        raise FileNotFoundError(f"no {' or '.join(names)} beneath {folder}: put the official file")
     if len(found) > 1:
-        raise ValueError(f"{folder} holds several files where one is expected ({found[0]}, {found[1]}): "
+        raise ValueError(f"one file is expected beneath {folder}, found {found[0]} and {found[1]}: "
                          "give the folder of one of them")
     return found[0]
 
 
 def read_official(path):
-    """Text of a published file; HTML entities resolved, a saved web page refused."""
     text = path.read_text(encoding="utf-8-sig")
     if re.match(r"\s*<(!doctype html|html)", text, re.IGNORECASE):
         raise ValueError(f"{path} is a web page, not the data: download the raw file")
@@ -1111,26 +1140,24 @@ def read_official(path):
 
 
 def read_json(path, lines=False):
-    """Parsed JSON, or with lines=True one object a line; repeated keys of one object are refused."""
+    """A list of parsed documents: the file, or with lines=True one a line. HTML entities in the
+    strings are resolved; a key that an object has twice is refused."""
 
     def unique(pairs):
-        if len(pairs) != len(dict(pairs)):
-            keys = [k for k, _ in pairs]
-            twice = next(k for k in keys if keys.count(k) > 1)
-            raise ValueError(f"key {twice} appears twice: remove the copy")
+        keys = [k for k, _ in pairs]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"key {max(keys, key=keys.count)} appears twice: remove the copy")
         return {k: html.unescape(v) if isinstance(v, str) else v for k, v in pairs}
 
-    number, text = 1, read_official(path)
-    try:
-        if not lines:
-            return json.loads(text, object_pairs_hook=unique)
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                rows.append(json.loads(line, object_pairs_hook=unique))
-        return rows
-    except ValueError as e:
-        raise ValueError(f"{path}, line {number}: {e}: download the file again") from None
+    rows = []
+    whole = read_official(path)
+    for number, text in enumerate(whole.split("\n") if lines else [whole], 1):
+        try:
+            if text.strip():
+                rows.append(json.loads(text, object_pairs_hook=unique))
+        except ValueError as e:
+            raise ValueError(f"{path}, line {number}: {e}: download it again") from None
+    return rows
 
 
 def index_of(label, labels, where):
@@ -1140,50 +1167,24 @@ def index_of(label, labels, where):
 
 
 def load_medqa(folder, split):
-    path = find_file(folder, f"phrases_no_exclude_{split}.jsonl")
-    questions = []
+    path, questions = find_file(folder, f"phrases_no_exclude_{split}.jsonl"), []
     for i, row in enumerate(read_json(path, lines=True)):
         letters = sorted(row["options"])
-        questions.append(Question(
-            f"{split}-{i}", row["question"], options=tuple(row["options"][k] for k in letters),
-            answer=index_of(row["answer_idx"], letters, f"{path}, question {i}"), kind=row.get("meta_info", "")))
+        answer = index_of(row["answer_idx"], letters, f"{path}, question {i}")
+        questions.append(Question(f"{split}-{i}", row["question"], answer=answer,
+                                  options=tuple(row["options"][k] for k in letters),
+                                  kind=row.get("meta_info", "")))
     return questions
 
 
-def load_pubmedqa(folder, split):
-    """The official split_dataset.py, all of it from one random.seed(0) stream (recipe: BioMedLM uses fold 0)."""
-    path = find_file(folder, "ori_pqal.json")
-    data, rng = read_json(path), random.Random(0)
-
-    def cut(ids, k):
-        groups = {label: [i for i in ids if data[i]["final_decision"] == label] for label in ("yes", "no", "maybe")}
-        for group in groups.values():
-            rng.shuffle(group)
-        slices = [(g, math.ceil(len(g) / k)) for g in groups.values()]
-        return [[i for g, n in slices for i in g[p * n : (p + 1) * n if p < k - 1 else None]] for p in range(k)]
-
-    for ident, item in data.items():
-        index_of(item.get("final_decision"), PUBMEDQA_LABELS, f"{path}, {ident}")
-    cross, test = cut(data, 2)
-    folds = cut(cross, 10)
-    if len(folds[9]) != len(folds[0]):  # the last fold is short: every other one gives it an item
-        for fold in folds[:9]:
-            if fold:
-                folds[9].append(fold.pop(fold.index(rng.choice(fold))))
-    ids = {"test": test, "dev": folds[0], "train": sum(folds[1:], [])}[split]
-    return [Question(i, data[i]["QUESTION"], context=" ".join(data[i]["CONTEXTS"]), options=PUBMEDQA_LABELS,
-                     answer=PUBMEDQA_LABELS.index(data[i]["final_decision"]),
-                     target=data[i].get("LONG_ANSWER", "")) for i in ids]
-
-
 def load_medmcqa(folder, split):
-    """Official files count the answer `cop` from 1, the Hugging Face copy from 0: a file with a 0 is of
-    the second kind, one with a 4 of the first, one with both is refused; test has none (-1 in the copy)."""
+    """Official files count the answer `cop` from 1, the Hugging Face copy from 0: a file with a 0
+    is of the second kind, with both 0 and 4 refused. None and the copy's -1: no label (test)."""
     path = find_file(folder, f"{split}.json", f"{split}.jsonl")
     rows = read_json(path, lines=True)
     labels = {row.get("cop") for row in rows}
     if {0, 4} <= labels:
-        raise ValueError(f"{path}: cop holds both 0 and 4: neither the official file nor its HF copy")
+        raise ValueError(f"{path}: cop holds 0 and 4: neither the official file nor the HF copy")
     numbers = range(0, 4) if 0 in labels else range(1, 5)
     return [Question(
         row["id"], row["question"], options=tuple(row[f"op{letter}"] for letter in "abcd"),
@@ -1192,74 +1193,100 @@ def load_medmcqa(folder, split):
 
 
 def load_mmlu(folder, split):
-    """The medical subjects among <subject>_<split>.csv, in MMLU_SUBJECTS' order; headerless."""
+    """The medical subjects among <subject>_<split>.csv (headerless), in MMLU_SUBJECTS' order."""
     questions = []
     for subject in MMLU_SUBJECTS:
-        if not any(folder.rglob(f"{subject}_{split}.csv")):
-            continue
-        path = find_file(folder, f"{subject}_{split}.csv")
-        for i, row in enumerate(csv.reader(io.StringIO(read_official(path), newline=""))):
-            if len(row) != 6:
-                raise ValueError(f"{path}, question {i}: {len(row)} fields, not question,A,B,C,D,letter")
-            questions.append(Question(f"{subject}-{split}-{i}", row[0], options=tuple(row[1:5]),
-                                      answer=index_of(row[5], "ABCD", path), subject=subject))
+        if any(folder.rglob(f"{subject}_{split}.csv")):
+            path = find_file(folder, f"{subject}_{split}.csv")
+            for i, row in enumerate(csv.reader(io.StringIO(read_official(path), newline=""))):
+                if len(row) != 6:
+                    raise ValueError(f"{path}, question {i}: not question,A,B,C,D,letter")
+                questions.append(Question(f"{subject}-{split}-{i}", row[0], options=tuple(row[1:5]),
+                                          answer=index_of(row[5], "ABCD", path), subject=subject))
     if not questions:
-        raise FileNotFoundError(f"no <subject>_{split}.csv of {', '.join(MMLU_SUBJECTS)} beneath {folder}")
+        raise FileNotFoundError(f"no SUBJECT_{split}.csv of {', '.join(MMLU_SUBJECTS)} in {folder}")
     return questions
 
 
+def load_pubmedqa(folder, split):
+    """The official split_dataset.py, all from one random.seed(0) stream (BioMedLM: fold 0)."""
+    path = find_file(folder, "ori_pqal.json")
+    data, rng = read_json(path)[0], random.Random(0)
+    for ident, item in data.items():
+        index_of(item["final_decision"], PUBMEDQA_LABELS, f"{path}, {ident}")
+
+    def cut(ids, k):
+        parts = [[] for _ in range(k)]
+        for label in ("yes", "no", "maybe"):
+            group = [i for i in ids if data[i]["final_decision"] == label]
+            rng.shuffle(group)
+            n = math.ceil(len(group) / k)
+            for p, part in enumerate(parts):
+                part += group[p * n : (p + 1) * n]
+        return parts
+
+    cross, test = cut(data, 2)
+    folds = cut(cross, 10)
+    if len(folds[9]) != len(folds[0]):  # the last fold is short: every other one gives it an item
+        for fold in filter(None, folds[:9]):
+            folds[9].append(fold.pop(fold.index(rng.choice(fold))))
+    ids = {"test": test, "dev": folds[0], "train": sum(folds[1:], [])}[split]
+    return [Question(i, data[i]["QUESTION"], " ".join(data[i]["CONTEXTS"]), PUBMEDQA_LABELS,
+                     PUBMEDQA_LABELS.index(data[i]["final_decision"]),
+                     target=data[i].get("LONG_ANSWER", "")) for i in ids]
+
+
 def load_bioasq(folder, split):
-    """BLURB's <split>.tsv, or else golden JSON files' yes/no questions: *train* for train and dev (every
-    tenth: our choice, which also gives BLURB's 670 and 75), *golden* for test."""
+    """BLURB's SPLIT.tsv, or golden JSON files' yes/no questions: *golden* is test; of *train* every
+    tenth is dev (our choice, which gives BLURB's numbers, 670 and 75)."""
     if any(folder.rglob(f"{split}.tsv")):
         path = find_file(folder, f"{split}.tsv")
         rows = [line.split("\t") for line in read_official(path).split("\n") if line.strip()]
         if bad := next((i for i, row in enumerate(rows, 1) if len(row) != 4), None):
             raise ValueError(f"{path}, line {bad}: not id, question, context, yes|no between tabs")
-        return [Question(i, q, context=c, options=BIOASQ_LABELS, kind="yesno",
+        return [Question(i, q, c, BIOASQ_LABELS, kind="yesno",
                          answer=index_of(a.strip().lower(), BIOASQ_LABELS, f"{path}, {i}"))
                 for i, q, c, a in rows]
     paths = sorted(folder.rglob("*golden*.json" if split == "test" else "*train*.json"))
     if not paths:
-        raise FileNotFoundError(f"no {split}.tsv (BLURB) and no *golden*.json or *train*.json (BioASQ) "
-                                f"beneath {folder}: register at bioasq.org and put them there")
-    questions = []
-    for path in paths:
-        for q in read_json(path).get("questions", []):
-            if q.get("type") == "yesno":
-                label, ideal = (v[0] if isinstance(v, list) and v else v
-                                for v in (q.get("exact_answer"), q.get("ideal_answer")))
-                label = None if label is None else str(label).lower().strip(" .")
-                questions.append(Question(
-                    q["id"], q["body"], context=" ".join(s["text"] for s in q.get("snippets", [])),
-                    options=BIOASQ_LABELS, target=ideal or "", kind="yesno",
-                    answer=label and index_of(label, BIOASQ_LABELS, f"{path}, {q['id']}")))
-    part = {"train": lambda i: i % 10 > 0, "dev": lambda i: i % 10 == 0, "test": lambda i: True}[split]
-    return [q for i, q in enumerate(questions) if part(i)]
+        raise FileNotFoundError(f"no {split}.tsv (BLURB), *golden*.json, *train*.json (BioASQ) in "
+                                f"{folder}: register at bioasq.org and put them there")
+    questions, items = [], ((p, q) for p in paths for q in read_json(p)[0]["questions"])
+    for path, q in items:
+        if q["type"] == "yesno":
+            label, ideal = (v[0] if isinstance(v, list) and v else v
+                            for v in (q.get("exact_answer"), q.get("ideal_answer")))
+            where = f"{path}, {q['id']}"
+            answer = label and index_of(label.lower().strip(" ."), BIOASQ_LABELS, where)
+            context = " ".join(s["text"] for s in q.get("snippets", []))
+            questions.append(Question(q["id"], q["body"], context, BIOASQ_LABELS, answer,
+                                      target=ideal or "", kind="yesno"))
+    parts = {"test": range(10), "dev": [0], "train": range(1, 10)}
+    return [q for i, q in enumerate(questions) if i % 10 in parts[split]]
 
 
 def load_text(folder, split):
-    """Pairs of <split>.source and <split>.target lines, or MedQuAD's XML: by a hash of the document a tenth
-    is test and a tenth dev (our choice: there is no official split), answers withheld by licence left out."""
+    """Lines of SPLIT.source and SPLIT.target; or MedQuAD's XML, of which by a hash of the document
+    a tenth is test, a tenth dev (our choice: no official split). Withheld answers are left out."""
     if any(folder.rglob(f"{split}.source")):
         path = find_file(folder, f"{split}.source")
         sources, targets = (read_official(p).removesuffix("\n").split("\n")
                             for p in (path, path.with_suffix(".target")))
         if len(sources) != len(targets):
-            raise ValueError(f"{path} has {len(sources)} lines and its .target {len(targets)}: a line each")
-        return [Question(f"{split}-{i}", s, target=t) for i, (s, t) in enumerate(zip(sources, targets))]
+            raise ValueError(f"{path} has {len(sources)} lines, its .target {len(targets)}")
+        return [Question(f"{split}-{i}", s, target=t)
+                for i, (s, t) in enumerate(zip(sources, targets))]
     questions = []
     for path in sorted(folder.rglob("*.xml")):
-        collection = path.parent.name
-        tenth = hash64(f"{collection}/{path.name}") % 10
-        if {0: "test", 1: "dev"}.get(tenth, "train") == split:
-            for root in xml_records(path):
-                for i, pair in enumerate(root.iter("QAPair")):
-                    question, answer = pair.find("Question"), full_text(pair.find("Answer"))
-                    if answer:
-                        questions.append(Question(
-                            f"{collection}/{path.stem}/{i}", full_text(question), target=answer,
-                            subject=collection, kind=question.get("qtype", "")))
+        ident = f"{path.parent.name}/{path.stem}"
+        if ("test", "dev", *["train"] * 8)[hash64(ident) % 10] == split:
+            pairs = (pair for root in xml_records(path) for pair in root.iter("QAPair"))
+            for i, pair in enumerate(pairs):
+                question, answer = pair.find("Question"), full_text(pair.find("Answer"))
+                if answer:
+                    questions.append(Question(f"{ident}/{i}", full_text(question), target=answer,
+                                              subject=path.parent.name,
+                                              kind=question.get("qtype", "")))
     return questions
 
 
@@ -1403,7 +1430,7 @@ def make_demo(out, documents=16_000, seed=17):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     acts = parser.add_subparsers(dest="act", required=True)
-    workers = {"type": int, "default": os.cpu_count() or 1, "help": "processes (default: the CPU count)"}
+    workers = {"type": int, "default": os.cpu_count() or 1, "help": "processes (default: CPUs)"}
     shard = {"metavar": "I/N", "help": "only this task's share of the files (default: all files)"}
 
     p = acts.add_parser("download", help="fetch a source, resumed and verified")
@@ -1411,7 +1438,7 @@ def main():
     p.add_argument("--out", required=True, help="folder for the files")
     p.add_argument("--base_url", help="a mirror of the source's address (default: the owner's)")
     p.add_argument("--files", help="range of file numbers (pubmed) or PMC numbers (default: all)")
-    p.add_argument("--licenses", nargs="*", default=[], help="pmc: license codes to keep (default: all)")
+    p.add_argument("--licenses", nargs="*", default=[], help="pmc: codes to keep (default: all)")
 
     p = acts.add_parser("demo", help="an invented corpus with tokenizer, arrays and questions")
     p.add_argument("--out", default="data/demo", help="folder for it all (default: data/demo)")
@@ -1419,9 +1446,9 @@ def main():
     p = acts.add_parser("extract", help="PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz")
     p.add_argument("inputs", nargs="+", metavar="INPUT", help="files or folders, plain or .gz")
     p.add_argument("--out", required=True, help="folder for the text")
-    p.add_argument("--labels", action="store_true", help="keep abstracts' section labels (default: off)")
-    p.add_argument("--languages", nargs="*", default=[], help="PubMed codes to keep, eng … (default: all)")
-    p.add_argument("--skip_pmc", action="store_true", help="drop citations in PMC, as The Pile did (off)")
+    p.add_argument("--labels", action="store_true", help="keep section labels (default: off)")
+    p.add_argument("--languages", nargs="*", default=[], help="PubMed's codes (default: all)")
+    p.add_argument("--skip_pmc", action="store_true", help="drop what is in PMC, as The Pile (off)")
     p.add_argument("--workers", **workers)
     p.add_argument("--shard", **shard)
 
@@ -1429,8 +1456,8 @@ def main():
     p.add_argument("--text", required=True, help="folder of .jsonl.gz, .jsonl or .txt files")
     p.add_argument("--tokenizer", required=True, help="folder of vocab.json and merges.txt")
     p.add_argument("--out", required=True, help="folder for the arrays")
-    p.add_argument("--val_fraction", type=float, default=0.002, help="share of documents (default 0.002)")
-    p.add_argument("--no_eot", action="store_true", help="no end-of-text after documents (default: one)")
+    p.add_argument("--val_fraction", type=float, default=0.002, help="of documents (default 0.002)")
+    p.add_argument("--no_eot", action="store_true", help="no end-of-text after each (default: one)")
     p.add_argument("--seed", type=int, default=17, help="of the documents' order (default 17)")
     p.add_argument("--workers", **workers)
     p.add_argument("--shard", **shard)
@@ -1443,7 +1470,8 @@ def main():
     elif a.act == "extract":
         extract(a.inputs, a.out, a.labels, a.languages, a.skip_pmc, a.workers, a.shard)
     elif a.act == "tokenize":
-        tokenize(a.text, a.tokenizer, a.out, a.val_fraction, not a.no_eot, a.seed, a.workers, a.shard)
+        tokenize(a.text, a.tokenizer, a.out, a.val_fraction, not a.no_eot, a.seed, a.workers,
+                 a.shard)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,13 @@ import argparse
 import itertools
 import json
 import math
+import random
+import re
+import resource
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -24,7 +28,7 @@ from tqdm import tqdm
 import finetune
 from data import load_meta, load_qa, read_documents, val_batches
 from model import GPT
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, block_text, input_files, load_named, read_blocks
 
 # ---------------------------------------------------------------------------------------------
 # perplexity
@@ -99,13 +103,16 @@ def perplexity(args, env):
 # question answering: a fine-tuned head, or likelihood
 
 
+def plain_prompt(question):
+    return f"{question.context}\nQuestion: {question.question}\nAnswer:".lstrip()  # our choice
+
+
 def zero_shot_examples(questions, tokenizer, limit):
-    """Rows of a plain prompt (our choice) and " " + option, for a model without a head."""
+    """Rows of a plain prompt and " " + option, for a model without a head."""
     examples = []
     for q in questions:
-        prompt = f"{q.context}\nQuestion: {q.question}\nAnswer:".lstrip()
         options = [tokenizer.encode(" " + o)[:limit - 1] for o in q.options]
-        ids = tokenizer.encode(prompt)
+        ids = tokenizer.encode(plain_prompt(q))
         room = limit - max(map(len, options))
         # cut at the start: the question stands at the end
         examples.append(finetune.Example(q, [finetune.Row(ids[-room:], options)], len(ids) > room))
@@ -218,36 +225,305 @@ def table(rows):
 # generation
 
 PAPER_DECODING = dict(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)  # BioMedLM
-PAPER_NEW_TOKENS = 400
+PAPER_NEW_TOKENS = 400  # at most, after a question
+
+
+def continue_texts(gpt, tokenizer, prompts, env, max_new_tokens, batch_size=16, **how):
+    """Token ids that gpt adds to each prompt (lists of ids), end-of-text and after left out."""
+    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
+    for at in tqdm(range(0, len(order), batch_size), disable=len(order) <= batch_size, leave=False):
+        chunk = order[at:at + batch_size]
+        T = max(len(prompts[i]) for i in chunk)
+        n_pad = [T - len(prompts[i]) for i in chunk]
+        idx = [[0] * n + prompts[i] for n, i in zip(n_pad, chunk)]
+        if any(n_pad):
+            how["n_pad"] = torch.tensor(n_pad, device=env.device)
+        with env.autocast():
+            out = gpt.generate(torch.tensor(idx, device=env.device), max_new_tokens,
+                               eot_id=tokenizer.eot_id, **how)[:, T:].tolist()
+        for i, ids in zip(chunk, out):
+            found[i] = ids[:ids.index(tokenizer.eot_id)] if tokenizer.eot_id in ids else ids
+    return [found[i] for i in range(len(prompts))]
+
+
+def load_for_generation(init, env):
+    """(GPT with weights of env's dtype, tokenizer, ids that follow a prompt's)."""
+    tokenizer, dtype = Tokenizer.load(init), env.dtype
+    env.dtype = torch.float32  # the weights themselves have the dtype: no autocast
+    start = []
+    if finetune.read_run(init).get("task") == "text":
+        start = tokenizer.add_special_tokens(["<|startoftext|>"])
+    return GPT.from_pretrained(init, dtype=dtype, device=env.device), tokenizer, start
 
 
 def generate(args, env):
     """The generate command: prompts as one batch, texts in their order."""
-    start = time.perf_counter()
-    gpt = GPT.from_pretrained(args.init, dtype=env.dtype, device=env.device)
-    tokenizer = Tokenizer.load(args.init)
-    load_s = time.perf_counter() - start
-    ids = [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in args.prompt]
-    if finetune.read_run(args.init).get("task") == "text":
-        ids = [i + tokenizer.add_special_tokens(["<|startoftext|>"]) for i in ids]
+    begin = time.perf_counter()
+    gpt, tokenizer, start = load_for_generation(args.init, env)
+    load_s, begin = time.perf_counter() - begin, time.perf_counter()
+    prompts = [(tokenizer.encode(text) or [tokenizer.eot_id]) + start for text in args.prompt]
     how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-    if args.paper:
-        how = dict(PAPER_DECODING)
-    elif args.num_beams > 1:
-        how |= dict(num_beams=args.num_beams, length_penalty=args.length_penalty)
-    start = time.perf_counter()
-    outputs = [gpt.generate(torch.tensor([i], device=env.device), args.max_new_tokens,
-                            eot_id=tokenizer.eot_id, **how)[0, len(i):].tolist() for i in ids]
-    seconds = time.perf_counter() - start
-    texts = []
-    for prompt, new in zip(args.prompt, outputs):
-        new = new[:new.index(tokenizer.eot_id)] if tokenizer.eot_id in new else new
-        texts.append(tokenizer.decode(new))
-        print(f"{prompt}\033[1m{texts[-1]}\033[0m" if sys.stdout.isatty() else prompt + texts[-1])
+    if args.num_beams > 1:
+        how = dict(num_beams=args.num_beams, length_penalty=args.length_penalty)
+    outputs = continue_texts(gpt, tokenizer, prompts, env, args.max_new_tokens,
+                             **PAPER_DECODING if args.paper else how)
+    seconds = time.perf_counter() - begin
+    texts = [tokenizer.decode(ids) for ids in outputs]
+    for prompt, text in zip(args.prompt, texts):
+        print(f"{prompt}\033[1m{text}\033[0m" if sys.stdout.isatty() else prompt + text)
     n_new = sum(map(len, outputs))
     print(f"loaded in {load_s:.1f} s; {n_new} tokens in {seconds:.1f} s, {n_new / seconds:.1f} a "
-          "second", file=sys.stderr)
-    return dict(texts=texts, tokens=n_new, seconds=seconds, load_s=load_s)
+          f"second; peak memory {peak_memory_gb(env):.2f} GB", file=sys.stderr)
+    return dict(texts=texts, tokens=n_new, seconds=seconds, load_s=load_s,
+                peak_memory_gb=peak_memory_gb(env))
+
+
+def peak_memory_gb(env):
+    """Of the device; on a CPU resident memory, pages of mapped files included."""
+    if env.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(env.device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ---------------------------------------------------------------------------------------------
+# audit: are the numbers of generated answers made up?
+
+UNITS = ("%|percent|mg/dl|mg/kg|mg|mcg|µg|μg|ug|kg|g/dl|g|ml|dl|l|mmol/l|mmol|iu|units?|mm ?hg|mm|"
+         "cm|years?|months?|weeks?|days?|hours?|hrs?|minutes?|mins?|seconds?|times|cases|people|"
+         "patients|calories|degrees")
+# not the 53 of p53, nor the 6 of IL-6
+NUMBER = re.compile(r"(?<![\w.])(?<![a-zA-Z]-)(\d+(?:,\d{3})*(?:\.\d+)?)"
+                    rf"(?:[ -]?({UNITS})(?![\w/]))?", re.IGNORECASE)
+
+
+def numbers_in(text):
+    """[(value, unit or "")] of a text: "1,500 mg" is (1500.0, "mg"), "2 years" (2.0, "year")."""
+    same = {"percent": "%", "mcg": "µg", "ug": "µg", "μg": "µg", "hr": "hour", "min": "minute"}
+    found = []
+    for value, unit in NUMBER.findall(text):
+        unit = unit.lower().removesuffix("s")
+        found.append((float(value.replace(",", "")), same.get(unit, unit)))
+    return found
+
+
+def verdict(number, known):
+    """supported: known has the value (with its unit, or one side names none); contradicted: known
+    has that unit with other values only; unsupported: neither."""
+    value, unit = number
+    if any(v == value and (u == unit or not u or not unit) for v, u in known):
+        return "supported"
+    return "contradicted" if unit and any(u == unit for _, u in known) else "unsupported"
+
+
+def perturb(text, seed):
+    """text with one of its numbers replaced by another of as many digits; None without numbers."""
+    places = list(re.finditer(r"(?<![\w.,])\d+(?![\w.,]*\d)", text))
+    if not places:
+        return None
+    rng = random.Random(seed)
+    place = rng.choice(places)
+    other = place[0]
+    while other == place[0]:
+        other = rng.choice("123456789") + "".join(rng.choices("0123456789", k=len(place[0]) - 1))
+    return text[:place.start()] + other + text[place.end():]
+
+
+def audit_row(name, answers, sources):
+    """Counts over all numbers of answers, each judged by its own question's source."""
+    verdicts = [verdict(n, numbers_in(source)) for answer, source in zip(answers, sources)
+                for n in numbers_in(answer)]
+    shares = {k: verdicts.count(k) / len(verdicts) if verdicts else math.nan
+              for k in ("supported", "contradicted", "unsupported")}
+    return dict(answers=name, n=len(answers), with_numbers=sum(map(bool, map(numbers_in, answers))),
+                numbers=len(verdicts), **shares)
+
+
+def audit_numbers(args, env):
+    """Numbers of generated answers against question, context and reference; then the model's taste.
+
+    The second row is the control: answers to other questions, whose agreement is chance. The last
+    table needs no generation: how often a true text is likelier than with one number changed.
+    """
+    questions = load_qa(args.task, args.data, args.split or "test")
+    questions = [q for q in finetune.labeled(questions, args.limit) if q.target]
+    gpt, tokenizer, start = load_for_generation(args.init, env)
+    room = gpt.config.n_positions - args.max_new_tokens - 1
+    if room < 1:
+        raise ValueError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a question: "
+                         f"use less than {gpt.config.n_positions - 1}")
+    prompts = [tokenizer.encode(q.question if start else plain_prompt(q))[-room:] + start
+               for q in questions]
+    outputs = continue_texts(gpt, tokenizer, prompts, env, args.max_new_tokens,
+                             **PAPER_DECODING if args.paper else dict(temperature=0.0))
+    answers = [tokenizer.decode(ids) for ids in outputs]
+    sources = [f"{q.question}\n{q.context}\n{q.target}" for q in questions]
+    references = [q.target for q in questions]
+    contexts = [f"{q.question}\n{q.context}" for q in questions]
+    rows = [audit_row("generated", answers, sources),
+            audit_row("another question's reference", references[1:] + references[:1], sources),
+            audit_row("reference, against the question alone", references, contexts)]
+    table(rows)
+    pairs = [(r, p) for i, r in enumerate(references) if (p := perturb(r, i)) is not None]
+    if not pairs:
+        raise ValueError(f"no reference answer of {args.data} holds a number: nothing to perturb")
+    true, false = (score_text(gpt, texts, tokenizer, env) for texts in zip(*pairs))
+    wins = statistics.fmean(t[0] < f[0] for t, f in zip(true, false))
+    taste = dict(texts_with_numbers=len(pairs), true_preferred=wins,
+                 ci95=finetune.wilson(wins, len(pairs)),
+                 nats_gap=statistics.fmean(f[0] - t[0] for t, f in zip(true, false)))
+    print("a true text against itself with one number changed (chance 0.5):")
+    table([taste])
+    return dict(numbers=rows, perturbed=taste, answers=answers)
+
+
+# ---------------------------------------------------------------------------------------------
+# curves
+
+
+def curves(args, env):
+    """Training and validation loss of runs over their steps, from log.jsonl, as a picture."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("curves needs: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
+    last = {}
+    for i, run in enumerate(args.runs):
+        path = Path(run) / "log.jsonl"
+        if not path.exists():
+            raise FileNotFoundError(f"no {path}: give folders that train.py or finetune.py wrote")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for key, style, label in ("loss", "-", run), ("val_loss", "o--", f"{run}, validation"):
+            points = [(row.get("step", row.get("epoch")), row[key]) for row in rows if key in row]
+            if points:
+                axes.plot(*zip(*points), style, color=f"C{i}", label=label, markersize=3,
+                          linewidth=1 if key == "loss" else 1.5, alpha=0.6 if key == "loss" else 1)
+                last[label] = points[-1][1]
+    axes.set(xlabel="step", ylabel="nats a token", title="loss")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(args.out, metadata={"Software": None})
+    table([dict(run=run, last_loss=loss) for run, loss in last.items()])
+    return dict(last=last)
+
+
+# ---------------------------------------------------------------------------------------------
+# tokenizer: fragmentation by specialty
+
+# BioMedLM: the words of the paper's table 3
+TABLE_3 = ["chromatography", "cytotoxicity", "ECG", "GATA", "Immunohistochemistry", "myocardium",
+           "nanoparticles", "photosynthesis", "probiotic", "thrombin"]
+
+SPECIALTIES = {name: words.split() for name, words in {
+    "oncology": """adenocarcinoma carcinoma lymphoma melanoma metastasis metastatic chemotherapy
+        radiotherapy glioblastoma leukemia myeloma sarcoma neuroblastoma mesothelioma angiogenesis
+        oncogene neoadjuvant cisplatin tumorigenesis cholangiocarcinoma retinoblastoma""",
+    "cardiology": """myocardial infarction arrhythmia tachycardia bradycardia fibrillation
+        stenosis atherosclerosis cardiomyopathy ischemia thrombosis angioplasty echocardiography
+        hypertension endocarditis pericarditis defibrillator troponin ventricular
+        electrocardiogram stent""",
+    "genetics": """genome genotype phenotype allele heterozygous homozygous polymorphism mutation
+        chromosome autosomal transcriptome methylation exome haplotype epigenetic microRNA
+        telomere aneuploidy missense penetrance mitochondrial""",
+    "neurology": """epilepsy seizure dementia Parkinson Alzheimer neuropathy sclerosis
+        encephalopathy hippocampus cerebellum dopaminergic aphasia ataxia migraine meningitis
+        myelin neurotransmitter neurodegenerative dyskinesia astrocytes polyneuropathy""",
+    "infectious disease": """tuberculosis malaria hepatitis influenza pneumonia sepsis bacteremia
+        antimicrobial staphylococcus streptococcus pseudomonas candidiasis toxoplasmosis
+        leishmaniasis dengue cytomegalovirus coronavirus helminth schistosomiasis brucellosis
+        antiretroviral""",
+    "pharmacology": """pharmacokinetics bioavailability metformin warfarin aspirin ibuprofen
+        acetaminophen omeprazole simvastatin atorvastatin amoxicillin vancomycin heparin morphine
+        fentanyl clopidogrel methotrexate cyclosporine tacrolimus hepatotoxicity agonist""",
+    "immunology": """cytokine interleukin lymphocyte macrophage neutrophil antibody antigen
+        immunoglobulin autoimmune inflammation chemokine interferon complement eosinophil
+        immunosuppression autoantibodies phagocytosis opsonization rituximab adalimumab
+        histamine""",
+    "endocrinology": """diabetes insulin glucagon thyroid hypothyroidism hyperthyroidism cortisol
+        aldosterone estrogen testosterone progesterone pituitary acromegaly hypoglycemia
+        hyperglycemia thyroxine parathyroid osteoporosis pheochromocytoma adiponectin
+        hyperprolactinemia""",
+    "surgery": """laparoscopic appendectomy cholecystectomy anastomosis resection hysterectomy
+        thoracotomy laparotomy arthroplasty transplantation hemostasis suture debridement
+        tracheostomy gastrectomy colectomy mastectomy perioperative anesthesia herniorrhaphy
+        nephrectomy""",
+    "radiology": """tomography radiograph ultrasonography mammography angiography gadolinium
+        fluoroscopy attenuation echogenic hyperintense hypointense opacification calcification
+        fluorodeoxyglucose scintigraphy elastography radiotracer hypodense perfusion voxel
+        cholangiopancreatography""",
+    "rare and new terms": """onasemnogene elexacaftor nusinersen tisagenlecleucel sotorasib
+        inclisiran semaglutide tirzepatide remdesivir molnupiravir nirmatrelvir lecanemab
+        aducanumab teprotumumab zolgensma alkaptonuria ochronosis fibrodysplasia
+        mucopolysaccharidosis lymphangioleiomyomatosis pseudoxanthoma cystinosis
+        abetalipoproteinemia hidradenitis chikungunya melioidosis naegleria tularemia
+        trichothiodystrophy ehrlichiosis""",
+}.items()}
+
+
+def pieces_of(tokenizer, word):
+    """A word's pieces inside a sentence, where a space stands before it (and is not shown)."""
+    pieces = [tokenizer.decode([i]) for i in tokenizer.encode(" " + word)]
+    return [piece for piece in (pieces[0].removeprefix(" "), *pieces[1:]) if piece]
+
+
+def markdown(header, rows):
+    print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    for row in rows:
+        print("| " + " | ".join(map(str, row)) + " |")
+
+
+def fragmentation_rows(groups, tokenizers):
+    """[group, terms, then whole, one or two pieces, mean pieces of each tokenizer] a group."""
+    for group, words in filter(lambda item: item[1], groups.items()):
+        row = [group, len(words)]
+        for tokenizer in tokenizers.values():
+            lengths = [len(pieces_of(tokenizer, word)) for word in words]
+            whole, two = (sum(n <= most for n in lengths) / len(words) for most in (1, 2))
+            row += [f"{whole:.0%}", f"{two:.0%}", f"{sum(lengths) / len(words):.2f}"]
+        yield row
+
+
+def read_text(path, tokenizers):
+    """Words, bytes, {name: tokens} and the count of each listed term in the text at path."""
+    listed = {word.lower() for words in SPECIALTIES.values() for word in words}
+    n_words, n_bytes, tokens, seen = 0, 0, Counter(), Counter()
+    for block in read_blocks(input_files([path]), progress=True):
+        text = block_text(*block)
+        words = text.split()
+        n_words, n_bytes = n_words + len(words), n_bytes + len(text.encode())
+        seen.update(w for w in (word.lower().strip(".,;:()[]\"'") for word in words) if w in listed)
+        for name, tokenizer in tokenizers.items():
+            tokens[name] += len(tokenizer.encode(text))
+    return n_words, n_bytes, tokens, seen
+
+
+def fragmentation(args, _env):
+    """Print table 3 of the paper, how the listed terms break, and, with --text, tokens per word and
+    bytes per token there, and how terms break by how often the text has them."""
+    names = filter(None, (args.tokenizer, args.against))
+    tokenizers = {name.rstrip("/").split("/")[-1]: load_named(name) for name in names}
+    markdown(["word", *tokenizers],
+             ([word, *("/".join(pieces_of(one, word)) for one in tokenizers.values())]
+              for word in TABLE_3))
+    columns = [f"{name}: {head}" for name in tokenizers for head in ("whole", "≤ 2", "pieces")]
+    ten = [word for name, words in SPECIALTIES.items() if "rare" not in name for word in words]
+    groups = SPECIALTIES | {"the ten together": ten}
+    markdown(["specialty", "terms", *columns], fragmentation_rows(groups, tokenizers))
+    if not args.text:
+        return
+    n_words, n_bytes, tokens, seen = read_text(args.text, tokenizers)
+    markdown(["tokenizer", "words", "tokens", "tokens per word", "bytes per token"],
+             ([name, f"{n_words:,}", f"{tokens[name]:,}", f"{tokens[name] / n_words:.3f}",
+               f"{n_bytes / tokens[name]:.3f}"] for name in tokenizers))
+    groups = {}
+    for least, most, name in ((100, 1e9, "100 or more"), (10, 99, "10 to 99"), (1, 9, "1 to 9"),
+                              (0, 0, "never")):
+        groups[name] = [word for words in SPECIALTIES.values() for word in words
+                        if least <= seen[word.lower()] <= most]
+    markdown(["times in the text", "terms", *columns], fragmentation_rows(groups, tokenizers))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -260,25 +536,32 @@ def parse_args():
 
     def command(name, text, init="run or Hugging Face GPT-2 folder"):
         p = commands.add_parser(name, help=text, description=text)
+        p.add_argument("--json", metavar="FILE", help="also write the result here (default: none)")
         if init:
             p.add_argument("--init", required=True, metavar="DIR", help=init)
             p.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
             p.add_argument("--dtype", choices=["float32", "bfloat16"],
                            help="(default: bfloat16 on cuda, float32 on a CPU)")
-        p.add_argument("--json", metavar="FILE", help="also write the result here (default: none)")
         return p.add_argument
+
+    def questions(add, tasks):
+        add("--task", choices=tasks, required=len(tasks) > 2, default="text", help="which set")
+        add("--data", required=True, metavar="DIR", help="folder with the official files")
+        add("--split", choices=["train", "dev", "val", "test"], help="(default: test, else dev)")
+        add("--limit", type=int, help="N questions, evenly spread over the split (default: all)")
 
     add = command("perplexity", "nats a token and bits a byte")
     add("--data", required=True, metavar="DIR_OR_TEXT",
         help="folder of arrays (its val.bin), or a text file or folder: each document on its own")
     add("--limit", type=int, help="score only the first N documents of text (default: all)")
     add = command("qa", "accuracy on a question set", "folder of finetune.py; --zero_shot: any")
-    add("--task", required=True, choices=sorted(set(finetune.KINDS) - {"text"}), help="which set")
-    add("--data", required=True, metavar="DIR", help="folder with the official files")
-    add("--split", choices=["train", "dev", "test"], help="(default: test, else dev)")
-    add("--limit", type=int, help="N questions, evenly spread over the split (default: all)")
+    questions(add, sorted(set(finetune.KINDS) - {"text"}))
     add("--zero_shot", action="store_true", help="score options by likelihood (default: off)")
     add("--predictions", metavar="FILE", help="also write a JSON line a question (default: none)")
+    add = command("numbers", "audit of made-up numbers in generated answers")
+    questions(add, ["text", "pubmedqa"])
+    add("--max_new_tokens", type=int, default=128, help="of an answer at most (default: 128)")
+    add("--paper", action="store_true", help="BioMedLM's beams (default: greedy)")
     add = command("generate", "continue a text")
     add("--prompt", required=True, nargs="+", help="one or several texts")
     add("--max_new_tokens", type=int, default=64, help="tokens to add at most (default: 64)")
@@ -290,13 +573,21 @@ def parse_args():
     add("--seed", type=int, default=1, help="of sampling (default: 1)")
     add("--paper", action="store_true",
         help="BioMedLM's decoding: 5 beams, no repeated 6-gram, length penalty -0.5 (default: off)")
+    add = command("curves", "loss curves of runs as a picture", init=None)
+    add("runs", nargs="+", metavar="RUN", help="folders with log.jsonl")
+    add("--out", default="curves.png", help="picture to write (default: curves.png)")
+    add = command("tokenizer", "how biomedical words break, as Markdown tables", init=None)
+    add("--tokenizer", required=True, metavar="DIR", help="folder of a tokenizer, or gpt2")
+    add("--against", metavar="DIR", help="folder of a second one, or gpt2 (default: none)")
+    add("--text", metavar="PATH", help="file or folder of text to measure on (default: none)")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    env = finetune.Env(args.device, args.dtype)
-    commands = dict(perplexity=perplexity, qa=answer_questions, generate=generate)
+    env = finetune.Env(getattr(args, "device", None), getattr(args, "dtype", None))
+    commands = dict(perplexity=perplexity, qa=answer_questions, numbers=audit_numbers,
+                    generate=generate, curves=curves, tokenizer=fragmentation)
     result = commands[args.command](args, env)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1))

@@ -479,18 +479,20 @@ def predictions(scores, examples):
 def read_questions(task, folders):
     """{"train", "dev", "test": questions} of a task, official order, unlabeled ones included.
 
-    A folder of another task of the same kind adds its training questions (MMLU has none: BioMedLM
+    A folder of another multiple-choice task adds its training questions (MMLU has none: BioMedLM
     trains on MedMCQA and MedQA for it). Questions that also stand in dev or test leave train.
     """
     sets = {"train": [], "dev": [], "test": []}
-    others = [t for t in KINDS if KINDS[t] == KINDS[task] and t != task]
+    others = [t for t in KINDS if KINDS[t] == KINDS[task] == "choice" and t != task]
     for folder in folders:
         missing = []
         for name in [task, *others]:
-            found = {}
-            for split in sets if name != "mmlu" else ("dev", "test"):
+            found, names = {}, {"train": "train", "dev": "dev", "test": "test"}
+            if name == "mmlu":  # its dev split is five examples a subject
+                names = {"dev": "val", "test": "test"}
+            for split, official in names.items():
                 try:
-                    found[split] = load_qa(name, folder, split)
+                    found[split] = load_qa(name, folder, official)
                 except FileNotFoundError as e:
                     missing.append(e)
             if found:
@@ -506,7 +508,7 @@ def read_questions(task, folders):
 
 def labeled(questions, limit=None):
     """Those with an answer; `limit` of them evenly spaced, as some files are sorted by label."""
-    questions = [q for q in questions if q.answer is not None or q.target]
+    questions = [q for q in questions if (q.answer is not None if q.options else q.target)]
     n = len(questions)
     return [questions[i * n // limit] for i in range(limit)] if limit and limit < n else questions
 

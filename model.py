@@ -40,26 +40,32 @@ except ImportError:  # macOS, Windows: the references run
 KERNELS = os.environ.get("BIOMEDLM_KERNELS", "auto")  # "auto", or "reference" to compare against
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
-# Fixed rather than autotuned (that costs minutes a rank): `python tests/bench.py kernels --tune`.
+# Fixed rather than autotuned (that costs minutes a rank): `python tests/bench.py kernels --tune`
+# on an H100. An attention row is query tile, key tile, num_warps, num_stages.
 LAUNCH = {
-    "norm": {"programs_per_sm": 4},
-    "gelu": {"rows": 4, "cols": 1024, "warps": 4},
-    "gelu_backward": {"rows": 4, "cols": 512, "warps": 4, "programs_per_sm": 8},
-    "cross_entropy": {"block": 4096, "warps": 8, "chunk_rows": 16384},
-    # query tile, key tile, num_warps, num_stages
-    "attention_sm_80": {"forward": (128, 64, 8, 2), "dkv": (64, 32, 4, 1), "dq": (64, 32, 4, 1)},
-    "attention_sm_90": {"forward": (128, 128, 8, 2), "dkv": (32, 128, 8, 2), "dq": (128, 64, 8, 2)},
-    "attention_gfx942": {"forward": (128, 32, 4, 1), "dkv": (32, 64, 4, 1), "dq": (64, 32, 4, 1)},
-    "attention_fp32": {"forward": (32, 32, 4, 1), "dkv": (32, 32, 4, 1), "dq": (32, 32, 4, 1)},
+    "norm": {"columns_per_sm": 6144},
+    "gelu": {"rows": 1, "cols": 1024, "warps": 4},
+    "gelu_backward": {"rows": 2, "cols": 512, "warps": 4, "programs_per_sm": 8},
+    "cross_entropy": {"block": 8192, "warps": 16, "chunk_rows": 4096},
+    "sm_80": {"forward": (128, 64, 8, 2), "dkv": (64, 32, 4, 1), "dq": (64, 32, 4, 1)},
+    "sm_90": {"forward": (64, 64, 4, 3), "dkv": (64, 64, 4, 2), "dq": (64, 64, 4, 2),
+              "dkv_dropout": (32, 64, 4, 2)},  # its mask's registers would spill at 64
+    "gfx942": {"forward": (128, 32, 4, 1), "dkv": (32, 64, 4, 1), "dq": (64, 32, 4, 1)},
+    "fp32": {"forward": (32, 32, 4, 1), "dkv": (32, 32, 4, 1), "dq": (32, 32, 4, 1)},
 }
-# Attention's faster backend by compute capability, as measured; anything else takes Triton.
-ATTENTION_BACKEND = {(9, 0): "cudnn"}
+ATTENTION_BACKEND = {"sm_90": "cudnn"}  # the faster one as measured; elsewhere Triton
 
 
-@torch.compiler.assume_constant_result
-def capability():
-    """(major, minor) of the current CUDA or ROCm device; (0, 0) where there is none."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+@torch.compiler.assume_constant_result  # a string: dynamo cannot compare a constant tuple
+def gpu():
+    """Whose settings the GPU takes: "sm_90" (Hopper), "sm_80" (Ampere, and anything newer) or
+    "gfx942" (ROCm); "" where none has bf16 matrix products, which begin with capability 8.0."""
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    if major < 8:
+        return ""
+    if torch.version.hip:
+        return "gfx942"
+    return "sm_90" if major == 9 else "sm_80"
 
 
 def kernels_active(device="cuda"):
@@ -68,23 +74,12 @@ def kernels_active(device="cuda"):
         return "reference"
     if INTERPRETED:
         return "triton interpreter"
-    # bf16 tensor cores begin with compute capability 8.0 (Ampere); ROCm reports 9.x
-    on_gpu = torch.device(device).type == "cuda" and capability() >= (8, 0)
-    return "triton" if on_gpu else "reference"
+    return "triton" if torch.device(device).type == "cuda" and gpu() else "reference"
 
 
 def fused(x):
     """True if the op on tensor x runs a kernel; a float64 tensor always takes the reference."""
     return x.dtype != torch.float64 and kernels_active(x.device) != "reference"
-
-
-def architecture(x):
-    """The row of LAUNCH's attention tables for x."""
-    if x.dtype == torch.float32:
-        return "fp32"
-    if torch.version.hip:
-        return "gfx942"
-    return "sm_90" if capability()[0] == 9 else "sm_80"
 
 
 def compute_dtype(x):
@@ -322,7 +317,8 @@ def norm_backward(dy: Tensor, dnew: Tensor | None, r: Tensor, weight: Tensor, me
                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     C, N, r, dy = r.shape[-1], mean.numel(), r.contiguous(), dy.contiguous()
     dx, dres, _, _ = norm_backward_fake(dy, dnew, r, weight, mean, rstd, add, p, seed, dtype)
-    programs = max(min(N, n_programs(r, LAUNCH["norm"]["programs_per_sm"])), 1)
+    per_sm = min(max(LAUNCH["norm"]["columns_per_sm"] // C, 2), 16)
+    programs = max(min(N, n_programs(r, per_sm)), 1)
     partial = empty(r, programs, 2, C, dtype=torch.float32)
     piece, n_pieces, warps = norm_launch(C)
     norm_backward_kernel[(programs,)](
@@ -626,15 +622,17 @@ def attention_dkv_kernel(qkv_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, scale
     store_tile(dqkv_ptr + at + 2 * H * D, dv, cols, 3 * H * D, T, D, BD)
 
 
-def attention_launch(qkv, n_head, kernel):
+def attention_launch(qkv, n_head, kernel, p):
     """(grid, keyword arguments) of one attention kernel: "forward", "dkv" or "dq"."""
-    B, T, C3 = qkv.shape
-    BM, BN, num_warps, num_stages = LAUNCH[f"attention_{architecture(qkv)}"][kernel]
+    (B, T, C3), dropping = qkv.shape, kernel + "_dropout"
+    settings = LAUNCH["fp32" if qkv.dtype == torch.float32 else gpu()]
+    BM, BN, warps, stages = settings[dropping if p > 0 and dropping in settings else kernel]
     D = C3 // 3 // n_head
     BD = max(triton.next_power_of_2(D), 16)
     grid = (triton.cdiv(T, BN if kernel == "dkv" else BM), B * n_head)
-    return grid, {"H": n_head, "D": D, "BD": BD, "BM": BM, "BN": BN, "num_warps": num_warps,
-                  "EVEN": T % BM == 0 and T % BN == 0 and BD == D, "num_stages": num_stages}
+    return grid, {"H": n_head, "D": D, "BD": BD, "BM": BM, "BN": BN, "DROPOUT": p > 0,
+                  "EVEN": T % BM == 0 and T % BN == 0 and BD == D,
+                  "num_warps": warps, "num_stages": stages}
 
 
 LOG2_E = 1.4426950408889634
@@ -650,9 +648,9 @@ def attention_forward(qkv: Tensor, n_head: int, scale: float, p: float, seed: in
                       ) -> tuple[Tensor, Tensor]:
     o, lse = attention_forward_fake(qkv, n_head, scale, p, seed)
     if qkv.numel():
-        grid, options = attention_launch(qkv, n_head, "forward")
+        grid, options = attention_launch(qkv, n_head, "forward", p)
         attention_forward_kernel[grid](qkv, o, lse, qkv.shape[1], scale * LOG2_E, *rng(p, seed),
-                                       DROPOUT=p > 0, **options)
+                                       **options)
     return o, lse
 
 
@@ -662,10 +660,10 @@ def attention_backward(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, n_head: 
     do, dqkv, delta = do.contiguous(), empty(qkv), empty(lse)
     if qkv.numel():
         rest = (qkv.shape[1], scale, scale * LOG2_E, *rng(p, seed))
-        grid, options = attention_launch(qkv, n_head, "dq")
-        attention_dq_kernel[grid](qkv, o, do, lse, delta, dqkv, *rest, DROPOUT=p > 0, **options)
-        grid, options = attention_launch(qkv, n_head, "dkv")
-        attention_dkv_kernel[grid](qkv, do, lse, delta, dqkv, *rest, DROPOUT=p > 0, **options)
+        grid, options = attention_launch(qkv, n_head, "dq", p)
+        attention_dq_kernel[grid](qkv, o, do, lse, delta, dqkv, *rest, **options)
+        grid, options = attention_launch(qkv, n_head, "dkv", p)
+        attention_dkv_kernel[grid](qkv, do, lse, delta, dqkv, *rest, **options)
     return dqkv
 
 
@@ -724,9 +722,9 @@ cudnn_forward.register_autograd(
 def attention_backend(qkv, n_head):
     """"triton" or "cudnn" for this tensor, by the measured table ATTENTION_BACKEND."""
     half = qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16) and qkv.numel() > 0
-    if not half or torch.version.hip or qkv.shape[-1] // 3 // n_head not in (64, 128):
+    if not half or qkv.shape[-1] // 3 // n_head not in (64, 128):
         return "triton"
-    return ATTENTION_BACKEND.get(capability(), "triton")
+    return ATTENTION_BACKEND.get(gpu(), "triton")
 
 
 def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
@@ -793,6 +791,17 @@ def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, count_ptr, ignore_index, V
             tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=cols < V)
 
 
+def cross_entropy_rows(z, targets, losses, count, ignore_index):
+    """The kernel's work on one chunk in plain torch: fills losses, returns the logits' gradient."""
+    log_softmax = z.float().log_softmax(-1)
+    counts = targets != ignore_index
+    target = targets.where(counts, 0)[:, None]
+    losses.copy_(-log_softmax.gather(1, target)[:, 0] * counts)
+    dz = log_softmax.exp_()
+    dz.scatter_add_(1, target, dz.new_full(target.shape, -1.0))
+    return dz.mul_((counts / count)[:, None]).to(z.dtype)
+
+
 def product_fp32(a, b):
     """a @ b summed and returned in fp32; operands in bf16 still take the tensor cores."""
     if a.is_cuda and a.dtype != torch.float32:
@@ -814,14 +823,17 @@ def cross_entropy_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device
     losses = empty(hidden, N, dtype=torch.float32)
     _, dhidden, dweight = cross_entropy_fake(hidden, weight, targets, ignore_index, gradient)
-    block = min(launch["block"], triton.next_power_of_2(V))
+    block = min(launch["block"], triton.next_power_of_2(V)) if fused(hidden) else None
     with torch.autocast(hidden.device.type, enabled=False):
         for at in range(0, N, launch["chunk_rows"]):
             rows = slice(at, min(at + launch["chunk_rows"], N))
             z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
-            cross_entropy_kernel[(z.shape[0],)](
-                z, targets[rows], losses[rows], count, ignore_index, V, block, gradient,
-                num_warps=launch["warps"])
+            if block:
+                cross_entropy_kernel[(z.shape[0],)](
+                    z, targets[rows], losses[rows], count, ignore_index, V, block, gradient,
+                    num_warps=launch["warps"])
+            else:
+                z = cross_entropy_rows(z, targets[rows], losses[rows], count, ignore_index)
             if gradient:
                 torch.mm(z, w, out=dhidden[rows])
                 part = product_fp32(z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
@@ -848,7 +860,7 @@ def cross_entropy(hidden, weight, targets, ignore_index=-100):
 
     hidden (N, C), weight (V, C), targets (N,) int64 below V. Returns an fp32 scalar. With every
     target ignored it is 0 with zero gradients (torch's is NaN). No host synchronisation."""
-    if not fused(hidden):
+    if hidden.dtype == torch.float64:
         return cross_entropy_ref(hidden, weight, targets, ignore_index)
     gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     hidden = hidden.to(compute_dtype(hidden))
@@ -1022,30 +1034,49 @@ def add_norm(branch, residual, ln, dropout_p, seed):
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, per layer (B, H, T, D)."""
+    """Keys and values of the positions seen so far, per layer (B, H, capacity, D), filled in place.
 
-    def __init__(self, n_layer):
-        self.keys, self.values = [None] * n_layer, [None] * n_layer
-        self.length = 0
+    n_pad (B,) int64: leading positions of each row that are padding, seen by nothing; None: none.
+    """
+
+    def __init__(self, n_layer, capacity=1024, n_pad=None):
+        self.buffers, self.capacity = [None] * n_layer, capacity
+        self.length, self.n_pad = 0, n_pad
 
     def append(self, layer, k, v):
         """Add k, v (B, H, T, D) of one layer; returns all that it holds now."""
-        if self.keys[layer] is not None:
-            k = torch.cat([self.keys[layer], k], dim=2)
-            v = torch.cat([self.values[layer], v], dim=2)
-        self.keys[layer], self.values[layer] = k, v
-        return k, v
+        if self.buffers[layer] is None:
+            B, H, _, D = k.shape
+            self.buffers[layer] = k.new_empty(2, B, H, self.capacity, D)
+        end = self.length + k.size(2)
+        held = self.buffers[layer][:, :, :, :end]
+        held[0, :, :, self.length:], held[1, :, :, self.length:] = k, v
+        return held[0], held[1]
 
     def reorder(self, rows):
         """Keep the given batch rows, in that order: a beam's history follows the beam."""
-        self.keys = [k.index_select(0, rows) for k in self.keys]
-        self.values = [v.index_select(0, rows) for v in self.values]
+        for layer, old in enumerate(self.buffers):
+            new = old.new_empty(2, len(rows), *old.shape[2:])
+            new[:, :, :, :self.length] = old[:, rows, :, :self.length]
+            self.buffers[layer] = new
+        if self.n_pad is not None:
+            self.n_pad = self.n_pad[rows]
+
+    def positions(self, T, device):
+        """Positions of T new tokens, (1, T) or (B, T); padding has position 0."""
+        new = torch.arange(self.length, self.length + T, device=device)[None]
+        return new if self.n_pad is None else (new - self.n_pad[:, None]).clamp(min=0)
 
     def mask(self, T, S, device):
-        """Causal mask (T, S) of T new positions over S in all; None for one: it sees everything."""
-        if T == 1:
+        """Who of S positions each of T new ones sees, bool (T, S) or (B, 1, T, S); None: all."""
+        if T == 1 and self.n_pad is None:
             return None
-        return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+        causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+        if self.n_pad is None:
+            return causal
+        real = torch.arange(S, device=device) >= self.n_pad[:, None]  # (B, S)
+        diagonal = torch.eye(S, dtype=torch.bool, device=device)[S - T:]  # padding sees itself
+        return ((causal & real[:, None, :]) | diagonal)[:, None]
 
 
 class GPT(nn.Module):
@@ -1091,8 +1122,10 @@ class GPT(nn.Module):
         if positions is None and start + T > self.config.n_positions:
             raise ValueError(f"{start + T} tokens are more than the context of "
                              f"{self.config.n_positions}: shorten the input")
-        if positions is None:
-            positions = torch.arange(start, start + T, device=idx.device)
+        if positions is None and cache is not None:
+            positions = cache.positions(T, idx.device)
+        elif positions is None:
+            positions = torch.arange(T, device=idx.device)
         residual = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         seed = 0
         if self.training and self.config.dropout > 0:
@@ -1154,9 +1187,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
-                 num_beams=1, no_repeat_ngram_size=0, length_penalty=1.0, eot_id=None):
+                 num_beams=1, no_repeat_ngram_size=0, length_penalty=1.0, eot_id=None, n_pad=None):
         """Continue idx (B, T) int64 by up to max_new_tokens tokens; returns (B, <= T + new) int64.
 
+        Prompts of unlike length stand at the right: n_pad (B,) int64 counts the padding before.
         Samples from the softmax at `temperature` (0: greedy) among the top_k tokens and the top_p
         mass; num_beams > 1 searches with beams instead, scoring sum of log-probabilities /
         length ** length_penalty as Hugging Face does. After eot_id a row is filled with it.
@@ -1174,15 +1208,15 @@ class GPT(nn.Module):
             raise ValueError(f"temperature {temperature} is negative: use 0 (greedy) or more")
         if num_beams > 1:
             return self._beam_search(idx, max_new_tokens, num_beams, no_repeat_ngram_size,
-                                     length_penalty, eot_id)
+                                     length_penalty, eot_id, n_pad)
         generator = None
         if seed is not None:
             generator = torch.Generator(device=idx.device).manual_seed(seed)
-        cache, new = KVCache(self.config.n_layer), idx
+        cache, new = KVCache(self.config.n_layer, T + max_new_tokens, n_pad), idx
         finished = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             logits = self._next_logits(new, cache)  # (B, V)
-            ban_repeats(logits, idx, no_repeat_ngram_size)
+            ban_repeats(logits, idx, no_repeat_ngram_size, n_pad)
             new = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
             if eot_id is not None:
                 new[finished] = eot_id
@@ -1196,11 +1230,12 @@ class GPT(nn.Module):
         hidden = self.hidden(idx, cache)[:, -1]  # (B, T, C) -> (B, C)
         return F.linear(hidden, self.transformer.wte.weight).float()
 
-    def _beam_search(self, idx, max_new_tokens, K, no_repeat_ngram_size, length_penalty, eot_id):
+    def _beam_search(self, idx, max_new_tokens, K, no_repeat_ngram_size, length_penalty, eot_id,
+                     n_pad):
         """Beams of every row advance together: (B, T) -> (B * K, t), the best ended one wins."""
         B, T = idx.shape
         V = self.config.vocab_size
-        cache = KVCache(self.config.n_layer)
+        cache = KVCache(self.config.n_layer, T + max_new_tokens, n_pad)
         logits = self._next_logits(idx, cache).repeat_interleave(K, dim=0)
         cache.reorder(torch.arange(B, device=idx.device).repeat_interleave(K))
         beams = idx.repeat_interleave(K, dim=0)  # (B * K, T)
@@ -1209,7 +1244,7 @@ class GPT(nn.Module):
         ended = [[] for _ in range(B)]  # per row: (normalised score, tokens)
         for length in range(1, max_new_tokens + 1):
             logits = F.log_softmax(logits, dim=-1)  # before the ban, as Hugging Face has it
-            ban_repeats(logits, beams, no_repeat_ngram_size)
+            ban_repeats(logits, beams, no_repeat_ngram_size, cache.n_pad)
             total = scores.view(-1, 1) + logits  # (B * K, V)
             # 2K candidates: even if K of them end, K are left to go on
             top, flat = total.view(B, K * V).topk(2 * K, dim=1)
@@ -1263,13 +1298,14 @@ def sample(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
 
-def ban_repeats(logits, idx, n):
+def ban_repeats(logits, idx, n, n_pad=None):
     """Set to -inf, in place, the tokens that would repeat an n-gram of idx (B, T); n = 0: none."""
     if n == 0 or idx.size(1) < n:
         return
-    for row, tokens in zip(logits, idx.tolist()):
+    starts = [0] * len(idx) if n_pad is None else n_pad.tolist()
+    for row, tokens, start in zip(logits, idx.tolist(), starts):
         last = tokens[len(tokens) - n + 1:]
-        row[[tokens[i + n - 1] for i in range(len(tokens) - n + 1)
+        row[[tokens[i + n - 1] for i in range(start, len(tokens) - n + 1)
              if tokens[i:i + n - 1] == last]] = -math.inf
 
 
@@ -1357,11 +1393,22 @@ def load_pretrained(folder, dtype, device, dropout):
         if state[name].shape != tensor.shape:
             raise ValueError(f"{folder}: {name} is {tuple(state[name].shape)}, config.json implies "
                              f"{tuple(tensor.shape)}: use the config.json saved with the weights")
+    if dtype != torch.float32 and torch.device(device).type == "cpu":  # to generate, not to train
+        model.load_state_dict({n: column_major(t.to(dtype)) for n, t in state.items()}, assign=True)
+        return model.requires_grad_(False).eval()
     model = model.to(dtype).to_empty(device=device)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             tensor.copy_(state[name])
     return model.eval()
+
+
+def column_major(t):
+    """The same matrix, stored [in, out], as Hugging Face has it and one row times it reads fastest.
+
+    Where it lies so already nothing is copied: it stays in the mapped file until it is used.
+    """
+    return t if t.dim() < 2 or t.stride(0) == 1 else t.t().contiguous().t()
 
 
 def write_atomically(path, write):

@@ -2,10 +2,10 @@
 
     python tokenizer.py train --input data/pubmed/text --vocab_size 28896 --out data/pubmed/tok
 
-Training reads text (.jsonl with a document {"id", "text"} a line, or .txt; plain or .gz; files or
-folders) and writes vocab.json + merges.txt, to the last line those of Hugging Face's BpeTrainer.
-Encoding runs through tiktoken. Bytes that are not UTF-8, and half surrogate pairs, are read as U+FFFD.
-Left out: normalisers, prefix spaces, dropout, and special tokens in plain text (only when asked for).
+Reads text (.jsonl with a document {"id", "text"} a line, or .txt; plain or .gz; files or folders),
+writes vocab.json + merges.txt, to the last line those of Hugging Face's BpeTrainer. Encodes through
+tiktoken. Bytes that are no UTF-8, and half surrogate pairs, are read as U+FFFD. Left out:
+normalisers, prefix spaces, dropout, and special tokens in plain text (only when asked for).
 """
 
 import argparse
@@ -23,6 +23,7 @@ from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
+from operator import add
 from pathlib import Path
 
 import regex
@@ -34,25 +35,20 @@ from tqdm import tqdm
 
 END_OF_TEXT = "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same for text of many lines, each cut as if it stood alone with its "\n": so HF's trainer reads.
+# The same for many lines, each cut as if it stood alone with its "\n": so HF's trainer reads.
 LINE_PATTERN = regex.compile(PATTERN.replace(r"\s+(?!\S)|\s+", r"[^\S\n]*\n|[^\S\n]+(?!\S)|\s"))
 
-
-def byte_characters():
-    """GPT-2's visible stand-in for each byte: itself, or one of chr(256), ...; " " becomes "Ġ"."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = sorted(set(range(256)) - set(visible))
-    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-
-
-BYTE_CHAR = byte_characters()
+# GPT-2 writes a byte as a visible character: itself, or one of chr(256), ...; " " becomes "Ġ".
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = sorted(set(range(256)) - set(VISIBLE))
+BYTE_CHAR = {byte: chr(byte) for byte in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
 CHAR_BYTE = {ord(char): byte for byte, char in BYTE_CHAR.items()}
 ALPHABET = sorted(BYTE_CHAR.values())  # the ids 0-255: "!" is 0, "Ġ" is 220
-BYTE_ID = bytes(ALPHABET.index(BYTE_CHAR[b]) for b in range(256))  # for bytes.translate
+BYTE_ID = bytes(ALPHABET.index(BYTE_CHAR[byte]) for byte in range(256))  # for bytes.translate
 
 
 def token_bytes(token):
-    """ "Ġcell" -> b" cell"."""
+    """From byte characters: "Ġcell" -> b" cell"."""
     return token.translate(CHAR_BYTE).encode("latin-1")
 
 
@@ -67,51 +63,44 @@ def input_files(inputs):
     """The files among inputs; of a folder, the text files directly in it, in name order."""
     files = []
     for path in map(Path, inputs):
-        found = [path]
-        if path.is_dir():
-            found = sorted(f for f in path.iterdir() if re.search(r"\.(jsonl|txt)(\.gz)?$", f.name))
-        if not found or not found[0].is_file():
-            raise FileNotFoundError(f"{path} has no .jsonl or .txt (.gz): python data.py extract makes them")
+        inside = path.iterdir() if path.is_dir() else [path]
+        found = sorted(f for f in inside if re.search(r"\.(jsonl|txt)(\.gz)?$", f.name))
+        if not found or not path.exists():
+            raise FileNotFoundError(f"{path}: no .jsonl or .txt (.gz): run python data.py extract")
         files += found
     return files
 
 
 def read_blocks(files, progress=False):
-    """Yield (file name, bytes: whole lines, about BLOCK_BYTES); a file's last line gets its "\\n"."""
-    total = sum(path.stat().st_size for path in files)
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="counting", disable=not progress)
+    """Yield (file name, bytes): whole lines, ended by "\\n" alone, about BLOCK_BYTES of them."""
+    total, done = sum(path.stat().st_size for path in files), 0
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=not progress)
     for path in files:
-        with bar, open(path, "rb") as raw:
-            stream, rest = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw, []
+        with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as stream:
             try:
-                while data := stream.read(BLOCK_BYTES):
-                    cut = data.rfind(b"\n") + 1
-                    if cut:
-                        yield path.name, b"".join((*rest, data[:cut]))
-                        rest = []
-                    rest.append(data[cut:])
-                    bar.update(raw.tell() - bar.n)
-            except (EOFError, zlib.error) as e:
+                while lines := stream.readlines(BLOCK_BYTES):
+                    bar.update(done + raw.tell() - bar.n)
+                    yield path.name, b"".join(lines)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as e:
                 raise ValueError(f"{path} is truncated or damaged ({e}): fetch it again") from e
-        if any(rest):
-            yield path.name, b"".join((*rest, b"\n"))
+        done += path.stat().st_size
+    bar.close()
 
 
 def block_text(name, block):
-    """A block's text: as it is, or the documents in its JSON lines, each ending in "\\n"."""
-    text = block.decode("utf-8", "replace")
-    if not re.search(r"\.jsonl?(\.gz)?$", name):
-        return text
-    documents = []
+    """A block's text: as it is, or the documents in its JSON lines; a last line gets its "\\n"."""
+    text, documents = block.decode("utf-8", "replace"), []
+    if ".jsonl" not in name:
+        return text.removesuffix("\n") + "\n"
     for line in filter(str.strip, text.split("\n")):
         try:
             record = json.loads(line)
             if not record.get("deleted"):
                 documents.append(record["text"].removesuffix("\n") + "\n")
         except (ValueError, KeyError, AttributeError) as e:
-            raise ValueError(f'{name}: {line[:60]!r}... is no document {{"id", "text"}}: '
+            raise ValueError(f'{name}: {line[:60]!r} is no document {{"id", "text"}}: '
                              "python data.py extract makes them") from e
-    # JSON can spell half a surrogate pair, which is no character: U+FFFD, as tiktoken has it
+    # JSON can spell half a surrogate pair, which is no character: U+FFFD, as tiktoken has it.
     return "".join(documents).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -139,17 +128,17 @@ def count_pretokens(inputs, workers=1, progress=False):
         for block in blocks:
             counts.update(count_block(block))
         return counts
-    ignore_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # the parent answers it
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore_ctrl_c) as pool:
-        try:
+    no_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # the parent answers it
+    try:
+        with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=no_ctrl_c) as pool:
             for block in blocks:
                 running.append(pool.submit(count_block, block))
                 if len(running) > 2 * workers:
                     counts.update(running.popleft().result())
             for future in running:
                 counts.update(future.result())
-        except BrokenProcessPool as e:
-            raise OSError("a counting process was killed (memory?): use fewer --workers") from e
+    except BrokenProcessPool as e:
+        raise OSError("a counting process was killed (memory?): use fewer --workers") from e
     return counts
 
 
@@ -158,20 +147,22 @@ def count_pretokens(inputs, workers=1, progress=False):
 
 
 def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
-    """Merges [("t", "h"), ("Ġ", "th"), ...] in byte characters from {pre-token: count}: vocab_size -
-    257 of them (256 bytes, end-of-text), fewer when no pair is left with min_frequency.
+    """Merges [("t", "h"), ("Ġ", "th"), ...] in byte characters from {pre-token: count}: vocab_size
+    - 257 of them (256 bytes, end-of-text), fewer when no pair is left with min_frequency.
 
-    HF's rule: the pair with the highest count wins, a tie goes to the smaller (id, id); it is merged
-    left to right. A word is a str with a character chr(id) for each symbol: str.split finds a pair,
-    str.join writes its merge, and pairs, being two-character strs, sort as (id, id) does.
+    HF's rule: the pair with the highest count wins, a tie goes to the smaller (id, id); it is
+    merged left to right. A word is a str with a character chr(id) for each symbol: str.split finds
+    a pair, str.join writes its merge, and pairs, two-character strs, sort as (id, id) does.
     """
     if vocab_size < 257:
-        raise ValueError(f"vocab_size {vocab_size} is below 257 = 256 bytes + end-of-text: use more")
+        raise ValueError(f"vocab_size {vocab_size} is below 257 (256 bytes, end-of-text): use more")
+    if min_frequency < 1:
+        raise ValueError(f"min_frequency {min_frequency} is below 1: BioMedLM's is 2")
     words = [piece.encode().translate(BYTE_ID).decode("latin-1") for piece in counts]
     freqs = list(counts.values())
     where = defaultdict(list)  # pair -> indices of words, one per occurrence, maybe outdated
     for i, word in enumerate(words):
-        for pair in map(str.__add__, word, word[1:]):
+        for pair in map(add, word, word[1:]):
             where[pair].append(i)
     pair_counts = {pair: sum(map(freqs.__getitem__, found)) for pair, found in where.items()}
     heap = [(-count, pair) for pair, count in pair_counts.items() if count >= min_frequency]
@@ -210,52 +201,18 @@ def merge_pair(pair, merged, words, indices):
         if not others:
             continue  # done at the word's first occurrence, or taken apart by an earlier merge
         words[i] = merged.join(parts)
-        start = True
+        doubles += [i] * parts[1:-1].count("")  # two side by side: "hehe" -> "XX"
         for after in others:
             if before:
                 lefts[before[-1]].append(i)
-            elif not start:
-                doubles.append(i)  # two side by side: "hehe" -> "XX"
             if after:
                 rights[after[0]].append(i)
-            before, start = after, False
+            before = after
+    yield merged + merged, pair[1] + pair[0], doubles
     for char, found in lefts.items():
         yield char + merged, char + pair[0], found
     for char, found in rights.items():
         yield merged + char, pair[1] + char, found
-    if doubles:
-        yield merged + merged, pair[1] + pair[0], doubles
-
-
-# ---------------------------------------------------------------------------------------------
-# what tiktoken may merge
-
-
-def usable_ranks(vocab, merges):
-    """tiktoken's {bytes: rank} that gives HF's tokens, and the set of all tokens that merges make.
-
-    tiktoken joins any neighbours whose bytes together are a token, HF only the pairs of merges.txt.
-    In trained merges this is the same: wherever no merge crosses the ends of a token's bytes, they
-    go through the same merges and arrive at the same pair. In other files a token may be out of reach
-    ("a b", "b c", "a bc": "abc" stops at "ab" + "c"): HF never gives it, tiktoken must not know it.
-    """
-    symbol = {token: chr(i) for i, token in enumerate(vocab)}
-    rules, made = {}, set(ALPHABET)  # pair of symbols -> (rank, pair, the symbol it becomes)
-    for rank, (a, b) in enumerate(merges, len(ALPHABET)):
-        if a not in made or b not in made or a + b not in vocab or symbol[a] + symbol[b] in rules:
-            raise ValueError(f"merge {rank - 255}, {a!r} {b!r}, is there twice, or uses or makes an "
-                             "unknown token: copy the vocabulary and the merges again")
-        rules[symbol[a] + symbol[b]] = rank, symbol[a] + symbol[b], symbol[a + b]
-        made.add(a + b)
-    ranks = {token_bytes(char): rank for rank, char in enumerate(ALPHABET)}
-    for (a, b), (rank, _, _) in zip(merges, rules.values()):
-        word = "".join([symbol[char] for char in a + b])
-        while applicable := [rules[p] for p in map(str.__add__, word, word[1:]) if p in rules]:
-            last, pair, merged = min(applicable)
-            word = word.replace(pair, merged)
-        if len(word) == 1 and last == rank:  # of several pairs that spell a token, one is reached
-            ranks[token_bytes(a + b)] = rank
-    return ranks, made
 
 
 # ---------------------------------------------------------------------------------------------
@@ -264,33 +221,57 @@ def usable_ranks(vocab, merges):
 LONG = 100_000  # tiktoken 0.14 panics on near a million white-space characters in a row
 
 
+def usable_ranks(vocab, merges):
+    """tiktoken's {bytes: rank} that gives HF's tokens, and the set of all tokens that merges make.
+
+    tiktoken joins any neighbours whose bytes together are a token, HF only the pairs of merges.txt.
+    In trained merges this is the same: wherever no merge crosses the ends of a token's bytes, they
+    go through the same merges and arrive at the same pair. In other files a token may be out of
+    reach ("a b", "b c", "a bc": "abc" stops at "ab" + "c"): HF never gives it, so it gets no rank.
+    """
+    symbol = {token: chr(i) for i, token in enumerate(vocab)}
+    rules, made = {}, set(ALPHABET)  # pair of symbols -> (rank, pair, the symbol it becomes)
+    for rank, (a, b) in enumerate(merges, len(ALPHABET)):
+        if not made >= {a, b} or a + b not in vocab or symbol[a] + symbol[b] in rules:
+            raise ValueError(f"merge {rank - 255}, {a!r} {b!r}, is there twice, or uses or makes "
+                             "an unknown token: copy the vocabulary and the merges again")
+        rules[symbol[a] + symbol[b]] = rank, symbol[a] + symbol[b], symbol[a + b]
+        made.add(a + b)
+    ranks = {token_bytes(char): rank for rank, char in enumerate(ALPHABET)}
+    for rank, (a, b) in enumerate(merges, len(ALPHABET)):
+        word = "".join([symbol[char] for char in a + b])
+        while found := [rules[pair] for pair in map(add, word, word[1:]) if pair in rules]:
+            last, pair, merged = min(found)
+            word = word.replace(pair, merged)
+        if len(word) == 1 and last == rank:  # of several pairs that spell a token, one is reached
+            ranks[token_bytes(a + b)] = rank
+    return ranks, made
+
+
 class Tokenizer:
     """vocab: {token in byte characters, or special string: id}; merges: pairs in order; added:
     {special string: id} beyond vocab. ValueError where these do not fit each other."""
 
     def __init__(self, vocab, merges, added=None):
-        self.vocab, self.merges, self.added = vocab, merges, {}
         if not vocab.keys() >= set(ALPHABET):
-            raise ValueError("the vocabulary lacks byte characters: not byte-level BPE")
-        ranks, made = usable_ranks(vocab, merges)
-        self.special = {token: i for token, i in vocab.items() if token not in made}
+            raise ValueError("the vocabulary lacks some of the 256 bytes: not byte-level BPE")
+        self._ranks, made = usable_ranks(vocab, merges)
+        self._encodings = {}
+        self.vocab, self.merges = vocab, merges
+        self.added = {token: i for token, i in (added or {}).items() if vocab.get(token) != i}
+        self.special = {token: i for token, i in vocab.items() if token not in made} | self.added
         for token in self.special:
             if not re.fullmatch(r"<.*>|\[.*\]", token) and token not in (added or {}):
-                raise ValueError(f"no merge makes {token!r}: the merges are cut short; copy them again")
+                raise ValueError(f"no merge makes {token!r}: the merges are cut short, copy them")
+        if END_OF_TEXT not in self.special:
+            raise ValueError(f"there is no {END_OF_TEXT}: not GPT-2's or BioMedLM's kind")
+        self.eot_id = self.special[END_OF_TEXT]
         self._bytes = {i: token_bytes(token) for token, i in vocab.items() if token in made}
         self._bytes |= {i: token.encode() for token, i in self.special.items()}
-        if len(self._bytes) != len(vocab):
-            raise ValueError("two tokens of the vocabulary share an id: copy it again")
-        for token, i in (added or {}).items():
-            self._add(token, i)
-        if END_OF_TEXT not in self.special:
-            raise ValueError(f"the vocabulary has no {END_OF_TEXT}: not GPT-2's or BioMedLM's kind")
-        self.eot_id = self.special[END_OF_TEXT]
+        if len(self._bytes) < len(vocab) + len(self.added):
+            raise ValueError("two tokens share an id: copy the vocabulary again")
         ids = [vocab[token] for token in (*ALPHABET, *map("".join, merges))]
         self._id_of_rank = None if ids == list(range(len(ids))) else ids  # None: they are the same
-        self._bpe = tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
-        self._one_piece = lru_cache(lambda: tiktoken.Encoding(
-            "one piece", pat_str=r"(?s).+", mergeable_ranks=ranks, special_tokens={}))
 
     @classmethod
     def from_merges(cls, merges):
@@ -303,86 +284,85 @@ class Tokenizer:
         """The highest id + 1, added special tokens included."""
         return max(self._bytes) + 1
 
-    def _add(self, token, i):
-        if self.special.get(token, i) != i or (token not in self.special and i in self._bytes):
-            raise ValueError(f"special token {token!r} cannot have id {i}: it is taken")
-        if token not in self.special:
-            self.special[token] = self.added[token] = i
-            self._bytes[i] = token.encode()
-        return i
-
     def add_special_tokens(self, tokens):
         """Ids of special strings; those that are new get the ids from vocab_size up."""
-        return [self._add(token, self.special.get(token, self.vocab_size)) for token in tokens]
+        for token in tokens:
+            if token not in self.special:
+                self.special[token] = self.added[token] = self.vocab_size
+                self._bytes[self.vocab_size] = token.encode()
+        return [self.special[token] for token in tokens]
 
     def encode(self, text, allow_special=False):
         """Ids (list of int) of text. Special strings in it are plain text unless allow_special."""
         if not allow_special:
-            return self.encode_batch([text], num_threads=1)[0]
+            return self._encode(text)
         longest_first = sorted(self.special, key=len, reverse=True)
         parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
-        rows = self.encode_batch(parts, num_threads=1)  # plain, special, plain, ...
-        rows[1::2] = [[self.special[token]] for token in parts[1::2]]
-        return [i for row in rows for i in row]
+        ids = []
+        for n, part in enumerate(parts):  # plain, special, plain, ...
+            ids += [self.special[part]] if n % 2 else self._encode(part)
+        return ids
 
     def encode_batch(self, texts, num_threads=None):
         """Ids of each text, on num_threads threads (None: all cores)."""
         with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-            rows = list((map if num_threads == 1 else pool.map)(self._ranks, texts))
-        if self._id_of_rank:
-            rows = [[self._id_of_rank[rank] for rank in row] for row in rows]
-        return rows
+            return list((map if num_threads == 1 else pool.map)(self._encode, texts))
 
-    def _ranks(self, text):
-        """HF's pieces; of a long run of white space before a word, all but the last character is one
-        piece, and goes in without the pattern."""
+    def _bpe(self, text, pattern=PATTERN):
+        if pattern not in self._encodings:
+            self._encodings[pattern] = tiktoken.Encoding(
+                "bpe", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={})
+        return self._encodings[pattern].encode_ordinary(text)
+
+    def _encode(self, text):
         ranks, start = [], 0
-        for run in re.finditer(r"\s{%d,}" % LONG, text) if len(text) > LONG else ():
-            ranks += self._bpe.encode_ordinary(text[start:run.start()])
+        for run in re.finditer(rf"\s{{{LONG},}}", text) if len(text) > LONG else ():
+            # HF's pieces: white space before a word is one piece, but for its last character
+            ranks += self._bpe(text[start:run.start()])
             start = run.end() - (run.end() < len(text))
-            ranks += self._one_piece().encode_ordinary(text[run.start():start])
-        return ranks + self._bpe.encode_ordinary(text[start:])
+            ranks += self._bpe(text[run.start():start], pattern=r"(?s).+")
+        ranks += self._bpe(text[start:])
+        return [self._id_of_rank[rank] for rank in ranks] if self._id_of_rank else ranks
 
     def decode_bytes(self, ids):
         try:
             return b"".join([self._bytes[i] for i in ids])
         except KeyError as e:
-            raise ValueError(f"id {e} is not in this vocabulary of {self.vocab_size:,}: "
-                             "the ids come from another tokenizer") from None
+            raise ValueError(f"id {e} is none of this vocabulary's {self.vocab_size:,}: the ids "
+                             "come from another tokenizer") from None
 
     def decode(self, ids):
-        """Text of ids (ints); bytes that are no UTF-8, as of a character cut in two, become U+FFFD."""
+        """Text of ids (ints); bytes that are no UTF-8, as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def files(self):
         """{file name: bytes} as saved, byte for byte as HF saves them."""
         by_id = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
-        files = {"vocab.json": json.dumps(by_id, ensure_ascii=False, separators=(",", ":")),
-                 "merges.txt": "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges),
-                 "added_tokens.json": json.dumps(self.added, ensure_ascii=False)}
-        return {name: content.encode() for name, content in files.items()}
+        vocab = json.dumps(by_id, ensure_ascii=False, separators=(",", ":"))
+        merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges)
+        return {"vocab.json": vocab.encode(), "merges.txt": merges.encode()}
 
     @property
     def fingerprint(self):
         """sha256 (hex) over vocab.json and merges.txt as saved; added tokens don't count."""
-        files = self.files()
-        return hashlib.sha256(files["vocab.json"] + files["merges.txt"]).hexdigest()
+        return hashlib.sha256(b"".join(self.files().values())).hexdigest()
 
     def save(self, folder):
-        """Write vocab.json, merges.txt and, if there are any, added_tokens.json; each whole or not."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in self.files().items():
-            if name == "added_tokens.json" and not self.added:
-                (folder / name).unlink(missing_ok=True)
-                continue
+        """Write vocab.json, merges.txt and, if tokens were added, added_tokens.json; each whole."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        files = self.files()
+        if self.added:
+            files["added_tokens.json"] = json.dumps(self.added).encode()
+        for name, content in files.items():
+            part = Path(folder, f"{name}.part")
             try:
-                with open(folder / f"{name}.part", "wb") as f:
+                with open(part, "wb") as f:
                     f.write(content)
-                    os.fsync(f.flush() or f.fileno())
-                os.replace(f.name, folder / name)
+                    f.flush()
+                    os.fsync(f.fileno())
+                os.replace(part, Path(folder, name))
             finally:
-                Path(f.name).unlink(missing_ok=True)
+                part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder):
@@ -390,8 +370,7 @@ class Tokenizer:
         folder = Path(folder)
         for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
             if (folder / vocab).is_file():
-                added = folder / "added_tokens.json"
-                return from_files(folder / vocab, folder / merges, read_json(added) if added.is_file() else {})
+                return from_files(folder / vocab, folder / merges, folder / "added_tokens.json")
         if (folder / "tokenizer.json").is_file():
             return from_tokenizer_json(folder / "tokenizer.json")
         raise FileNotFoundError(f"{folder} has no vocab.json + merges.txt: make them with python "
@@ -409,25 +388,25 @@ def read_json(path):
         raise ValueError(f"{path} is not JSON, perhaps cut short ({e}): copy it again") from e
 
 
-def from_files(vocab_path, merges_path, added):
-    merges, lines = [], merges_path.read_bytes().decode("utf-8", "replace").split("\n")
-    for number, line in enumerate(lines, 1):
-        if line and not line.startswith("#version"):
-            merges.append(tuple(line.removesuffix("\r").split(" ")))
-            if len(merges[-1]) != 2 or not all(merges[-1]):
-                raise ValueError(f"{merges_path}, line {number}: {line!r} is no pair: copy it again")
+def from_files(vocab, merges, added):
+    lines = merges.read_bytes().decode("utf-8", "replace").replace("\r", "").split("\n")
+    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    for pair in pairs:
+        if len(pair) != 2 or not all(pair):
+            raise ValueError(f"{merges}: {' '.join(pair)!r} is no pair: copy the file again")
     try:
-        return Tokenizer(read_json(vocab_path), merges, added)
+        return Tokenizer(read_json(vocab), pairs, read_json(added) if added.is_file() else {})
     except ValueError as e:
-        raise ValueError(f"{vocab_path} and {merges_path.name}: {e}") from e
+        raise ValueError(f"{vocab}, {merges.name}: {e}") from e
 
 
 def from_tokenizer_json(path):
     top = read_json(path)
     model, pre = top.get("model", {}), top.get("pre_tokenizer") or {}
     plain = pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space")
-    if not plain or not pre.get("use_regex", True) or top.get("normalizer") or "merges" not in model:
-        raise ValueError(f"{path} is not GPT-2's kind (BPE, ByteLevel, no prefix space, no normalizer)")
+    plain = plain and pre.get("use_regex", True) and not top.get("normalizer")
+    if not plain or "merges" not in model:
+        raise ValueError(f"{path} is not GPT-2's kind: BPE, ByteLevel, no prefix space, normalizer")
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     return Tokenizer(model["vocab"], merges, {t["content"]: t["id"] for t in top["added_tokens"]})
 
@@ -436,13 +415,14 @@ def load_named(name):
     """A tokenizer's folder, or "gpt2" from the files that tiktoken caches."""
     if name != "gpt2":
         return Tokenizer.load(name)
-    cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache"))
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
     url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    paths = [cache / hashlib.sha1(f"{url}{n}".encode()).hexdigest() for n in ("encoder.json", "vocab.bpe")]
+    paths = [Path(cache, hashlib.sha1(f"{url}{name}".encode()).hexdigest())
+             for name in ("encoder.json", "vocab.bpe")]
     if not all(path.is_file() for path in paths):
-        raise FileNotFoundError(f"GPT-2's files are not in {cache}: set TIKTOKEN_CACHE_DIR to tiktoken's "
-                                "cache, or name a folder with encoder.json and vocab.bpe instead")
-    return from_files(*paths, {})
+        raise FileNotFoundError(f"GPT-2's files are not in {cache}: set TIKTOKEN_CACHE_DIR to "
+                                "tiktoken's cache, or name a folder with encoder.json, vocab.bpe")
+    return from_files(*paths, Path(cache, "added_tokens.json"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -456,7 +436,7 @@ def show(name, text):
     pieces = [tokenizer.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids]
     print(f"{name}: {len(ids)} tokens, {len(text.encode()) / max(1, len(ids)):.2f} bytes a token")
     if sys.stdout.isatty():
-        print("".join(f"\033[30;{42 + n % 5}m{p}\033[0m" for n, p in enumerate(pieces)))
+        print("".join(f"\033[30;{42 + n % 5}m{piece}\033[0m" for n, piece in enumerate(pieces)))
     else:
         print("|".join(pieces))
     print(*ids)
@@ -469,7 +449,7 @@ def train(args):
     tokenizer = Tokenizer.from_merges(train_bpe(counts, args.vocab_size, args.min_frequency, True))
     tokenizer.save(args.out)
     if tokenizer.vocab_size < args.vocab_size:
-        print(f"no pair is left that occurs {args.min_frequency} times: the vocabulary ends below "
+        print(f"no pair is left that occurs {args.min_frequency} times: the vocabulary ends before "
               f"{args.vocab_size:,}; more text would fill it")
     print(f"{args.out}: {tokenizer.vocab_size:,} tokens, {END_OF_TEXT} is {tokenizer.eot_id}")
 
@@ -484,7 +464,7 @@ def main():
                      help="tokens, the 256 bytes and end-of-text included (default: 28896)")
     sub.add_argument("--min_frequency", type=int, default=2,
                      help="merge no pair that occurs fewer times (default: 2)")
-    sub.add_argument("--out", required=True, help="folder for the two files (required)")
+    sub.add_argument("--out", required=True, help="folder for the files written (required)")
     sub.add_argument("--workers", type=int, help="counting processes (default: all cores)")
     sub = commands.add_parser("show", help="print the pieces and ids of a text")
     sub.add_argument("text", help="the text to cut")

@@ -63,7 +63,7 @@ def recorded_launches(arch, C=2560, n_head=20, V=28896, dropout_p=0.1):
     from triton.runtime.jit import JITFunction
 
     import model
-    launches, saved = [], (JITFunction.run, model.fused, model.architecture)
+    launches, saved = [], (JITFunction.run, model.fused, model.gpu)
 
     def record(kernel, *args, grid=None, warmup=False, **kwargs):
         options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
@@ -72,7 +72,7 @@ def recorded_launches(arch, C=2560, n_head=20, V=28896, dropout_p=0.1):
     def parameter(*shape, dtype=torch.float32):
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
-    JITFunction.run, model.fused, model.architecture = record, lambda x: True, lambda x: arch
+    JITFunction.run, model.fused, model.gpu = record, lambda x: True, lambda: arch
     try:
         x, bf16 = parameter(16, C, dtype=torch.bfloat16), torch.bfloat16
         w, b = parameter(C), parameter(C)
@@ -86,7 +86,7 @@ def recorded_launches(arch, C=2560, n_head=20, V=28896, dropout_p=0.1):
         outputs.append(model.cross_entropy(x, parameter(V, C, dtype=bf16), targets))
         torch.autograd.backward(outputs, [torch.zeros_like(o) for o in outputs])
     finally:
-        JITFunction.run, model.fused, model.architecture = saved
+        JITFunction.run, model.fused, model.gpu = saved
     return launches
 
 
@@ -156,23 +156,29 @@ def static_table(C=2560, n_head=20, V=28896):
 
 
 def gpu_milliseconds(variants, rounds=9, reps=4):
-    """Median device milliseconds of each named callable, in turns. A sleeping kernel goes first, so
-    that launches queue up behind it and Python's own time stays out of the figure. A variant that
-    fails is printed and left out."""
+    """Median device milliseconds of each named callable, in turns. A sleeping kernel goes first,
+    for longer than Python needs to queue the launches behind it, so that Python's own time stays
+    out of the figure. A variant that fails is printed and left out."""
     import torch
-    times, alive = {name: [] for name in variants}, dict(variants)
+    times, alive, cycles = {name: [] for name in variants}, dict(variants), {}
     for name, fn in variants.items():
         try:
             for _ in range(3):
                 fn()
             torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(reps):
+                fn()
+            cycles[name] = int(4e6 + 2 * 2e9 * (time.perf_counter() - start))  # at 2 GHz, twice
+            torch.cuda.synchronize()
         except Exception as e:  # a setting that does not fit this chip must not end the sweep
-            print(f"  {name}: {type(e).__name__} {str(e).splitlines()[0][:90]}", flush=True)
+            print(f"  {name}: {type(e).__name__} {(str(e) or '-').splitlines()[0][:90]}",
+                  flush=True)
             del alive[name], times[name]
     for _ in range(rounds):
         for name, fn in alive.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(4_000_000)
+            torch.cuda._sleep(cycles[name])
             begin.record()
             for _ in range(reps):
                 fn()
@@ -195,20 +201,21 @@ def measured_ceilings():
 
 
 def plain_ops(p, n_head):
-    """The ops as one would write them in plain torch under autocast: {name: function}."""
+    """The ops as one would write them in plain torch, to run under autocast: {name: function}."""
     import torch.nn.functional as F
 
     import model
 
     def add_layer_norm(x, r, w, b):
         new = r + F.dropout(x, p)
+        # autocast's norm is fp32; the cast that the next linear layer makes belongs to it
         return F.layer_norm(new, (x.shape[-1],), w, b).to(x.dtype), new
 
     def bias_gelu(x, b):
         return F.gelu(x + b.to(x.dtype), approximate="tanh")
 
     def cross_entropy(h, w, t):
-        return F.cross_entropy((h @ w.to(h.dtype).T).float(), t)
+        return F.cross_entropy(F.linear(h, w), t)  # bf16 product, fp32 loss
 
     def attention(qkv):
         q, k, v = model.split_heads(qkv, n_head)
@@ -249,18 +256,19 @@ def kernel_cases(rows, C, n_head, p, V=28896):
 
 
 def directions(fn, tensors):
-    """{direction: callable} for fn on these leaves, the output gradients made once."""
+    """{direction: callable} for fn on these leaves as in training: forward under bf16 autocast and
+    recorded for backward, the output gradients made once."""
     import torch
     leaves = [t for t in tensors if t.requires_grad]
-    outputs = fn(*tensors)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def forward():
+        with torch.autocast("cuda", torch.bfloat16):
+            out = fn(*tensors)
+        return out if isinstance(out, tuple) else (out,)
+
+    outputs = forward()
     grads = [torch.randn_like(o) for o in outputs]
-
-    def both():
-        out = fn(*tensors)
-        torch.autograd.grad(out, leaves, grads)
-
-    return {"forward": lambda: fn(*tensors), "both": both,
+    return {"forward": forward, "both": lambda: torch.autograd.grad(forward(), leaves, grads),
             "backward": lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)}
 
 
@@ -364,9 +372,9 @@ def tune_kernels(rows=16384):
             run = {op: directions(ours, tensors) for op, (tensors, ours, _) in cases.items()
                    if op != "cross_entropy"}
 
-            def norm_launch(setting):
-                model.norm_launch = lambda C: (*setting[0], setting[1])
-                norm["programs_per_sm"] = setting[2]
+            def norm_launch(setting, C=C):
+                model.norm_launch = lambda _: (*setting[0], setting[1])
+                norm["columns_per_sm"] = setting[2] * C
 
             saved = model.norm_launch, dict(norm)
             out.append(sweep(f"norm forward C={C} p={p} (piece, warps, -)",
@@ -430,7 +438,7 @@ def tune_attention(C, n_head, p, qkv):
     import torch
 
     import model
-    scale, launch = (C // n_head) ** -0.5, model.LAUNCH[f"attention_{model.architecture(qkv)}"]
+    scale, launch = (C // n_head) ** -0.5, model.LAUNCH[model.gpu()]
     o, lse = model.attention_forward(qkv, n_head, scale, p, 1)
     do, saved, out = torch.randn_like(o), dict(launch), []
     runs = {"forward": lambda: model.attention_forward(qkv, n_head, scale, p, 1)}
@@ -442,8 +450,10 @@ def tune_attention(C, n_head, p, qkv):
         "dkv": [(32, 128, 8, 2), (32, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2)],
         "dq": [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (128, 32, 8, 3)]}
     for kernel, choices in settings.items():
-        out.append(sweep(f"attention {kernel} C={C} p={p} (BM, BN, warps, stages)", runs[kernel],
-                         choices, lambda setting, kernel=kernel: launch.update({kernel: setting})))
+        key = kernel + "_dropout" if p and kernel + "_dropout" in launch else kernel
+        timed = kernel if kernel == "forward" else f"{kernel}, timing the whole backward,"
+        out.append(sweep(f"attention {timed} C={C} p={p} (BM, BN, warps, stages)", runs[kernel],
+                         choices, lambda setting, key=key: launch.update({key: setting})))
         launch.update(saved)
     return out
 
@@ -463,218 +473,6 @@ def bench_kernels(rest):
     if not torch.cuda.is_available():
         raise ValueError("no CUDA device here: run `python tests/bench.py kernels --static`")
     return tune_kernels() if args.tune else time_kernels(args.quick)
-
-
-# ---------------------------------------------------------------------------------------------
-# the tokenizer: training and encoding beside Hugging Face's, which runs in an environment of its own
-
-HF_CHILD = """
-import os, resource, sys, time
-part, text, threads, folder = sys.argv[1:]
-os.environ["RAYON_NUM_THREADS"] = threads
-os.environ["TOKENIZERS_PARALLELISM"] = "true" if int(threads) > 1 else "false"
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-if part == "train":
-    byte_level = pre_tokenizers.ByteLevel
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = byte_level(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=28895, min_frequency=2, show_progress=False,
-                                  initial_alphabet=byte_level.alphabet())
-    start = time.perf_counter()
-    tok.train([text], trainer)
-    seconds = time.perf_counter() - start
-    tok.model.save(folder)
-    tok.save(folder + "/tokenizer.json")
-else:
-    tok = Tokenizer.from_file(folder + "/tokenizer.json")
-    lines = open(text, newline="\\n", encoding="utf-8").read().split("\\n")
-    start = time.perf_counter()
-    rows = tok.encode_batch_fast(lines, add_special_tokens=False)
-    seconds = time.perf_counter() - start
-    import array, hashlib
-    print(hashlib.sha256(b"".join(array.array("I", r.ids).tobytes() for r in rows)).hexdigest())
-print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-"""
-
-OUR_CHILD = """
-import resource, sys, time
-part, text, threads, folder = sys.argv[1:]
-from tokenizer import Tokenizer, count_pretokens, train_bpe
-if part == "train":
-    start = time.perf_counter()
-    counts = count_pretokens([text], workers=int(threads))
-    merges = train_bpe(counts, 28896)
-    seconds = time.perf_counter() - start
-    Tokenizer.from_merges(merges).save(folder)
-else:
-    tok = Tokenizer.load(folder)
-    lines = open(text, newline="\\n", encoding="utf-8").read().split("\\n")
-    start = time.perf_counter()
-    rows = tok.encode_batch(lines, num_threads=int(threads))
-    seconds = time.perf_counter() - start
-    import array, hashlib
-    print(hashlib.sha256(b"".join(array.array("I", r).tobytes() for r in rows)).hexdigest())
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-peak += int(threads) * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(seconds, peak / 1024)
-"""
-
-
-def all_text(folder, path):
-    """One text file, a line each, of abstracts.jsonl.gz (title, abstract) and pmc_fulltext.jsonl.gz."""
-    with open(path, "w", newline="\n", encoding="utf-8") as out:
-        for name in ("abstracts.jsonl.gz", "pmc_fulltext.jsonl.gz"):
-            for line in gzip.open(Path(folder) / name, "rt", encoding="utf-8", newline="\n"):
-                record = json.loads(line)
-                text = record.get("text") or f"{record['title'] or ''}\n{record['abstract'] or ''}"
-                out.write(text.removesuffix("\n") + "\n")
-
-
-def bench_tokenizer(argv):
-    parser = argparse.ArgumentParser(prog="bench.py tokenizer")
-    parser.add_argument("--data", default=ROOT.parent / "shared/data",
-                        help="folder with abstracts.jsonl.gz and pmc_fulltext.jsonl.gz, or one .txt")
-    parser.add_argument("--hf_python", help="a python that has tokenizers (default: ours alone)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each (default: 3)")
-    args = parser.parse_args(argv)
-    children = {"ours": (sys.executable, OUR_CHILD)}
-    if args.hf_python:
-        children["hf"] = (args.hf_python, HF_CHILD)
-    rows, seen = [], {}
-    with tempfile.TemporaryDirectory() as tmp:
-        text = str(args.data)
-        if not text.endswith(".txt"):
-            text = f"{tmp}/all.txt"
-            all_text(args.data, text)
-        megabytes = os.path.getsize(text) / 1e6
-        for part, threads in (("train", 1), ("train", 2), ("encode", 1)):
-            found = {name: [] for name in children}
-            for _ in range(args.rounds):
-                for name, (python, code) in children.items():
-                    folder = Path(tmp, name)
-                    folder.mkdir(exist_ok=True)
-                    out = subprocess.run([python, "-c", code, part, text, str(threads), str(folder)],
-                                         cwd=ROOT, check=True, capture_output=True, text=True).stdout
-                    *digest, last = out.strip().split("\n")
-                    found[name].append([float(x) for x in last.split()])
-                    seen[part, name] = digest or (folder / "merges.txt").read_bytes()
-            for name, runs in found.items():
-                seconds, peak = (statistics.median(column) for column in zip(*runs))
-                rows.append({"part": part, "threads": threads, "who": name, "seconds": seconds,
-                             "MB_per_s": megabytes / seconds, "peak_MB": peak})
-                print(f"{part:6} {threads} thread(s) {name:5}{seconds:8.2f} s {megabytes / seconds:7.2f}"
-                      f" MB/s  peak {peak:6.0f} MB", flush=True)
-            if args.hf_python:
-                ratio = rows[-2]["seconds"] / rows[-1]["seconds"]
-                same = seen[part, "ours"] == seen[part, "hf"]
-                rows.append({"part": part, "threads": threads, "ours_over_hf": ratio, "equal": same})
-                print(f"{part:6} {threads} thread(s) ours / hf = {ratio:.2f}; "
-                      f"{'merges' if part == 'train' else 'ids'} equal: {same}", flush=True)
-
-
-# ---------------------------------------------------------------------------------------------
-# data: extraction, tokenizing, the loader
-
-
-def citations_file(shared, path, n):
-    """A baseline-like file: real titles and abstracts in the frames of NLM's own sample citations."""
-    with gzip.open(shared / "pubmed_xml/pubmedsample18n0001.xml.gz", "rt") as f:
-        frames = re.findall(r"(?s)<PubmedArticle>.*?</PubmedArticle>", f.read())
-    frames = [re.sub(r"(?s)<Abstract>.*?</Abstract>|<OtherAbstract.*</OtherAbstract>", "", x) for x in frames]
-    with gzip.open(shared / "abstracts.jsonl.gz", "rt") as f:
-        bad = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # XML has no control characters
-        records = [{k: bad.sub("", v) for k, v in json.loads(line).items()} for line in f]
-    with gzip.open(path, "wt", compresslevel=6) as f:
-        f.write('<?xml version="1.0" encoding="utf-8"?>\n<PubmedArticleSet>\n')
-        for i in range(n):
-            r, frame = records[i % len(records)], frames[i % len(frames)]
-            text = (f"<ArticleTitle>{escape(r['title'])}</ArticleTitle><Abstract><AbstractText>"
-                    f"{escape(r['abstract'])} {i}</AbstractText></Abstract>")
-            frame = re.sub(r"(?s)<ArticleTitle>.*?</ArticleTitle>", lambda _, t=text: t, frame, count=1)
-            f.write(re.sub(r"(<PMID [^>]*>)\d+", rf"\g<1>{i + 1}", frame, count=1) + "\n")
-        f.write("</PubmedArticleSet>\n")
-
-
-def peak_mib(*args):
-    """(seconds, peak resident MiB) of a command in a process of its own."""
-    code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
-            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code, sys.executable, *map(str, args)],
-                          capture_output=True, text=True, check=True)
-    return time.perf_counter() - start, int(done.stdout.split()[-1]) / 1024
-
-
-def bench_data(rest):
-    """Extraction on a 30,000-citation file, tokenizing at 1 and 2 workers, the loader, hours at full size."""
-    import data
-
-    parser = argparse.ArgumentParser(prog="bench.py data")
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared/data", help="the real samples")
-    parser.add_argument("--tokenizer", type=Path, help="a tokenizer folder (default: 8,192 learned here)")
-    args = parser.parse_args(rest)
-    rows = []
-
-    def row(name, value, unit, note=""):
-        rows.append({"name": name, "value": round(value, 2), "unit": unit, "note": note})
-        print(f"{name:34} {value:12,.1f} {unit:10} {note}", flush=True)
-
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        big = folder / "pubmed99n0001.xml.gz"
-        citations_file(args.shared, big, 30_000)
-        with gzip.open(big) as f:
-            xml_mb = sum(len(chunk) for chunk in iter(lambda: f.read(2**20), b"")) / 1e6
-        seconds, peaks = [], []
-        for i in range(3):
-            s, peak = peak_mib(ROOT / "data.py", "extract", big, "--out", folder / f"text{i}", "--workers", 1)
-            seconds.append(s)
-            peaks.append(peak)
-        extract_mb_s = xml_mb / statistics.median(seconds)
-        row("extract", extract_mb_s, "MB/s", f"{xml_mb:.0f} MB of XML, one core, start-up included")
-        row("extract, peak memory", max(peaks), "MiB", "30,000 citations")
-        subset = folder / "small.xml.gz"
-        citations_file(args.shared, subset, 3_000)
-        row("extract, peak memory", peak_mib(ROOT / "data.py", "extract", subset, "--out", folder / "t",
-                                             "--workers", 1)[1], "MiB", "3,000 citations")
-
-        texts = folder / "texts"
-        texts.mkdir()
-        documents = list(data.read_documents(folder / "text0"))
-        for i in range(8):
-            with gzip.open(texts / f"{i}.jsonl.gz", "wt", compresslevel=3) as f:
-                f.writelines(json.dumps({"id": d, "text": t}) + "\n" for d, t in documents[i::8])
-        text_mb = sum(len(t.encode()) for _, t in documents) / 1e6
-        tokenizer = args.tokenizer or folder / "tokenizer"
-        if not args.tokenizer:
-            subprocess.run([sys.executable, ROOT / "tokenizer.py", "train", "--input", folder / "t",
-                            "--vocab_size", "8192", "--out", tokenizer], check=True, capture_output=True)
-
-        def tokenize(workers):
-            out = folder / f"arrays{workers}"
-            shutil.rmtree(out, ignore_errors=True)
-            subprocess.run([sys.executable, ROOT / "data.py", "tokenize", "--text", texts, "--tokenizer", tokenizer,
-                            "--out", out, "--workers", str(workers)], check=True, capture_output=True)
-
-        took = interleave({n: lambda n=n: tokenize(n) for n in (1, 2)}, 3)
-        row("tokenize, 1 worker", text_mb / took[1], "MB/s", f"{text_mb:.0f} MB of text, all included")
-        row("tokenize, 2 workers", text_mb / took[2], "MB/s", f"{took[1] / took[2]:.2f} times one worker")
-
-        batches = data.train_batches(folder / "arrays1", 1024, 8, seed=0)
-        next(batches)
-        start, n = time.perf_counter(), 2000
-        for _ in range(n):
-            next(batches)
-        row("loader", n * 8 * 1024 / (time.perf_counter() - start) / 1e6, "M tokens/s", "8 x 1024, one process")
-        xml_tb, text_gb = 1300 * xml_mb / 1e6, 1300 * text_mb / 1e3
-        hours = lambda mb, mb_s: mb / mb_s / 3600 / 64
-        row("baseline, extract, 64 cores", hours(xml_tb * 1e6, extract_mb_s), "hours",
-            f"1,300 files x {xml_mb:.0f} MB / {extract_mb_s:.0f} MB/s / 64 cores")
-        row("baseline, tokenize, 64 cores", hours(text_gb * 1e3, text_mb / took[1]), "hours",
-            f"{text_gb:.0f} GB of text / {text_mb / took[1]:.1f} MB/s / 64 cores, the join beside")
-        row("100 GB of PMC, extract + tokenize", hours(1e5, extract_mb_s) + hours(5e4, text_mb / took[1]), "hours",
-            "100 GB of XML at the rate above, half of it text")
-    return rows
 
 
 # ---------------------------------------------------------------------------------------------
@@ -865,6 +663,338 @@ def bench_train(rest):
                 if cuda:
                     torch.cuda.empty_cache()
     return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# the tokenizer: training and encoding beside Hugging Face's, which runs in its own environment
+
+HF_CHILD = """
+import os, resource, sys, time
+clock = lambda: (time.perf_counter(), sum(os.times()[:4]))
+part, text, threads, folder = sys.argv[1:]
+os.environ["RAYON_NUM_THREADS"] = threads
+os.environ["TOKENIZERS_PARALLELISM"] = "true" if int(threads) > 1 else "false"
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+if part == "train":
+    byte_level = pre_tokenizers.ByteLevel
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = byte_level(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=28895, min_frequency=2, show_progress=False,
+                                  initial_alphabet=byte_level.alphabet())
+    start = clock()
+    tok.train([text], trainer)
+    end = clock()
+    tok.model.save(folder)
+    tok.save(folder + "/tokenizer.json")
+else:
+    tok = Tokenizer.from_file(folder + "/tokenizer.json")
+    lines = open(text, newline="\\n", encoding="utf-8").readlines()
+    texts = ["".join(lines[i:i + 40]) for i in range(0, len(lines), 40)]
+    start = clock()
+    rows = tok.encode_batch_fast(texts, add_special_tokens=False)
+    end = clock()
+    import array, hashlib
+    print(hashlib.sha256(b"".join(array.array("I", r.ids).tobytes() for r in rows)).hexdigest())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(*(b - a for a, b in zip(start, end)), peak / 1024)
+"""
+
+OUR_CHILD = """
+import os, resource, sys, time
+clock = lambda: (time.perf_counter(), sum(os.times()[:4]))
+part, text, threads, folder = sys.argv[1:]
+from tokenizer import Tokenizer, count_pretokens, train_bpe
+if part == "train":
+    start = clock()
+    counts = count_pretokens([text], workers=int(threads))
+    merges = train_bpe(counts, 28896)
+    end = clock()
+    Tokenizer.from_merges(merges).save(folder)
+else:
+    tok = Tokenizer.load(folder)
+    lines = open(text, newline="\\n", encoding="utf-8").readlines()
+    texts = ["".join(lines[i:i + 40]) for i in range(0, len(lines), 40)]
+    start = clock()
+    rows = tok.encode_batch(texts, num_threads=int(threads))
+    end = clock()
+    import array, hashlib
+    print(hashlib.sha256(b"".join(array.array("I", r).tobytes() for r in rows)).hexdigest())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak += int(threads) * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(*(b - a for a, b in zip(start, end)), peak / 1024)
+"""
+
+
+def all_text(folder, path):
+    """One text file of abstracts.jsonl.gz (title, newline, abstract) and pmc_fulltext.jsonl.gz."""
+    with open(path, "w", newline="\n", encoding="utf-8") as out:
+        for name in ("abstracts.jsonl.gz", "pmc_fulltext.jsonl.gz"):
+            with gzip.open(Path(folder) / name, "rb") as lines:
+                for record in map(json.loads, lines):
+                    text = record.get("text")
+                    if text is None:
+                        text = f"{record['title'] or ''}\n{record['abstract'] or ''}"
+                    out.write(text.removesuffix("\n") + "\n")
+
+
+def bench_tokenizer(argv):
+    parser = argparse.ArgumentParser(prog="bench.py tokenizer")
+    parser.add_argument("--data", default=ROOT.parent / "shared/data",
+                        help="a .txt, or a folder with abstracts.jsonl.gz, pmc_fulltext.jsonl.gz "
+                        "(default: ../shared/data)")
+    parser.add_argument("--hf_python", help="a python that has tokenizers (default: ours alone)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each (default: 3)")
+    args = parser.parse_args(argv)
+    children = {"ours": (sys.executable, OUR_CHILD)}
+    if args.hf_python:
+        children["hf"] = (args.hf_python, HF_CHILD)
+    rows, seen = [], {}
+    with tempfile.TemporaryDirectory() as tmp:
+        text = str(args.data)
+        if not text.endswith(".txt"):
+            text = f"{tmp}/all.txt"
+            all_text(args.data, text)
+        megabytes = os.path.getsize(text) / 1e6
+        for part, threads in (("train", 1), ("train", 2), ("encode", 1)):
+            found = {name: [] for name in children}
+            for _ in range(args.rounds):
+                for name, (python, code) in children.items():
+                    folder = Path(tmp, name)
+                    folder.mkdir(exist_ok=True)
+                    command = [python, "-c", code, part, text, str(threads), str(folder)]
+                    done = subprocess.run(command, cwd=ROOT, check=True, text=True,
+                                          stdout=subprocess.PIPE)
+                    *digest, last = done.stdout.strip().split("\n")
+                    found[name].append([float(x) for x in last.split()])
+                    seen[part, name] = digest or (folder / "merges.txt").read_bytes()
+            for name, runs in found.items():
+                wall, cpu, peak = (statistics.median(column) for column in zip(*runs))
+                rows.append({"part": part, "threads": threads, "who": name, "seconds": wall,
+                             "cpu_s": cpu, "MB_per_s": megabytes / wall, "peak_MB": peak})
+                print(f"{part:6} {threads} thread(s) {name:5}{wall:8.2f} s {cpu:8.2f} s of CPU "
+                      f"{megabytes / wall:6.2f} MB/s  peak {peak:5.0f} MB", flush=True)
+            if args.hf_python:
+                ours, hf = rows[-2:]
+                ratios = {f"{k}_ours_over_hf": ours[k] / hf[k] for k in ("seconds", "cpu_s")}
+                same = seen[part, "ours"] == seen[part, "hf"]
+                rows.append({"part": part, "threads": threads, "equal": same, **ratios})
+                print("       ours / hf: {:.2f} wall, {:.2f} CPU; ".format(*ratios.values())
+                      + f"{'merges' if part == 'train' else 'ids'} equal: {same}", flush=True)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# data: extraction, tokenizing, the loader
+
+
+def citations_file(shared, path, n):
+    """A baseline-like file: real titles and abstracts in the frames of NLM's sample citations."""
+    with gzip.open(shared / "pubmed_xml/pubmedsample18n0001.xml.gz", "rt") as f:
+        frames = re.findall(r"(?s)<PubmedArticle>.*?</PubmedArticle>", f.read())
+    abstracts = re.compile(r"(?s)<Abstract>.*?</Abstract>|<OtherAbstract.*</OtherAbstract>")
+    frames = [abstracts.sub("", x) for x in frames]
+    with gzip.open(shared / "abstracts.jsonl.gz", "rt") as f:
+        bad = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # XML allows none of them
+        records = [{k: bad.sub("", v) for k, v in json.loads(line).items()} for line in f]
+    with gzip.open(path, "wt", compresslevel=6) as f:
+        f.write('<?xml version="1.0" encoding="utf-8"?>\n<PubmedArticleSet>\n')
+        for i in range(n):
+            r, frame = records[i % len(records)], frames[i % len(frames)]
+            text = (f"<ArticleTitle>{escape(r['title'])}</ArticleTitle><Abstract><AbstractText>"
+                    f"{escape(r['abstract'])} {i}</AbstractText></Abstract>")
+            frame = re.sub(r"(?s)<ArticleTitle>.*?</ArticleTitle>", lambda _, t=text: t, frame,
+                           count=1)
+            f.write(re.sub(r"(<PMID [^>]*>)\d+", rf"\g<1>{i + 1}", frame, count=1) + "\n")
+        f.write("</PubmedArticleSet>\n")
+
+
+def peak_mib(*args):
+    """(CPU seconds, peak resident MiB) of a command in a process of its own."""
+    code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
+            "r = resource.getrusage(resource.RUSAGE_CHILDREN);"
+            "print(r.ru_utime + r.ru_stime, r.ru_maxrss)")
+    done = subprocess.run([sys.executable, "-c", code, sys.executable, *map(str, args)],
+                          capture_output=True, text=True, check=True)
+    seconds, kib = done.stdout.split()[-2:]
+    return float(seconds), int(kib) / 1024
+
+
+ITERPARSE = """import gzip, sys, xml.etree.ElementTree as ET
+context = ET.iterparse(gzip.open(sys.argv[1]), ("start", "end"))
+_, root = next(context)
+for event, e in context:
+    if event == "end" and e.tag == "PubmedArticle":
+        root.clear()
+print(0)"""
+
+
+def bench_data(rest):
+    """Extraction of 30,000 citations, tokenizing at 1 and 2 workers, the loader, hours in all."""
+    import data
+
+    parser = argparse.ArgumentParser(prog="bench.py data")
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared/data",
+                        help="folder of the real samples (default: beside the checkout)")
+    parser.add_argument("--tokenizer", type=Path, help="folder (default: learned here)")
+    args = parser.parse_args(rest)
+    rows = []
+
+    def row(name, value, unit, note=""):
+        rows.append({"name": name, "value": round(value, 2), "unit": unit, "note": note})
+        print(f"{name:34} {value:12,.1f} {unit:10} {note}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        big = folder / "pubmed99n0001.xml.gz"
+        citations_file(args.shared, big, 30_000)
+        with gzip.open(big) as f:
+            xml_mb = sum(len(chunk) for chunk in iter(lambda: f.read(2**20), b"")) / 1e6
+        script, seconds, peaks = ROOT / "data.py", [], []
+        reference = folder / "reference.py"
+        reference.write_text(ITERPARSE)
+        plain = []
+        for i in range(2):
+            out = folder / f"text{i}"
+            s, peak = peak_mib(script, "extract", big, "--out", out, "--workers", 1)
+            seconds.append(s)
+            peaks.append(peak)
+            plain.append(peak_mib(reference, big)[0])
+        extract_mb_s = xml_mb / statistics.median(seconds)
+        row("extract", extract_mb_s, "MB/s", f"{xml_mb:.0f} MB of XML, CPU seconds")
+        row("extract, better of the two", xml_mb / min(seconds), "MB/s")
+        row("extract, peak memory", max(peaks), "MiB", "30,000 citations")
+        subset = folder / "small.xml.gz"
+        citations_file(args.shared, subset, 3_000)
+        peak = peak_mib(script, "extract", subset, "--out", folder / "t", "--workers", 1)[1]
+        row("extract, peak memory", peak, "MiB", "3,000 citations")
+        row("gunzip + iterparse + clear alone", xml_mb / statistics.median(plain), "MB/s",
+            "the same file, interleaved, nothing extracted")
+
+        texts = folder / "texts"
+        texts.mkdir()
+        documents = list(data.read_documents(folder / "text0"))
+        for i in range(8):
+            with gzip.open(texts / f"{i}.jsonl.gz", "wt", compresslevel=3) as f:
+                f.writelines(json.dumps({"id": d, "text": t}) + "\n" for d, t in documents[i::8])
+        text_mb = sum(len(t.encode()) for _, t in documents) / 1e6
+        tokenizer = args.tokenizer or folder / "tokenizer"
+        if not args.tokenizer:
+            command = [sys.executable, ROOT / "tokenizer.py", "train", "--input", folder / "t"]
+            subprocess.run([*command, "--vocab_size", "8192", "--out", tokenizer], check=True,
+                           capture_output=True)
+
+        def tokenize(workers):
+            out = folder / f"arrays{workers}"
+            shutil.rmtree(out, ignore_errors=True)
+            command = [sys.executable, script, "tokenize", "--text", texts,
+                       "--tokenizer", tokenizer]
+            subprocess.run([*command, "--out", out, "--workers", str(workers)], check=True,
+                           capture_output=True)
+
+        took = interleave({n: lambda n=n: tokenize(n) for n in (1, 2)}, 2)
+        rate = text_mb / took[1]
+        row("tokenize, 1 worker", rate, "MB/s", f"{text_mb:.0f} MB of text, wall clock")
+        row("tokenize, 2 workers", text_mb / took[2], "MB/s", f"{took[1] / took[2]:.2f} x one")
+
+        batches = data.train_batches(folder / "arrays1", 1024, 8, seed=0)
+        next(batches)
+        start, n = time.perf_counter(), 5000
+        for _ in range(n):
+            next(batches)
+        seconds = time.perf_counter() - start
+        row("loader", n * 8 * 1024 / seconds / 1e6, "M tokens/s", "8 x 1024, one process")
+
+        def hours(mb, mb_s):
+            return mb / mb_s / 3600 / 64
+
+        row("baseline, extract, 64 cores", hours(1300 * xml_mb, extract_mb_s), "hours",
+            f"1,300 files x {xml_mb:.0f} MB / {extract_mb_s:.0f} MB/s / 64")
+        row("baseline, tokenize, 64 cores", hours(1300 * text_mb, rate), "hours",
+            f"1,300 files x {text_mb:.0f} MB of text / {rate:.1f} MB/s / 64, without the join")
+        row("100 GB of PMC, both, 64 cores", hours(1e5, extract_mb_s) + hours(5e4, rate), "hours",
+            "100 GB of XML at the rate above, half of it text")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# finetune: a question's shared prefix once, against one option at a time
+
+
+def medqa_examples(data, length):
+    """(shared, option by option) examples of MedQA dev, size of a vocabulary learned on it."""
+    import tempfile
+
+    import finetune
+    import tokenizer as bpe
+    from data import load_qa
+    questions = load_qa("medqa", data, "dev")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "questions.txt"
+        path.write_text("\n".join(" ".join((q.question, *q.options)) for q in questions))
+        tokenizer = bpe.Tokenizer.from_merges(bpe.train_bpe(bpe.count_pretokens([path]), 8192))
+    both = [finetune.encode_all(questions, "medqa", tokenizer, length, shared=shared)
+            for shared in (True, False)]
+    return *both, tokenizer.vocab_size
+
+
+def saved_bytes(step):
+    """Bytes of the distinct tensors that autograd keeps for backward while step() runs."""
+    import torch
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = step()  # the graph lives: no address is used twice
+    del loss
+    return sum(kept.values())
+
+
+def bench_finetune(rest):
+    """Questions a second on MedQA dev: train step (forward, backward) and scoring, fp32."""
+    import torch
+
+    import finetune
+    from model import GPT, GPTConfig
+    p = argparse.ArgumentParser()
+    p.add_argument("--data", default=ROOT.parent / "shared/data/qa/medqa", help="MedQA's folder")
+    p.add_argument("--questions", type=int, default=64, help="of dev, in official order")
+    p.add_argument("--n_embd", type=int, default=256, help="width (4 layers)")
+    p.add_argument("--rounds", type=int, default=5)
+    args = p.parse_args(rest)
+    shared, alone, vocab_size = medqa_examples(args.data, 512)
+    model = finetune.TaskModel(GPT(GPTConfig(n_layer=4, n_head=4, n_embd=args.n_embd, dropout=0.0,
+                                             vocab_size=vocab_size)), "choice")
+    variants = {"shared prefix, by length": list(finetune.micro_batches(shared[:args.questions])),
+                "one option at a time, padded": [alone[i:i + 4]
+                                                 for i in range(0, args.questions, 4)]}
+
+    def score(chunks):
+        with torch.no_grad():
+            return sum(finetune.loss_sum(model, finetune.collate(c)) for c in chunks).item()
+
+    def step(chunks):
+        for chunk in chunks:
+            finetune.loss_sum(model, finetune.collate(chunk)).backward()
+        model.zero_grad()
+
+    rows = []
+    for what, run in ("scoring", score), ("train step", step):
+        seconds = interleave({k: lambda run=run, v=v: run(v) for k, v in variants.items()},
+                             args.rounds)
+        for name, chunks in variants.items():
+            grids = [finetune.collate(c).idx.numel() for c in chunks]
+            largest = max(chunks, key=lambda c: finetune.collate(c).idx.numel())
+            rows.append(dict(what=what, how=name, questions_per_s=args.questions / seconds[name],
+                             tokens=sum(grids), largest_batch_tokens=max(grids),
+                             saved_mb=saved_bytes(lambda c=largest: finetune.loss_sum(
+                                 model, finetune.collate(c))) / 1e6))
+            print(rows[-1])
+        ratio = seconds["one option at a time, padded"] / seconds["shared prefix, by length"]
+        rows.append(dict(what=what, how="ratio", speedup=ratio))
+        print(f"{what}: {ratio:.2f}x questions/s")
 
 
 # ---------------------------------------------------------------------------------------------

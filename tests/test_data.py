@@ -1,0 +1,905 @@
+"""data.py: extraction, arrays, loader, question sets, downloads from a faulty server (D1-D8)."""
+
+import gzip
+import hashlib
+import http.server
+import json
+import os
+import random
+import signal
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run
+
+import data
+from tokenizer import Tokenizer
+
+# ---------------------------------------------------------------------------------------------
+# small inputs, written here
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """300 tokens learned from a few sentences."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_text(
+        folder / "t.jsonl.gz",
+        [(str(i), f"dose {i} mg of the drug reduces pain") for i in range(50)],
+    )
+    done = run(
+        "tokenizer.py", "train", "--input", folder, "--vocab_size", 300, "--out", folder / "t"
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "t"
+
+
+def write_text(path, records):
+    with gzip.open(path, "wt", encoding="utf-8") as f:
+        for ident, text in records:
+            record = {"id": ident, "deleted": True} if text is None else {"id": ident, "text": text}
+            f.write(json.dumps(record) + "\n")
+
+
+def write_arrays(folder, tokenizer, tokens, val=None):
+    """A data folder of given token arrays, as tokenize would leave it."""
+    folder.mkdir()
+    t = Tokenizer.load(tokenizer)
+    t.save(folder)
+    meta = {
+        "dtype": "uint16",
+        "vocab_size": t.vocab_size,
+        "eot_id": t.eot_id,
+        "eot": True,
+        "seed": 0,
+        "tokenizer_sha256": t.fingerprint,
+    }
+    for split, array in (("train", tokens), ("val", tokens if val is None else val)):
+        array = np.asarray(array, np.uint16)
+        array.tofile(folder / f"{split}.bin")
+        meta[split] = {
+            "tokens": len(array),
+            "documents": 1,
+            "bytes": len(array),
+            "sha256": hashlib.sha256(array.tobytes()).hexdigest(),
+        }
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
+def citation(pmid, title="A title", abstract="An abstract.", version=1, more="", ids=""):
+    parts = (
+        f"<Abstract>{abstract}</Abstract>"
+        if "<" in abstract
+        else f"<Abstract><AbstractText>{abstract}</AbstractText></Abstract>"
+        if abstract
+        else ""
+    )
+    return (
+        f'<PubmedArticle><MedlineCitation><PMID Version="{version}">{pmid}</PMID><Article>'
+        f"<ArticleTitle>{title}</ArticleTitle>{parts}<Language>eng</Language>{more}</Article>"
+        f"</MedlineCitation><PubmedData><ArticleIdList>{ids}</ArticleIdList></PubmedData></PubmedArticle>"
+    )
+
+
+def pubmed_file(path, *items, doctype='<!DOCTYPE PubmedArticleSet SYSTEM "pubmed.dtd">'):
+    body = f'<?xml version="1.0" encoding="utf-8"?>{doctype}<PubmedArticleSet>' + "\n".join(items)
+    raw = (body + "</PubmedArticleSet>").encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+def texts(out):
+    return dict(data.read_documents(out))
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# ---------------------------------------------------------------------------------------------
+# the loader
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_epoch_is_every_row_once(tmp_path, tokenizer, world_size):
+    """A rank that repeats or skips rows, or a target that is not the next token (D1)."""
+    folder = write_arrays(tmp_path / "d", tokenizer, np.arange(64 * 8 + 5))
+    seen = []
+    for rank in range(world_size):
+        loader = data.train_batches(folder, 8, 2, seed=3, rank=rank, world_size=world_size)
+        for _ in range(64 // (2 * world_size)):
+            x, y = next(loader)
+            assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (2, 8)
+            assert (y[:, :-1] == x[:, :-1] + 1).all() and (y[:, -1] == -100).all()
+            seen += (x[:, 0] // 8).tolist()
+    assert sorted(seen) == list(range(64)) and seen != sorted(seen)
+
+
+def take(folder, n, **kwargs):
+    loader = data.train_batches(folder, 8, seed=3, **kwargs)
+    return [next(loader)[0][:, 0] // 8 for _ in range(n)]
+
+
+def test_order_depends_on_seed_and_sample_only(tmp_path, tokenizer):
+    """Order tied to world size or micro-batch, or the same in every epoch (D2)."""
+    folder = write_arrays(tmp_path / "d", tokenizer, np.arange(60 * 8))
+    one = torch.cat(take(folder, 120, micro_batch=1))
+    ranks = [take(folder, 20, micro_batch=3, rank=r, world_size=2) for r in range(2)]
+    assert torch.equal(torch.cat([b for pair in zip(*ranks) for b in pair]), one)
+    assert sorted(one[:60].tolist()) == sorted(one[60:].tolist()) and not torch.equal(
+        one[:60], one[60:]
+    )
+    assert not torch.equal(next(data.train_batches(folder, 8, 60, seed=4))[0][:, 0] // 8, one[:60])
+
+
+def test_resume_at_another_world_size(tmp_path, tokenizer):
+    """Rows lost or repeated by a resume in mid-epoch or at its edge, with more ranks (D3, D4)."""
+    folder = write_arrays(tmp_path / "d", tokenizer, np.arange(50 * 8))
+    whole = torch.cat(take(folder, 120, micro_batch=1))
+    for start in (12, 48, 52):
+        ranks = [
+            take(folder, 6, micro_batch=2, start=start, rank=r, world_size=4) for r in range(4)
+        ]
+        rest = torch.cat([b for step in zip(*ranks) for b in step])
+        assert torch.equal(rest, whole[start : start + 48])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 1000, 4097])
+def test_permutation_is_a_bijection(n):
+    """A cycle walk that leaves [0, n) or meets a row twice."""
+    index = np.arange(n)
+    assert sorted(data.permute(index, n, 17, 3)) == list(range(n))
+    big = data.permute(np.arange(1000), 10**11, 17, 3)
+    assert len(set(big.tolist())) == 1000 and big.min() >= 0 and big.max() < 10**11
+    assert abs(big.mean() / 10**11 - 0.5) < 0.05
+
+
+def test_validation_scores_every_row_once(tmp_path, tokenizer):
+    """A dropped short last row, or ranks with unequal numbers of batches (FSDP would hang)."""
+    folder = write_arrays(tmp_path / "d", tokenizer, np.arange(8 * 5 + 3))
+    for world_size in (1, 2, 4):
+        ranks = [list(data.val_batches(folder, 8, 2, r, world_size)) for r in range(world_size)]
+        assert len({len(batches) for batches in ranks}) == 1
+        targets = torch.cat([y[y >= 0] for batches in ranks for _, y in batches])
+        assert sorted(targets.tolist()) == [t for t in range(43) if t % 8]
+    assert sum((y >= 0).sum() for _, y in data.val_batches(folder, 8, 2, max_tokens=16)) == 14
+
+
+def test_end_of_text_targets_can_be_ignored(tmp_path, tokenizer):
+    """ignore_eot that drops other targets, or the inputs with them."""
+    eot = Tokenizer.load(tokenizer).eot_id
+    folder = write_arrays(tmp_path / "d", tokenizer, [1, eot, 2, 3] * 4)
+    x, y = next(data.train_batches(folder, 16, 1, seed=0, ignore_eot=True))
+    assert (x == eot).sum() == 4 and y[0].tolist() == [-100, 2, 3, 1] * 3 + [-100, 2, 3, -100]
+
+
+def test_bad_arrays_are_refused_with_the_mend(tmp_path, tokenizer):
+    """Training for days on a cut array, another tokenizer, or ids beyond the vocabulary (D5)."""
+    folder = write_arrays(tmp_path / "d", tokenizer, np.arange(100))
+    data.load_meta(folder, verify=True)
+    with pytest.raises(ValueError, match="less than one sequence"):
+        data.train_batches(folder, 128, 1, seed=0)
+    raw = (folder / "train.bin").read_bytes()
+    (folder / "train.bin").write_bytes(raw[:-2])
+    with pytest.raises(ValueError, match="cut or replaced.*tokenize"):
+        data.load_meta(folder)
+    (folder / "train.bin").write_bytes(raw[:-2] + b"\0\0")
+    data.load_meta(folder)
+    with pytest.raises(ValueError, match="sha256"):
+        data.load_meta(folder, verify=True)
+    with pytest.raises(ValueError, match="beyond the vocabulary of"):
+        data.load_meta(write_arrays(tmp_path / "e", tokenizer, np.arange(301)), verify=True)
+    meta = json.loads((tmp_path / "e/meta.json").read_text())
+    (tmp_path / "e/meta.json").write_text(json.dumps(meta | {"tokenizer_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match="tokenizer"):
+        data.load_meta(tmp_path / "e")
+    with pytest.raises(FileNotFoundError, match="data.py tokenize"):
+        data.load_meta(tmp_path / "nothing")
+
+
+def test_memory_stays_flat(tmp_path, tokenizer):
+    """A memmap kept open: its touched pages count as resident and grow with every batch (D6)."""
+    folder = write_arrays(tmp_path / "d", tokenizer, np.zeros(10), val=np.zeros(10))
+    n = 50_000_000
+    with open(folder / "train.bin", "r+b") as f:
+        f.truncate(2 * n)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["train"]["tokens"] = n
+    (folder / "meta.json").write_text(json.dumps(meta))
+    code = """if True:
+        import sys, data
+        rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+        batches = data.train_batches(sys.argv[1], 1024, 16, seed=0)
+        for i in range(800):
+            next(batches)
+            before = rss() if i == 200 else before if i else 0
+        print(rss() - before)"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and float(done.stdout) < 20, done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# extract
+
+
+def test_pubmed_fields(tmp_path):
+    """Text lost at inline tags, labels, entities, other scripts; books, no abstract (D8)."""
+    parts = (
+        '<AbstractText Label="AIM">To see.</AbstractText>'
+        '<AbstractText Label="END">Seen.</AbstractText>'
+    )
+    book = (
+        "<PubmedBookArticle><BookDocument><PMID>7</PMID><ArticleTitle>A book</ArticleTitle>"
+        "<Abstract>"
+        "<AbstractText>On books.</AbstractText></Abstract></BookDocument></PubmedBookArticle>"
+    )
+    reference = '<ArticleIdList><ArticleId IdType="pmc">PMC9</ArticleId></ArticleIdList>'
+    path = pubmed_file(
+        tmp_path / "a.xml.gz",
+        citation(
+            1, "The <i>p53</i> gene &amp; H<sub>2</sub>O", "&lt;5% of β-cells\n   in 東京 &alpha;"
+        ),
+        citation(2, abstract=parts),
+        citation(3, abstract=""),
+        book,
+        citation(4, ids='<ArticleId IdType="pmc">PMC4</ArticleId>'),
+        citation(5).replace(
+            "</PubmedData>", f"<ReferenceList>{reference}</ReferenceList></PubmedData>"
+        ),
+    )
+    data.extract([path], tmp_path / "out")
+    assert texts(tmp_path / "out") == {
+        "1": "The p53 gene & H2O\n<5% of β-cells in 東京 α",
+        "2": "A title\nTo see. Seen.",
+        "7": "A book\nOn books.",
+        "4": "A title\nAn abstract.",
+        "5": "A title\nAn abstract.",
+    }
+    data.extract([path], tmp_path / "labels", labels=True, skip_pmc=True)
+    assert texts(tmp_path / "labels")["2"] == "A title\nAIM: To see. END: Seen."
+    assert "4" not in texts(tmp_path / "labels") and "5" in texts(tmp_path / "labels")
+    with pytest.raises(ValueError, match="other options"):
+        data.extract([path], tmp_path / "out", labels=True)
+    assert data.extract([path], tmp_path / "fr", languages=["fre"])["another language"] == 6
+
+
+ARTICLE = """<article article-type="{kind}" xmlns:mml="m"><front><article-meta>
+<article-id pub-id-type="pmid">11</article-id><article-id pub-id-type="{idtype}">{pmc}</article-id>
+<title-group><article-title>On <italic>mice</italic></article-title></title-group>
+<abstract><p>We saw mice.</p></abstract><abstract abstract-type="graphical"><p>IMAGE</p></abstract>
+</article-meta></front><body><sec><label>1.</label><title>Methods</title>
+<p>Cells<sup><xref ref-type="bibr">3</xref></sup> grew
+ [<xref ref-type="bibr">4</xref>]
+ in vivo<xref ref-type="bibr">7</xref>,<xref ref-type="bibr">8</xref>,
+ by <inline-formula><alternatives><tex-math>\\documentclass{{a}}
+\\begin{{document}}$x^2$\\end{{document}}</tex-math><mml:math><mml:mi>x</mml:mi></mml:math></alternatives></inline-formula>.<fn><p>FOOT</p></fn></p>
+<table-wrap><label>Table 1</label><caption><p>Ages</p></caption>
+<table><tr><th>A</th><th>B</th></tr><tr><td>1</td><td>2</td></tr></table></table-wrap></sec></body>
+<back><ref-list><ref>REFERENCE</ref></ref-list></back></article>"""
+ARTICLE_TEXT = """On mice
+We saw mice.
+1. Methods
+Cells grew [4] in vivo, by $x^2$.
+Table 1 Ages
+A | B
+1 | 2"""
+
+
+def article(pmc, kind="research-article", idtype="pmc"):
+    return ARTICLE.format(pmc=pmc, kind=kind, idtype=idtype)
+
+
+def test_jats_single_and_bulk(tmp_path):
+    """References in the text, a formula twice, a lost section; bulk articles mixed up (D8)."""
+    (tmp_path / "x.nxml").write_text(article("PMC5", idtype="pmcid"))
+    bulk = article(6) + article(7, "retraction") + article(8)
+    (tmp_path / "bulk.xml.gz").write_bytes(gzip.compress(f"<articles>{bulk}</articles>".encode()))
+    counts = data.extract(
+        [tmp_path / "x.nxml", tmp_path / "bulk.xml.gz"], tmp_path / "out", workers=2
+    )
+    assert texts(tmp_path / "out") == dict.fromkeys(("PMC5", "PMC6", "PMC8"), ARTICLE_TEXT)
+    assert counts["correction or retraction"] == 1
+
+
+def test_versions_and_deletions(tmp_path, tokenizer):
+    """An outdated version or deleted citation in the arrays; equal texts trained on twice (D7)."""
+    pubmed_file(
+        tmp_path / "pubmed20n0999.xml.gz",
+        citation(1, "Old"),
+        citation(2, "Two"),
+        citation(1, "Newer"),
+        citation(5, "Five"),
+        citation(6, "Same"),
+        citation(7, "Same"),
+    )
+    pubmed_file(
+        tmp_path / "pubmed20n1000.xml.gz",
+        citation(1, "Newest"),
+        citation(9, "Nine"),
+        "<DeleteCitation><PMID>2</PMID><PMID>9</PMID></DeleteCitation>",
+    )
+    data.extract([tmp_path], tmp_path / "out")
+    first = list(data.read_records(tmp_path / "out/pubmed20n0999.jsonl.gz"))
+    assert [i for i, _ in first] == ["2", "1", "5", "6", "7"] and first[1][1].startswith("Newer")
+    assert ("9", None) in data.read_records(tmp_path / "out/pubmed20n1000.jsonl.gz")
+    meta = data.tokenize(tmp_path / "out", tokenizer, tmp_path / "arrays", val_fraction=0.3)
+    t, found = Tokenizer.load(tokenizer), []
+    for split in ("train", "val"):
+        text = t.decode(np.fromfile(tmp_path / f"arrays/{split}.bin", np.uint16).tolist())
+        found += [d.split("\n")[0] for d in text.split("<|endoftext|>") if d]
+    assert sorted(found) == ["Five", "Newest", "Same"]
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 3
+
+
+def test_names_never_collide(tmp_path):
+    """Two inputs of one name, the second silently over the first."""
+    for i, name in enumerate(["a/x.xml", "b/x.xml.gz", "b/x.txt"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pubmed_file(tmp_path / name, citation(i)) if "xml" in name else (
+            tmp_path / name
+        ).write_text("T")
+    data.extract([tmp_path / "a", tmp_path / "b", tmp_path / "a/x.xml"], tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.gz")) == [
+        "x-2.jsonl.gz",
+        "x-3.jsonl.gz",
+        "x.jsonl.gz",
+    ]
+    assert len(texts(tmp_path / "out")) == 3
+
+
+def test_json_lines_and_txt(tmp_path):
+    """The Pile's other parts let in, or a document without a stable id."""
+    rows = [
+        {"text": "Keep", "meta": {"pile_set_name": "PubMed Central"}},
+        {"text": "Drop", "meta": {"pile_set_name": "Enron Emails"}},
+        {"id": "9", "title": "T", "abstract": "A"},
+        {"id": "8", "title": "T", "abstract": ""},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "PMC77.txt").write_text("An article\u2028of one line\n")
+    data.extract([tmp_path], tmp_path / "out")
+    found = texts(tmp_path / "out")
+    assert sorted(found.values()) == ["An article\u2028of one line", "Keep", "T\nA"]
+    assert found["9"] == "T\nA" and found["PMC77"].startswith("An article")
+
+
+def bomb(path, record):
+    with gzip.open(path, "wb") as f:
+        f.write(b"<PubmedArticleSet>" + record)
+        for _ in range(60):
+            f.write(b"a" * 2**20)
+
+
+@pytest.mark.parametrize(
+    "name, make, message",
+    [
+        ("a.xml", lambda p: p.write_text("<PubmedArticleSet><PubmedArticle>"), "malformed XML"),
+        (
+            "a.xml",
+            lambda p: p.write_text("<html><body>404</body></html>"),
+            "no record of PubMed or JATS",
+        ),
+        ("a.xml", lambda p: p.write_text(""), "no (XML )?element"),
+        (
+            "a.xml.gz",
+            lambda p: p.write_bytes(gzip.compress(b"<a/>" * 99)[:-9]),
+            "damaged gzip|malformed",
+        ),
+        ("a.xml.gz", lambda p: p.write_bytes(b"not gzip"), "damaged gzip"),
+        (
+            "a.xml",
+            lambda p: pubmed_file(p, doctype='<!DOCTYPE x [<!ENTITY a "aaaa">]>'),
+            "declares an entity",
+        ),
+        (
+            "a.xml",
+            lambda p: pubmed_file(
+                p, doctype='<!DOCTYPE x [<!ENTITY % b SYSTEM "file:///etc/passwd">%b;]>'
+            ),
+            "declares an entity",
+        ),
+        (
+            "a.xml",
+            lambda p: p.write_text(
+                "<article><body>" + "<p>a" * 50_000 + "</p>" * 50_000 + "</body></article>"
+            ),
+            "nested too deeply",
+        ),
+        ("a.xml.gz", lambda p: bomb(p, b"<PubmedArticle>"), "record beyond 32 MiB"),
+        ("a.jsonl", lambda p: p.write_text('{"text": "a"}\n{"text"'), "line 2 is no JSON"),
+        ("a.jsonl.gz", lambda p: bomb(p, b""), "line 1 is no JSON"),
+    ],
+)
+def test_bad_input_is_one_clear_error(tmp_path, name, make, message):
+    """A full memory, a traceback, or a half-written file out of damaged or hostile input (D8)."""
+    make(tmp_path / name)
+    pubmed_file(tmp_path / "good.xml", citation(1))
+    with pytest.raises(ValueError, match=message):
+        data.extract([tmp_path / name, tmp_path / "good.xml"], tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["extract.json", "good.jsonl.gz"]
+    (tmp_path / name).unlink()
+    pubmed_file(tmp_path / name, citation(2)) if "xml" in name else make
+    if "xml" in name:
+        data.extract([tmp_path / name, tmp_path / "good.xml"], tmp_path / "out")
+        assert set(texts(tmp_path / "out")) == {"1", "2"}
+
+
+def test_real_files_extract(tmp_path, shared):
+    """A field of the real sources that our small inputs lack."""
+    counts = data.extract([shared / "pubmed_xml", shared / "pmc_nxml"], tmp_path / "out")
+    found = texts(tmp_path / "out")
+    assert counts["documents"] == len(found) == 309 and counts["correction or retraction"] == 2
+    assert all(text.strip() and "\\begin{document}" not in text for text in found.values())
+
+
+# ---------------------------------------------------------------------------------------------
+# tokenize, and what a kill leaves
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Six files of invented text with versions, deletions and equal texts across them."""
+    rng, folder = random.Random(0), tmp_path / "text"
+    folder.mkdir()
+    for i in range(6):
+        records = [
+            (str(rng.randrange(400)), rng.choice([None] + [f"pain {rng.randrange(300)} mg"] * 9))
+            for _ in range(100)
+        ]
+        write_text(folder / f"f{i}.jsonl.gz", records)
+    return folder
+
+
+def test_same_bytes_for_any_workers_and_shards(tmp_path, tokenizer, corpus, monkeypatch):
+    """Arrays that depend on the number of processes, machines, sorting runs or reruns (D7)."""
+    data.tokenize(corpus, tokenizer, tmp_path / "one", val_fraction=0.05)
+    one = contents(tmp_path / "one")
+    data.tokenize(corpus, tokenizer, tmp_path / "two", val_fraction=0.05, workers=2)
+    for shard in ("2/3", "3/3", "1/3"):
+        assert data.tokenize(corpus, tokenizer, tmp_path / "three", 0.05, shard=shard) is None
+    data.tokenize(corpus, tokenizer, tmp_path / "three", val_fraction=0.05)
+    monkeypatch.setattr(data, "RUN_TOKENS", 50)  # many runs a file, many gathers
+    data.tokenize(corpus, tokenizer, tmp_path / "runs", val_fraction=0.05)
+    data.tokenize(corpus, tokenizer, tmp_path / "one", val_fraction=0.05)
+    for folder in ("two", "three", "runs", "one"):
+        assert contents(tmp_path / folder) == one, folder
+    assert set(one) == {"train.bin", "val.bin", "meta.json", "vocab.json", "merges.txt"}
+    data.tokenize(corpus, tokenizer, tmp_path / "one", val_fraction=0.05, seed=1)
+    again = contents(tmp_path / "one")
+    assert again["train.bin"] != one["train.bin"] and len(again["train.bin"]) == len(
+        one["train.bin"]
+    )
+
+
+def test_split_shares_no_document_and_is_stable(tmp_path, tokenizer, corpus):
+    """A validation document that is trained on, now or after more text is added (D7)."""
+    t, sides = Tokenizer.load(tokenizer), []
+    for out in ("a", "b"):
+        data.tokenize(corpus, tokenizer, tmp_path / out, val_fraction=0.2)
+        sides.append(
+            [
+                set(
+                    t.decode(np.fromfile(tmp_path / out / f"{s}.bin", np.uint16).tolist()).split(
+                        "<|endoftext|>"
+                    )
+                )
+                - {""}
+                for s in ("train", "val")
+            ]
+        )
+        write_text(corpus / "g.jsonl.gz", [(f"new{i}", f"new drug {i}") for i in range(50)])
+    (train, val), (later_train, later_val) = sides
+    assert val and not train & val and not later_train & later_val
+    assert not val & later_train and not train & later_val
+
+
+def test_tokenize_refuses_with_the_mend(tmp_path, tokenizer, corpus, monkeypatch):
+    """Arrays half-written to a full disk, an empty corpus, a share that is none."""
+    write_text(tmp_path / "empty.jsonl.gz", [("1", "a"), ("1", None)])
+    for text, kwargs, message in [
+        (tmp_path / "empty.jsonl.gz", {}, "two are needed"),
+        (corpus, {"val_fraction": 2}, "between 0 and 1"),
+        (corpus, {"shard": "4/3"}, "give I/N"),
+        (tmp_path / "no", {}, "does not exist"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=message):
+            data.tokenize(text, tokenizer, tmp_path / "out", **kwargs)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    with pytest.raises(OSError, match="free"):
+        data.tokenize(corpus, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out/train.bin").exists()
+
+
+def test_command_line_errors_are_one_line(tmp_path):
+    """A traceback for a user's mistake, or exit code 0."""
+    for args in (
+        ["extract", tmp_path / "no", "--out", tmp_path / "o"],
+        ["download", "medqa", "--out", tmp_path],
+        ["tokenize", "--text", tmp_path, "--tokenizer", tmp_path, "--out", tmp_path / "o"],
+    ):
+        done = run("data.py", *args)
+        assert done.returncode == 1 and done.stderr.startswith("data.py: error: ")
+        assert len(done.stderr.strip().split("\n")) == 1
+
+
+def killed_and_rerun(command, delays, out):
+    """Start the command, SIGKILL it after each delay, then let it finish; contents of `out`."""
+    kills = 0
+    for delay in delays:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return kills, contents(out)
+
+
+def crash_loop(tmp_path, tokenizer, n_kills, n_citations):
+    rng, raw = random.Random(1), tmp_path / "raw"
+    raw.mkdir()
+    for i in range(4):
+        pubmed_file(
+            raw / f"pubmed20n{i:04}.xml.gz",
+            *(
+                citation(rng.randrange(4 * n_citations), abstract=f"pain {rng.random()} mg " * 40)
+                for _ in range(n_citations)
+            ),
+        )
+    results = []
+    for name, delays in (("whole", []), ("killed", None)):
+        base = tmp_path / name
+        commands = [
+            (
+                [
+                    sys.executable,
+                    "data.py",
+                    "extract",
+                    raw,
+                    "--out",
+                    base / "text",
+                    "--workers",
+                    "2",
+                ],
+                base / "text",
+            ),
+            (
+                [
+                    sys.executable,
+                    "data.py",
+                    "tokenize",
+                    "--text",
+                    base / "text",
+                    "--tokenizer",
+                    tokenizer,
+                    "--out",
+                    base / "arrays",
+                    "--workers",
+                    "2",
+                ],
+                base / "arrays",
+            ),
+        ]
+        for command, out in commands:
+            start = time.perf_counter()
+            if delays is not None:
+                results.append((killed_and_rerun(command, [], out)[1], time.perf_counter() - start))
+                continue
+            expected, seconds = results.pop(0)
+            delays_s = [rng.uniform(0.3, 1.0) * seconds for _ in range(n_kills)]
+            kills, found = killed_and_rerun(command, delays_s, out)
+            assert kills and found == expected
+
+
+def test_kill_and_rerun(tmp_path, tokenizer):
+    """A partial file taken for whole, or left-overs beside it, after a SIGKILL (D7)."""
+    crash_loop(tmp_path, tokenizer, n_kills=1, n_citations=500)
+
+
+@pytest.mark.slow
+def test_twenty_kills(tmp_path, tokenizer):
+    """The same at ten moments of extract and ten of tokenize."""
+    crash_loop(tmp_path, tokenizer, n_kills=10, n_citations=8000)
+
+
+# ---------------------------------------------------------------------------------------------
+# download from a server with faults
+
+
+class Faulty(http.server.BaseHTTPRequestHandler):
+    """Serves class attribute `files`; with probability `rate` a request meets one of the faults."""
+
+    def do_GET(self):
+        body, rng = self.files.get(self.path.split("?md5")[0].lstrip("/")), self.rng
+        fault = rng.choice(self.faults) if rng.random() < self.rate else None
+        status, start = 200, 0
+        if body is None:
+            return self.send_error(404)
+        if fault in (429, 500, 503):
+            return self.send_error(fault)
+        if fault == "html":
+            body = b"<!DOCTYPE html><html>Please wait</html>"
+        if fault == "wrong" and len(body) > 9:
+            body = body[:9] + bytes([body[9] ^ 1]) + body[10:]
+        etag = f'"{hashlib.md5(body).hexdigest()}"'
+        if self.headers.get("Range") and self.headers.get("If-Range") == etag:
+            start = int(self.headers["Range"][6:].split("-")[0])
+            status = 206 if start < len(body) else 416
+        self.send_response(status)
+        if status > 200:
+            self.send_header(
+                "Content-Range",
+                f"bytes {start}-{len(body) - 1}/{len(body)}"
+                if status == 206
+                else f"bytes */{len(body)}",
+            )
+        self.send_header("ETag", etag)
+        rest = body[start:]
+        self.send_header("Content-Length", len(rest))
+        self.end_headers()
+        if fault == "cut":
+            rest = rest[: rng.randrange(len(rest) + 1)]
+        step = max(1, len(rest) // 5) if fault == "drip" else len(rest) + 1
+        for i in range(0, len(rest), step):
+            self.wfile.write(rest[i : i + step])
+            time.sleep(0.01 * (fault == "drip"))
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(files, rate, seed, faults) -> URL of a local server; retries without long waits."""
+    servers = []
+    monkeypatch.setattr(data, "BACKOFF_S", 0.001)
+
+    def start(
+        files, rate=0.0, seed=0, faults=("cut", "cut", 429, 500, 503, "html", "wrong", "drip")
+    ):
+        handler = type(
+            "Handler",
+            (Faulty,),
+            {"files": files, "rate": rate, "faults": faults, "rng": random.Random(seed)},
+        )
+        server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}/"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def pubmed_site(seed=0):
+    rng, files = random.Random(seed), {}
+    for i in (1, 2, 3):
+        folder, name = ("baseline", "updatefiles")[i > 2], f"pubmed26n{i:04}.xml.gz"
+        files[f"{folder}/{name}"] = body = gzip.compress(rng.randbytes(30_000))
+        files[f"{folder}/{name}.md5"] = f"MD5({name})= {hashlib.md5(body).hexdigest()}\n".encode()
+    for folder in ("baseline", "updatefiles"):
+        names = [f.split("/")[1] for f in files if f.startswith(folder)]
+        files[folder + "/"] = "".join(f'<a href="{n}">{n}</a>' for n in names).encode()
+    return files
+
+
+def fault_runs(serve, tmp_path, runs):
+    """Verified files or an OSError each time; a rerun without faults completes what is missing."""
+    complete = failed = 0
+    for seed in range(runs):
+        files, out = pubmed_site(seed), tmp_path / str(seed)
+        wanted = {k.split("/")[1]: v for k, v in files.items() if k.endswith(".gz")}
+        try:
+            data.download("pubmed", out, serve(files, rate=(0.2, 0.5, 0.8)[seed % 3], seed=seed))
+            complete += 1
+            assert contents(out) == wanted
+        except OSError as e:
+            failed += 1
+            assert "times: try again" in str(e)
+            assert all(v == wanted[k] for k, v in contents(out).items() if ".part" not in k)
+        data.download("pubmed", out, serve(files))
+        assert contents(out) == wanted
+    return complete, failed
+
+
+def test_download_survives_faults(serve, tmp_path):
+    """A cut, wrong or HTML file taken for the whole one (D8)."""
+    complete, _ = fault_runs(serve, tmp_path, 6)
+    assert complete
+
+
+@pytest.mark.slow
+def test_download_fifty_fault_runs(serve, tmp_path):
+    """The same over fifty seeds, where both endings must occur."""
+    complete, failed = fault_runs(serve, tmp_path, 50)
+    assert complete and failed and complete + failed == 50
+
+
+def test_download_errors_are_clear(serve, tmp_path, monkeypatch):
+    """Endless retries of a 404 or a wrong md5, a drip that holds a connection for ever (D8)."""
+    files = pubmed_site()
+    url = serve({**files, "baseline/pubmed26n0001.xml.gz.md5": b"MD5(x)= " + b"0" * 32})
+    with pytest.raises(OSError, match="md5 differs"):
+        data.download("pubmed", tmp_path / "a", url, files="1")
+    assert not any(k.endswith("0001.xml.gz") for k in contents(tmp_path / "a"))
+    with pytest.raises(OSError, match="404.*--base_url"):
+        data.download("pubmedqa", tmp_path / "b", url)
+    with pytest.raises(ValueError, match="Google Drive"):
+        data.download("medqa", tmp_path / "c")
+    with pytest.raises(ValueError, match="numbered 7-9"):
+        data.download("pubmed", tmp_path / "d", serve(files), files="7-9")
+    monkeypatch.setattr(data, "SLOW_AFTER_S", 0)
+    monkeypatch.setattr(data, "SLOWEST_BYTES_PER_S", 1e9)
+    with pytest.raises(OSError, match="too slow"):
+        data.download("pubmed", tmp_path / "e", serve(files, 1.0, faults=["drip"]), files="1")
+
+
+def test_download_pmc(serve, tmp_path):
+    """An outdated version, a retracted article or one of another licence is fetched."""
+    prefix, files = "inventory-reports/pmc-oa-opendata/metadata/", {}
+    rows = []
+    for name, about in {
+        "PMC1.1": {},
+        "PMC1.2": {},
+        "PMC2.1": {"is_retracted": True},
+        "PMC3.1": {"license_code": "CC BY-NC"},
+        "PMC4.1": {"is_pmc_openaccess": False},
+    }.items():
+        body = f"<article>{name}</article>".encode()
+        url = f"https://pmc-oa-opendata.s3.amazonaws.com/{name}/{name}.xml?md5={hashlib.md5(body).hexdigest()}"
+        files[f"{name}/{name}.xml"] = body
+        files[f"metadata/{name}.json"] = json.dumps(
+            {
+                "pmcid": name[:4],
+                "is_pmc_openaccess": True,
+                "is_retracted": False,
+                "license_code": "CC BY",
+                "xml_url": url,
+            }
+            | about
+        ).encode()
+        rows.append(f'"pmc-oa-opendata","metadata/{name}.json","2026-08-01","x"\n')
+    files[prefix + "data/i.csv.gz"] = inventory = gzip.compress("".join(rows).encode())
+    key = {"key": prefix + "data/i.csv.gz", "MD5checksum": hashlib.md5(inventory).hexdigest()}
+    files[f"{prefix}2026-09-01T01-00Z/manifest.json"] = json.dumps({"files": [key]}).encode()
+    files[f"?list-type=2&delimiter=/&prefix={prefix}"] = (
+        "<ListBucketResult>"
+        + "".join(
+            f"<Prefix>{prefix}{d}/</Prefix>"
+            for d in ("2026-08-01T01-00Z", "2026-09-01T01-00Z", "data")
+        )
+        + "</ListBucketResult>"
+    ).encode()
+    data.download("pmc", tmp_path, serve(files), licenses=["CC BY"])
+    assert [p.name for p in tmp_path.rglob("*.xml")] == ["PMC1.2.xml"]
+
+
+# ---------------------------------------------------------------------------------------------
+# question sets
+
+
+def test_pubmedqa_split_is_the_official_one(shared):
+    """Another test set than everyone else's (F5)."""
+    truth = json.loads((shared / "qa/pubmedqa/test_ground_truth.json").read_text())
+    parts = {s: data.load_qa("pubmedqa", shared / "qa", s) for s in ("train", "dev", "test")}
+    assert [q.id for q in parts["test"]] == list(truth)
+    assert [q.options[q.answer] for q in parts["test"]] == list(truth.values())
+    assert [len(parts[s]) for s in parts] == [450, 50, 500]
+    assert len({q.id for p in parts.values() for q in p}) == 1000
+
+
+def test_official_files_load(shared):
+    """A row lost to quoting, an answer off by one."""
+    counts = {
+        (t, s): len(data.load_qa(t, shared / "qa", s))
+        for t, s in (("medqa", "dev"), ("medqa", "train"), ("mmlu", "test"))
+    }
+    assert counts == {
+        ("medqa", "dev"): 1272,
+        ("medqa", "train"): 1030,
+        ("mmlu", "test"): 144 + 100 + 135 + 173,
+    }
+    medmcqa = data.load_qa("medmcqa", shared / "qa/medmcqa", "dev")
+    assert (
+        len(medmcqa) == 4183
+        and medmcqa[0].answer == 0
+        and {q.answer for q in medmcqa} == {0, 1, 2, 3}
+    )
+    texts = [data.load_qa("text", shared / "qa/medquad", s) for s in ("train", "dev", "test")]
+    assert len({q.id for part in texts for q in part}) == sum(map(len, texts)) > 2000
+    assert all(q.target for part in texts for q in part)
+
+
+def mcq(**changes):
+    row = {"id": "a", "question": "Q?", "opa": "1", "opb": "2", "opc": "3", "opd": "4", "cop": 1}
+    return json.dumps(row | changes)
+
+
+def test_medmcqa_counts_from_one_or_zero(tmp_path):
+    """Every answer off by one, silently, on the Hugging Face copy."""
+    path = tmp_path / "train.json"
+    path.write_text(mcq(cop=4) + "\n" + mcq(id="b", cop=1))
+    assert [q.answer for q in data.load_qa("medmcqa", tmp_path, "train")] == [3, 0]
+    path.write_text(
+        mcq(cop=3, question="a &lt; b") + "\n" + mcq(id="b", cop=0) + "\n" + mcq(id="c", cop=-1)
+    )
+    questions = data.load_qa("medmcqa", tmp_path, "train")
+    assert [q.answer for q in questions] == [3, 0, None] and questions[0].question == "a < b"
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("", "is empty"),
+        (mcq(cop=4) + "\n" + mcq(id="b", cop=0), "cop holds 0 and 4"),
+        (mcq(cop=7), "label 7"),
+        (mcq() + "\n" + mcq(), "appears twice"),
+        (mcq(question=" "), "question a of medmcqa is empty"),
+        ("<!DOCTYPE html><html>", "web page"),
+        ('{"id": "a", "id": "b"}', "appears twice"),
+        ("{", "line 1"),
+        ('{"id": "a"}', "lacks"),
+        ("[1]", "lacks|object"),
+    ],
+)
+def test_bad_question_files_are_refused(tmp_path, body, message):
+    """A traceback, or a score on a damaged set."""
+    (tmp_path / "train.json").write_text(body)
+    with pytest.raises(ValueError, match=message):
+        data.load_qa("medmcqa", tmp_path, "train")
+
+
+def test_other_formats_and_splits(tmp_path):
+    """BLURB's and golden BioASQ files read differently; pairs out of step; a split guessed."""
+    (tmp_path / "test.tsv").write_text("i1\tIs it?\tSome text\tyes\ni2\tIs it?\tText\tno\n")
+    assert [q.answer for q in data.load_qa("bioasq", tmp_path, "test")] == [1, 0]
+    items = [
+        {
+            "id": str(i),
+            "type": "yesno",
+            "body": "Is it?",
+            "exact_answer": ["Yes.", "no"][i % 2],
+            "ideal_answer": ["Long."],
+            "snippets": [{"text": "A."}, {"text": "B."}],
+        }
+        for i in range(20)
+    ]
+    (tmp_path / "7b_train.json").write_text(
+        json.dumps({"questions": [*items, {"type": "list", "id": "l"}]})
+    )
+    train, dev = (data.load_qa("bioasq", tmp_path, s) for s in ("train", "dev"))
+    assert len(train) == 18 and [q.id for q in dev] == ["0", "10"]
+    assert dev[0].context == "A. B." and dev[0].target == "Long." and dev[0].answer == 1
+    (tmp_path / "train.source").write_text("a\u2028b\nc\n")
+    (tmp_path / "train.target").write_text("d\ne\n")
+    assert [(q.question, q.target) for q in data.load_qa("text", tmp_path, "train")] == [
+        ("a\u2028b", "d"),
+        ("c", "e"),
+    ]
+    for task, split, error in (
+        ("mmlu", "train", ValueError),
+        ("nope", "test", ValueError),
+        ("medqa", "test", FileNotFoundError),
+    ):
+        with pytest.raises(error):
+            data.load_qa(task, tmp_path, split)
