@@ -61,7 +61,7 @@ def arrays(tmp_path_factory):
         tokens = (np.cumsum(rng.integers(1, 4, count)) % 250).astype(np.uint16)
         tokens.tofile(folder / f"{split}.bin")
         meta[split] = {"tokens": count, "documents": 10, "bytes": count,
-                       "sha256": data.sha256_file(folder / f"{split}.bin")}
+                       "sha256": data.hash_file(folder / f"{split}.bin")}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
