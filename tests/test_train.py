@@ -612,7 +612,10 @@ train.main()
 
 SAVED_BYTES = """
 import torch
+import model as model_module
 from model import GPT, GPTConfig
+
+model_module.gpu = lambda: "sm_80"  # launch settings for bf16, which a CPU has not
 
 def saved(n_layer, T, checkpointing):
     model = GPT(GPTConfig(n_layer=n_layer, n_head=2, n_embd=64, n_positions=64, vocab_size=128))
