@@ -565,7 +565,10 @@ def test_fifty_steps(arrays, tmp_path, mode, micro_batch):
 
 
 def torchrun(script, *flags):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # a fresh store for each round: in the agent's own, a restarted rank may find the dead one's
+    # address under the same key, and gloo then gives up
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+           "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *map(str, flags[:-1]), str(script),
          *map(str, flags[-1])],
