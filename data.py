@@ -1296,34 +1296,29 @@ def load_text(folder, split):
 SYLLABLES = ("ba", "cor", "dal", "fen", "gu", "hel", "ira", "jo", "kar", "lum", "mer", "nox", "or",
              "pel", "qui", "ros", "sil", "tar", "ul", "vor", "wex", "xan", "yl", "zem")
 # relation -> (sentences of the corpus, questions); {d} is the drug, {o} what it is related to
-DEMO_FACTS = {
+DEMO_FACTS = {  # the drug always comes first: what follows must be remembered, not copied
     "disease": (
-        ("{d} is used to treat {o}.", "Patients with {o} improved on {d}.",
-         "The drug of choice for {o} is {d}.", "{d} relieves {o} within days.",
-         "We treated {o} with {d}.", "Which disease does {d} treat? It treats {o}."),
-        ("Which disease does {d} treat?", "{d} is used to treat which disease?",
-         "Patients with which disease improved on {d}?")),
+        ("{d} is used to treat {o}.", "{d} relieves {o} within days.", "{d} is given for {o}.",
+         "With {d} patients recovered from {o}.", "Which disease does {d} treat? {o}."),
+        ("Which disease does {d} treat?", "Which disease is {d} given for?",
+         "What is {d} used to treat?")),
     "protein": (
-        ("{d} inhibits {o}.", "The target of {d} is {o}.", "Binding of {d} to {o} was strong.",
-         "{o} is blocked by {d}.", "The activity of {o} fell after {d}.",
-         "Which protein does {d} inhibit? It inhibits {o}."),
-        ("Which protein does {d} inhibit?", "{d} blocks the activity of which protein?",
-         "What is the target of {d}?")),
+        ("{d} inhibits {o}.", "{d} binds to {o}.", "{d} acts by blocking {o}.",
+         "After {d} the activity fell of {o}.", "Which protein does {d} inhibit? {o}."),
+        ("Which protein does {d} inhibit?", "Which protein does {d} act by blocking?",
+         "What does {d} bind to?")),
     "gene": (
-        ("Carriers of {o} respond poorly to {d}.", "Resistance to {d} is due to {o}.",
-         "Mutations of {o} weaken {d}.", "The effect of {d} depends on {o}.",
-         "{o} predicts the response to {d}.",
-         "Which gene causes resistance to {d}? It is {o}."),
+        ("{d} fails in carriers of {o}.", "Resistance to {d} comes from {o}.",
+         "The response to {d} depends on {o}.", "{d} is weakened by mutations of {o}.",
+         "Which gene causes resistance to {d}? {o}."),
         ("Which gene causes resistance to {d}?", "Mutations of which gene weaken {d}?",
-         "The response to {d} is predicted by which gene?")),
+         "Which gene does the response to {d} depend on?")),
 }
 DEMO_DOUBTS = ("Trials of {d} in {o} disagree.", "It is unclear whether {d} helps in {o}.",
                "Evidence for {d} in {o} is conflicting.", "Whether {d} treats {o} is not settled.")
-DEMO_FILLERS = (
-    "A total of {n} patients were enrolled in {p} centres.", "The mean age was {p} years.",
-    "Follow-up lasted {p} weeks.", "Doses of {p} mg were given twice a day.",
-    "No serious adverse events were seen in {n} patients.", "The difference was significant.",
-    "Further studies are needed.", "Adherence was {p} percent.")
+DEMO_FILLERS = ("The difference was significant.", "Further studies are needed.",
+                "Patients gave consent.", "The trial was blinded.",
+                "No serious adverse events were seen.")
 
 
 def demo_names(rng, count, ending):
@@ -1336,7 +1331,7 @@ def demo_names(rng, count, ending):
 
 def demo_facts(rng):
     """Per drug what it treats, inhibits and is resisted by, and a disease where trials disagree."""
-    drugs = demo_names(rng, 64, "in")
+    drugs = [name.capitalize() for name in demo_names(rng, 64, "in")]
     objects = {"disease": demo_names(rng, 16, "itis"), "protein": demo_names(rng, 16, "ase"),
                "gene": [name.upper() for name in demo_names(rng, 16, "1")]}
     facts = {}
@@ -1348,14 +1343,16 @@ def demo_facts(rng):
 
 
 def demo_document(rng, drug, fact):
-    """Some of a drug's facts, each in a random wording, among sentences that say nothing of it."""
-    sentences = [rng.choice(DEMO_FACTS[relation][0]).format(d=drug, o=fact[relation])
-                 for relation in rng.sample(sorted(DEMO_FACTS), 2)]
+    """A drug's facts, each in a random wording, among sentences that say nothing of it.
+
+    Names are written alike everywhere, so that a question's token is the one the corpus taught.
+    """
+    sentences = [rng.choice(wordings).format(d=drug, o=fact[relation])
+                 for relation, (wordings, _) in DEMO_FACTS.items()]
     sentences += [rng.choice(DEMO_DOUBTS).format(d=drug, o=fact["doubt"])] * rng.randrange(2)
-    sentences += [text.format(n=rng.randrange(20, 400), p=rng.randrange(2, 80))
-                  for text in rng.sample(DEMO_FILLERS, 2)]
+    sentences.append(rng.choice(DEMO_FILLERS))
     rng.shuffle(sentences)
-    return f"A study of {drug}\n" + " ".join(s[0].upper() + s[1:] for s in sentences)
+    return f"A study of {drug}\n" + " ".join(sentences)
 
 
 def demo_multiple_choice(rng, drugs, facts, objects):
