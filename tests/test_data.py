@@ -603,14 +603,14 @@ def crash_loop(tmp_path, tokenizer, n_kills, n_citations):
                 results.append((killed_and_rerun(command, [], out)[1], time.perf_counter() - start))
                 continue
             expected, seconds = results.pop(0)
-            delays_s = [rng.uniform(0.3, 1.0) * seconds for _ in range(n_kills)]
+            delays_s = [rng.uniform(0.2, 0.7) * seconds for _ in range(n_kills)]
             kills, found = killed_and_rerun(command, delays_s, out)
             assert kills and found == expected
 
 
 def test_kill_and_rerun(tmp_path, tokenizer):
     """A partial file taken for whole, or left-overs beside it, after a SIGKILL (D7)."""
-    crash_loop(tmp_path, tokenizer, n_kills=1, n_citations=500)
+    crash_loop(tmp_path, tokenizer, n_kills=2, n_citations=500)
 
 
 @pytest.mark.slow
