@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from data import load_qa
 from model import GPT, GPTConfig, cross_entropy, write_atomically
 from tokenizer import Tokenizer
+from train import start_processes
 
 # ---------------------------------------------------------------------------------------------
 # tasks: what differs between them
@@ -292,27 +292,18 @@ class Env:
     """This process among its peers (torchrun), its device and its arithmetic."""
 
     def __init__(self, device=None, dtype=None):
-        self.rank, self.world_size, local = (
-            int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        if device is None:
-            device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-        self.device, cuda = torch.device(device), device.startswith("cuda")
-        self.dtype = getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
-        if cuda:
-            torch.cuda.set_device(self.device)
-        if self.world_size > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
-        self.world_size = max(self.world_size, 1)
+        self.rank, self.world_size, self.device = start_processes(device)
+        self.dtype = getattr(torch, dtype or (
+            "bfloat16" if self.device.type == "cuda" else "float32"))
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def gather(self, value):
         """The values of all ranks, in a list."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def print(self, text):
@@ -513,8 +504,18 @@ def labeled(questions, limit=None):
     return [questions[i * n // limit] for i in range(limit)] if limit and limit < n else questions
 
 
-def numbers(kind):
-    return lambda text: [kind(part) for part in text.split(",")]
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+def rates(text):
+    return [float(part) for part in text.split(",")]
+
+
+def positives(text):
+    return [positive(part) for part in text.split(",")]
 
 
 def parse_args():
@@ -526,14 +527,14 @@ def parse_args():
     add("--init", required=True, metavar="DIR", help="run of train.py or Hugging Face GPT-2 folder")
     add("--out", required=True, metavar="DIR", help="folder to write")
     add("--random_init", action="store_true", help="fresh weights of --init's shape (default: off)")
-    add("--seeds", type=numbers(int), default=[1, 2, 3], help="a run each (default: 1,2,3)")
-    add("--lr", type=numbers(float), help="peak rate, or a list to sweep (default: by size)")
-    add("--batch_size", type=numbers(int), help="questions a step, or a list (default: 16)")
-    add("--epochs", type=int, help="passes over the training questions (default: by task)")
-    add("--length", type=int, help="most tokens of a row (default and most: the task's, context)")
+    add("--seeds", type=positives, default=[1, 2, 3], help="a run each (default: 1,2,3)")
+    add("--lr", type=rates, help="peak rate, or a list to sweep (default: by size)")
+    add("--batch_size", type=positives, help="questions a step, or a list (default: 16)")
+    add("--epochs", type=positive, help="passes over the training questions (default: by task)")
+    add("--length", type=positive, help="most tokens of a row (default: the task's, or context)")
     add("--dropout", type=float, help="probability (default: --init's own)")
-    add("--micro_batch", type=int, help="most questions at once (default: by 4,096 tokens)")
-    add("--limit", type=int, help="N questions of each split, evenly spread (default: all)")
+    add("--micro_batch", type=positive, help="most questions at once (default: by 4,096 tokens)")
+    add("--limit", type=positive, help="N questions of each split, evenly spread (default: all)")
     add("--last", action="store_true", help="report the last epoch, as BioMedLM (default: best)")
     add("--activation_checkpointing", action="store_true",
         help="recompute blocks in backward: less memory, a third more time (default: off)")
@@ -594,13 +595,14 @@ def train_seeds(args, run, tokenizer, sets, env, log):
 def main():
     args = parse_args()
     env, out, rows, winner = Env(args.device, args.dtype), Path(args.out), [], None
+    if list(out.glob("checkpoint_*.pt")) or out.resolve() == Path(args.init).resolve():
+        raise ValueError(f"{out} holds the model to start from, or another run of train.py: give "
+                         "--out a folder of its own")
     run, tokenizer, sets = resolve(args, env)
     points = [(lr, size) for lr in run["lr"] for size in run["batch_size"]]
     if len(points) > 1 and (run["split"] == "dev" or not sets["dev"]):
         raise ValueError("no dev questions beside the reported ones: a sweep would choose on what "
                          "it reports; give one --lr and one --batch_size")
-    if list(out.glob("checkpoint_*.pt")):
-        raise ValueError(f"{out} holds a run of train.py: give --out a folder of its own")
 
     def log(row):
         rows.append(row)
