@@ -542,12 +542,12 @@ def parse_args():
         add("--task", choices=tasks, required=len(tasks) > 2, default="text", help="which set")
         add("--data", required=True, metavar="DIR", help="folder with the official files")
         add("--split", choices=["train", "dev", "val", "test"], help="(default: test, else dev)")
-        add("--limit", type=positive, help="N questions, evenly spread over the split (default: all)")
+        add("--limit", type=positive, help="N questions, evenly over the split (default: all)")
 
     add = command("perplexity", "nats a token and bits a byte")
     add("--data", required=True, metavar="DIR_OR_TEXT",
         help="folder of arrays (its val.bin), or a text file or folder: each document on its own")
-    add("--limit", type=positive, help="score only the first N documents of text (default: all)")
+    add("--limit", type=positive, help="only the first N documents of text (default: all)")
     add = command("qa", "accuracy on a question set", "folder of finetune.py; --zero_shot: any")
     questions(add, sorted(set(finetune.KINDS) - {"text"}))
     add("--zero_shot", action="store_true", help="score options by likelihood (default: off)")

@@ -54,7 +54,8 @@ def default_settings(task, n_params):
         lr = 2e-6 if kind == "labels" else 1e-5
     else:  # our choice
         lr = 3e-4 if n_params < 50e6 else 5e-5
-    epochs = {"choice": 5, "labels": 20, "text": 3}[kind]  # labels: BioMedLM's working point
+    epochs = {"choice": 5 if n_params >= 50e6 else 10, "text": 3,
+              "labels": 20}[kind]  # labels: BioMedLM's working point; others: our choice
     return dict(lr=[lr], epochs=epochs, batch_size=[16])
 
 
@@ -374,8 +375,8 @@ def train(task_model, train_set, dev_set, settings, env, log):
         score = quality(score_examples(task_model, dev_set, env), dev_set)
         log(dict(lr=settings["lr"], batch_size=size, seed=seed, epoch=epoch + 1, loss=loss,
                  dev=score, questions_per_s=speed))
-        if not settings["last"] and score is not None and (best is None or score > best):
-            best = score  # the first of equals
+        if not settings["last"] and score is not None and (best is None or score >= best):
+            best = score  # the last of equals: early ones are hardly trained
             kept = {name: t.to("cpu", copy=True) for name, t in task_model.state_dict().items()}
     bar.close()
     if kept is not None:
