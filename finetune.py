@@ -554,6 +554,9 @@ def resolve(args, env):
     settings |= {k: getattr(args, k) for k in settings if getattr(args, k) is not None}
     length = min(args.length or math.inf, LENGTHS[args.task], config.n_positions)
     sets, tokenizer = read_questions(args.task, args.data), Tokenizer.load(args.init)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer in {args.init} has {tokenizer.vocab_size:,} tokens, its "
+                         f"model {config.vocab_size:,}: copy the tokenizer it was trained with")
     split = "test" if labeled(sets["test"]) else "dev"  # MedMCQA's test has no answers
     run = vars(args) | settings | dict(n_params=n_params, length=length, split=split, labels=(),
                                        available=len(sets[split]), torch=torch.__version__)
