@@ -53,7 +53,6 @@ LAUNCH = {
     "gfx942": {"forward": (128, 32, 4, 1), "dkv": (32, 64, 4, 1), "dq": (64, 32, 4, 1)},
     "fp32": {"forward": (32, 32, 4, 1), "dkv": (32, 32, 4, 1), "dq": (32, 32, 4, 1)},
 }
-ATTENTION_BACKEND = {"sm_90": "cudnn"}  # the faster one as measured; elsewhere Triton
 
 
 @torch.compiler.assume_constant_result  # a string: dynamo cannot compare a constant tuple
@@ -388,8 +387,9 @@ def gelu_gate(u):
 @jit
 def gelu_forward_kernel(x_ptr, b_ptr, y_ptr, n_rows, C: constexpr, ROWS: constexpr,
                         COLS: constexpr):
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    n_tiles = tl.cdiv(C, COLS)  # one grid axis: the others end at 65,535 programs
+    cols = tl.program_id(0) % n_tiles * COLS + tl.arange(0, COLS)
+    rows = (tl.program_id(0) // n_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
     at = rows[:, None] * C + cols[None, :]
     b = tl.load(b_ptr + cols[None, :], mask=(cols < C)[None, :], other=0.0).to(tl.float32)
@@ -423,7 +423,7 @@ def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
     y, N = empty(x), x.numel() // C
     if N:
         cols = min(launch["cols"], triton.next_power_of_2(C))
-        gelu_forward_kernel[(triton.cdiv(C, cols), triton.cdiv(N, launch["rows"]))](
+        gelu_forward_kernel[(triton.cdiv(C, cols) * triton.cdiv(N, launch["rows"]),)](
             x, bias, y, N, C, launch["rows"], cols, num_warps=launch["warps"])
     return y
 
@@ -678,62 +678,12 @@ attention_forward.register_autograd(
     setup_context=attention_setup)
 
 
-# cuDNN's flash kernels, out of Triton's reach on Hopper, behind the same interface. Dropout draws
-# from CUDA's generator, so that is set to `seed` for the call and put back: one seed, one mask.
-
-
-def cudnn_forward_fake(qkv, n_head, scale, p, seed):
-    o, lse = attention_forward_fake(qkv, n_head, scale, p, seed)
-    return o, lse.unsqueeze(-1), *(empty(qkv, 1, dtype=torch.int64) for _ in range(2))
-
-
-@custom_op(cudnn_forward_fake)
-def cudnn_forward(qkv: Tensor, n_head: int, scale: float, p: float, seed: int
-                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = split_heads(qkv, n_head)
-    generator = torch.cuda.default_generators[qkv.device.index]
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    o, lse, *_, philox_seed, philox_offset, _ = (
-        torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, p, True, False, scale=scale))
-    generator.set_state(state)
-    words = (torch.zeros(1, dtype=torch.int64, device=qkv.device) if word is None
-             else word.reshape(1) for word in (philox_seed, philox_offset))
-    return o.transpose(1, 2).flatten(2).contiguous(), lse.contiguous(), *words
-
-
-@custom_op(lambda do, qkv, *_: empty(qkv))
-def cudnn_backward(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, philox_seed: Tensor,
-                   philox_offset: Tensor, n_head: int, scale: float, p: float, seed: int) -> Tensor:
-    T, heads = qkv.shape[1], (*qkv.shape[:2], n_head, -1)
-    do, o = (t.contiguous().view(heads).transpose(1, 2) for t in (do, o))
-    grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-        do, *split_heads(qkv, n_head), o, lse, philox_seed, philox_offset, None, None, None, T, T,
-        p, True, scale=scale)
-    return torch.stack([g.transpose(1, 2) for g in grads], 2).view(qkv.shape)
-
-
-cudnn_forward.register_autograd(
-    lambda ctx, do, *_: (cudnn_backward(do, *ctx.saved_tensors, *ctx.settings), *[None] * 4),
-    setup_context=attention_setup)
-
-
-def attention_backend(qkv, n_head):
-    """"triton" or "cudnn" for this tensor, by the measured table ATTENTION_BACKEND."""
-    half = qkv.is_cuda and qkv.dtype in (torch.bfloat16, torch.float16) and qkv.numel() > 0
-    if not half or qkv.shape[-1] // 3 // n_head not in (64, 128):
-        return "triton"
-    return ATTENTION_BACKEND.get(gpu(), "triton")
-
-
 def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
     """Causal self-attention. qkv (B, T, 3C) packed [q | k | v]; scale multiplies q·k (it holds
     1/sqrt(D) and BioMedLM's 1/(layer_idx + 1)). Returns (B, T, C) in qkv's dtype, or autocast's."""
     qkv = qkv.to(compute_dtype(qkv))
     if fused(qkv):
-        op = cudnn_forward if attention_backend(qkv, n_head) == "cudnn" else attention_forward
-        return op(qkv.contiguous(), n_head, scale, dropout_p, seed)[0]
+        return attention_forward(qkv.contiguous(), n_head, scale, dropout_p, seed)[0]
     if dropout_p > 0 and not torch.compiler.is_compiling():
         return attention_ref(qkv, n_head, scale, dropout_p, seed)
     q, k, v = split_heads(qkv, n_head)  # torch's fused attention: the fast reference
@@ -969,6 +919,10 @@ class CausalSelfAttention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer_idx + 1
 
+    @torch.compiler.disable  # the scale differs by layer: guarded, each block would be recompiled
+    def attend(self, qkv, dropout_p, seed):
+        return attention(qkv, self.n_head, self.scale, dropout_p, seed)
+
     def forward(self, x, seed, cache=None, mask=None):
         """x (B, T, C) -> (B, T, C). With a cache, x continues the positions that it holds.
 
@@ -977,7 +931,7 @@ class CausalSelfAttention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         qkv = self.c_attn(x)
         if cache is None and mask is None:
-            y = attention(qkv, self.n_head, self.scale, dropout_p, seed)
+            y = self.attend(qkv, dropout_p, seed)
         else:
             B, T, C = x.shape
             # (B, T, 3C) -> 3 x (B, H, T, D)

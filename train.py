@@ -638,6 +638,8 @@ def open_run(run, settings, fresh):
         for old in (*run.out.glob("checkpoint_*.pt"), run.out / "log.jsonl"):
             old.unlink(missing_ok=True)
     _, run.checkpoint = newest_checkpoint(run.out)
+    if run.checkpoint is None and any(run.out.glob("checkpoint_*.pt")):
+        raise ValueError(f"no checkpoint in {run.out} can be read: restore one, or start --fresh")
     step = run.checkpoint["step"] if run.checkpoint else 0
     changes = []
     if run.checkpoint:
