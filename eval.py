@@ -14,7 +14,6 @@ import json
 import math
 import random
 import re
-import resource
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ import finetune
 from data import load_meta, load_qa, read_documents, val_batches
 from model import GPT
 from tokenizer import Tokenizer, block_text, input_files, load_named, read_blocks
+from train import memory_gib
 
 # ---------------------------------------------------------------------------------------------
 # perplexity
@@ -273,17 +273,9 @@ def generate(args, env):
         print(f"{prompt}\033[1m{text}\033[0m" if sys.stdout.isatty() else prompt + text)
     n_new = sum(map(len, outputs))
     print(f"loaded in {load_s:.1f} s; {n_new} tokens in {seconds:.1f} s, {n_new / seconds:.1f} a "
-          f"second; peak memory {peak_memory_gb(env):.2f} GB", file=sys.stderr)
+          f"second; peak memory {memory_gib(env.device):.2f} GiB", file=sys.stderr)
     return dict(texts=texts, tokens=n_new, seconds=seconds, load_s=load_s,
-                peak_memory_gb=peak_memory_gb(env))
-
-
-def peak_memory_gb(env):
-    """Of the device; on a CPU resident memory, pages of mapped files included."""
-    if env.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(env.device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+                peak_memory_gib=memory_gib(env.device))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -534,6 +526,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
+    positive = finetune.positive
+
     def command(name, text, init="run or Hugging Face GPT-2 folder"):
         p = commands.add_parser(name, help=text, description=text)
         p.add_argument("--json", metavar="FILE", help="also write the result here (default: none)")
@@ -548,23 +542,23 @@ def parse_args():
         add("--task", choices=tasks, required=len(tasks) > 2, default="text", help="which set")
         add("--data", required=True, metavar="DIR", help="folder with the official files")
         add("--split", choices=["train", "dev", "val", "test"], help="(default: test, else dev)")
-        add("--limit", type=int, help="N questions, evenly spread over the split (default: all)")
+        add("--limit", type=positive, help="N questions, evenly over the split (default: all)")
 
     add = command("perplexity", "nats a token and bits a byte")
     add("--data", required=True, metavar="DIR_OR_TEXT",
         help="folder of arrays (its val.bin), or a text file or folder: each document on its own")
-    add("--limit", type=int, help="score only the first N documents of text (default: all)")
+    add("--limit", type=positive, help="only the first N documents of text (default: all)")
     add = command("qa", "accuracy on a question set", "folder of finetune.py; --zero_shot: any")
     questions(add, sorted(set(finetune.KINDS) - {"text"}))
     add("--zero_shot", action="store_true", help="score options by likelihood (default: off)")
     add("--predictions", metavar="FILE", help="also write a JSON line a question (default: none)")
     add = command("numbers", "audit of made-up numbers in generated answers")
     questions(add, ["text", "pubmedqa"])
-    add("--max_new_tokens", type=int, default=128, help="of an answer at most (default: 128)")
+    add("--max_new_tokens", type=positive, default=128, help="of an answer at most (default: 128)")
     add("--paper", action="store_true", help="BioMedLM's beams (default: greedy)")
     add = command("generate", "continue a text")
     add("--prompt", required=True, nargs="+", help="one or several texts")
-    add("--max_new_tokens", type=int, default=64, help="tokens to add at most (default: 64)")
+    add("--max_new_tokens", type=positive, default=64, help="tokens to add at most (default: 64)")
     add("--temperature", type=float, default=0.8, help="0 = greedy (default: 0.8)")
     add("--top_k", type=int, help="sample among the k likeliest tokens (default: all)")
     add("--top_p", type=float, help="sample within this probability mass (default: all)")

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -33,6 +32,7 @@ from tqdm import tqdm
 from data import load_qa
 from model import GPT, GPTConfig, cross_entropy, write_atomically
 from tokenizer import Tokenizer
+from train import start_processes
 
 # ---------------------------------------------------------------------------------------------
 # tasks: what differs between them
@@ -54,7 +54,8 @@ def default_settings(task, n_params):
         lr = 2e-6 if kind == "labels" else 1e-5
     else:  # our choice
         lr = 3e-4 if n_params < 50e6 else 5e-5
-    epochs = {"choice": 5, "labels": 20, "text": 3}[kind]  # labels: BioMedLM's working point
+    epochs = {"choice": 5 if n_params >= 50e6 else 10, "text": 3,
+              "labels": 20}[kind]  # labels: BioMedLM's working point; others: our choice
     return dict(lr=[lr], epochs=epochs, batch_size=[16])
 
 
@@ -292,27 +293,18 @@ class Env:
     """This process among its peers (torchrun), its device and its arithmetic."""
 
     def __init__(self, device=None, dtype=None):
-        self.rank, self.world_size, local = (
-            int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        if device is None:
-            device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-        self.device, cuda = torch.device(device), device.startswith("cuda")
-        self.dtype = getattr(torch, dtype or ("bfloat16" if cuda else "float32"))
-        if cuda:
-            torch.cuda.set_device(self.device)
-        if self.world_size > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
-        self.world_size = max(self.world_size, 1)
+        self.rank, self.world_size, self.device = start_processes(device)
+        self.dtype = getattr(torch, dtype or (
+            "bfloat16" if self.device.type == "cuda" else "float32"))
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def gather(self, value):
         """The values of all ranks, in a list."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def print(self, text):
@@ -383,8 +375,8 @@ def train(task_model, train_set, dev_set, settings, env, log):
         score = quality(score_examples(task_model, dev_set, env), dev_set)
         log(dict(lr=settings["lr"], batch_size=size, seed=seed, epoch=epoch + 1, loss=loss,
                  dev=score, questions_per_s=speed))
-        if not settings["last"] and score is not None and (best is None or score > best):
-            best = score  # the first of equals
+        if not settings["last"] and score is not None and (best is None or score >= best):
+            best = score  # the last of equals: early ones are hardly trained
             kept = {name: t.to("cpu", copy=True) for name, t in task_model.state_dict().items()}
     bar.close()
     if kept is not None:
@@ -513,8 +505,18 @@ def labeled(questions, limit=None):
     return [questions[i * n // limit] for i in range(limit)] if limit and limit < n else questions
 
 
-def numbers(kind):
-    return lambda text: [kind(part) for part in text.split(",")]
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
+def rates(text):
+    return [float(part) for part in text.split(",")]
+
+
+def positives(text):
+    return [positive(part) for part in text.split(",")]
 
 
 def parse_args():
@@ -526,14 +528,14 @@ def parse_args():
     add("--init", required=True, metavar="DIR", help="run of train.py or Hugging Face GPT-2 folder")
     add("--out", required=True, metavar="DIR", help="folder to write")
     add("--random_init", action="store_true", help="fresh weights of --init's shape (default: off)")
-    add("--seeds", type=numbers(int), default=[1, 2, 3], help="a run each (default: 1,2,3)")
-    add("--lr", type=numbers(float), help="peak rate, or a list to sweep (default: by size)")
-    add("--batch_size", type=numbers(int), help="questions a step, or a list (default: 16)")
-    add("--epochs", type=int, help="passes over the training questions (default: by task)")
-    add("--length", type=int, help="most tokens of a row (default and most: the task's, context)")
+    add("--seeds", type=positives, default=[1, 2, 3], help="a run each (default: 1,2,3)")
+    add("--lr", type=rates, help="peak rate, or a list to sweep (default: by size)")
+    add("--batch_size", type=positives, help="questions a step, or a list (default: 16)")
+    add("--epochs", type=positive, help="passes over the training questions (default: by task)")
+    add("--length", type=positive, help="most tokens of a row (default: the task's, or context)")
     add("--dropout", type=float, help="probability (default: --init's own)")
-    add("--micro_batch", type=int, help="most questions at once (default: by 4,096 tokens)")
-    add("--limit", type=int, help="N questions of each split, evenly spread (default: all)")
+    add("--micro_batch", type=positive, help="most questions at once (default: by 4,096 tokens)")
+    add("--limit", type=positive, help="N questions of each split, evenly spread (default: all)")
     add("--last", action="store_true", help="report the last epoch, as BioMedLM (default: best)")
     add("--activation_checkpointing", action="store_true",
         help="recompute blocks in backward: less memory, a third more time (default: off)")
@@ -552,6 +554,9 @@ def resolve(args, env):
     settings |= {k: getattr(args, k) for k in settings if getattr(args, k) is not None}
     length = min(args.length or math.inf, LENGTHS[args.task], config.n_positions)
     sets, tokenizer = read_questions(args.task, args.data), Tokenizer.load(args.init)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer in {args.init} has {tokenizer.vocab_size:,} tokens, its "
+                         f"model {config.vocab_size:,}: copy the tokenizer it was trained with")
     split = "test" if labeled(sets["test"]) else "dev"  # MedMCQA's test has no answers
     run = vars(args) | settings | dict(n_params=n_params, length=length, split=split, labels=(),
                                        available=len(sets[split]), torch=torch.__version__)
@@ -594,13 +599,14 @@ def train_seeds(args, run, tokenizer, sets, env, log):
 def main():
     args = parse_args()
     env, out, rows, winner = Env(args.device, args.dtype), Path(args.out), [], None
+    if list(out.glob("checkpoint_*.pt")) or out.resolve() == Path(args.init).resolve():
+        raise ValueError(f"{out} holds the model to start from, or another run of train.py: give "
+                         "--out a folder of its own")
     run, tokenizer, sets = resolve(args, env)
     points = [(lr, size) for lr in run["lr"] for size in run["batch_size"]]
     if len(points) > 1 and (run["split"] == "dev" or not sets["dev"]):
         raise ValueError("no dev questions beside the reported ones: a sweep would choose on what "
                          "it reports; give one --lr and one --batch_size")
-    if list(out.glob("checkpoint_*.pt")):
-        raise ValueError(f"{out} holds a run of train.py: give --out a folder of its own")
 
     def log(row):
         rows.append(row)

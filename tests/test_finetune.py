@@ -385,10 +385,11 @@ def test_mistakes_are_one_line(tmp_path, init, monkeypatch):
     write_medqa(tmp_path / "qa")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "checkpoint_0000001.pt").touch()
-    for more, needs in ((["--init", init], "holds a run of train.py"),
+    for more, needs in ((["--init", init], "a folder of its own"),
                         (["--init", "stanford-crfm/BioMedLM"], "data.py download"),
                         (["--init", init, "--data", tmp_path / "init"], "put the official file")):
-        args = ["--task", "medqa", "--data", tmp_path / "qa", "--out", tmp_path / "out", *more]
+        out = tmp_path / ("out" if needs.endswith("own") else "new")
+        args = ["--task", "medqa", "--data", tmp_path / "qa", "--out", out, *more]
         monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, args)])
         with pytest.raises((ValueError, OSError), match=needs):
             finetune.main()
