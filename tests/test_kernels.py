@@ -4,6 +4,7 @@ compiled for chips that are not here, and, marked gpu, in bf16 on a CUDA device.
 The interpreter is chosen when triton is imported, so this file is run by itself in a child process
 that has TRITON_INTERPRET=1; tests marked `interpreted` run there, the others here."""
 
+import json
 import os
 
 import numpy
@@ -412,3 +413,23 @@ class TestOnGPU:
 
 
 
+
+
+@slow
+@pytest.mark.skipif(INTERPRETED or OLD_PAIR, reason="starts the interpreter itself")
+def test_training_the_demo_in_the_interpreter(tmp_path):
+    """Kernels that are right alone but wired wrongly into the model: the demo's losses differ."""
+    assert run("data.py", "demo", "--out", tmp_path / "demo").returncode == 0
+    losses = []
+    for name, env in (("kernels", {"TRITON_INTERPRET": "1"}), ("reference", {})):
+        out = tmp_path / name
+        done = run("train.py", "--preset", "demo", "--data", tmp_path / "demo", "--out", out,
+                   "--total_steps", 3, "--batch_tokens", 256, "--log_every", 1, "--lr", 0.01,
+                   "--warmup_steps", 1, "--eval_tokens", 256, "--device", "cpu",
+                   env={**env, "OMP_NUM_THREADS": "1"}, timeout=900)
+        assert done.returncode == 0, done.stderr
+        assert ("interpreter" in done.stdout) == (name == "kernels")
+        rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        losses.append([row.get("loss", row.get("val_loss")) for row in rows])
+    assert len(losses[0]) == 5 and losses[0][0] != losses[0][-1]
+    assert all(abs(a - b) <= 1e-5 for a, b in zip(*losses))
