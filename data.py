@@ -1314,8 +1314,11 @@ DEMO_FACTS = {  # the drug always comes first: what follows must be remembered, 
         ("Which gene causes resistance to {d}?", "Mutations of which gene weaken {d}?",
          "Which gene does the response to {d} depend on?")),
 }
-DEMO_DOUBTS = ("Trials of {d} in {o} disagree.", "It is unclear whether {d} helps in {o}.",
-               "Evidence for {d} in {o} is conflicting.", "Whether {d} treats {o} is not settled.")
+DEMO_ANSWERS = {  # does the drug treat the disease?
+    "yes": ("Does {d} treat {o}? Yes.", "{d} treats {o}.", "{d} helps in {o}."),
+    "no": ("Does {d} treat {o}? No.", "{d} does not treat {o}.", "{d} is useless in {o}."),
+    "maybe": ("Does {d} treat {o}? Maybe.", "It is unclear whether {d} treats {o}.",
+              "Trials of {d} disagree in {o}.")}
 DEMO_FILLERS = ("The difference was significant.", "Further studies are needed.",
                 "Patients gave consent.", "The trial was blinded.",
                 "No serious adverse events were seen.")
@@ -1330,15 +1333,15 @@ def demo_names(rng, count, ending):
 
 
 def demo_facts(rng):
-    """Per drug what it treats, inhibits and is resisted by, and a disease where trials disagree."""
+    """Per drug: what it treats, inhibits and is resisted by; also diseases it may and can't treat."""
     drugs = [name.capitalize() for name in demo_names(rng, 64, "in")]
     objects = {"disease": demo_names(rng, 16, "itis"), "protein": demo_names(rng, 16, "ase"),
                "gene": [name.upper() for name in demo_names(rng, 16, "1")]}
     facts = {}
     for drug in drugs:
-        fact = {relation: rng.choice(pool) for relation, pool in objects.items()}
-        fact["doubt"] = rng.choice([o for o in objects["disease"] if o != fact["disease"]])
-        facts[drug] = fact
+        yes, no, maybe = rng.sample(objects["disease"], 3)
+        facts[drug] = {"disease": yes, "protein": rng.choice(objects["protein"]),
+                       "gene": rng.choice(objects["gene"]), "yes": yes, "no": no, "maybe": maybe}
     return facts, objects
 
 
@@ -1349,7 +1352,8 @@ def demo_document(rng, drug, fact):
     """
     sentences = [rng.choice(wordings).format(d=drug, o=fact[relation])
                  for relation, (wordings, _) in DEMO_FACTS.items()]
-    sentences += [rng.choice(DEMO_DOUBTS).format(d=drug, o=fact["doubt"])] * rng.randrange(2)
+    answer = rng.choice(sorted(DEMO_ANSWERS))
+    sentences.append(rng.choice(DEMO_ANSWERS[answer]).format(d=drug, o=fact[answer]))
     sentences.append(rng.choice(DEMO_FILLERS))
     rng.shuffle(sentences)
     return f"A study of {drug}\n" + " ".join(sentences)
@@ -1368,22 +1372,15 @@ def demo_multiple_choice(rng, drugs, facts, objects):
                        "answer_idx": "ABCD"[options.index(answer)], "meta_info": relation}
 
 
-def demo_yes_no_maybe(rng, facts, objects):
+def demo_yes_no_maybe(rng, facts):
     """Questions in PubMedQA's official format; no context states the fact, so memory is tested."""
-    items = {}
-    for drug, fact in facts.items():
-        others = [o for o in objects["disease"] if o not in (fact["disease"], fact["doubt"])]
-        for label, disease in (("yes", fact["disease"]), ("no", rng.choice(others)),
-                               ("maybe", fact["doubt"])):
-            items[str(90_000_000 + len(items))] = {
-                "QUESTION": f"Does {drug} treat {disease}?",
-                "CONTEXTS": [f"{rng.randrange(20, 400)} patients were enrolled.",
-                             f"Follow-up lasted {rng.randrange(2, 80)} weeks."],
-                "LABELS": ["METHODS", "METHODS"], "MESHES": [], "YEAR": "2024",
-                "final_decision": label, "LONG_ANSWER": ""}
-    keys = list(items)
-    rng.shuffle(keys)
-    return {key: items[key] for key in keys}
+    questions = [(f"Does {drug} treat {fact[label]}?", label)
+                 for drug, fact in facts.items() for label in DEMO_ANSWERS]
+    rng.shuffle(questions)
+    return {str(90_000_000 + i): {
+        "QUESTION": question, "CONTEXTS": rng.sample(DEMO_FILLERS, 2), "LABELS": ["METHODS"] * 2,
+        "MESHES": [], "YEAR": "2024", "final_decision": label, "LONG_ANSWER": ""}
+        for i, (question, label) in enumerate(questions)}
 
 
 def make_demo(out, documents=16_000, seed=17):
@@ -1412,7 +1409,7 @@ def make_demo(out, documents=16_000, seed=17):
         path = work / f"qa/medqa/data_clean/questions/US/4_options/phrases_no_exclude_{split}.jsonl"
         path.write_text("".join(json.dumps(q) + "\n" for q in
                                 demo_multiple_choice(rng, part, facts, objects)))
-    questions = demo_yes_no_maybe(rng, facts, objects)
+    questions = demo_yes_no_maybe(rng, facts)
     (work / "qa/pubmedqa/ori_pqal.json").write_text(json.dumps(questions, indent=1))
     merges = train_bpe(count_pretokens([work / "text"]), 2048)
     Tokenizer.from_merges(merges).save(work / "tokenizer")

@@ -893,8 +893,8 @@ class GPTConfig:
 
 
 PRESETS = {
-    # our choice: small enough to learn 192 facts on two CPU cores in under two minutes
-    "demo": dict(n_layer=4, n_head=4, n_embd=128, n_positions=128, vocab_size=2048, dropout=0.0),
+    # our choice: two layers learn the demo's 320 facts, on two CPU cores, in about a minute
+    "demo": dict(n_layer=2, n_head=4, n_embd=128, n_positions=128, vocab_size=2048, dropout=0.0),
     "gpt2-124m": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257,
                       scale_attn_by_inverse_layer_idx=False),
     "biomedlm-125m": dict(n_layer=12, n_head=12, n_embd=768),  # BioMedLM: size of its ablations
