@@ -954,9 +954,9 @@ def bench_finetune(rest):
     from model import GPT, GPTConfig
     p = argparse.ArgumentParser()
     p.add_argument("--data", default=ROOT.parent / "shared/data/qa/medqa", help="MedQA's folder")
-    p.add_argument("--questions", type=int, default=64, help="of dev, in official order")
+    p.add_argument("--questions", type=int, default=32, help="of dev, in official order")
     p.add_argument("--n_embd", type=int, default=256, help="width (4 layers)")
-    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--rounds", type=int, default=3)
     args = p.parse_args(rest)
     shared, alone, vocab_size = medqa_examples(args.data, 512)
     model = finetune.TaskModel(GPT(GPTConfig(n_layer=4, n_head=4, n_embd=args.n_embd, dropout=0.0,
