@@ -1314,11 +1314,11 @@ DEMO_FACTS = {  # the drug always comes first: what follows must be remembered, 
         ("Which gene causes resistance to {d}?", "Mutations of which gene weaken {d}?",
          "Which gene does the response to {d} depend on?")),
 }
-DEMO_ANSWERS = {  # does the drug treat the disease?
-    "yes": ("Does {d} treat {o}? Yes.", "{d} treats {o}.", "{d} helps in {o}."),
-    "no": ("Does {d} treat {o}? No.", "{d} does not treat {o}.", "{d} is useless in {o}."),
-    "maybe": ("Does {d} treat {o}? Maybe.", "It is unclear whether {d} treats {o}.",
-              "Trials of {d} disagree in {o}.")}
+DEMO_SAFETY = {  # yes, no or maybe of a drug and a group: is it safe there?
+    "yes": ("Is {d} safe in {o}? Yes.", "{d} is safe in {o}.", "{d} does no harm in {o}."),
+    "no": ("Is {d} safe in {o}? No.", "{d} is dangerous in {o}.", "{d} does harm in {o}."),
+    "maybe": ("Is {d} safe in {o}? Maybe.", "{d} is debated in {o}.", "{d} is untested in {o}.")}
+DEMO_GROUPS = ("pregnancy", "childhood", "dialysis")
 DEMO_FILLERS = ("The difference was significant.", "Further studies are needed.",
                 "Patients gave consent.", "The trial was blinded.",
                 "No serious adverse events were seen.")
@@ -1333,16 +1333,12 @@ def demo_names(rng, count, ending):
 
 
 def demo_facts(rng):
-    """Per drug: what it treats, inhibits and is resisted by; also diseases it may and can't treat."""
+    """({drug: {relation or group: object or label}}, {relation: all its objects})."""
     drugs = [name.capitalize() for name in demo_names(rng, 64, "in")]
     objects = {"disease": demo_names(rng, 16, "itis"), "protein": demo_names(rng, 16, "ase"),
-               "gene": [name.upper() for name in demo_names(rng, 16, "1")]}
-    facts = {}
-    for drug in drugs:
-        yes, no, maybe = rng.sample(objects["disease"], 3)
-        facts[drug] = {"disease": yes, "protein": rng.choice(objects["protein"]),
-                       "gene": rng.choice(objects["gene"]), "yes": yes, "no": no, "maybe": maybe}
-    return facts, objects
+               "gene": [name.upper() for name in demo_names(rng, 16, "ex")]}
+    pools = {**objects, **{group: sorted(DEMO_SAFETY) for group in DEMO_GROUPS}}
+    return {drug: {key: rng.choice(pool) for key, pool in pools.items()} for drug in drugs}, objects
 
 
 def demo_document(rng, drug, fact):
@@ -1352,8 +1348,8 @@ def demo_document(rng, drug, fact):
     """
     sentences = [rng.choice(wordings).format(d=drug, o=fact[relation])
                  for relation, (wordings, _) in DEMO_FACTS.items()]
-    answer = rng.choice(sorted(DEMO_ANSWERS))
-    sentences.append(rng.choice(DEMO_ANSWERS[answer]).format(d=drug, o=fact[answer]))
+    group = rng.choice(DEMO_GROUPS)
+    sentences.append(rng.choice(DEMO_SAFETY[fact[group]]).format(d=drug, o=group))
     sentences.append(rng.choice(DEMO_FILLERS))
     rng.shuffle(sentences)
     return f"A study of {drug}\n" + " ".join(sentences)
@@ -1374,8 +1370,8 @@ def demo_multiple_choice(rng, drugs, facts, objects):
 
 def demo_yes_no_maybe(rng, facts):
     """Questions in PubMedQA's official format; no context states the fact, so memory is tested."""
-    questions = [(f"Does {drug} treat {fact[label]}?", label)
-                 for drug, fact in facts.items() for label in DEMO_ANSWERS]
+    questions = [(f"Is {drug} safe in {group}?", fact[group])
+                 for drug, fact in facts.items() for group in DEMO_GROUPS]
     rng.shuffle(questions)
     return {str(90_000_000 + i): {
         "QUESTION": question, "CONTEXTS": rng.sample(DEMO_FILLERS, 2), "LABELS": ["METHODS"] * 2,
@@ -1387,8 +1383,8 @@ def make_demo(out, documents=16_000, seed=17):
     """Write the whole demo to `out`: text/, tokenizer/, token arrays, and questions in qa/.
 
     Drugs, genes, proteins and diseases are invented and their facts mean nothing: this is no
-    medical knowledge. A fact holds in every document, so a model can learn it from the corpus; half
-    of the drugs appear in no multiple-choice question but the test's.
+    medical knowledge. A fact holds in every document, so a model can learn it from the corpus; the
+    test asks facts that no training question asked (multiple choice: of other drugs altogether).
     """
     out = Path(out)
     rng = random.Random(seed)
@@ -1405,7 +1401,7 @@ def make_demo(out, documents=16_000, seed=17):
     text = ("\n".join(lines) + "\n").encode()
     (work / "text/demo.jsonl.gz").write_bytes(gzip.compress(text, mtime=0))
     rng.shuffle(drugs)
-    for split, part in (("train", drugs[:28]), ("dev", drugs[28:32]), ("test", drugs[32:])):
+    for split, part in (("train", drugs[:32]), ("dev", drugs[32:40]), ("test", drugs[40:])):
         path = work / f"qa/medqa/data_clean/questions/US/4_options/phrases_no_exclude_{split}.jsonl"
         path.write_text("".join(json.dumps(q) + "\n" for q in
                                 demo_multiple_choice(rng, part, facts, objects)))
