@@ -482,7 +482,7 @@ def test_update_is_clipped_adamw():
 
 @pytest.mark.parametrize(("args", "mend"), [
     (["--batch_tokens", "1000"], "use --batch_tokens 896"),
-    (["--micro_batch", "3"], "use 1, 2, 4, 8 or 16"),
+    (["--micro_batch", "3"], "use 1, 2, 4 or 8"),
     (["--lr", "-1"], "use a positive number"),
     (["--device", "cuda:99"], "is not to be had here"),
     (["--seq_len", "256", "--batch_tokens", "2048"], "use --seq_len 128"),
