@@ -248,6 +248,7 @@ def continue_texts(gpt, tokenizer, prompts, env, max_new_tokens, batch_size=16, 
 
 def load_for_generation(init, env):
     """(GPT with weights of env's dtype, tokenizer, ids that follow a prompt's)."""
+    GPT.config_of(init)  # first: says what to give in place of a folder that holds no model
     tokenizer, dtype = Tokenizer.load(init), env.dtype
     env.dtype = torch.float32  # the weights themselves have the dtype: no autocast
     start = []

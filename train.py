@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import data
 from model import GPT, GPTConfig, kernels_active, newest_checkpoint, write_atomically
@@ -366,16 +367,19 @@ def describe(row, total_steps, seconds_per_step):
 
 
 class Log:
-    """log.jsonl and the printed lines; silent on every rank but 0."""
+    """log.jsonl, the printed lines and, on a terminal, a bar; silent on every rank but 0."""
 
-    def __init__(self, run, total_steps):
+    def __init__(self, run, start, total_steps):
         # unbuffered: a row is one write, so that a kill leaves it whole or absent
         self.file = open(run.out / "log.jsonl", "ab", 0) if run.rank == 0 else None  # noqa: SIM115
         self.total_steps = total_steps
+        self.bar = tqdm(initial=start, total=total_steps, unit="step", leave=False,
+                        disable=None if run.rank == 0 else True)  # None: only on a terminal
 
     def say(self, text):
         if self.file:
-            print(text, flush=True)
+            tqdm.write(text)  # above the bar
+            sys.stdout.flush()
 
     def write(self, row, seconds_per_step=0.0):
         self.say(describe(row, self.total_steps, seconds_per_step))
@@ -492,7 +496,7 @@ def evaluate(model, s, run, stop):
 
 def train(model, optimizer, start, s, run):
     """Steps start..total_steps; the pass after the last step only validates and saves."""
-    stop, log, skips = Stop(), Log(run, s["total_steps"]), Skips(run)
+    stop, log, skips = Stop(), Log(run, start, s["total_steps"]), Skips(run)
     flops = flops_per_token(run.config, run.n_params, s["seq_len"])
     batches = data.train_batches(
         run.data, s["seq_len"], run.micro_batch, s["seed"], rank=run.rank,
@@ -521,6 +525,7 @@ def train(model, optimizer, start, s, run):
             clock, clock_step = time.perf_counter(), step
         loss, norm, skipped = train_step(model, optimizer, batches, step, s, run)
         skips.add(step + 1, loss, skipped)
+        log.bar.update()
         if (step + 1) % s["log_every"] == 0 or step == start or step + 1 == s["total_steps"]:
             skips.report(log)
             loss = all_reduce([loss], dist.ReduceOp.SUM, run.device)[0] / run.world_size
@@ -533,6 +538,7 @@ def train(model, optimizer, start, s, run):
             row["memory"] = memory_gib(run.device)
             log.write(row, seconds)
             clock, clock_step = time.perf_counter(), step + 1
+    log.bar.close()
     return step
 
 
