@@ -895,7 +895,8 @@ def tokenize(text, tokenizer_dir, out, val_fraction=0.002, eot=True, seed=17, wo
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"{tokenizer_dir} has {tokenizer.vocab_size} tokens: uint16 holds 65,536")
     files = sharded(text_files(text), shard)
-    hashes = in_processes(hash_file, files, workers, "read")
+    with ThreadPoolExecutor(workers) as pool:  # hashlib leaves the interpreter's lock
+        hashes = list(tqdm(pool.map(hash_file, files), "read", len(files), disable=None))
     recipe = f"{tokenizer.fingerprint} {eot} {seed}"
     inputs = hashlib.sha256(f"{recipe} {val_fraction} {hashes}".encode()).hexdigest()
     make_folder(out, {"train.bin", "val.bin", "meta.json"})
