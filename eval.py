@@ -374,30 +374,46 @@ def audit_numbers(args, env):
 # curves
 
 
+def read_log(run):
+    """Rows of a run's log.jsonl, as dictionaries."""
+    path = Path(run) / "log.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: give folders that train.py or finetune.py wrote")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def curves(args, env):
-    """Training and validation loss of runs over their steps, from log.jsonl, as a picture."""
+    """Loss, learning rate, gradient norm and throughput of runs by step, from log.jsonl, as a PNG.
+
+    Rows of finetune.py have epochs for steps, and of the four only loss and rate. Needs matplotlib.
+    """
+    logs = {run: read_log(run) for run in args.runs}
     try:
         import matplotlib
     except ImportError:
         raise ValueError("curves needs: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), dpi=120, layout="constrained")
     last = {}
-    for i, run in enumerate(args.runs):
-        path = Path(run) / "log.jsonl"
-        if not path.exists():
-            raise FileNotFoundError(f"no {path}: give folders that train.py or finetune.py wrote")
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for key, style, label in ("loss", "-", run), ("val_loss", "o--", f"{run}, validation"):
-            points = [(row.get("step", row.get("epoch")), row[key]) for row in rows if key in row]
-            if points:
-                axes.plot(*zip(*points), style, color=f"C{i}", label=label, markersize=3,
-                          linewidth=1 if key == "loss" else 1.5, alpha=0.6 if key == "loss" else 1)
+
+    def draw(ax, rows, key, label, **style):
+        points = [(row.get("step", row.get("epoch")), row[key]) for row in rows if key in row]
+        if points:
+            ax.plot(*zip(*points), label=label, **style)
+            if "loss" in key:
                 last[label] = points[-1][1]
-    axes.set(xlabel="step", ylabel="nats a token", title="loss")
-    axes.legend()
-    axes.grid(alpha=0.3)
+
+    for i, (run, rows) in enumerate(logs.items()):
+        for ax, key in zip(axes.flat, ("loss", "lr", "grad_norm", "tokens_per_s")):
+            draw(ax, rows, key, run, color=f"C{i}", linewidth=1)
+        draw(axes[0, 0], rows, "val_loss", f"{run}, validation", color=f"C{i}", linestyle="--",
+             marker="o", markersize=3)
+    titles = ("loss (nats a token)", "learning rate", "gradient norm", "tokens a second")
+    for ax, title in zip(axes.flat, titles):
+        ax.set(title=title, xlabel="step")
+        ax.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize="small")
     figure.savefig(args.out, metadata={"Software": None})
     table([dict(run=run, last_loss=loss) for run, loss in last.items()])
     return dict(last=last)
@@ -568,7 +584,7 @@ def parse_args():
     add("--seed", type=int, default=1, help="of sampling (default: 1)")
     add("--paper", action="store_true",
         help="BioMedLM's decoding: 5 beams, no repeated 6-gram, length penalty -0.5 (default: off)")
-    add = command("curves", "loss curves of runs as a picture", init=None)
+    add = command("curves", "loss, rate, gradient norm and speed of runs as a picture", init=None)
     add("runs", nargs="+", metavar="RUN", help="folders with log.jsonl")
     add("--out", default="curves.png", help="picture to write (default: curves.png)")
     add = command("tokenizer", "how biomedical words break, as Markdown tables", init=None)
