@@ -27,7 +27,8 @@ def test_every_flag_has_a_help_sentence():
     """A flag that --help lists without a word."""
     for script in SCRIPTS:
         for node in ast.walk(ast.parse((ROOT / script).read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            called = getattr(node, "func", None)  # parser.add_argument(...), or add(...) for short
+            if getattr(called, "attr", "") == "add_argument" or getattr(called, "id", "") == "add":
                 keywords = {k.arg for k in node.keywords}
                 assert keywords & {"help", None}, f"{script}:{node.lineno}"
 
