@@ -1,6 +1,6 @@
 """Measure, never assert.
 
-    python tests/bench.py {kernels,train,tokenizer,data,finetune} [--json FILE]
+    python tests/bench.py {kernels,train,tokenizer,data,finetune,generate} [--json FILE]
 
 Every comparison is interleaved in one process (A B A B ...) and reported as medians and ratios,
 since machines are shared and noisy. Rows print as they come; --json also writes them to FILE.
@@ -989,6 +989,98 @@ def bench_finetune(rest):
         ratio = seconds["one option at a time, padded"] / seconds["shared prefix, by length"]
         rows.append(dict(what=what, how="ratio", speedup=ratio))
         print(f"{what}: {ratio:.2f}x questions/s")
+
+
+# ---------------------------------------------------------------------------------------------
+# generate: one's own machine, the full shape in bf16, beside the floor and transformers
+
+GENERATE_CHILD = """
+import re, sys, time
+start = time.perf_counter()
+import torch
+who, folder, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+idx = torch.tensor([[1]])
+if who == "ours":
+    from model import GPT
+    model = GPT.from_pretrained(folder, dtype=torch.bfloat16)
+    run = lambda: model.generate(idx, n, temperature=0)
+else:
+    from transformers import GPT2LMHeadModel
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model.generation_config.eos_token_id = None
+    run = lambda: model.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=n,
+                                 do_sample=False, pad_token_id=0)
+print(time.perf_counter() - start, flush=True)
+for _ in sys.stdin:
+    start = time.perf_counter()
+    assert run().shape == (1, 1 + n)
+    seconds = time.perf_counter() - start
+    status = open("/proc/self/status").read()  # ru_maxrss would be the parent's, at the fork
+    print(seconds, int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) * 1024 / 1e9, flush=True)
+"""
+
+
+def random_folder(shape, folder):
+    """A Hugging Face GPT-2 folder of random bf16 weights; returns the bytes a token must read."""
+    import torch
+
+    from model import GPT, GPTConfig
+    with torch.device("meta"):
+        model = GPT(GPTConfig.preset(shape)).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    for name, t in model.named_parameters():
+        t.data.normal_(0.0, 0.02) if t.dim() > 1 else t.data.fill_("ln" in name)
+    model.save_pretrained(folder)
+    wpe = model.transformer.wpe.weight.numel()  # one row of it is read; wte whole, as the head
+    return 2 * (model.n_params() - wpe)
+
+
+def read_rate(n_bytes=2**30):
+    """Bytes a second that torch reads from memory, on all its threads."""
+    import torch
+    data = torch.ones(n_bytes // 8, dtype=torch.int64)
+    return n_bytes / interleave({"sum": data.sum}, 5)["sum"]
+
+
+def bench_generate(rest):
+    """Greedy tokens a second for one prompt, against weights' bytes over the memory's read rate."""
+    p = argparse.ArgumentParser(prog="bench.py generate")
+    p.add_argument("--shape", default="biomedlm", help="preset of model.py (default: biomedlm)")
+    p.add_argument("--hf_python", help="a python that has transformers (default: ours alone)")
+    p.add_argument("--tokens", type=int, default=16, help="tokens a turn (default: 16)")
+    p.add_argument("--rounds", type=int, default=5, help="turns of each (default: 5)")
+    args = p.parse_args(rest)
+    pythons = {"ours": sys.executable} | ({"hf": args.hf_python} if args.hf_python else {})
+    with tempfile.TemporaryDirectory() as folder:
+        n_bytes, rates, children = random_folder(args.shape, folder), [], {}
+        turns, peaks = {who: [] for who in pythons}, {}
+        for who, python in pythons.items():  # one after the other: each load has the machine
+            command = [python, "-c", GENERATE_CHILD, who, folder, str(args.tokens)]
+            child = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                                     stdout=subprocess.PIPE)
+            children[who] = child, float(child.stdout.readline())
+        for turn in range(args.rounds + 1):
+            rates.append(read_rate())
+            for who, (child, _) in children.items():
+                print("go", file=child.stdin, flush=True)
+                seconds, peaks[who] = map(float, child.stdout.readline().split())
+                if turn:  # the first one touches the mapped file
+                    turns[who].append(args.tokens / seconds)
+        for child, _ in children.values():
+            child.communicate()
+    rate = statistics.median(rates)
+    rows = [dict(who="floor", tokens_per_s=rate / n_bytes, weights_gb=n_bytes / 1e9,
+                 read_gb_per_s=rate / 1e9)]
+    for who, (_, load_s) in children.items():
+        speed = statistics.median(turns[who])
+        rows.append(dict(who=who, tokens_per_s=speed, of_floor=speed * n_bytes / rate,
+                         load_s=load_s, peak_gb=peaks[who]))
+    if args.hf_python:
+        rows.append(dict(who="ours / hf", ratio=statistics.median(
+            a / b for a, b in zip(turns["ours"], turns["hf"]))))
+    for row in rows:
+        print(row)
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------
