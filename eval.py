@@ -382,10 +382,15 @@ def read_log(run):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def curves(args, env):
-    """Loss, learning rate, gradient norm and throughput of runs by step, from log.jsonl, as a PNG.
+PANELS = {"loss": "loss (nats a token), validation dashed", "val_bits_per_byte":
+          "validation, bits a byte", "lr": "learning rate", "grad_norm": "gradient norm",
+          "tokens_per_s": "tokens a second", "dev": "fine-tuning: accuracy on dev"}
 
-    Rows of finetune.py have epochs for steps, and of the four only loss and rate. Needs matplotlib.
+
+def curves(args, env):
+    """What log.jsonl holds of each run, by step (rows of finetune.py: by epoch), as a PNG.
+
+    Loss compares runs of one tokenizer only, bits a byte any. Needs matplotlib.
     """
     logs = {run: read_log(run) for run in args.runs}
     try:
@@ -394,25 +399,32 @@ def curves(args, env):
         raise ValueError("curves needs: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), dpi=120, layout="constrained")
+    panels = {key: title for key, title in PANELS.items()
+              if key == "loss" or any(key in row for rows in logs.values() for row in rows)}
+    figure, axes = pyplot.subplots(math.ceil(len(panels) / 2), 2, figsize=(11, 7), dpi=100,
+                                   layout="constrained", squeeze=False)
     last = {}
 
     def draw(ax, rows, key, label, **style):
-        points = [(row.get("step", row.get("epoch")), row[key]) for row in rows if key in row]
+        points = [(row.get("step", row.get("epoch")), row[key]) for row in rows
+                  if key in row and ("step" in row or "epoch" in row)]
+        if "epoch" in rows[0]:  # several seeds pass the same epochs
+            style |= dict(marker=".", linestyle="")
         if points:
             ax.plot(*zip(*points), label=label, **style)
             if "loss" in key:
                 last[label] = points[-1][1]
 
-    for i, (run, rows) in enumerate(logs.items()):
-        for ax, key in zip(axes.flat, ("loss", "lr", "grad_norm", "tokens_per_s")):
+    for ax, (key, title) in zip(axes.flat, panels.items()):
+        for i, (run, rows) in enumerate(logs.items()):
             draw(ax, rows, key, run, color=f"C{i}", linewidth=1)
-        draw(axes[0, 0], rows, "val_loss", f"{run}, validation", color=f"C{i}", linestyle="--",
-             marker="o", markersize=3)
-    titles = ("loss (nats a token)", "learning rate", "gradient norm", "tokens a second")
-    for ax, title in zip(axes.flat, titles):
-        ax.set(title=title, xlabel="step")
+            if key == "loss":
+                draw(ax, rows, "val_loss", f"{run}, validation", color=f"C{i}", linestyle="--",
+                     marker="o", markersize=3)
+        ax.set(title=title, xlabel="epoch" if key == "dev" else "step")
         ax.grid(alpha=0.3)
+    for ax in axes.flat[len(panels):]:
+        ax.axis("off")
     axes[0, 0].legend(fontsize="small")
     figure.savefig(args.out, metadata={"Software": None})
     table([dict(run=run, last_loss=loss) for run, loss in last.items()])

@@ -1,6 +1,10 @@
-"""The repository as a whole: help of every command, imports on a bare machine (S1, S3)."""
+"""The repository as a whole: help of every command, README's commands, imports (S1, S2, S3)."""
 
 import ast
+import gzip
+import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -40,3 +44,57 @@ def test_imports_on_a_bare_machine():
             "assert model.kernels_active('cpu') == 'reference'")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+TINY = ("--n_layer 2 --n_head 2 --n_embd 64 --seq_len 256 --batch_tokens 1024 --micro_batch 1 "
+        "--total_steps 3 --eval_tokens 1024 --device cpu --dtype float32")
+SMALLER = {"train.py": TINY, "finetune.py": "--limit 8 --epochs 1 --seeds 1 --batch_size 4"}
+ELSEWHERE = (r"python train.py$|python -m pytest|"  # CI runs these
+             r"python data.py download")  # the network: tests/test_data.py has a server of its own
+
+
+def readme_commands():
+    """Commands of README's code blocks, in order, continued lines joined."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0] for line in lines
+            if line.startswith(("python ", "torchrun ")) and not re.match(ELSEWHERE, line)]
+
+
+def test_readme_names_real_flags():
+    """A flag in README, in or out of a block, that no script has."""
+    source = "".join(path.read_text() for path in (*ROOT.glob("*.py"), ROOT / "tests/bench.py"))
+    others = {"standalone", "nproc_per_node", "nnodes", "max_restarts", "rdzv_backend", "rdzv_id",
+              "rdzv_endpoint", "nodes", "gpus", "cpus", "requeue", "ntasks"}  # torchrun, sbatch
+    flags = set(re.findall(r"--(?:no_)?(\w+)", (ROOT / "README.md").read_text())) - others
+    for flag in flags:
+        assert re.search(rf"\b{flag}\b", source), flag
+
+
+@pytest.mark.slow
+def test_readme_commands(tmp_path, shared):
+    """A command of README that fails as printed (smaller where it trains), in a path with a space
+    and from inputs that can't be written."""
+    home = tmp_path / "a clone"
+    for name in subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).splitlines():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, home / name)
+    inputs = {"PUBMED_XML": "pubmed_xml", "PMC_NXML": "pmc_nxml", "raw/pubmed": "pubmed_xml",
+              "raw/pmc": "pmc_nxml", "PUBMEDQA": "qa/pubmedqa", "MEDQA": "qa/medqa"}
+    for name, source in inputs.items():
+        shutil.copytree(shared / source, home / name)
+    for name in ("abstracts.jsonl.gz", "pmc_fulltext.jsonl.gz"):
+        with gzip.open(shared / name) as all_lines, gzip.open(home / name, "wb") as some:
+            some.writelines(line for line, _ in zip(all_lines, range(300)))
+    for name in (*inputs, "abstracts.jsonl.gz", "pmc_fulltext.jsonl.gz"):
+        subprocess.run(["chmod", "-R", "a-w", home / name], check=True)
+    env = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+                        "TIKTOKEN_CACHE_DIR": str(shared / "tiktoken_cache")}
+    for command in readme_commands():
+        small = command.replace("--nproc_per_node=8", "--nproc_per_node=2")
+        if "--plan" not in command:
+            small += "".join(f" {flags}" for name, flags in SMALLER.items() if name in command)
+        done = subprocess.run(["bash", "-c", small], cwd=home, env=env, capture_output=True,
+                              text=True, timeout=300)
+        assert done.returncode == 0, f"{small}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert len(readme_commands()) > 10
