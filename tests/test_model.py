@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import GPT, GPTConfig, KVCache, newest_checkpoint
+from model import GPT, GPTConfig, KVCache, linear, newest_checkpoint
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures/hf_gpt2.json").read_text())
 TINY = GPTConfig(n_layer=3, n_head=2, n_embd=16, n_positions=32, vocab_size=61, dropout=0.0)
@@ -220,6 +220,18 @@ def test_generate(model, idx):
             model.generate(prompt, **bad)
     with pytest.raises(ValueError, match="empty prompt"):
         model.generate(prompt[:, :0], 4)
+
+
+def test_one_bf16_row_is_a_linear():
+    """A step of generation in bf16 that reads a transposed matrix, drops a bias or half a sum."""
+    torch.manual_seed(0)
+    x, bias = torch.randn(1, 1, 48).bfloat16(), torch.randn(80).bfloat16()
+    weight = torch.randn(80, 48).bfloat16()
+    product = x.double() @ weight.double().t()
+    for stored in (weight, weight.t().contiguous().t()):  # [out, in], and Hugging Face's [in, out]
+        for b, exact in ((None, product), (bias, product + bias.double())):
+            assert linear(x, stored, b).shape == (1, 1, 80)
+            assert (linear(x, stored, b) - exact).abs().max() <= 2**-6 * exact.abs().max()
 
 
 def test_config_errors():
