@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import shutil
 import signal
@@ -72,7 +71,7 @@ PRESETS = {
              "parallel": parallel, "activation_checkpointing": parallel == "fsdp"}
     for preset, column, parallel in (("demo", 0, "ddp"), ("gpt2-124m", 1, "ddp"),
                                      ("biomedlm-125m", 1, "ddp"), ("biomedlm", 2, "fsdp"))}
-MICRO_BATCH = 8  # BioMedLM: on 40 GB
+MICRO_BATCH = 8  # BioMedLM: sequences that a GPU of 40 GB took at once
 MODEL_FLAGS = ("n_layer", "n_head", "n_embd")
 # On resume these must be as they were: the weights' shape and the order of the data hang on them.
 FIXED = (*MODEL_FLAGS, "vocab_size", "seq_len", "batch_tokens", "seed", "ignore_eot_targets",
@@ -243,8 +242,7 @@ def update(model, optimizer, lr, grad_clip):
         norm = norm.full_tensor()
     optimizer.grad_scale = torch.clamp(norm / grad_clip, min=1.0)
     optimizer.found_inf = 1.0 - torch.isfinite(norm).float()
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     del optimizer.grad_scale, optimizer.found_inf
     optimizer.zero_grad(set_to_none=True)
@@ -326,7 +324,7 @@ def open_run(run, s, fresh):
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
                          capture_output=True, text=True).stdout.strip()
     record = {"settings": s, "changes": changes,
-              "versions": {"python": platform.python_version(), "torch": torch.__version__,
+              "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                            "git": git or None}}
     for name, content in (("config.json", run.config.to_hf()), ("run.json", record)):
         text = json.dumps(content, indent=2) + "\n"
@@ -403,8 +401,9 @@ def log(run, row, line):
     say(run, line)
     try:
         if run.rank == 0:
-            with open(run.out / "log.jsonl", "a") as f:  # one write, so that a kill leaves it
-                f.write(json.dumps(row) + "\n")  # whole or absent
+            with open(run.out / "log.jsonl", "a") as f:
+                # written at once on closing, so that a kill leaves the row whole or absent
+                f.write(json.dumps(row) + "\n")
     except OSError as e:
         say(run, f"warning: log.jsonl could not be written ({e}); training goes on")
 
@@ -432,27 +431,28 @@ def report_skips(losses, norms, step, in_a_row, run):
     losses of this rank and gradient norms: a number for each step since the last report, up to
     `step`; in_a_row: those skipped before them without a break. Returns what it is now.
     """
-    skipped = [step - i for i, norm in enumerate(reversed(norms)) if not math.isfinite(norm)]
-    if not skipped:
-        return 0
-    bad_rank = 0 if all(map(math.isfinite, losses)) else run.rank + 1
-    bad_rank = all_reduce([bad_rank], dist.ReduceOp.MAX, run.device)[0]
-    what = f"the loss of rank {bad_rank - 1:.0f}" if bad_rank else "the gradient norm"
-    text = f"{what} was not finite at step {skipped[0]}: {len(skipped)} updates skipped"
-    for norm in norms:
-        in_a_row = 0 if math.isfinite(norm) else in_a_row + 1
-    if in_a_row >= SKIP_LIMIT:
-        raise ValueError(f"{text}, {in_a_row} in a row: the weights are as before; lower --lr or "
-                         "look at the data, then run again")
-    say(run, f"warning: {text}, the weights are as before")
+    skipped = [not math.isfinite(norm) for norm in norms]
+    for skip in skipped:
+        in_a_row = in_a_row + 1 if skip else 0
+    if any(skipped):
+        at = step - skipped[::-1].index(True)
+        bad_rank = 0 if all(map(math.isfinite, losses)) else run.rank + 1
+        bad_rank = all_reduce([bad_rank], dist.ReduceOp.MAX, run.device)[0]
+        what = f"the loss of rank {bad_rank - 1:.0f}" if bad_rank else "the gradient norm"
+        text = f"{what} was not finite at step {at}: {sum(skipped)} updates skipped"
+        if in_a_row >= SKIP_LIMIT:
+            raise ValueError(f"{text}, {in_a_row} in a row: the weights are as before; lower --lr "
+                             "or look at the data, then run again")
+        say(run, f"warning: {text}, the weights are as before")
     return in_a_row
 
 
 class Stop:
     """SIGTERM or SIGINT asks for a stop at the step's edge; a second one ends the process."""
 
+    asked = False
+
     def __init__(self):
-        self.asked = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.catch)
 
@@ -500,24 +500,24 @@ def train_step(model, optimizer, batches, step, s, run):
 
 
 @torch.no_grad()
-def evaluate(model, s, run, stop):
-    """Mean loss in nats a token over at most eval_tokens validation tokens; None if stopped."""
+def evaluate(model, step, s, run, stop):
+    """Log the mean loss in nats a token over at most eval_tokens tokens, unless asked to stop."""
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=run.device)
-    count = torch.zeros((), dtype=torch.float64, device=run.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # of nats, of targets
     for x, y in data.val_batches(run.data, s["seq_len"], run.micro_batch, run.rank,
                                  run.world_size, s["eval_tokens"], run.device,
                                  s["ignore_eot_targets"]):
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == "bfloat16"):
             _, loss = model(x, y)
-        valid = (y != -100).sum()
-        total += torch.where(valid > 0, loss, 0).double() * valid
-        count += valid
+        valid = (y != -100).sum().double()
+        sums += torch.stack([loss * valid, valid])
         if stop.now():  # the caller stops too, and trains no more
-            return None
+            return
     model.train()
-    total, count = all_reduce([total, count], dist.ReduceOp.SUM, run.device)
-    return total / max(count, 1)
+    nats, targets = all_reduce(sums, dist.ReduceOp.SUM, run.device)
+    val_loss = nats / max(targets, 1)
+    log(run, {"step": step, "val_loss": val_loss},
+        f"step {step:>6}/{s['total_steps']}  validation loss {val_loss:.4f}")
 
 
 def train(model, optimizer, start, s, run):
@@ -534,10 +534,7 @@ def train(model, optimizer, start, s, run):
         last = step == s["total_steps"]
         evaluating = step % s["eval_every"] == 0 or last
         if evaluating:
-            val_loss = evaluate(model, s, run, stop)
-            if val_loss is not None:
-                log(run, {"step": step, "val_loss": val_loss},
-                    f"step {step:>6}/{s['total_steps']}  validation loss {val_loss:.4f}")
+            evaluate(model, step, s, run, stop)
         stopping = stop.now()
         saving = step > start and (step % s["save_every"] == 0 or last or stopping)
         if saving:
@@ -562,8 +559,7 @@ def train(model, optimizer, start, s, run):
 # ---------------------------------------------------------------------------------------------
 # the plan: what a run needs, without running it
 
-MACHINES = (("1 x H200", 1, 141, 989.5e12), ("8 x H100", 8, 80, 989.5e12),
-            ("128 x A100-40", 128, 40, 312e12))  # name, GPUs, GB each, dense bf16 FLOP/s
+MACHINES = (("H200", 1, 141), ("H100", 8, 80), ("A100", 128, 40))  # name, GPUs, GB each
 
 
 def memory_parts(config, n_params, seq_len, gpus, parallel, checkpointing, micro_batch):
@@ -587,6 +583,7 @@ def memory_parts(config, n_params, seq_len, gpus, parallel, checkpointing, micro
         formulas["saved activations"] = "(36*C + 4*H + 16) * L * t"
     if parallel == "fsdp":  # the block at work, the one fetched ahead, embeddings; and gradients
         formulas["gathered in fp32"] = "8 * (2*(12*C*C + 13*C) + (V + T)*C)"
+    # evaluated as printed, so that no figure can stand beside another formula
     return {f"{part} = {formula}": eval(formula, sizes) for part, formula in formulas.items()}
 
 
@@ -601,8 +598,9 @@ def print_plan(s, config):
           f"{s['batch_tokens']:,}")
     print(f"FLOPs          {tokens * flops:.3g} = tokens * FLOPs a token")
     print(f"checkpoint     {12 * n / 1e9:.1f} GB = 12N (weights and two moments)")
-    for machine, gpus, gigabytes, peak in MACHINES:
-        # the fastest that fits: no sharding, no recomputing, the largest micro-batch, in that order
+    for name, gpus, gigabytes in MACHINES:
+        machine, peak = f"{gpus} x {name}-{gigabytes}", PEAK_FLOPS[name]
+        # the fastest that fits: no sharding, no recomputing, the largest micro-batch, in this order
         for mode in product(("ddp", "fsdp"), (False, True), (32, 16, 8, 4, 2, 1)):
             parallel, checkpointing, micro_batch = mode
             parts = memory_parts(config, n, s["seq_len"], gpus, *mode)
