@@ -434,7 +434,7 @@ def report_skips(losses, norms, step, in_a_row, run):
     skipped = [not math.isfinite(norm) for norm in norms]
     for skip in skipped:
         in_a_row = in_a_row + 1 if skip else 0
-    if any(skipped):
+    if any(skipped):  # norms are the same on all ranks, so that all of them come to all_reduce
         at = step - skipped[::-1].index(True)
         bad_rank = 0 if all(map(math.isfinite, losses)) else run.rank + 1
         bad_rank = all_reduce([bad_rank], dist.ReduceOp.MAX, run.device)[0]
@@ -546,7 +546,7 @@ def train(model, optimizer, start, s, run):
         history.append(train_step(model, optimizer, batches, step, s, run))
         done = step + 1
         if done % s["log_every"] == 0 or step == start or done == s["total_steps"]:
-            # the only wait for the device: Python runs ahead of it in the steps between
+            # here Python waits for the device, and runs ahead of it in the steps between
             losses, norms = (torch.stack(values).tolist() for values in zip(*history))
             history.clear()
             in_a_row = report_skips(losses, norms, done, in_a_row, run)
