@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import resource
 import shutil
 import signal
@@ -23,17 +22,13 @@ import warnings
 import zlib
 from dataclasses import replace
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -46,129 +41,107 @@ from tokenizer import Tokenizer
 # ---------------------------------------------------------------------------------------------
 # settings: a preset gives every number, a flag replaces it
 
-BIOMEDLM = {  # BioMedLM: the authors' gpt-3b-biotok-300k.yaml and the paper, section 2
-    "total_steps": 300_000,  # BioMedLM: yaml and checkpoint name; the paper's 300B tokens: 286,102
-    "batch_tokens": 1024 * 1024, "micro_batch": 8, "seq_len": 1024, "lr": 1.6e-4,
-    "warmup_steps": 100, "grad_clip": 1.0, "dropout": 0.1, "seed": 17, "eval_every": 5000,
+# BioMedLM: the third column is the authors' gpt-3b-biotok-300k.yaml and the paper, section 2, the
+# second the paper's 125M ablations (gpt2-124m: our choice); the demo's numbers are our choice.
+SETTINGS = {  # flag: (demo, gpt2-124m and biomedlm-125m, biomedlm, help)
+    # the yaml and the checkpoint's name have 300,000; the paper's 300B tokens are 286,102.
+    # The demo's facts sink in suddenly, between steps 500 and 900
+    "total_steps": (1500, 100_000, 300_000, "optimiser steps of the whole run"),
+    "batch_tokens": (1024, 512 * 1024, 1024 * 1024,
+                     "tokens of one step, over all ranks and micro-batches"),
+    "seq_len": (128, 1024, 1024, "tokens of one sequence"),
+    "lr": (2e-3, 6e-4, 1.6e-4, "peak learning rate"),
+    "warmup_steps": (100, 100, 100, "steps of linear warm-up, at most total_steps"),
     # BioMedLM: Composer's 1.6e-5, decoupled from lr; AdamW's decay is multiplied by lr: 0.1
-    "weight_decay": 0.1,
-    "parallel": "fsdp", "activation_checkpointing": True,
-    # our choice: torchrun kills 30 s after SIGTERM and a 31 GB checkpoint takes longer to write,
-    # so that the periodic ones are the guarantee: 15 minutes on 128 A100s, 40 on 8 H100s
-    "save_every": 500,
-    "log_every": 10, "eval_tokens": 4 * 1024 * 1024, "keep": 2,  # our choice
+    "weight_decay": (0.1, 0.1, 0.1, "AdamW's decay, times lr a step, on every parameter"),
+    "grad_clip": (1.0, 1.0, 1.0, "largest global gradient norm"),
+    "dropout": (0.0, 0.1, 0.1, "probability on embeddings, residual branches and attention"),
+    "seed": (17, 17, 17, "of weights, data order and dropout"),
+    "eval_every": (250, 5000, 5000, "steps between validations"),
+    # our choice from here on
+    "eval_tokens": (16_384, 4 * 1024 * 1024, 4 * 1024 * 1024, "validation tokens at most"),
+    "log_every": (50, 10, 10, "steps between logged lines"),
+    # torchrun kills 30 s after SIGTERM and a 31 GB checkpoint takes longer to write, so that the
+    # periodic ones are the guarantee: 15 minutes on 128 A100s, 40 on 8 H100s
+    "save_every": (500, 500, 500, "steps between checkpoints"),
+    "keep": (2, 2, 2, "checkpoints kept, the newest"),
 }
-SIBLING_125M = {**BIOMEDLM, "lr": 6e-4, "batch_tokens": 512 * 1024, "total_steps": 100_000,
-                "parallel": "ddp", "activation_checkpointing": False}  # BioMedLM: its ablations
 PRESETS = {
-    "demo": {  # our choice: its facts sink in suddenly, between steps 500 and 900
-        **BIOMEDLM, "total_steps": 1500, "batch_tokens": 1024, "micro_batch": 8, "seq_len": 128,
-        "lr": 2e-3, "dropout": 0.0, "eval_every": 250, "save_every": 500, "log_every": 50,
-        "eval_tokens": 16_384, "parallel": "ddp", "activation_checkpointing": False},
-    "gpt2-124m": SIBLING_125M,  # our choice: GPT-2's shape under the same recipe
-    "biomedlm-125m": SIBLING_125M,
-    "biomedlm": BIOMEDLM,
-}
-FLAGS = {  # those that a preset sets
-    "total_steps": (int, "optimiser steps of the whole run"),
-    "batch_tokens": (int, "tokens of one step, over all ranks and micro-batches"),
-    "micro_batch": (int, "sequences in one forward pass of one rank"),
-    "seq_len": (int, "tokens of one sequence"),
-    "lr": (float, "peak learning rate"),
-    "warmup_steps": (int, "steps of linear warm-up, at most total_steps"),
-    "weight_decay": (float, "AdamW's decay, times lr a step, on every parameter"),
-    "grad_clip": (float, "largest global gradient norm"),
-    "dropout": (float, "probability on embeddings, residual branches and attention"),
-    "seed": (int, "of weights, data order and dropout"),
-    "log_every": (int, "steps between logged lines"),
-    "eval_every": (int, "steps between validations"),
-    "eval_tokens": (int, "validation tokens at most"),
-    "save_every": (int, "steps between checkpoints"),
-    "keep": (int, "checkpoints kept, the newest"),
-}
+    preset: {**{flag: row[column] for flag, row in SETTINGS.items()},
+             "parallel": parallel, "activation_checkpointing": parallel == "fsdp"}
+    for preset, column, parallel in (("demo", 0, "ddp"), ("gpt2-124m", 1, "ddp"),
+                                     ("biomedlm-125m", 1, "ddp"), ("biomedlm", 2, "fsdp"))}
+MICRO_BATCH = 8  # BioMedLM: sequences that a GPU of 40 GB took at once
 MODEL_FLAGS = ("n_layer", "n_head", "n_embd")
 # On resume these must be as they were: the weights' shape and the order of the data hang on them.
-FIXED = ("n_layer", "n_head", "n_embd", "vocab_size", "seq_len", "batch_tokens", "seed",
-         "ignore_eot_targets", "data_fingerprint", "init")
+FIXED = (*MODEL_FLAGS, "vocab_size", "seq_len", "batch_tokens", "seed", "ignore_eot_targets",
+         "data_fingerprint", "init")
 
 
-def parse_args(argv=None):
+def parse_args():
+    """The flags that were given, and the values of those that are merely on or off."""
     parser = argparse.ArgumentParser(
         description="Pre-train a GPT-2 as BioMedLM was. Without arguments: the offline demo.")
-    parser.add_argument("--preset", choices=PRESETS, default="demo",
-                        help="shape and recipe (default: demo)")
-    parser.add_argument("--data", help="folder of token arrays (default: data/demo, demo only)")
-    parser.add_argument("--out", help="folder of the run (default: out/PRESET)")
-    parser.add_argument("--init", help="start from the weights of a run or of a Hugging Face GPT-2 "
-                        "folder (default: random weights)")
-    for name in MODEL_FLAGS:
-        parser.add_argument(f"--{name}", type=int, help=f"{name} of a model with fresh weights "
-                            "(default: the preset's)")
-    for name, (kind, text) in FLAGS.items():
-        values = ", ".join(f"{p} {s[name]:g}" for p, s in PRESETS.items())
-        parser.add_argument(f"--{name}", type=kind, help=f"{text} (default: {values})")
-    parser.add_argument("--min_lr", type=float,
-                        help="learning rate at the end of the cosine (default: 0.1 * lr)")
-    parser.add_argument("--parallel", choices=("ddp", "fsdp"), help="replicate or shard the model "
-                        "over the ranks of torchrun (default: biomedlm fsdp, others ddp)")
-    for name, text, default in (
-            ("activation_checkpointing", "recompute each block in backward", "biomedlm on"),
-            ("compile", "torch.compile each block", "off"),
-            ("ignore_eot_targets", "no loss where the target is end-of-text, as the authors had "
-             "it: the model then never learns to stop", "off")):
-        parser.add_argument(f"--{name}", action="store_true", default=None,
-                            help=f"{text} (default: {default})")
-        parser.add_argument(f"--no_{name}", dest=name, action="store_false",
-                            help=f"turn --{name} off")
-    parser.add_argument("--device", help="torch device (default: cuda if it is there, else cpu)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the matrix products, "
-                        "autocast over fp32 weights (default: bfloat16 on cuda, else float32)")
-    parser.add_argument("--fresh", action="store_true",
-                        help="remove the run's checkpoints and log and start anew (default: go on)")
-    parser.add_argument("--verify", action="store_true",
-                        help="check the arrays' full hashes first (default: sizes only)")
-    parser.add_argument("--plan", action="store_true", help="print parameters, memory, FLOPs and "
-                        "hours of this run on several machines, then stop (default: train)")
-    return parser.parse_args(argv)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="demo", help="shape and recipe (default: demo)")
+    add("--data", help="folder of token arrays (default: data/demo, demo only)")
+    add("--out", help="folder of the run (default: out/PRESET)")
+    add("--init", help="start from the weights of a run or of a Hugging Face GPT-2 folder "
+        "(default: random weights)")
+    for flag in MODEL_FLAGS:
+        add(f"--{flag}", type=int,
+            help=f"{flag} of a model with fresh weights (default: the preset's)")
+    for flag, (*_, text) in SETTINGS.items():
+        defaults = ", ".join(f"{preset} {s[flag]}" for preset, s in PRESETS.items())
+        add(f"--{flag}", type=type(PRESETS["demo"][flag]), help=f"{text} (default: {defaults})")
+    add("--micro_batch", type=int, help="sequences in one forward pass of one rank (default: the "
+        f"largest divisor of a rank's share up to {MICRO_BATCH})")
+    add("--min_lr", type=float, help="learning rate at the end of the cosine (default: 0.1 * lr)")
+    add("--parallel", choices=("ddp", "fsdp"), help="replicate or shard the model over the ranks "
+        "of torchrun (default: biomedlm fsdp, others ddp)")
+    add("--activation_checkpointing", action="store_true", default=None,
+        help="recompute each block in backward (default: biomedlm on, others off)")
+    add("--no_activation_checkpointing", dest="activation_checkpointing", action="store_false",
+        help="turn --activation_checkpointing off")
+    add("--compile", action="store_true", help="torch.compile each block (default: off)")
+    add("--ignore_eot_targets", action="store_true", help="no loss where the target is "
+        "end-of-text, as the authors had it: the model then never learns to stop (default: off)")
+    add("--device", help="torch device (default: cuda if it is there, else cpu)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the matrix products, autocast over "
+        "fp32 weights (default: bfloat16 on cuda, else float32)")
+    add("--fresh", action="store_true",
+        help="remove the run's checkpoints and log and start anew (default: go on)")
+    add("--verify", action="store_true",
+        help="check the arrays' full hashes first (default: sizes only)")
+    add("--plan", action="store_true", help="print parameters, memory, FLOPs and hours of this "
+        "run on several machines, then stop (default: train)")
+    return {flag: value for flag, value in vars(parser.parse_args()).items() if value is not None}
 
 
-def given(args, names):
-    """Those of the flags that the command line holds."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
-def resolve(args):
+def resolve(flags):
     """Settings of this run: the preset's numbers under the flags that were given."""
-    s = {**PRESETS[args.preset], "min_lr": None, "compile": False, "ignore_eot_targets": False}
-    s.update(given(args, s))
-    for name in FLAGS:
-        if s[name] <= 0 and name not in ("dropout", "seed", "warmup_steps", "weight_decay"):
-            raise ValueError(f"--{name} is {s[name]}: use a positive number")
-    if s["min_lr"] is None:
-        s["min_lr"] = 0.1 * s["lr"]  # BioMedLM: alpha_f 0.1
+    s = {"data": None, "init": None, **PRESETS[flags["preset"]], **flags}
+    for flag in SETTINGS:
+        if s[flag] <= 0 and flag not in ("dropout", "seed", "warmup_steps", "weight_decay"):
+            raise ValueError(f"--{flag} is {s[flag]}: use a positive number")
+    s.setdefault("min_lr", 0.1 * s["lr"])  # BioMedLM: alpha_f 0.1
     s["warmup_steps"] = min(s["warmup_steps"], s["total_steps"])
     return s
 
 
-def split_batch(s, world_size, micro_batch_given):
+def split_batch(s, world_size):
     """(micro_batch, accumulation): how one rank's share of a step's sequences is cut, exactly."""
-    if s["batch_tokens"] % s["seq_len"]:
-        nearest = max(1, s["batch_tokens"] // s["seq_len"]) * s["seq_len"]
-        raise ValueError(f"seq_len {s['seq_len']} does not divide batch_tokens "
-                         f"{s['batch_tokens']}: use --batch_tokens {nearest}")
-    sequences = s["batch_tokens"] // s["seq_len"]
-    if sequences % world_size:
-        nearest = max(1, sequences // world_size) * world_size * s["seq_len"]
-        raise ValueError(f"{sequences} sequences a step do not divide among {world_size} ranks: "
-                         f"use --batch_tokens {nearest}")
-    share = sequences // world_size
+    unit = world_size * s["seq_len"]
+    share, rest = divmod(s["batch_tokens"], unit)
+    if rest:
+        raise ValueError(f"batch_tokens {s['batch_tokens']} is no multiple of {world_size} ranks x "
+                         f"seq_len {s['seq_len']}: use --batch_tokens {max(1, share) * unit}")
     divisors = [d for d in range(1, share + 1) if share % d == 0]
-    micro_batch = s["micro_batch"]
-    if not micro_batch_given:
-        micro_batch = max(d for d in divisors if d <= micro_batch)
+    micro_batch = s.get("micro_batch", max(d for d in divisors if d <= MICRO_BATCH))
     if micro_batch not in divisors:
+        use = " or ".join(", ".join(map(str, divisors)).rsplit(", ", 1))
         raise ValueError(f"micro_batch {micro_batch} does not divide {share} sequences per rank: "
-                         f"use {', '.join(map(str, divisors[:-1]))}{' or ' * (share > 1)}{share}")
+                         f"use {use}")
     return micro_batch, share // micro_batch
 
 
@@ -220,6 +193,21 @@ def all_reduce(values, op, device):
     return values.tolist()
 
 
+def on_rank_0(fn):
+    """fn() of rank 0; its result, or its user's error, reaches every rank, so that none hangs."""
+    outcome = [None, None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome[0] = fn()
+        except (ValueError, OSError) as e:
+            outcome[1] = str(e)
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1]:
+        raise ValueError(outcome[1])
+    return outcome[0]
+
+
 # ---------------------------------------------------------------------------------------------
 # optimiser
 
@@ -245,58 +233,103 @@ def make_optimizer(model, s):
 def update(model, optimizer, lr, grad_clip):
     """One clipped AdamW step, skipped on every rank if the gradient is not finite anywhere.
 
-    Returns (gradient norm, 1.0 where skipped) as 0-d fp32 tensors on the device: nothing here waits
-    for it. The fused kernel divides gradients by grad_scale and stands still where found_inf is 1,
-    so clipping costs no pass of its own.
+    Returns the gradient norm, a 0-d fp32 tensor on the device, the same on all ranks: nothing here
+    waits for it. The fused kernel divides gradients by grad_scale and stands still where found_inf
+    is 1, so clipping costs no pass of its own.
     """
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
     if hasattr(norm, "full_tensor"):  # FSDP: the shards' norm, over all ranks
         norm = norm.full_tensor()
-    skipped = 1.0 - torch.isfinite(norm).float()
     optimizer.grad_scale = torch.clamp(norm / grad_clip, min=1.0)
-    optimizer.found_inf = skipped
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    optimizer.found_inf = 1.0 - torch.isfinite(norm).float()
+    optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     del optimizer.grad_scale, optimizer.found_inf
     optimizer.zero_grad(set_to_none=True)
-    return norm, skipped
+    return norm
 
 
 # ---------------------------------------------------------------------------------------------
-# checkpoints: one format, whatever the world size and the mode
+# the run's folder: checkpoints in one format, whatever the world size and the mode
 
-def save_checkpoint(out, model, optimizer, step, keep):
+
+def save_checkpoint(out, model, optimizer, step, keep, must):
     """Gather the full state on rank 0 and write checkpoint_STEP.pt whole, or leave all as it was.
 
-    Returns the error's text where the disk refused it (training may go on), else None.
+    Where the disk refuses it: a warning, or ValueError on every rank if the checkpoint `must` be.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, moments = get_state_dict(model, optimizer, options=options)
-    error = [None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        path = out / f"checkpoint_{step:07d}.pt"
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights, moments = dcp.get_state_dict(model, optimizer, options=options)
+    path = out / f"checkpoint_{step:07d}.pt"
+
+    def write():
         state = {"model": weights, "optimizer": moments, "step": step}
         try:
             write_atomically(path, lambda temporary: torch.save(state, temporary))
             # a file of a later step is damaged, or the run would have gone on from it: not counted
-            whole = sorted(p for p in out.glob("checkpoint_*.pt") if p.name <= path.name)
+            whole = sorted(p for p in out.glob("checkpoint_*.pt") if p <= path)
             for old in whole[:-keep]:
                 old.unlink()
         except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into RuntimeError
-            error[0] = f"{path} could not be written, is the disk full? ({str(e).splitlines()[0]})"
-    if dist.is_initialized():
-        dist.broadcast_object_list(error, src=0)
-    return error[0]
+            error = f"{path} could not be written, is the disk full? ({str(e).splitlines()[0]})"
+            if must:
+                raise ValueError(f"{error}: make room and run the same command again, the newest "
+                                 "checkpoint stands") from None
+            tqdm.write(f"warning: {error}; the older ones stand, training goes on")
+
+    on_rank_0(write)
 
 
 def load_checkpoint(checkpoint, model, optimizer):
     """Spread the state that rank 0 read (None elsewhere) over the ranks."""
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=dist.is_initialized())
+    options = dcp.StateDictOptions(full_state_dict=True,
+                                   broadcast_from_rank0=dist.is_initialized())
     checkpoint = checkpoint or {"model": {}, "optimizer": {}}
     # not set_state_dict: it takes a rank's empty model for "optimiser only", and the ranks part
-    set_model_state_dict(model, checkpoint["model"], options=options)
-    set_optimizer_state_dict(model, optimizer, checkpoint["optimizer"], options=options)
+    dcp.set_model_state_dict(model, checkpoint["model"], options=options)
+    dcp.set_optimizer_state_dict(model, optimizer, checkpoint["optimizer"], options=options)
+
+
+def open_run(run, s, fresh):
+    """On rank 0: make or check the run's folder, and write what describes it. Returns the step."""
+    run.out.mkdir(parents=True, exist_ok=True)
+    old = [*run.out.glob("*.tmp")]
+    if fresh:
+        old += [*run.out.glob("checkpoint_*.pt"), *run.out.glob("log.jsonl")]
+    for path in old:
+        path.unlink()
+    _, run.checkpoint = newest_checkpoint(run.out)
+    if run.checkpoint is None and any(run.out.glob("checkpoint_*.pt")):
+        raise ValueError(f"no checkpoint in {run.out} can be read: restore one, or start --fresh")
+    step, changes = 0, []
+    if run.checkpoint:
+        step = run.checkpoint["step"]
+        try:
+            record = json.loads((run.out / "run.json").read_text())
+            before, changes = record["settings"], record["changes"]
+        except (OSError, ValueError, KeyError):
+            raise ValueError(f"{run.out}/run.json is damaged or missing, so that nothing tells how "
+                             "the checkpoints beside it were made: restore it, or start --fresh"
+                             ) from None
+        # where the weights came from stays true of a run that goes on without --init
+        s["init"] = s["init"] or before["init"]
+        if step >= s["total_steps"]:
+            return step
+        if changed := check_same_run(before, s):
+            changes.append({"step": step, **changed})
+    cut_log(run.out / "log.jsonl", step, step % s["eval_every"] == 0)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(run.data / name, run.out / name)
+    # by a shell: where there is no git, it prints nothing
+    git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
+                         capture_output=True, text=True).stdout.strip()
+    record = {"settings": s, "changes": changes,
+              "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                           "git": git or None}}
+    for name, content in (("config.json", run.config.to_hf()), ("run.json", record)):
+        text = json.dumps(content, indent=2) + "\n"
+        write_atomically(run.out / name, lambda tmp, text=text: tmp.write_text(text))
+    return step
 
 
 def check_same_run(old, new):
@@ -312,17 +345,18 @@ def check_same_run(old, new):
 
 
 def cut_log(path, step, evaluates):
-    """Drop the rows of log.jsonl that a killed run wrote after the checkpoint, or half-wrote."""
-    if not path.exists():
-        return
+    """Drop the rows of log.jsonl that a killed run wrote after the checkpoint, or half-wrote.
+
+    evaluates: the run goes on with a validation at `step`, which writes that row anew.
+    """
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else ():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            break
-        if row["step"] < step or (row["step"] == step and not ("val_loss" in row and evaluates)):
-            kept.append(line + "\n")
+            continue
+        if row["step"] + ("val_loss" in row and evaluates) <= step:
+            kept.append(line)
     write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
 
 
@@ -331,6 +365,7 @@ def cut_log(path, step, evaluates):
 
 # dense bf16 FLOP/s of the datasheets; MFU is printed for these only
 PEAK_FLOPS = {"H200": 989.5e12, "H100 PCIe": 756e12, "H100": 989.5e12, "A100": 312e12}
+SKIP_LIMIT = 10  # our choice: so many updates skipped in a row end the run
 
 
 def peak_flops(device):
@@ -354,89 +389,80 @@ def memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def describe(row, total_steps, seconds_per_step):
-    """The aligned line of a row of log.jsonl."""
-    head = f"step {row['step']:>6}/{total_steps}"
-    if "val_loss" in row:
-        return f"{head}  validation loss {row['val_loss']:.4f}"
-    mfu = f"  mfu {100 * row['mfu']:4.1f}%" if "mfu" in row else ""
-    eta = timedelta(seconds=int((total_steps - row["step"]) * seconds_per_step))
-    return (f"{head}  tokens {row['tokens'] / 1e6:9.2f}M  loss {row['loss']:7.4f}  "
-            f"lr {row['lr']:.2e}  norm {row['grad_norm']:7.3f}  tok/s {row['tokens_per_s']:9,.0f}"
-            f"{mfu}  mem {row['memory']:5.1f}G  eta {eta}")
+def say(run, text):
+    """Print on rank 0, above the bar."""
+    if run.rank == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
-class Log:
-    """log.jsonl, the printed lines and, on a terminal, a bar; silent on every rank but 0."""
+def log(run, row, line):
+    """Print the aligned line of a row and append the row to log.jsonl, on rank 0."""
+    say(run, line)
+    try:
+        if run.rank == 0:
+            with open(run.out / "log.jsonl", "a") as f:
+                # written at once on closing, so that a kill leaves the row whole or absent
+                f.write(json.dumps(row) + "\n")
+    except OSError as e:
+        say(run, f"warning: log.jsonl could not be written ({e}); training goes on")
 
-    def __init__(self, run, start, total_steps):
-        # unbuffered: a row is one write, so that a kill leaves it whole or absent
-        self.file = open(run.out / "log.jsonl", "ab", 0) if run.rank == 0 else None  # noqa: SIM115
-        self.total_steps = total_steps
-        self.bar = tqdm(initial=start, total=total_steps, unit="step", leave=False,
-                        disable=None if run.rank == 0 else True)  # None: only on a terminal
 
-    def say(self, text):
-        if self.file:
-            tqdm.write(text)  # above the bar
-            sys.stdout.flush()
+def log_step(step, loss, grad_norm, seconds_per_step, s, run):
+    """The line and the row of the last of `step` updates; loss is the mean over the ranks."""
+    row = {"step": step, "tokens": step * s["batch_tokens"], "loss": loss,
+           "lr": learning_rate(step - 1, s), "grad_norm": grad_norm,
+           "tokens_per_s": s["batch_tokens"] / seconds_per_step}
+    mfu = ""
+    if peak := peak_flops(run.device):
+        flops = flops_per_token(run.config, run.n_params, s["seq_len"])
+        row["mfu"] = row["tokens_per_s"] * flops / (peak * run.world_size)
+        mfu = f"  mfu {100 * row['mfu']:4.1f}%"
+    row["memory"] = memory_gib(run.device)
+    eta = timedelta(seconds=int((s["total_steps"] - step) * seconds_per_step))
+    log(run, row, f"step {step:>6}/{s['total_steps']}  tokens {row['tokens'] / 1e6:9.2f}M  "
+        f"loss {loss:7.4f}  lr {row['lr']:.2e}  norm {grad_norm:7.3f}  "
+        f"tok/s {row['tokens_per_s']:9,.0f}{mfu}  mem {row['memory']:5.1f}G  eta {eta}")
 
-    def write(self, row, seconds_per_step=0.0):
-        self.say(describe(row, self.total_steps, seconds_per_step))
-        try:
-            if self.file:
-                self.file.write((json.dumps(row) + "\n").encode())
-        except OSError as e:
-            self.say(f"warning: log.jsonl could not be written ({e}); training goes on")
+
+def report_skips(losses, norms, step, in_a_row, run):
+    """Tell of updates that were skipped for NaN or Inf; ValueError after SKIP_LIMIT in a row.
+
+    losses of this rank and gradient norms: a number for each step since the last report, up to
+    `step`; in_a_row: those skipped before them without a break. Returns what it is now.
+    """
+    skipped = [not math.isfinite(norm) for norm in norms]
+    for skip in skipped:
+        in_a_row = in_a_row + 1 if skip else 0
+    if any(skipped):  # norms are the same on all ranks, so that all of them come to all_reduce
+        at = step - skipped[::-1].index(True)
+        bad_rank = 0 if all(map(math.isfinite, losses)) else run.rank + 1
+        bad_rank = all_reduce([bad_rank], dist.ReduceOp.MAX, run.device)[0]
+        what = f"the loss of rank {bad_rank - 1:.0f}" if bad_rank else "the gradient norm"
+        text = f"{what} was not finite at step {at}: {sum(skipped)} updates skipped"
+        if in_a_row >= SKIP_LIMIT:
+            raise ValueError(f"{text}, {in_a_row} in a row: the weights are as before; lower --lr "
+                             "or look at the data, then run again")
+        say(run, f"warning: {text}, the weights are as before")
+    return in_a_row
 
 
 class Stop:
     """SIGTERM or SIGINT asks for a stop at the step's edge; a second one ends the process."""
 
+    asked = False
+
     def __init__(self):
-        self.name, self.agreed = None, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.catch)
 
     def catch(self, number, frame):
-        self.name = signal.Signals(number).name
+        self.asked = True
         signal.signal(number, signal.SIG_DFL)
 
     def now(self):
         """True on every rank once any was asked: a rank that stopped alone would hang the rest."""
-        self.agreed = self.agreed or all_reduce([self.name is not None], dist.ReduceOp.MAX,
-                                                "cpu")[0] > 0
-        return self.agreed
-
-
-class Skips:
-    """Updates skipped for NaN or Inf: counted on the device, read only when a line is logged."""
-
-    LIMIT = 10  # our choice: so many in a row end the run
-
-    def __init__(self, run):
-        self.run = run
-        self.new, self.in_a_row, self.step, self.rank = torch.zeros(4, device=run.device)
-
-    def add(self, step, loss, skipped):
-        self.new += skipped
-        self.in_a_row.add_(skipped).mul_(skipped)
-        self.step += skipped * (step - self.step)
-        self.rank.masked_fill_(~torch.isfinite(loss), self.run.rank + 1)
-
-    def report(self, log):
-        """Say what was skipped since the last line; ValueError after LIMIT in a row."""
-        new, in_a_row, step, rank = all_reduce(
-            [self.new, self.in_a_row, self.step, self.rank], dist.ReduceOp.MAX, self.run.device)
-        self.new.zero_()
-        self.rank.zero_()
-        if new:
-            what = f"the loss of rank {rank - 1:.0f}" if rank else "the gradient norm"
-            text = f"{what} was not finite at step {step:.0f}: {new:.0f} updates skipped"
-            if in_a_row >= self.LIMIT:
-                raise ValueError(f"{text}, {in_a_row:.0f} in a row: the weights are as before; "
-                                 "lower --lr or look at the data, then run again")
-            log.say(f"warning: {text}, the weights are as before")
+        return all_reduce([self.asked], dist.ReduceOp.MAX, "cpu")[0] > 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -452,7 +478,7 @@ def dropout_seed(seed, step, rank):
 
 
 def train_step(model, optimizer, batches, step, s, run):
-    """One update from `accumulation` micro-batches: (loss, gradient norm, skipped), 0-d tensors.
+    """One update from `accumulation` micro-batches: (this rank's loss, gradient norm), 0-d.
 
     The loss is divided by the step's positions, not by its valid targets, so that ignored targets
     weigh the same however the batch is cut among ranks and micro-batches.
@@ -470,143 +496,122 @@ def train_step(model, optimizer, batches, step, s, run):
         loss = loss * ((y != -100).sum() / positions)
         loss.backward()
         total += loss.detach()
-    return total, *update(model, optimizer, learning_rate(step, s), s["grad_clip"])
+    return total, update(model, optimizer, learning_rate(step, s), s["grad_clip"])
 
 
 @torch.no_grad()
-def evaluate(model, s, run, stop):
-    """Mean loss in nats a token over at most eval_tokens validation tokens; None if stopped."""
+def evaluate(model, step, s, run, stop):
+    """Log the mean loss in nats a token over at most eval_tokens tokens, unless asked to stop."""
     model.eval()
-    total = torch.zeros((), dtype=torch.float64, device=run.device)
-    count = torch.zeros((), dtype=torch.float64, device=run.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=run.device)  # of nats, of targets
     for x, y in data.val_batches(run.data, s["seq_len"], run.micro_batch, run.rank,
                                  run.world_size, s["eval_tokens"], run.device,
                                  s["ignore_eot_targets"]):
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.dtype == "bfloat16"):
             _, loss = model(x, y)
-        valid = (y != -100).sum()
-        total += torch.where(valid > 0, loss, 0).double() * valid
-        count += valid
-        if stop.now():
-            break
+        valid = (y != -100).sum().double()
+        sums += torch.stack([loss * valid, valid])
+        if stop.now():  # the caller stops too, and trains no more
+            return
     model.train()
-    total, count = all_reduce([total, count], dist.ReduceOp.SUM, run.device)
-    return None if stop.agreed else total / max(count, 1)
+    nats, targets = all_reduce(sums, dist.ReduceOp.SUM, run.device)
+    val_loss = nats / max(targets, 1)
+    log(run, {"step": step, "val_loss": val_loss},
+        f"step {step:>6}/{s['total_steps']}  validation loss {val_loss:.4f}")
 
 
 def train(model, optimizer, start, s, run):
     """Steps start..total_steps; the pass after the last step only validates and saves."""
-    stop, log, skips = Stop(), Log(run, start, s["total_steps"]), Skips(run)
-    flops = flops_per_token(run.config, run.n_params, s["seq_len"])
+    stop, history, in_a_row = Stop(), [], 0
     batches = data.train_batches(
         run.data, s["seq_len"], run.micro_batch, s["seed"], rank=run.rank,
         start=start * (s["batch_tokens"] // s["seq_len"]), world_size=run.world_size,
         device=run.device, ignore_eot=s["ignore_eot_targets"])
     clock, clock_step = time.perf_counter(), start
-    for step in range(start, s["total_steps"] + 1):
+    for step in tqdm(range(start, s["total_steps"] + 1), initial=start, total=s["total_steps"],
+                     unit="step", leave=False,
+                     disable=None if run.rank == 0 else True):  # None: only on a terminal
         last = step == s["total_steps"]
         evaluating = step % s["eval_every"] == 0 or last
         if evaluating:
-            val_loss = evaluate(model, s, run, stop)
-            if val_loss is not None:
-                log.write({"step": step, "val_loss": val_loss})
+            evaluate(model, step, s, run, stop)
         stopping = stop.now()
         saving = step > start and (step % s["save_every"] == 0 or last or stopping)
         if saving:
-            error = save_checkpoint(run.out, model, optimizer, step, s["keep"])
-            if error and (last or stopping):
-                raise ValueError(f"{error}: make room and run the same command again, the newest "
-                                 "checkpoint stands")
-            if error:
-                log.say(f"warning: {error}; the older ones stand, training goes on")
+            save_checkpoint(run.out, model, optimizer, step, s["keep"], must=last or stopping)
         if last or stopping:
-            break
+            return step
         if evaluating or saving:  # tokens_per_s is of training alone
             clock, clock_step = time.perf_counter(), step
-        loss, norm, skipped = train_step(model, optimizer, batches, step, s, run)
-        skips.add(step + 1, loss, skipped)
-        log.bar.update()
-        if (step + 1) % s["log_every"] == 0 or step == start or step + 1 == s["total_steps"]:
-            skips.report(log)
-            loss = all_reduce([loss], dist.ReduceOp.SUM, run.device)[0] / run.world_size
-            seconds = (time.perf_counter() - clock) / (step + 1 - clock_step)
-            row = {"step": step + 1, "tokens": (step + 1) * s["batch_tokens"], "loss": loss,
-                   "lr": learning_rate(step, s), "grad_norm": norm.item(),
-                   "tokens_per_s": s["batch_tokens"] / seconds}
-            if run.peak:
-                row["mfu"] = row["tokens_per_s"] * flops / (run.peak * run.world_size)
-            row["memory"] = memory_gib(run.device)
-            log.write(row, seconds)
-            clock, clock_step = time.perf_counter(), step + 1
-    log.bar.close()
-    return step
+        history.append(train_step(model, optimizer, batches, step, s, run))
+        done = step + 1
+        if done % s["log_every"] == 0 or step == start or done == s["total_steps"]:
+            # here Python waits for the device, and runs ahead of it in the steps between
+            losses, norms = (torch.stack(values).tolist() for values in zip(*history))
+            history.clear()
+            in_a_row = report_skips(losses, norms, done, in_a_row, run)
+            loss = all_reduce(losses[-1:], dist.ReduceOp.SUM, run.device)[0] / run.world_size
+            seconds_per_step = (time.perf_counter() - clock) / (done - clock_step)
+            log_step(done, loss, norms[-1], seconds_per_step, s, run)
+            clock, clock_step = time.perf_counter(), done
 
 
 # ---------------------------------------------------------------------------------------------
 # the plan: what a run needs, without running it
 
-MACHINES = (("1 x H200", 1, 141, 989.5e12), ("8 x H100", 8, 80, 989.5e12),
-            ("128 x A100-40", 128, 40, 312e12))  # name, GPUs, GB each, dense bf16 FLOP/s
+MACHINES = (("H200", 1, 141), ("H100", 8, 80), ("A100", 128, 40))  # name, GPUs, GB each
 
 
-def memory_parts(config, n_params, s, gpus, parallel, checkpointing, micro_batch):
-    """{formula: bytes} of one GPU with the fused ops, in a block's backward, where it peaks.
+def memory_parts(config, n_params, seq_len, gpus, parallel, checkpointing, micro_batch):
+    """{"part = formula": bytes} of one GPU in a block's backward, where it peaks (fused ops).
 
-    C width, L layers, H heads, V vocabulary, T seq_len, N parameters, t = micro_batch * T tokens.
+    C width, L layers, H heads, V vocabulary, T seq_len, N parameters, t tokens of a micro-batch.
     A block saves, a token: the residual stream twice (8C in fp32), in bf16 two LayerNorm outputs
     (4C), qkv (6C), attention (2C), c_fc (8C) and its GELU (8C), and 4 statistics and H logsumexps.
     """
-    C, L, V, t = config.n_embd, config.n_layer, config.vocab_size, micro_batch * s["seq_len"]
-    shards = gpus if parallel == "fsdp" else 1
-    block, saved = 12 * C * C + 13 * C, (36 * C + 4 * config.n_head + 16) * t
-    parts = {
-        "weights, gradients, two moments in fp32 = 16N / shards": 16 * n_params / shards,
-        "bf16 copies of the blocks' weights, kept by autocast = 24*C*C*L": 24 * C * C * L,
-        "a block's gradients in flight = (36C + 4H + 16) * t": saved,
-        "embedding and head = 9C*t + 2V*min(t, 8192) + 10*V*C":
-            9 * C * t + 2 * V * min(t, 8192) + 10 * V * C,
-    }
+    sizes = {"C": config.n_embd, "L": config.n_layer, "H": config.n_head, "V": config.vocab_size,
+             "T": seq_len, "N": n_params, "t": micro_batch * seq_len,
+             "shards": gpus if parallel == "fsdp" else 1}
+    formulas = {
+        "weights, gradients, two moments in fp32": "16*N / shards",
+        "bf16 copies of the blocks' weights, kept by autocast": "24*C*C*L",
+        "a block's gradients in flight": "(36*C + 4*H + 16) * t",
+        "embedding and head": "9*C*t + 2*V*min(t, 8192) + 10*V*C"}
     if checkpointing:
-        parts["inputs of L blocks, one block's inside = 6C*L*t + (36C + 4H + 16) * t"] = (
-            6 * C * L * t + saved)
+        formulas["inputs of L blocks, one block's inside"] = "6*C*L*t + (36*C + 4*H + 16) * t"
     else:
-        parts["saved activations = (36C + 4H + 16) * L * t"] = saved * L
-    if shards > 1:  # the block at work and the one fetched ahead, the embeddings; and gradients
-        parts["gathered in fp32 = 8 * (2*(12*C*C + 13*C) + (V + T)*C)"] = (
-            8 * (2 * block + (V + config.n_positions) * C))
-    return parts
+        formulas["saved activations"] = "(36*C + 4*H + 16) * L * t"
+    if parallel == "fsdp":  # the block at work, the one fetched ahead, embeddings; and gradients
+        formulas["gathered in fp32"] = "8 * (2*(12*C*C + 13*C) + (V + T)*C)"
+    # evaluated as printed, so that no figure can stand beside another formula
+    return {f"{part} = {formula}": eval(formula, sizes) for part, formula in formulas.items()}
 
 
-def print_plan(args):
+def print_plan(s, config):
     """Parameters, FLOPs, memory by part and hours on several machines, each with its formula."""
-    s = resolve(args)
-    config = GPTConfig.preset(args.preset, **given(args, MODEL_FLAGS))
     with torch.device("meta"):
         n = GPT(config).n_params()
     flops, tokens = flops_per_token(config, n, s["seq_len"]), s["total_steps"] * s["batch_tokens"]
-    for name, value in (
-            ("parameters N", f"{n:,} (the tied head counted once)"),
-            ("FLOPs a token", f"{flops / 1e9:.2f} G = 6N + 12*L*T*C"),
-            ("tokens", f"{tokens / 1e9:.1f} G = {s['total_steps']:,} steps * "
-             f"{s['batch_tokens']:,}"),
-            ("FLOPs", f"{tokens * flops:.3g} = tokens * FLOPs a token"),
-            ("checkpoint", f"{12 * n / 1e9:.1f} GB = 12N (weights and two moments)")):
-        print(f"{name:14} {value}")
-    for machine, gpus, gigabytes, peak in MACHINES:
-        # the fastest that fits: no sharding, no recomputing, the largest micro-batch, in that order
-        choices = [(parallel, checkpointing, micro_batch)
-                   for parallel in ("ddp", "fsdp")[:1 + (gpus > 1)]
-                   for checkpointing in (False, True) for micro_batch in (32, 16, 8, 4, 2, 1)
-                   if s["batch_tokens"] % (gpus * micro_batch * s["seq_len"]) == 0]
-        for choice in choices:
-            parts = memory_parts(config, n, s, gpus, *choice)
-            if sum(parts.values()) < 0.92e9 * gigabytes:  # the rest is the allocator's and NCCL's
-                break
+    print(f"parameters N   {n:,} (the tied head counted once)")
+    print(f"FLOPs a token  {flops / 1e9:.2f} G = 6N + 12*L*T*C")
+    print(f"tokens         {tokens / 1e9:.1f} G = {s['total_steps']:,} steps * "
+          f"{s['batch_tokens']:,}")
+    print(f"FLOPs          {tokens * flops:.3g} = tokens * FLOPs a token")
+    print(f"checkpoint     {12 * n / 1e9:.1f} GB = 12N (weights and two moments)")
+    for name, gpus, gigabytes in MACHINES:
+        machine, peak = f"{gpus} x {name}-{gigabytes}", PEAK_FLOPS[name]
+        # the fastest that fits: no sharding, no recomputing, the largest micro-batch, in this order
+        for mode in product(("ddp", "fsdp"), (False, True), (32, 16, 8, 4, 2, 1)):
+            parallel, checkpointing, micro_batch = mode
+            parts = memory_parts(config, n, s["seq_len"], gpus, *mode)
+            whole = s["batch_tokens"] % (gpus * micro_batch * s["seq_len"]) == 0
+            if whole and sum(parts.values()) < 0.92e9 * gigabytes:
+                break  # the rest is the allocator's and NCCL's
         else:
             print(f"\n{machine}: does not fit")
             continue
-        print(f"\n{machine}: --parallel {choice[0]} --{'no_' * (not choice[1])}"
-              f"activation_checkpointing --micro_batch {choice[2]}: "
+        print(f"\n{machine}: --parallel {parallel} --{'no_' * (not checkpointing)}"
+              f"activation_checkpointing --micro_batch {micro_batch}: "
               f"{sum(parts.values()) / 1e9:.1f} of {gigabytes} GB a GPU")
         for part, size in parts.items():
             print(f"  {size / 1e9:7.2f} GB  {part}")
@@ -620,117 +625,64 @@ def print_plan(args):
 # the command
 
 
-def on_rank_0(fn):
-    """fn() of rank 0; its result, or its user's error, reaches every rank, so that none hangs."""
-    outcome = [None, None]
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            outcome[0] = fn()
-        except (ValueError, OSError) as e:
-            outcome[1] = str(e)
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
-    if outcome[1]:
-        raise ValueError(outcome[1])
-    return outcome[0]
+def choose_model(s, **vocabulary):
+    """GPTConfig of --init or of the preset under the flags given, checked against the arrays.
 
-
-def open_run(run, settings, fresh):
-    """On rank 0: make or check the run's folder, and write what describes it. Returns the step."""
-    run.out.mkdir(parents=True, exist_ok=True)
-    for stale in run.out.glob("*.tmp"):
-        stale.unlink()
-    if fresh:
-        for old in (*run.out.glob("checkpoint_*.pt"), run.out / "log.jsonl"):
-            old.unlink(missing_ok=True)
-    _, run.checkpoint = newest_checkpoint(run.out)
-    if run.checkpoint is None and any(run.out.glob("checkpoint_*.pt")):
-        raise ValueError(f"no checkpoint in {run.out} can be read: restore one, or start --fresh")
-    step = run.checkpoint["step"] if run.checkpoint else 0
-    changes = []
-    if run.checkpoint:
-        try:
-            record = json.loads((run.out / "run.json").read_text())
-            record["settings"].items(), record["changes"].copy()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"{run.out}/run.json is damaged or missing, so that nothing tells how "
-                             "the checkpoints beside it were made: restore it, or start --fresh"
-                             ) from None
-        # where the weights came from stays true of a run that goes on without --init
-        settings["init"] = settings["init"] or record["settings"].get("init")
-        if step >= settings["total_steps"]:
-            return step
-        changed = check_same_run(record["settings"], settings)
-        changes = record["changes"] + ([{"step": step, **changed}] if changed else [])
-    cut_log(run.out / "log.jsonl", step, step % settings["eval_every"] == 0)
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copyfile(run.data / name, run.out / name)
-    git = subprocess.run(["git", "-C", Path(__file__).parent, "describe", "--always", "--dirty"],
-                         capture_output=True, text=True).stdout.strip()
-    record = {"settings": settings, "changes": changes,
-              "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                           "git": git or None}}
-    for name, content in (("config.json", run.config.to_hf()), ("run.json", record)):
-        text = json.dumps(content, indent=2) + "\n"
-        write_atomically(run.out / name, lambda tmp, text=text: tmp.write_text(text))
-    return step
-
-
-def choose_model(args, s, meta):
-    """GPTConfig of --init or of the preset under the flags given, checked against the arrays."""
-    shape = given(args, MODEL_FLAGS)
-    if args.init:
-        config = replace(GPT.config_of(args.init), dropout=s["dropout"])
+    vocabulary: vocab_size and eot_id of the arrays, where there are any.
+    """
+    shape = {flag: s[flag] for flag in MODEL_FLAGS if flag in s}
+    if s["init"]:
         if shape:
             raise ValueError(f"--{next(iter(shape))} can't change the model of --init: drop it")
-        if config.vocab_size != meta["vocab_size"]:
-            raise ValueError(f"{args.init} has {config.vocab_size} tokens, the arrays "
-                             f"{meta['vocab_size']}: tokenize with the tokenizer of --init")
+        config = replace(GPT.config_of(s["init"]), dropout=s["dropout"])
     else:
-        config = GPTConfig.preset(args.preset, vocab_size=meta["vocab_size"],
-                                  eot_id=meta["eot_id"], dropout=s["dropout"], **shape)
+        config = GPTConfig.preset(s["preset"], dropout=s["dropout"], **shape, **vocabulary)
+    if config.vocab_size != vocabulary.get("vocab_size", config.vocab_size):
+        raise ValueError(f"{s['init']} has {config.vocab_size} tokens, the arrays "
+                         f"{vocabulary['vocab_size']}: tokenize with the tokenizer of --init")
     if s["seq_len"] > config.n_positions:
         raise ValueError(f"seq_len {s['seq_len']} is longer than the model's context: use "
                          f"--seq_len {config.n_positions} or less")
     return config
 
 
-def prepare(args):
-    """(run, settings): everything that is checked and resolved before the model is built."""
-    s = resolve(args)
-    rank, world_size, device = start_processes(args.device)
-    folder = Path(args.data or "data/demo")
-    if args.data is None and args.preset != "demo":
+def prepare(s):
+    """Join the other processes, check all that can be, complete s; returns what s can't hold."""
+    demo = s["data"] is None
+    if demo and s["preset"] != "demo":
         raise ValueError("--data is missing: make arrays with: python data.py tokenize --text DIR "
                          "--tokenizer DIR --out DIR")
-    if args.data is None and not (folder / "meta.json").exists():
-        on_rank_0(lambda: data.make_demo(folder))
-    meta = on_rank_0(lambda: data.load_meta(folder, verify=args.verify))
-    micro_batch, accumulation = split_batch(s, world_size, args.micro_batch is not None)
-    config = choose_model(args, s, meta)
-    with torch.device("meta"):
-        n_params = GPT(config).n_params()
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    run = SimpleNamespace(
-        out=Path(args.out or f"out/{args.preset}"), data=folder, config=config, rank=rank,
-        world_size=world_size, device=device, dtype=dtype, micro_batch=micro_batch,
-        accumulation=accumulation, n_params=n_params, peak=peak_flops(device), checkpoint=None)
-    settings = {**s, "preset": args.preset, "init": args.init, "dtype": dtype,
-                "device": str(device), "world_size": world_size, "micro_batch": micro_batch,
-                **{name: getattr(config, name) for name in (*MODEL_FLAGS, "vocab_size")},
-                "data": str(folder), "data_fingerprint": meta["train"]["sha256"]}
-    return run, settings
+    rank, world_size, device = start_processes(s.get("device"))
+    folder, verify = Path(s["data"] or "data/demo"), s.pop("verify")
+
+    def open_arrays():
+        if demo and not (folder / "meta.json").exists():
+            data.make_demo(folder)
+        return data.load_meta(folder, verify)
+
+    meta = on_rank_0(open_arrays)
+    micro_batch, accumulation = split_batch(s, world_size)
+    config = choose_model(s, vocab_size=meta["vocab_size"], eot_id=meta["eot_id"])
+    dtype = s.get("dtype", "bfloat16" if device.type == "cuda" else "float32")
+    out = Path(s.pop("out", f"out/{s['preset']}"))
+    s.update({name: getattr(config, name) for name in (*MODEL_FLAGS, "vocab_size")},
+             dtype=dtype, device=str(device), world_size=world_size, micro_batch=micro_batch,
+             data=str(folder), data_fingerprint=meta["train"]["sha256"])
+    return SimpleNamespace(out=out, data=folder, config=config, rank=rank, world_size=world_size,
+                           device=device, dtype=dtype, micro_batch=micro_batch,
+                           accumulation=accumulation, checkpoint=None)
 
 
-def build(run, s, init):
-    """Model and optimiser as the processes share them; fresh weights are the same on every rank."""
+def build(run, s, start):
+    """Model and optimiser as the processes share them, with the weights that step `start` has."""
     if run.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
-    if init:
-        model = GPT.from_pretrained(init, device=run.device, dropout=s["dropout"]).train()
+    if s["init"] and start == 0:
+        model = GPT.from_pretrained(s["init"], device=run.device, dropout=s["dropout"]).train()
     else:
-        torch.manual_seed(s["seed"])
+        torch.manual_seed(s["seed"])  # the same on every rank
         model = GPT(run.config).to(run.device)
+    run.n_params = model.n_params()
     model.activation_checkpointing = s["activation_checkpointing"]
     if s["compile"]:
         for block in model.transformer.h:
@@ -739,7 +691,7 @@ def build(run, s, init):
     return model, make_optimizer(model, s)
 
 
-def print_end(run, model, args):
+def print_end(run, model, s):
     """What the model writes by now, and what to run next."""
     if hasattr(model, "module"):  # DDP
         model = model.module
@@ -749,7 +701,7 @@ def print_end(run, model, args):
                                    seed=0, eot_id=eot_id)
     print(f"\na sample: {Tokenizer.load(run.out).decode(tokens[0, 1:].tolist()).strip()}")
     print(f"\nnext:\n  python eval.py perplexity --init {run.out} --data {run.data}")
-    if args.preset == "demo" and args.data is None:
+    if run.data == Path("data/demo"):
         tune = (f"python finetune.py --task medqa --data {run.data}/qa/medqa --init {run.out} "
                 f"--out {run.out}-medqa")
         print(f"  {tune}\n  {tune}-random --random_init    # the same without pre-training")
@@ -757,28 +709,28 @@ def print_end(run, model, args):
 
 @record
 def main():
-    args = parse_args()
-    if args.plan:
-        return print_plan(args)
-    run, s = prepare(args)
-    start = on_rank_0(lambda: open_run(run, s, args.fresh))
-    say = print if run.rank == 0 else lambda *_: None
+    s = resolve(parse_args())
+    if s.pop("plan"):
+        return print_plan(s, choose_model(s))
+    fresh, run = s.pop("fresh"), prepare(s)
+    start = on_rank_0(lambda: open_run(run, s, fresh))
     if start >= s["total_steps"]:
-        say(f"{run.out} is finished: {start} steps. Raise --total_steps to go on, or start --fresh")
+        say(run, f"{run.out} is finished: {start} steps. Raise --total_steps to go on, or start "
+            "--fresh")
         return
-    model, optimizer = build(run, s, args.init if start == 0 else None)
+    model, optimizer = build(run, s, start)
     if start:
         load_checkpoint(run.checkpoint, model, optimizer)
         run.checkpoint = None
-    say(f"{run.out}: {run.n_params:,} parameters, steps {start} to {s['total_steps']} of "
+    say(run, f"{run.out}: {run.n_params:,} parameters, steps {start} to {s['total_steps']} of "
         f"{s['batch_tokens']:,} tokens = {run.world_size} ranks x {run.accumulation} micro-batches "
         f"x {run.micro_batch} sequences x {s['seq_len']}; {run.device}, {run.dtype}, "
         f"ops: {kernels_active(run.device)}")
     step = train(model, optimizer, start, s, run)
     if step < s["total_steps"]:
-        say(f"stopped at step {step}: the same command goes on from there")
+        say(run, f"stopped at step {step}: the same command goes on from there")
     elif run.rank == 0 and not (dist.is_initialized() and s["parallel"] == "fsdp"):
-        print_end(run, model, args)  # a sharded model needs all ranks to write
+        print_end(run, model, s)  # a sharded model needs all ranks to write
     if dist.is_initialized():
         dist.destroy_process_group()
 

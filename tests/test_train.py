@@ -471,11 +471,10 @@ def test_update_is_clipped_adamw():
         for a, b in zip(ours.parameters(), theirs.parameters()):
             a.grad = scale * torch.randn_like(a)
             b.grad = a.grad.clone()
-        norm, skipped = train.update(ours, optimizer, 0.01, 1.0)
+        norm = train.update(ours, optimizer, 0.01, 1.0)
         torch.testing.assert_close(
             norm, torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0))
         plain.step()
-        assert skipped == 0
         for a, b in zip(ours.parameters(), theirs.parameters()):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
