@@ -516,8 +516,10 @@ def evaluate(model, step, s, run, stop):
     model.train()
     nats, targets = all_reduce(sums, dist.ReduceOp.SUM, run.device)
     val_loss = nats / max(targets, 1)
-    log(run, {"step": step, "val_loss": val_loss},
-        f"step {step:>6}/{s['total_steps']}  validation loss {val_loss:.4f}")
+    bits = val_loss / math.log(2) / run.val_bytes_per_token
+    log(run, {"step": step, "val_loss": val_loss, "val_bits_per_byte": bits},
+        f"step {step:>6}/{s['total_steps']}  validation loss {val_loss:.4f}, "
+        f"{bits:.4f} bits a byte")
 
 
 def train(model, optimizer, start, s, run):
@@ -670,7 +672,8 @@ def prepare(s):
              data=str(folder), data_fingerprint=meta["train"]["sha256"])
     return SimpleNamespace(out=out, data=folder, config=config, rank=rank, world_size=world_size,
                            device=device, dtype=dtype, micro_batch=micro_batch,
-                           accumulation=accumulation, checkpoint=None)
+                           accumulation=accumulation, checkpoint=None,
+                           val_bytes_per_token=meta["val"]["bytes"] / meta["val"]["tokens"])
 
 
 def build(run, s, start):
