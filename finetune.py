@@ -148,20 +148,20 @@ class Batch(NamedTuple):
 def collate(examples, device="cpu"):
     """One Batch of examples; pads with id 0, which nothing sees."""
     rows = [row for e in examples for row in e.rows]
-    ids, positions, segments, ends = [], [], [], []
-    for b, (prefix, suffixes) in enumerate(rows):
-        parts, n = [prefix, *suffixes], len(prefix)
+    ids, segments, ends = [], [], []
+    for b, row in enumerate(rows):
+        parts = [row.prefix, *row.suffixes]
         ids.append([i for part in parts for i in part])
-        positions.append([*range(n), *(n + i for part in suffixes for i in range(len(part)))])
         segments.append([k for k, part in enumerate(parts) for _ in part])
         ends += [(b, stop - 1) for stop in itertools.accumulate(map(len, parts))][1:]
     pad = lambda columns, fill=0: pad_sequence(  # noqa: E731
         list(map(torch.tensor, columns)), True, fill).to(device)
-    place = mask = targets = answers = None
+    positions = mask = targets = answers = None
     if any(len(row.suffixes) > 1 for row in rows):
-        segment, place = pad(segments, -1), pad(positions)
-        mask = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-        mask = mask.tril()[:, None]  # (B, T, T) -> (B, 1, T, T)
+        segment = pad(segments, -1)
+        sees = ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])).tril()
+        positions = (sees.sum(-1) - 1) * (segment >= 0)  # how many a token sees before itself
+        mask = sees[:, None]  # (B, T, T) -> (B, 1, T, T)
     if examples[0].n_targets:  # text: the input is all but the last id
         targets = pad([[-100] * (len(row) - 1 - e.n_targets) + row[-e.n_targets:]
                        for row, e in zip(ids, examples)], -100)
@@ -169,8 +169,8 @@ def collate(examples, device="cpu"):
     else:
         answers = torch.tensor([e.question.answer for e in examples], device=device)
     n_ends = [sum(len(row.suffixes) for row in e.rows) for e in examples]
-    return Batch(pad(ids), place, mask, torch.tensor(ends, device=device).t(), n_ends, answers,
-                 targets)
+    return Batch(pad(ids), positions, mask, torch.tensor(ends, device=device).t(), n_ends,
+                 answers, targets)
 
 
 def micro_batches(examples, micro_batch=None, max_tokens=4096):

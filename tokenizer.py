@@ -20,8 +20,7 @@ import sys
 import tempfile
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache
 from operator import add
 from pathlib import Path
@@ -139,7 +138,7 @@ def count_pretokens(inputs, workers=1, progress=False):
                     counts.update(running.popleft().result())
             for future in running:
                 counts.update(future.result())
-    except BrokenProcessPool as e:
+    except BrokenExecutor as e:
         raise OSError("a counting process was killed (memory?): use fewer --workers") from e
     return counts
 
@@ -364,7 +363,8 @@ class Tokenizer:
         except ValueError as e:
             raise ValueError(f"{folder}: {e}") from e
         raise FileNotFoundError(f"{folder} has no vocab.json + merges.txt: make them with python "
-                                f"tokenizer.py train --input TEXT --out {folder}")
+                                f"tokenizer.py train --input TEXT --out {folder}; for gpt2, set "
+                                "TIKTOKEN_CACHE_DIR to the folder where tiktoken keeps its files")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -406,14 +406,9 @@ def read_tokenizer_json(path):
 
 def load_named(name):
     """A tokenizer's folder, or "gpt2" from the files that tiktoken caches."""
-    if name != "gpt2":
-        return Tokenizer.load(name)
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
-    try:
-        return Tokenizer.load(cache)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"GPT-2's files are not in {cache}: set TIKTOKEN_CACHE_DIR to "
-                                "tiktoken's cache, or name a folder with them") from None
+    if name == "gpt2":
+        name = os.environ.get("TIKTOKEN_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
+    return Tokenizer.load(name)
 
 
 # ---------------------------------------------------------------------------------------------
