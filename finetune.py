@@ -282,7 +282,7 @@ def save(out, model, tokenizer, run):
 
 
 class Env:
-    """This process among its peers (torchrun), its device and its arithmetic."""
+    """This process among its peers (torchrun): its device, its arithmetic, its log."""
 
     def __init__(self, device=None, dtype=None):
         self.rank, self.world_size, self.device = start_processes(device)

@@ -36,7 +36,7 @@ END_OF_TEXT = "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same for many lines, each cut as if it stood alone with its "\n": so HF's trainer reads.
 LINE_PATTERN = regex.compile(PATTERN.replace(r"\s+(?!\S)|\s+", r"[^\S\n]*\n|[^\S\n]+(?!\S)|\s"))
-# The same pieces for tiktoken 0.14, which panics on a million of white space unless by hundreds.
+# The same pieces, long white space in steps of 100: tiktoken 0.14 panics after a million steps.
 SAFE_PATTERN = PATTERN.replace(r"\s+(?!\S)", r"(?:\s{100}(?=\s\s))*+\s+(?!\S)")
 
 # GPT-2 writes a byte as a visible character: itself, or one of chr(256), ...; " " becomes "Ġ".
@@ -370,7 +370,6 @@ class Tokenizer:
 # ---------------------------------------------------------------------------------------------
 # Hugging Face's and GPT-2's files
 
-
 FILE_NAMES = [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"),
               # GPT-2's in tiktoken's cache, which names a file by the sha1 of its address
               ("6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
@@ -401,7 +400,7 @@ def read_tokenizer_json(path):
         raise ValueError("tokenizer.json is not GPT-2's kind: BPE, ByteLevel, no prefix space, "
                          "normalizer")
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    return model["vocab"], merges, {t["content"]: t["id"] for t in top["added_tokens"]}
+    return model["vocab"], merges, {t["content"]: t["id"] for t in top.get("added_tokens", [])}
 
 
 def load_named(name):
