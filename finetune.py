@@ -13,6 +13,7 @@ Dimensions: B rows, T time, C width, Q questions, O options, E scored positions.
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -30,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import load_qa
-from model import GPT, GPTConfig, cross_entropy, write_atomically
+from model import GPT, cross_entropy, write_atomically
 from tokenizer import Tokenizer
 from train import start_processes
 
@@ -47,16 +48,14 @@ LENGTHS = {"medqa": 512, "medmcqa": 512, "mmlu": 512, "pubmedqa": 512, "bioasq":
 NEW_ROW_STD = 0.02  # BioMedLM: rows of added tokens, and (GPT-2's own init) the new head
 
 
-def default_settings(task, n_params):
-    """Peak learning rates, epochs and batch sizes (questions) by task and model size."""
-    kind = KINDS[task]
+def default_settings(kind, n_params):
+    """(peak learning rates, epochs) by kind of task and model size."""
     if n_params >= 1e9:  # inside BioMedLM's sweeps; for multiple choice nothing is published
         lr = 2e-6 if kind == "labels" else 1e-5
     else:  # our choice
         lr = 3e-4 if n_params < 50e6 else 5e-5
-    epochs = {"choice": 5 if n_params >= 50e6 else 10, "text": 3,
-              "labels": 20}[kind]  # labels: BioMedLM's working point; others: our choice
-    return dict(lr=[lr], epochs=epochs, batch_size=[16])
+    epochs = {"choice": 5 if n_params >= 50e6 else 10, "text": 3, "labels": 20}
+    return [lr], epochs[kind]  # labels: BioMedLM's working point; other epochs: our choice
 
 
 # ---------------------------------------------------------------------------------------------
@@ -142,37 +141,36 @@ class Batch(NamedTuple):
     mask: torch.Tensor | None  # (B, 1, T, T) bool, who sees whom; None: causal
     ends: torch.Tensor  # (2, E) int64: row and column of every option's last token
     n_ends: list  # of each question
-    answers: torch.Tensor  # (Q,) int64, -100 = unlabeled
+    answers: torch.Tensor | None  # (Q,) int64; None: text
     targets: torch.Tensor | None  # (B, T) int64, shifted, -100 = no loss; text only
 
 
 def collate(examples, device="cpu"):
     """One Batch of examples; pads with id 0, which nothing sees."""
     rows = [row for e in examples for row in e.rows]
-    ids, positions, segments, ends = [], [], [], []
-    for b, (prefix, suffixes) in enumerate(rows):
-        row, place, segment = list(prefix), [*range(len(prefix))], [0] * len(prefix)
-        for k, suffix in enumerate(suffixes, 1):
-            row += suffix
-            place += range(len(prefix), len(prefix) + len(suffix))
-            segment += [k] * len(suffix)
-            ends.append((b, len(row) - 1))
-        for column, values in ((ids, row), (positions, place), (segments, segment)):
-            column.append(torch.tensor(values))
-    pad = lambda columns, fill=0: pad_sequence(columns, True, fill).to(device)  # noqa: E731
-    place = mask = targets = None
+    ids, segments, ends = [], [], []
+    for b, row in enumerate(rows):
+        parts = [row.prefix, *row.suffixes]
+        ids.append([i for part in parts for i in part])
+        segments.append([k for k, part in enumerate(parts) for _ in part])
+        ends += [(b, stop - 1) for stop in itertools.accumulate(map(len, parts))][1:]
+    pad = lambda columns, fill=0: pad_sequence(  # noqa: E731
+        list(map(torch.tensor, columns)), True, fill).to(device)
+    positions = mask = targets = answers = None
     if any(len(row.suffixes) > 1 for row in rows):
-        segment, place = pad(segments, -1), pad(positions)
-        mask = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-        mask = mask.tril()[:, None]  # (B, T, T) -> (B, 1, T, T)
+        segment = pad(segments, -1)
+        sees = ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])).tril()
+        positions = (sees.sum(-1) - 1) * (segment >= 0)  # how many a token sees before itself
+        mask = sees[:, None]  # (B, T, T) -> (B, 1, T, T)
     if examples[0].n_targets:  # text: the input is all but the last id
-        kept = [F.pad(row[-e.n_targets:], (len(row) - 1 - e.n_targets, 0), value=-100)
-                for row, e in zip(ids, examples)]
-        targets, ids = pad(kept, -100), [row[:-1] for row in ids]
-    answers = [getattr(e.question, "answer", None) for e in examples]
-    return Batch(pad(ids), place, mask, torch.tensor(ends, device=device).t(),
-                 [sum(len(row.suffixes) for row in e.rows) for e in examples],
-                 torch.tensor([-100 if a is None else a for a in answers], device=device), targets)
+        targets = pad([[-100] * (len(row) - 1 - e.n_targets) + row[-e.n_targets:]
+                       for row, e in zip(ids, examples)], -100)
+        ids = [row[:-1] for row in ids]
+    else:
+        answers = torch.tensor([e.question.answer for e in examples], device=device)
+    n_ends = [sum(len(row.suffixes) for row in e.rows) for e in examples]
+    return Batch(pad(ids), positions, mask, torch.tensor(ends, device=device).t(), n_ends,
+                 answers, targets)
 
 
 def micro_batches(examples, micro_batch=None, max_tokens=4096):
@@ -230,30 +228,24 @@ def loss_sum(model, batch):
                                                                  reduction="sum")
 
 
-def adapt(gpt, vocab_size, dropout=None):
-    """Give gpt rows N(0, 0.02) for added tokens, and another dropout; in place."""
+def adapt(gpt, vocab_size):
+    """Give gpt rows N(0, 0.02) for added tokens, in place."""
     wte = gpt.transformer.wte.weight.detach()
     rows = torch.empty(max(vocab_size - len(wte), 0), wte.size(1)).normal_(0.0, NEW_ROW_STD)
     gpt.transformer.wte = nn.Embedding.from_pretrained(torch.cat([wte, rows]), freeze=False)
-    dropout = gpt.config.dropout if dropout is None else dropout
-    gpt.config = dataclasses.replace(gpt.config, vocab_size=len(wte) + len(rows), dropout=dropout)
-    for block in gpt.transformer.h:
-        block.dropout = block.attn.dropout = dropout
+    gpt.config = dataclasses.replace(gpt.config, vocab_size=len(wte) + len(rows))
     return gpt
 
 
-def build(args, tokenizer, n_labels, seed):
+def build(run, tokenizer, seed):
     """A TaskModel on the CPU for one seed: --init's weights, or fresh ones of its shape."""
     torch.manual_seed(seed)
-    gpt = GPT(read_config(args.init)) if args.random_init else GPT.from_pretrained(args.init)
-    return TaskModel(adapt(gpt, tokenizer.vocab_size, args.dropout), KINDS[args.task], n_labels)
-
-
-def read_config(folder):
-    path = Path(folder) / "config.json"
-    if not path.exists():
-        GPT.from_pretrained(folder)  # raises, and says what is missing
-    return GPTConfig.from_hf(json.loads(path.read_text()))
+    if run["random_init"]:
+        gpt = GPT(dataclasses.replace(GPT.config_of(run["init"]), dropout=run["dropout"]))
+    else:
+        gpt = GPT.from_pretrained(run["init"], dropout=run["dropout"])
+    gpt.activation_checkpointing = run["activation_checkpointing"]
+    return TaskModel(adapt(gpt, tokenizer.vocab_size), KINDS[run["task"]], len(run["labels"]))
 
 
 def read_run(folder):
@@ -290,12 +282,13 @@ def save(out, model, tokenizer, run):
 
 
 class Env:
-    """This process among its peers (torchrun), its device and its arithmetic."""
+    """This process among its peers (torchrun): its device, its arithmetic, its log."""
 
     def __init__(self, device=None, dtype=None):
         self.rank, self.world_size, self.device = start_processes(device)
         self.dtype = getattr(torch, dtype or (
             "bfloat16" if self.device.type == "cuda" else "float32"))
+        self.rows = []
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -310,6 +303,12 @@ class Env:
     def print(self, text):
         if self.rank == 0:
             tqdm.write(text)
+
+    def log(self, row):
+        """Print a row of log.jsonl, and keep it."""
+        self.rows.append(row)
+        self.print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                            for k, v in row.items()))
 
 
 def learning_rate(step, total_steps, peak):
@@ -349,7 +348,7 @@ def train_step(model, examples, optimizer, env, micro_batch=None):
     return summed
 
 
-def train(task_model, train_set, dev_set, settings, env, log):
+def train(task_model, train_set, dev_set, settings, env):
     """Train one seed; returns its score on dev, with the chosen epoch's weights in task_model."""
     model = DistributedDataParallel(task_model) if env.world_size > 1 else task_model
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.999), eps=1e-8,
@@ -373,8 +372,8 @@ def train(task_model, train_set, dev_set, settings, env, log):
             raise ValueError(f"the loss is {loss} in epoch {epoch + 1}: lower --lr")
         speed = len(train_set) / (time.perf_counter() - start)
         score = quality(score_examples(task_model, dev_set, env), dev_set)
-        log(dict(lr=settings["lr"], batch_size=size, seed=seed, epoch=epoch + 1, loss=loss,
-                 dev=score, questions_per_s=speed))
+        env.log(dict(lr=settings["lr"], batch_size=size, seed=seed, epoch=epoch + 1, loss=loss,
+                     dev=score, questions_per_s=speed))
         if not settings["last"] and score is not None and (best is None or score >= best):
             best = score  # the last of equals: early ones are hardly trained
             kept = {name: t.to("cpu", copy=True) for name, t in task_model.state_dict().items()}
@@ -392,17 +391,15 @@ def train(task_model, train_set, dev_set, settings, env, log):
 def score_examples(model, examples, env, max_tokens=8192):
     """Per example, in order: its options' or labels' scores; text: one, minus the summed nats."""
     model.eval()
-    numbered = [e._replace(question=(i, e.question)) for i, e in enumerate(examples)]
-    found = {}
+    found, share = {}, examples[env.rank::env.world_size]
     one = 1 if model.kind == "text" else None  # a loss belongs to one example
-    for chunk in micro_batches(numbered[env.rank::env.world_size], one, max_tokens):
+    for chunk in micro_batches(share, one, max_tokens):
         with env.autocast():
             scores = model(collate(chunk, env.device)).view(len(chunk), -1)
         for e, row in zip(chunk, scores.tolist()):
-            i, question = e.question
-            found[i] = row[:len(question.options)] if model.kind != "text" else [-row[0]]
-    found = {i: row for part in env.gather(found) for i, row in part.items()}
-    return [found[i] for i in range(len(examples))]
+            found[id(e)] = [-row[0]] if model.kind == "text" else row[:len(e.question.options)]
+    shares = env.gather([found[id(e)] for e in share])
+    return [shares[i % env.world_size][i // env.world_size] for i in range(len(examples))]
 
 
 def correct(scores, examples):
@@ -468,6 +465,17 @@ def predictions(scores, examples):
 # the command line
 
 
+def load_splits(task, folder):
+    """{"train", "dev" or "test": questions} of those splits whose official file the folder has."""
+    names, found = {"train": "train", "dev": "dev", "test": "test"}, {}
+    if task == "mmlu":  # its dev split is five examples a subject
+        names = {"dev": "val", "test": "test"}
+    for split, official in names.items():
+        with contextlib.suppress(FileNotFoundError):
+            found[split] = load_qa(task, folder, official)
+    return found
+
+
 def read_questions(task, folders):
     """{"train", "dev", "test": questions} of a task, official order, unlabeled ones included.
 
@@ -477,22 +485,13 @@ def read_questions(task, folders):
     sets = {"train": [], "dev": [], "test": []}
     others = [t for t in KINDS if KINDS[t] == KINDS[task] == "choice" and t != task]
     for folder in folders:
-        missing = []
-        for name in [task, *others]:
-            found, names = {}, {"train": "train", "dev": "dev", "test": "test"}
-            if name == "mmlu":  # its dev split is five examples a subject
-                names = {"dev": "val", "test": "test"}
-            for split, official in names.items():
-                try:
-                    found[split] = load_qa(name, folder, official)
-                except FileNotFoundError as e:
-                    missing.append(e)
-            if found:
-                break
+        if found := load_splits(task, folder):
+            for split in found:
+                sets[split] += found[split]
+        elif found := next(filter(None, (load_splits(t, folder) for t in others)), None):
+            sets["train"] += found.get("train", [])
         else:
-            raise missing[0]
-        for split in found if name == task else {"train"} & found.keys():
-            sets[split] += found[split]
+            load_qa(task, folder, "test")  # raises, and says which file is missing
     key = lambda q: (q.question, q.context, q.options, q.target)  # noqa: E731
     held_out = {key(q) for q in sets["dev"] + sets["test"]}
     return sets | {"train": [q for q in sets["train"] if key(q) not in held_out]}
@@ -530,7 +529,8 @@ def parse_args():
     add("--random_init", action="store_true", help="fresh weights of --init's shape (default: off)")
     add("--seeds", type=positives, default=[1, 2, 3], help="a run each (default: 1,2,3)")
     add("--lr", type=rates, help="peak rate, or a list to sweep (default: by size)")
-    add("--batch_size", type=positives, help="questions a step, or a list (default: 16)")
+    add("--batch_size", type=positives, default=[16],
+        help="questions a step, or a list to sweep (default: 16)")
     add("--epochs", type=positive, help="passes over the training questions (default: by task)")
     add("--length", type=positive, help="most tokens of a row (default: the task's, or context)")
     add("--dropout", type=float, help="probability (default: --init's own)")
@@ -546,91 +546,83 @@ def parse_args():
 
 
 def resolve(args, env):
-    """(run: the settings, for run.json; tokenizer; examples of each split)."""
-    config = read_config(args.init)
+    """(run: the settings, for run.json; tokenizer; examples to "train" on, for "dev", "reported").
+
+    Epochs and sweeps are chosen on dev, never on what is reported: where that is dev, dev is empty.
+    """
+    config, kind = GPT.config_of(args.init), KINDS[args.task]
     with torch.device("meta"):
         n_params = GPT(config).n_params()
-    settings = default_settings(args.task, n_params)
-    settings |= {k: getattr(args, k) for k in settings if getattr(args, k) is not None}
-    length = min(args.length or math.inf, LENGTHS[args.task], config.n_positions)
+    lr, epochs = default_settings(kind, n_params)
     sets, tokenizer = read_questions(args.task, args.data), Tokenizer.load(args.init)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"the tokenizer in {args.init} has {tokenizer.vocab_size:,} tokens, its "
                          f"model {config.vocab_size:,}: copy the tokenizer it was trained with")
     split = "test" if labeled(sets["test"]) else "dev"  # MedMCQA's test has no answers
-    run = vars(args) | settings | dict(n_params=n_params, length=length, split=split, labels=(),
-                                       available=len(sets[split]), torch=torch.__version__)
-    sets = {k: encode_all(labeled(v, args.limit), args.task, tokenizer, length)
+    run = vars(args) | dict(
+        lr=args.lr or lr, epochs=args.epochs or epochs, n_params=n_params, split=split, labels=(),
+        length=min(args.length or math.inf, LENGTHS[args.task], config.n_positions),
+        dropout=config.dropout if args.dropout is None else args.dropout,
+        available=len(sets[split]), torch=torch.__version__)
+    sets = {k: encode_all(labeled(v, args.limit), args.task, tokenizer, run["length"])
             for k, v in sets.items()}
     for k in ("train", split):
         if not sets[k]:
             raise ValueError(f"no labeled {k} questions of {args.task} in {' '.join(args.data)}: "
                              "put the official file there, or add a --data folder that has some")
-    if KINDS[args.task] == "labels":
+    dev = sets["dev"] if split == "test" else []
+    if len(run["lr"]) * len(run["batch_size"]) > 1 and not dev:
+        raise ValueError("no dev questions beside the reported ones: a sweep would choose on what "
+                         "it reports; give one --lr and one --batch_size")
+    if kind == "labels":
         run["labels"] = sets["train"][0].question.options
     first = sets["train"][0].rows[0]
     env.print("prompt: " + tokenizer.decode(first.prefix + first.suffixes[0]))
     env.print(" ".join([*(f"{k}={v}" for k, v in run.items()),
                         *(f"{k}: {len(v)}" for k, v in sets.items())]))
-    return run, tokenizer, sets
+    return run, tokenizer, {"train": sets["train"], "dev": dev, "reported": sets[split]}
 
 
-def train_seeds(args, run, tokenizer, sets, env, log):
-    """(a result a seed, (score on dev, seed, model on the CPU, scores) of the best seed on dev).
-
-    Epochs are chosen on dev, never on what is reported: where dev is reported, the last one.
-    """
-    dev, results, best = sets["dev"] if run["split"] == "test" else [], [], None
-    for seed in args.seeds:
-        model = build(args, tokenizer, len(run["labels"]), seed).to(env.device)
-        model.gpt.activation_checkpointing = args.activation_checkpointing
-        chosen = train(model, sets["train"], dev, run | dict(seed=seed), env, log)
-        scores = score_examples(model, sets[run["split"]], env)
-        value = quality(scores, sets[run["split"]])
-        results.append(dict(seed=seed, accuracy=value if run["task"] != "text" else None,
-                            value=value, dev=chosen))
-        log(results[-1])
-        if best is None or (chosen is not None and chosen > best[0]):
-            best = chosen, seed, model.cpu(), scores
-        del model
-    return results, best
+def train_seeds(run, tokenizer, sets, env):
+    """(mean score on dev, --json's result, and of the seed that is best on dev: model, scores)."""
+    rows, best = [], None
+    for seed in run["seeds"]:
+        model = build(run, tokenizer, seed).to(env.device)
+        dev = train(model, sets["train"], sets["dev"], run | dict(seed=seed), env)
+        scores = score_examples(model, sets["reported"], env)
+        value = quality(scores, sets["reported"])
+        rows.append(dict(seed=seed, accuracy=value if run["task"] != "text" else None,
+                         value=value, dev=dev))
+        env.log(rows[-1])
+        if best is None or (dev is not None and dev > best[0]):
+            best = dev, seed, model.cpu(), scores
+        del model  # before the next one is built
+    result = summarise(run["task"], run["split"], run["available"], sets["reported"],
+                       [row["value"] for row in rows])
+    result |= dict(seeds=rows, saved_seed=best[1], lr=run["lr"], batch_size=run["batch_size"])
+    return statistics.fmean(row["dev"] or 0.0 for row in rows), result, *best[2:]
 
 
 def main():
     args = parse_args()
-    env, out, rows, winner = Env(args.device, args.dtype), Path(args.out), [], None
+    env, out, best = Env(args.device, args.dtype), Path(args.out), None
     if list(out.glob("checkpoint_*.pt")) or out.resolve() == Path(args.init).resolve():
         raise ValueError(f"{out} holds the model to start from, or another run of train.py: give "
                          "--out a folder of its own")
     run, tokenizer, sets = resolve(args, env)
-    points = [(lr, size) for lr in run["lr"] for size in run["batch_size"]]
-    if len(points) > 1 and (run["split"] == "dev" or not sets["dev"]):
-        raise ValueError("no dev questions beside the reported ones: a sweep would choose on what "
-                         "it reports; give one --lr and one --batch_size")
-
-    def log(row):
-        rows.append(row)
-        env.print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                           for k, v in row.items()))
-
-    reported = sets[run["split"]]
-    for lr, size in points:
-        run |= dict(lr=lr, batch_size=size)
-        results, (_, seed, model, scores) = train_seeds(args, run, tokenizer, sets, env, log)
-        mean = statistics.fmean(r["dev"] or 0.0 for r in results)
-        if winner is not None and mean <= winner:
+    for lr, size in itertools.product(run["lr"], run["batch_size"]):
+        point = run | dict(lr=lr, batch_size=size)
+        dev, found, model, scores = train_seeds(point, tokenizer, sets, env)
+        if best is not None and dev <= best:
             continue
-        winner, values = mean, [r["value"] for r in results]
-        result = summarise(args.task, run["split"], run["available"], reported, values)
-        result |= dict(seeds=results, saved_seed=seed, lr=lr, batch_size=size)
+        best, result = dev, found
         if env.rank == 0:  # a later point of a sweep that does better on dev replaces it
-            out.mkdir(parents=True, exist_ok=True)
-            save(out, model, tokenizer, run | dict(result=result))
+            save(out, model, tokenizer, point | dict(result=result))
             if args.task != "text":
-                write_lines(out / "predictions.jsonl", predictions(scores, reported))
+                write_lines(out / "predictions.jsonl", predictions(scores, sets["reported"]))
     env.print(f"{describe(result, len(args.seeds))}\nsaved: seed {result['saved_seed']} in {out}")
     if env.rank == 0:
-        write_lines(out / "log.jsonl", rows)
+        write_lines(out / "log.jsonl", env.rows)
         if args.json:
             Path(args.json).write_text(json.dumps(result, indent=1))
     if env.world_size > 1:

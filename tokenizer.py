@@ -20,8 +20,7 @@ import sys
 import tempfile
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache
 from operator import add
 from pathlib import Path
@@ -37,6 +36,8 @@ END_OF_TEXT = "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # The same for many lines, each cut as if it stood alone with its "\n": so HF's trainer reads.
 LINE_PATTERN = regex.compile(PATTERN.replace(r"\s+(?!\S)|\s+", r"[^\S\n]*\n|[^\S\n]+(?!\S)|\s"))
+# The same pieces, long white space in steps of 100: tiktoken 0.14 panics after a million steps.
+SAFE_PATTERN = PATTERN.replace(r"\s+(?!\S)", r"(?:\s{100}(?=\s\s))*+\s+(?!\S)")
 
 # GPT-2 writes a byte as a visible character: itself, or one of chr(256), ...; " " becomes "Ġ".
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -137,7 +138,7 @@ def count_pretokens(inputs, workers=1, progress=False):
                     counts.update(running.popleft().result())
             for future in running:
                 counts.update(future.result())
-    except BrokenProcessPool as e:
+    except BrokenExecutor as e:
         raise OSError("a counting process was killed (memory?): use fewer --workers") from e
     return counts
 
@@ -218,9 +219,6 @@ def merge_pair(pair, merged, words, indices):
 # ---------------------------------------------------------------------------------------------
 # the tokenizer
 
-LONG = 100_000  # tiktoken 0.14 panics on near a million white-space characters in a row
-
-
 def usable_ranks(vocab, merges):
     """tiktoken's {bytes: rank} that gives HF's tokens, and the set of all tokens that merges make.
 
@@ -231,20 +229,21 @@ def usable_ranks(vocab, merges):
     """
     symbol = {token: chr(i) for i, token in enumerate(vocab)}
     rules, made = {}, set(ALPHABET)  # pair of symbols -> (rank, pair, the symbol it becomes)
-    for rank, (a, b) in enumerate(merges, len(ALPHABET)):
-        if not made >= {a, b} or a + b not in vocab or symbol[a] + symbol[b] in rules:
-            raise ValueError(f"merge {rank - 255}, {a!r} {b!r}, is there twice, or uses or makes "
-                             "an unknown token: copy the vocabulary and the merges again")
-        rules[symbol[a] + symbol[b]] = rank, symbol[a] + symbol[b], symbol[a + b]
-        made.add(a + b)
+    for rank, parts in enumerate(merges, len(ALPHABET)):
+        pair, token = "".join([symbol.get(part, "") for part in parts]), "".join(parts)
+        if len(parts) != 2 or not made.issuperset(parts) or token not in vocab or pair in rules:
+            raise ValueError(f"merge {rank - 255}, {' '.join(parts)!r}, is no pair, is there twice "
+                             "or holds an unknown token: copy the vocabulary and the merges again")
+        rules[pair] = rank, pair, symbol[token]
+        made.add(token)
     ranks = {token_bytes(char): rank for rank, char in enumerate(ALPHABET)}
-    for rank, (a, b) in enumerate(merges, len(ALPHABET)):
-        word = "".join([symbol[char] for char in a + b])
+    for rank, token in enumerate(map("".join, merges), len(ALPHABET)):
+        word = "".join([symbol[char] for char in token])
         while found := [rules[pair] for pair in map(add, word, word[1:]) if pair in rules]:
             last, pair, merged = min(found)
             word = word.replace(pair, merged)
         if len(word) == 1 and last == rank:  # of several pairs that spell a token, one is reached
-            ranks[token_bytes(a + b)] = rank
+            ranks[token_bytes(token)] = rank
     return ranks, made
 
 
@@ -252,26 +251,26 @@ class Tokenizer:
     """vocab: {token in byte characters, or special string: id}; merges: pairs in order; added:
     {special string: id} beyond vocab. ValueError where these do not fit each other."""
 
-    def __init__(self, vocab, merges, added=None):
+    def __init__(self, vocab, merges, added=()):
         if not vocab.keys() >= set(ALPHABET):
             raise ValueError("the vocabulary lacks some of the 256 bytes: not byte-level BPE")
-        self._ranks, made = usable_ranks(vocab, merges)
-        self._encodings = {}
+        ranks, made = usable_ranks(vocab, merges)
+        self._bpe = tiktoken.Encoding("bpe", pat_str=SAFE_PATTERN, mergeable_ranks=ranks,
+                                      special_tokens={})
+        ids = [vocab[token] for token in (*ALPHABET, *map("".join, merges))]
+        self._id_of_rank = None if ids == list(range(len(ids))) else ids  # None: they are the same
         self.vocab, self.merges = vocab, merges
-        self.added = {token: i for token, i in (added or {}).items() if vocab.get(token) != i}
-        self.special = {token: i for token, i in vocab.items() if token not in made} | self.added
+        self.special = {token: i for token, i in vocab.items() if token not in made} | dict(added)
         for token in self.special:
-            if not re.fullmatch(r"<.*>|\[.*\]", token) and token not in (added or {}):
+            if not re.fullmatch(r"<.*>|\[.*\]", token) and token not in added:
                 raise ValueError(f"no merge makes {token!r}: the merges are cut short, copy them")
         if END_OF_TEXT not in self.special:
             raise ValueError(f"there is no {END_OF_TEXT}: not GPT-2's or BioMedLM's kind")
         self.eot_id = self.special[END_OF_TEXT]
-        self._bytes = {i: token_bytes(token) for token, i in vocab.items() if token in made}
+        self._bytes = {vocab[token]: token_bytes(token) for token in made}
         self._bytes |= {i: token.encode() for token, i in self.special.items()}
-        if len(self._bytes) < len(vocab) + len(self.added):
+        if len(self._bytes) < len(made) + len(self.special):
             raise ValueError("two tokens share an id: copy the vocabulary again")
-        ids = [vocab[token] for token in (*ALPHABET, *map("".join, merges))]
-        self._id_of_rank = None if ids == list(range(len(ids))) else ids  # None: they are the same
 
     @classmethod
     def from_merges(cls, merges):
@@ -288,7 +287,7 @@ class Tokenizer:
         """Ids of special strings; those that are new get the ids from vocab_size up."""
         for token in tokens:
             if token not in self.special:
-                self.special[token] = self.added[token] = self.vocab_size
+                self.special[token] = self.vocab_size
                 self._bytes[self.vocab_size] = token.encode()
         return [self.special[token] for token in tokens]
 
@@ -296,32 +295,19 @@ class Tokenizer:
         """Ids (list of int) of text. Special strings in it are plain text unless allow_special."""
         if not allow_special:
             return self._encode(text)
-        longest_first = sorted(self.special, key=len, reverse=True)
-        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        longest_first = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
         ids = []
-        for n, part in enumerate(parts):  # plain, special, plain, ...
+        for n, part in enumerate(re.split(f"({longest_first})", text)):  # plain, special, ...
             ids += [self.special[part]] if n % 2 else self._encode(part)
         return ids
 
     def encode_batch(self, texts, num_threads=None):
         """Ids of each text, on num_threads threads (None: all cores)."""
         with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-            return list((map if num_threads == 1 else pool.map)(self._encode, texts))
-
-    def _bpe(self, text, pattern=PATTERN):
-        if pattern not in self._encodings:
-            self._encodings[pattern] = tiktoken.Encoding(
-                "bpe", pat_str=pattern, mergeable_ranks=self._ranks, special_tokens={})
-        return self._encodings[pattern].encode_ordinary(text)
+            return list(pool.map(self._encode, texts))
 
     def _encode(self, text):
-        ranks, start = [], 0
-        for run in re.finditer(rf"\s{{{LONG},}}", text) if len(text) > LONG else ():
-            # HF's pieces: white space before a word is one piece, but for its last character
-            ranks += self._bpe(text[start:run.start()])
-            start = run.end() - (run.end() < len(text))
-            ranks += self._bpe(text[run.start():start], pattern=r"(?s).+")
-        ranks += self._bpe(text[start:])
+        ranks = self._bpe.encode_ordinary(text)
         return [self._id_of_rank[rank] for rank in ranks] if self._id_of_rank else ranks
 
     def decode_bytes(self, ids):
@@ -351,8 +337,8 @@ class Tokenizer:
         """Write vocab.json, merges.txt and, if tokens were added, added_tokens.json; each whole."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         files = self.files()
-        if self.added:
-            files["added_tokens.json"] = json.dumps(self.added).encode()
+        if added := {token: i for token, i in self.special.items() if token not in self.vocab}:
+            files["added_tokens.json"] = json.dumps(added).encode()
         for name, content in files.items():
             part = Path(folder, f"{name}.part")
             try:
@@ -368,61 +354,60 @@ class Tokenizer:
     def load(cls, folder):
         """From vocab.json + merges.txt, GPT-2's encoder.json + vocab.bpe, or a tokenizer.json."""
         folder = Path(folder)
-        for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-            if (folder / vocab).is_file():
-                return from_files(folder / vocab, folder / merges, folder / "added_tokens.json")
-        if (folder / "tokenizer.json").is_file():
-            return from_tokenizer_json(folder / "tokenizer.json")
+        try:
+            for vocab, merges in FILE_NAMES:
+                if (folder / vocab).is_file():
+                    return cls(*read_files(folder / vocab, folder / merges))
+            if (folder / "tokenizer.json").is_file():
+                return cls(*read_tokenizer_json(folder / "tokenizer.json"))
+        except ValueError as e:
+            raise ValueError(f"{folder}: {e}") from e
         raise FileNotFoundError(f"{folder} has no vocab.json + merges.txt: make them with python "
-                                f"tokenizer.py train --input TEXT --out {folder}")
+                                f"tokenizer.py train --input TEXT --out {folder}; for gpt2, set "
+                                "TIKTOKEN_CACHE_DIR to the folder where tiktoken keeps its files")
 
 
 # ---------------------------------------------------------------------------------------------
 # Hugging Face's and GPT-2's files
+
+FILE_NAMES = [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"),
+              # GPT-2's in tiktoken's cache, which names a file by the sha1 of its address
+              ("6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+               "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")]
 
 
 def read_json(path):
     try:
         return json.loads(path.read_bytes())
     except ValueError as e:
-        raise ValueError(f"{path} is not JSON, perhaps cut short ({e}): copy it again") from e
+        raise ValueError(f"{path.name} is not JSON, perhaps cut short ({e}): copy it again") from e
 
 
-def from_files(vocab, merges, added):
-    lines = merges.read_bytes().decode("utf-8", "replace").replace("\r", "").split("\n")
+def read_files(vocab, merges):
+    """Arguments of Tokenizer from a JSON of ids, a merge a line, and added_tokens.json if any."""
+    lines = merges.read_text("utf-8", "replace").split("\n")
     pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    for pair in pairs:
-        if len(pair) != 2 or not all(pair):
-            raise ValueError(f"{merges}: {' '.join(pair)!r} is no pair: copy the file again")
-    try:
-        return Tokenizer(read_json(vocab), pairs, read_json(added) if added.is_file() else {})
-    except ValueError as e:
-        raise ValueError(f"{vocab}, {merges.name}: {e}") from e
+    added = vocab.with_name("added_tokens.json")
+    return read_json(vocab), pairs, read_json(added) if added.is_file() else {}
 
 
-def from_tokenizer_json(path):
+def read_tokenizer_json(path):
     top = read_json(path)
     model, pre = top.get("model", {}), top.get("pre_tokenizer") or {}
     plain = pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space")
     plain = plain and pre.get("use_regex", True) and not top.get("normalizer")
     if not plain or "merges" not in model:
-        raise ValueError(f"{path} is not GPT-2's kind: BPE, ByteLevel, no prefix space, normalizer")
+        raise ValueError("tokenizer.json is not GPT-2's kind: BPE, ByteLevel, no prefix space, "
+                         "normalizer")
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    return Tokenizer(model["vocab"], merges, {t["content"]: t["id"] for t in top["added_tokens"]})
+    return model["vocab"], merges, {t["content"]: t["id"] for t in top.get("added_tokens", [])}
 
 
 def load_named(name):
     """A tokenizer's folder, or "gpt2" from the files that tiktoken caches."""
-    if name != "gpt2":
-        return Tokenizer.load(name)
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
-    url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    paths = [Path(cache, hashlib.sha1(f"{url}{name}".encode()).hexdigest())
-             for name in ("encoder.json", "vocab.bpe")]
-    if not all(path.is_file() for path in paths):
-        raise FileNotFoundError(f"GPT-2's files are not in {cache}: set TIKTOKEN_CACHE_DIR to "
-                                "tiktoken's cache, or name a folder with encoder.json, vocab.bpe")
-    return from_files(*paths, Path(cache, "added_tokens.json"))
+    if name == "gpt2":
+        name = os.environ.get("TIKTOKEN_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
+    return Tokenizer.load(name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -446,11 +431,11 @@ def train(args):
     counts = count_pretokens(args.input, args.workers or os.cpu_count(), progress=True)
     if not counts:
         raise ValueError("the input holds no text: give --input a folder with documents")
-    tokenizer = Tokenizer.from_merges(train_bpe(counts, args.vocab_size, args.min_frequency, True))
+    tokenizer = Tokenizer.from_merges(train_bpe(counts, args.vocab_size, progress=True))
     tokenizer.save(args.out)
     if tokenizer.vocab_size < args.vocab_size:
-        print(f"no pair is left that occurs {args.min_frequency} times: the vocabulary ends before "
-              f"{args.vocab_size:,}; more text would fill it")
+        print(f"no pair is left that occurs twice: the vocabulary ends before {args.vocab_size:,}; "
+              "more text would fill it")
     print(f"{args.out}: {tokenizer.vocab_size:,} tokens, {END_OF_TEXT} is {tokenizer.eot_id}")
 
 
@@ -462,8 +447,6 @@ def main():
                      help="folders or files of text: .jsonl or .txt, plain or .gz (required)")
     sub.add_argument("--vocab_size", type=int, default=28896,
                      help="tokens, the 256 bytes and end-of-text included (default: 28896)")
-    sub.add_argument("--min_frequency", type=int, default=2,
-                     help="merge no pair that occurs fewer times (default: 2)")
     sub.add_argument("--out", required=True, help="folder for the files written (required)")
     sub.add_argument("--workers", type=int, help="counting processes (default: all cores)")
     sub = commands.add_parser("show", help="print the pieces and ids of a text")
