@@ -61,7 +61,7 @@ def replacing(path):
     """A binary file that appears under `path` whole and on disk, or not at all."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w+b") as f:
+        with open(temporary, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -659,7 +659,7 @@ def extract_file(task):
                 gz.writelines(itertools.compress(draft, keep))
     except RecursionError:
         return f"{path}: elements nested too deeply for an article: leave the file out"
-    except (ValueError, OSError, AttributeError) as e:
+    except (ValueError, OSError, AttributeError, KeyError) as e:
         return str(e) if str(path) in str(e) else f"{path}: {e}: damaged, get it anew"
     finally:
         gc.enable()
@@ -754,7 +754,7 @@ def load_tokenizer(name, fingerprint):
 
 def encode_file(tokenizer_name, fingerprint, eot, seed, task):
     """A text file -> PART.bin (uint16 documents, in runs of rising key), PART.npy (their ROWs)."""
-    path, part = task
+    part, path = task
     tokenizer = load_tokenizer(tokenizer_name, fingerprint)
     tail = [tokenizer.eot_id] if eot else []
     rows, run, run_tokens, table = [], [], 0, []
@@ -792,26 +792,21 @@ def settle(table):
 
 def write_array(path, docs, table, part, offset, parts):
     """Write the documents `docs` (indices into table) in that order; returns the array's sha256."""
-    lengths = table["tokens"][docs].astype(np.int64)
-    ends = np.cumsum(lengths)
-    digest, lo = hashlib.sha256(), 0
+    ends, digest = np.cumsum(table["tokens"][docs], dtype=np.int64), hashlib.sha256()
     bar = {"total": int(ends[-1]), "unit": "token", "unit_scale": True, "disable": None}
     with replacing(path) as f, tqdm(desc=path.name, **bar) as progress:
-        while lo < len(docs):
-            base, current = ends[lo] - lengths[lo], None
-            hi = max(lo + 1, int(np.searchsorted(ends, base + RUN_TOKENS, "right")))
-            chunk, to = docs[lo:hi], ends[lo:hi] - lengths[lo:hi] - base
-            buffer = np.empty(int(ends[hi - 1] - base), np.uint16)
-            for i in np.lexsort((offset[chunk], part[chunk])):  # as they lie on disk
-                if part[chunk[i]] != current:
-                    current = part[chunk[i]]
-                    source = np.asarray(np.memmap(f"{parts[current]}.bin", np.uint16, "r"))
-                n, at = lengths[lo + i], offset[chunk[i]]
-                buffer[to[i] : to[i] + n] = source[at : at + n]
+        for chunk in np.split(docs, np.flatnonzero(np.diff(ends // RUN_TOKENS)) + 1):
+            n, start, source = table["tokens"][chunk], offset[chunk], part[chunk]
+            to = np.cumsum(n, dtype=np.int64) - n
+            buffer = np.empty(to[-1] + n[-1], np.uint16)
+            as_on_disk = np.lexsort((start, source))
+            for number, group in itertools.groupby(as_on_disk, source.__getitem__):
+                tokens = np.asarray(np.memmap(f"{parts[number]}.bin", np.uint16, "r"))
+                for i in group:
+                    buffer[to[i] : to[i] + n[i]] = tokens[start[i] : start[i] + n[i]]
             f.write(buffer)
             digest.update(buffer)
             progress.update(len(buffer))
-            lo = hi
     return digest.hexdigest()
 
 
@@ -873,11 +868,11 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, seed=17, w
     parts = [parts_dir / f"{h[:16]}-{hash64(recipe):016x}" for h in hashes]
     make_folder(parts_dir, {p.name + e for p in parts for e in (".bin", ".npy")})
     todo = {p: f for p, f in zip(parts, files) if not Path(f"{p}.npy").exists()}
-    todo = dict(sorted(todo.items(), key=lambda item: -item[1].stat().st_size))  # no long one last
+    tasks = sorted(todo.items(), key=lambda task: -task[1].stat().st_size)  # no long one last
     # text is about 3 times its .gz; a token takes 3 bytes of it or more, and 2 on disk, twice
     need_space(out, sum(f.stat().st_size * (4 if f.suffix == ".gz" else 2) for f in todo.values()))
     encode = partial(encode_file, tokenizer_name, tokenizer.fingerprint, eot, seed)
-    in_processes(encode, [(f, p) for p, f in todo.items()], workers, "encode")
+    in_processes(encode, tasks, workers, "encode")
     if shard is not None:
         print(f"tokenize: shard {shard} is done ({len(files)} files); at last, run without --shard")
         return None
@@ -1015,14 +1010,10 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
     meta, path = load_meta(data_dir), Path(data_dir) / "val.bin"
     n_rows = math.ceil(min(meta["val"]["tokens"], max_tokens or math.inf) / seq_len)
     eot_id = meta["eot_id"] if ignore_eot else None
-
-    def batches():
-        for first in range(0, n_rows, world_size * micro_batch):
-            rows = first + rank + world_size * np.arange(micro_batch)
-            array = np.asarray(np.memmap(path, np.uint16, "r"))
-            yield read_rows(array, np.where(rows < n_rows, rows, -1), seq_len, eot_id, device)
-
-    return batches()
+    for first in range(0, n_rows, world_size * micro_batch):
+        rows = first + rank + world_size * np.arange(micro_batch)
+        array = np.asarray(np.memmap(path, np.uint16, "r"))
+        yield read_rows(array, np.where(rows < n_rows, rows, -1), seq_len, eot_id, device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1398,24 +1389,19 @@ def main():
 
     p = acts.add_parser("tokenize", help="text and tokenizer -> train.bin, val.bin, meta.json")
     p.add_argument("--text", required=True, help="folder of .jsonl.gz, .jsonl or .txt files")
-    p.add_argument("--tokenizer", required=True, help="folder of vocab.json, merges.txt, or gpt2")
+    p.add_argument("--tokenizer", required=True, dest="tokenizer_name", metavar="DIR",
+                   help="folder of vocab.json and merges.txt, or gpt2 (from tiktoken's cache)")
     p.add_argument("--out", required=True, help="folder for the arrays")
     p.add_argument("--val_fraction", type=float, default=0.002, help="of documents (default 0.002)")
-    p.add_argument("--no_eot", action="store_true", help="no end-of-text after each (default: one)")
+    p.add_argument("--no_eot", dest="eot", action="store_false",
+                   help="no end-of-text after each document (default: one)")
     p.add_argument("--seed", type=int, default=17, help="of the documents' order (default 17)")
     p.add_argument("--workers", **workers)
     p.add_argument("--shard", **shard)
 
-    a = parser.parse_args()
-    if a.act == "demo":
-        make_demo(a.out)
-    elif a.act == "download":
-        download(a.source, a.out, a.base_url, a.files, a.licenses)
-    elif a.act == "extract":
-        extract(a.inputs, a.out, a.labels, a.languages, a.skip_pmc, a.workers, a.shard)
-    elif a.act == "tokenize":
-        tokenize(a.text, a.tokenizer, a.out, a.val_fraction, not a.no_eot, a.seed, a.workers,
-                 a.shard)
+    flags = vars(parser.parse_args())
+    acts = {"demo": make_demo, "download": download, "extract": extract, "tokenize": tokenize}
+    acts[flags.pop("act")](**flags)
 
 
 if __name__ == "__main__":
