@@ -275,7 +275,8 @@ def transfer(url, part, bar):
         tag.unlink(missing_ok=True)
         with open(part, "ab") as f:
             f.truncate(have if resumed else 0)
-            if version := r.headers.get("ETag") or r.headers.get("Last-Modified"):
+            version = r.headers.get("ETag") or r.headers.get("Last-Modified") or "W/"
+            if not version.startswith("W/"):  # a weak tag may stand for other bytes
                 tag.write_text(version)
             start, got = time.monotonic(), 0
             while chunk := r.raw.read1(MIB):  # raises where the connection is cut
@@ -492,8 +493,8 @@ def pubmed_document(record, options):
     book = record.find("BookDocument")
     article = book if citation is None else citation.find("Article")
     ident = (book if citation is None else citation).findtext("PMID").strip()
-    languages = {e.text for e in article.findall("Language")}
-    if options["languages"] and not languages & set(options["languages"]):
+    if options["languages"] and not any(e.text in options["languages"]
+                                        for e in article.findall("Language")):
         return ident, None, "another language"
     # not the references' ids, which lie deeper
     ids = record.findall("PubmedData/ArticleIdList/ArticleId") if options["skip_pmc"] else ()
@@ -567,16 +568,15 @@ def is_superscript_citation(e, tag, before):
     return e.get("ref-type") == "bibr" and bool(e.find("sup") is not None or glued and number)
 
 
-def jats_document(article, path):
-    """(id, text or None, reason) of a JATS article: title, abstract, body sections, late floats."""
+def jats_document(article, name):
+    """(id or None, text or None, why it was dropped or None) of a JATS article."""
     for e in article.iter():
         e.tag = local(e)
     meta = article.find("front/article-meta")
     meta = ET.Element("article-meta") if meta is None else meta
     ids = {e.get("pub-id-type"): (e.text or "").strip() for e in meta.findall("article-id")}
     pmc = (ids.get("pmcid") or ids.get("pmc") or "").upper().removeprefix("PMC").split(".")[0]
-    name = re.match(r"PMC(\d+)", Path(path).name)
-    ident = f"PMC{pmc}" if pmc else ids.get("pmid") or (f"PMC{name[1]}" if name else None)
+    ident = f"PMC{pmc}" if pmc else ids.get("pmid") or name
     if article.get("article-type") in NOTICES:
         return ident, None, "correction or retraction"
     main = [a for a in meta.findall("abstract")
@@ -584,38 +584,40 @@ def jats_document(article, path):
     main += article.findall("body")
     if not any(full_text(e) for e in main):
         return ident, None, "no abstract and no body"
-    text = jats_text(*meta.findall("title-group/article-title"), *main,
-                     *article.findall("floats-group"))
-    return ident or f"{hash64(text):016x}", text, None
+    title, floats = meta.findall("title-group/article-title"), article.findall("floats-group")
+    return ident, jats_text(*title, *main, *floats), None
 
 
-def json_document(record, options, where):
+def json_document(record, where):
     """Of {"text"}, {"title", "abstract"}, or The Pile's lines by their meta.pile_set_name."""
-    pile = (record.get("meta") or {}).get("pile_set_name")
+    pile, ident = (record.get("meta") or {}).get("pile_set_name"), str(record.get("id") or "")
     if pile and pile not in PILE_SETS:
-        return None, None, "another part of The Pile"
+        return ident, None, "another part of The Pile"
     if record.get("deleted"):
-        return str(record["id"]), None, "deleted"
+        return ident, None, "deleted"
     text = record.get("text")
     if text is None and "title" in record:
         if not record.get("abstract"):
-            return None, None, "no abstract"
+            return ident, None, "no abstract"
         text = f"{record['title'].strip()}\n{record['abstract'].strip()}"
     if not isinstance(text, str):
         raise ValueError(f'{where} has neither "text" nor "title" and "abstract"')
-    ident, text = record.get("id") or f"{hash64(text):016x}", text.strip()
-    return str(ident), text or None, None if text else "empty"
+    return ident, text.strip(), None
 
 
 def documents(path, options):
-    """(id, text or None, reason or None) of each record of a file; "deleted" is passed on."""
-    kind = SUFFIX.search(path.name)[1]
+    """(id or None, text or None, why it was dropped, "deleted" or None) of each record of a file.
+
+    Where an article has no id, the name of its file may tell: PMC123.1.xml.
+    """
+    stem, kind, *_ = SUFFIX.split(path.name)
+    name = re.fullmatch(r"(PMC\d+)(\.\d+)?", stem)
+    name = name and name[1]
     if kind == "txt":
-        text, name = read_txt(path).strip(), re.match(r"PMC\d+", path.name)
-        yield name[0] if name else f"{hash64(text):016x}", text or None, None if text else "empty"
+        yield name, read_txt(path).strip(), None
     elif kind in ("json", "jsonl"):
         for number, record in json_lines(path):
-            yield json_document(record, options, f"{path}: line {number}")
+            yield json_document(record, f"{path}: line {number}")
     else:
         for record in xml_records(path):
             tag = local(record)
@@ -624,7 +626,7 @@ def documents(path, options):
             elif tag in ("PubmedArticle", "PubmedBookArticle"):
                 yield pubmed_document(record, options)
             elif tag == "article":
-                yield jats_document(record, path)
+                yield jats_document(record, name)
             else:
                 raise ValueError(f"{path}: <{tag}> is no record of PubMed or JATS: leave it out")
 
@@ -645,10 +647,11 @@ def extract_file(task):
     try:
         with tempfile.TemporaryFile(dir=output.parent) as draft:
             for ident, text, reason in documents(path, options):
-                if text is None and reason != "deleted":
-                    counts[reason] += 1
+                if not text and reason != "deleted":
+                    counts[reason or "empty"] += 1
                     continue
-                record = {"deleted": True} if text is None else {"text": text}
+                ident = ident or f"{hash64(text):016x}"
+                record = {"text": text} if text else {"deleted": True}
                 draft.write((to_json({"id": ident, **record}) + "\n").encode())
                 ids.append(hash64(ident))
                 sizes.append(len((text or "").encode()))
@@ -709,14 +712,13 @@ def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1, 
     todo = [(path, output, options) for path, output in pairs
             if not output.exists() or output.stat().st_mtime < path.stat().st_mtime]
     results = in_processes(extract_file, todo, workers, "extract")
-    total, errors = Counter(), [r for r in results if isinstance(r, str)]
-    for counts in results:
-        total.update({} if isinstance(counts, str) else counts)
-    dropped = {k: n for k, n in total.items() if n and k not in ("documents", "bytes", "deletions")}
+    errors = [r for r in results if isinstance(r, str)]
+    total = sum((r for r in results if isinstance(r, Counter)), Counter())
+    dropped = sorted(total.keys() - {"documents", "bytes", "deletions"})
     print(f"extract: {len(todo) - len(errors)} files written, {len(pairs) - len(todo)} finished "
           f"before; {total['documents']:,} documents, {total['bytes']:,} bytes of text, "
           f"{total['deletions']:,} deletions passed on; dropped: "
-          + (", ".join(f"{k} {n:,}" for k, n in sorted(dropped.items())) or "none"))
+          + (", ".join(f"{reason} {total[reason]:,}" for reason in dropped) or "none"))
     if errors:
         raise ValueError(f"{len(errors)} of {len(todo)} files failed, others are done; mend, "
                          "run again: " + "; ".join(errors[:5]))
@@ -1157,30 +1159,28 @@ def load_mmlu(folder, split):
 
 def load_pubmedqa(folder, split):
     """The official split_dataset.py, all from one random.seed(0) stream (BioMedLM: fold 0)."""
-    path = find_file(folder, "ori_pqal.json")
-    data, rng = read_json(path)[0], random.Random(0)
-    for ident, item in data.items():
-        index_of(item["final_decision"], PUBMEDQA_LABELS, f"{path}, {ident}")
+    path, rng = find_file(folder, "ori_pqal.json"), random.Random(0)
+    questions = [Question(i, item["QUESTION"], " ".join(item["CONTEXTS"]), PUBMEDQA_LABELS,
+                          index_of(item["final_decision"], PUBMEDQA_LABELS, f"{path}, {i}"),
+                          target=item.get("LONG_ANSWER", ""))
+                 for i, item in read_json(path)[0].items()]
 
-    def cut(ids, k):
+    def cut(questions, k):
         parts = [[] for _ in range(k)]
         for label in ("yes", "no", "maybe"):
-            group = [i for i in ids if data[i]["final_decision"] == label]
+            group = [q for q in questions if q.options[q.answer] == label]
             rng.shuffle(group)
             n = math.ceil(len(group) / k)
             for p, part in enumerate(parts):
                 part += group[p * n : (p + 1) * n]
         return parts
 
-    cross, test = cut(data, 2)
+    cross, test = cut(questions, 2)
     folds = cut(cross, 10)
     if len(folds[9]) != len(folds[0]):  # the last fold is short: every other one gives it an item
         for fold in filter(None, folds[:9]):
             folds[9].append(fold.pop(fold.index(rng.choice(fold))))
-    ids = {"test": test, "dev": folds[0], "train": sum(folds[1:], [])}[split]
-    return [Question(i, data[i]["QUESTION"], " ".join(data[i]["CONTEXTS"]), PUBMEDQA_LABELS,
-                     PUBMEDQA_LABELS.index(data[i]["final_decision"]),
-                     target=data[i].get("LONG_ANSWER", "")) for i in ids]
+    return {"test": test, "dev": folds[0], "train": sum(folds[1:], [])}[split]
 
 
 def load_bioasq(folder, split):
@@ -1286,11 +1286,13 @@ def demo_facts(rng):
     return {drug: {key: rng.choice(pool) for key, pool in pools.items()} for drug in drugs}, objects
 
 
-def demo_document(rng, drug, fact):
-    """A drug's facts, each in a random wording, among sentences that say nothing of it.
+def demo_document(rng, drugs, facts):
+    """One drug's facts, each in a random wording, among sentences that say nothing of it.
 
     Names are written alike everywhere, so that a question's token is the one the corpus taught.
     """
+    drug = rng.choice(drugs)
+    fact = facts[drug]
     sentences = [rng.choice(wordings).format(d=drug, o=fact[relation])
                  for relation, (wordings, _) in DEMO_FACTS.items()]
     group = rng.choice(DEMO_GROUPS)
@@ -1339,12 +1341,9 @@ def make_demo(out):
     shutil.rmtree(work, ignore_errors=True)
     for folder in ("text", "qa/medqa/data_clean/questions/US/4_options", "qa/pubmedqa"):
         (work / folder).mkdir(parents=True)
-    lines = []
-    for i in range(16_000):
-        drug = rng.choice(drugs)
-        lines.append(json.dumps({"id": f"demo{i}", "text": demo_document(rng, drug, facts[drug])}))
-    text = ("\n".join(lines) + "\n").encode()
-    (work / "text/demo.jsonl.gz").write_bytes(gzip.compress(text, mtime=0))
+    lines = [json.dumps({"id": f"demo{i}", "text": demo_document(rng, drugs, facts)}) + "\n"
+             for i in range(16_000)]
+    (work / "text/demo.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
     rng.shuffle(drugs)
     for split, part in (("train", drugs[:32]), ("dev", drugs[32:40]), ("test", drugs[40:])):
         path = work / f"qa/medqa/data_clean/questions/US/4_options/phrases_no_exclude_{split}.jsonl"
