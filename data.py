@@ -424,7 +424,6 @@ ENTITIES = {name[:-1]: text for name, text in html.entities.html5.items() if nam
 PILE_SETS = ("PubMed Abstracts", "PubMed Central")
 NOTICES = {"correction", "retraction", "partial-retraction", "expression-of-concern"}
 SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
-to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def xml_records(path):
@@ -652,7 +651,8 @@ def extract_file(task):
                     continue
                 ident = ident or f"{hash64(text):016x}"
                 record = {"text": text} if text else {"deleted": True}
-                draft.write((to_json({"id": ident, **record}) + "\n").encode())
+                line = json.dumps({"id": ident, **record}, ensure_ascii=False) + "\n"
+                draft.write(line.encode())
                 ids.append(hash64(ident))
                 sizes.append(len((text or "").encode()))
             keep = np.zeros(len(ids), bool)
@@ -684,8 +684,8 @@ def name_outputs(inputs, out):
         found = [given] if given.is_file() else sorted(given.rglob("*"), key=natural)
         found = [p for p in found if p.is_file() and SUFFIX.search(p.name) and out not in p.parents]
         if not found:
-            raise ValueError(f"nothing to extract in {given}: .xml, .nxml, .jsonl, .json, .txt or "
-                             "or .gz, are read (unpack .zst and .tar first)")
+            raise ValueError(f"nothing to extract in {given}: .xml, .nxml, .jsonl, .json, .txt, "
+                             "plain or .gz, are read (unpack .zst and .tar first)")
         for path in found:
             name = path.name if path == given else "-".join(path.relative_to(given).parts)
             stem = name = SUFFIX.sub("", name)
