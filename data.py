@@ -37,11 +37,10 @@ from array import array
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from urllib.parse import urlsplit
 from xml.parsers import expat
 
 import numpy as np
@@ -49,7 +48,7 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-from tokenizer import Tokenizer, count_pretokens, train_bpe
+from tokenizer import Tokenizer, count_pretokens, input_files, load_named, train_bpe
 
 MIB = 2**20
 
@@ -62,7 +61,7 @@ def replacing(path):
     """A binary file that appears under `path` whole and on disk, or not at all."""
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w+b") as f:
+        with open(temporary, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -152,18 +151,17 @@ def read_txt(path):
 def json_lines(path):
     """(line number, object) of a file whose lines end at "\\n" only."""
     with open_input(path) as f:
-        for number in itertools.count(1):
-            line = f.readline(64 * MIB)
-            if not line:
-                return
+        for number, line in enumerate(iter(lambda: f.readline(64 * MIB), b""), 1):
+            if not line.strip():
+                continue
             try:
-                if line.strip():
-                    record = json.loads(line.decode("utf-8-sig"))
-                    assert isinstance(record, dict)
-                    yield number, record
-            except (ValueError, AssertionError):
+                record = json.loads(line.decode("utf-8-sig"))
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
                 raise ValueError(f"{path}: line {number} is no JSON object or exceeds 64 MiB: "
-                                 "get the file anew") from None
+                                 "get the file anew")
+            yield number, record
 
 
 def read_records(path):
@@ -179,23 +177,15 @@ def read_records(path):
         yield ident, None if record.get("deleted") else text
 
 
-def text_files(paths):
-    """The text files among `paths` and directly inside folders, in natural order of their names."""
-    files = []
-    for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist: give a folder made by data.py extract")
-        inside = [path] if path.is_file() else path.iterdir()
-        files += [p for p in inside if re.search(r"\.(jsonl|txt)(\.gz)?$", p.name)]
-    if not files:
-        raise FileNotFoundError(f"no .jsonl.gz, .jsonl, .txt in {paths}: run data.py extract first")
-    return sorted(files, key=natural)
+def text_files(path):
+    """The file, or the text files directly in the folder, in natural order of their names."""
+    return sorted(input_files([path]), key=natural)
 
 
-def read_documents(paths):
-    """(id, text) of every document in text files or folders of them; deletions are left out."""
-    for path in text_files(paths):
-        yield from ((ident, text) for ident, text in read_records(path) if text is not None)
+def read_documents(path):
+    """(id, text) of every document in a text file or a folder of them; deletions are left out."""
+    for file in text_files(path):
+        yield from ((ident, text) for ident, text in read_records(file) if text is not None)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -212,8 +202,6 @@ SOURCES = {
 FILES = {"mmlu": ["data.tar"], "medquad": ["master.zip"],
          "pubmedqa": ["ori_pqal.json", "test_ground_truth.json"],
          "biomedlm": ["config.json", "vocab.json", "merges.txt", "pytorch_model.bin"]}
-UNPACKED = {"mmlu": r"(?:\./)?(data/(?:dev|val|test)/[a-z_]+\.csv)",
-            "medquad": r"[^/]+/(\d+_[^/.]+/[^/]+\.xml)"}
 BY_HAND = {
     "medqa": "https://github.com/jind11/MedQA links a Google Drive archive: put its data_clean",
     "medmcqa": "https://github.com/medmcqa/medmcqa links a Google Drive archive: put train.json, "
@@ -263,11 +251,9 @@ def page(url, pattern):
     def whole():
         with opened(url) as r:
             text = r.content.decode(errors="replace")
-            if len(r.content) != int(r.headers.get("Content-Length", len(r.content))):
-                raise Fault("connection cut")
-            if not re.search(pattern, text):
-                raise Fault("not the expected content")
-            return text
+        if not re.search(pattern, text):
+            raise Fault("not the expected content")
+        return text
 
     return retry(whole, url)
 
@@ -278,32 +264,28 @@ def transfer(url, part, bar):
     Resumes only the very version that `part` began with: its ETag is kept beside it.
     """
     tag = Path(f"{part}.etag")
-    have = part.stat().st_size if part.exists() and tag.exists() else 0
+    # one byte back: a file that a killed run left whole is answered like any other, not by a 416
+    have = max(0, part.stat().st_size - 1) if part.exists() and tag.exists() else 0
     headers = {"Range": f"bytes={have}-", "If-Range": tag.read_text()} if have else {}
     with opened(url, headers) as r:
-        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", r.headers.get("Content-Range", ""))
-        if r.status_code == 416 and span and int(span[2]) == have:
-            return None  # a run killed between the last byte and the renaming
-        if r.status_code == 416 or r.status_code == 206 and not (span and span[1] == str(have)):
+        resumed = r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if r.status_code == 416 or r.status_code == 206 and not resumed:
             part.unlink(missing_ok=True)
             raise Fault("the partial file does not fit")
-        have = have if r.status_code == 206 else 0
-        total = have + int(r.headers["Content-Length"]) if "Content-Length" in r.headers else None
-        version = r.headers.get("ETag") or r.headers.get("Last-Modified") or "W/"
         tag.unlink(missing_ok=True)
-        with open(part, "ab" if have else "wb") as f:
+        with open(part, "ab") as f:
+            f.truncate(have if resumed else 0)
+            version = r.headers.get("ETag") or r.headers.get("Last-Modified") or "W/"
             if not version.startswith("W/"):  # a weak tag may stand for other bytes
                 tag.write_text(version)
             start, got = time.monotonic(), 0
-            while chunk := r.raw.read1(MIB):
+            while chunk := r.raw.read1(MIB):  # raises where the connection is cut
                 f.write(chunk)
                 got += len(chunk)
                 bar.update(len(chunk))
                 seconds = time.monotonic() - start
                 if seconds > SLOW_AFTER_S and got < SLOWEST_BYTES_PER_S * seconds:
                     raise Fault("too slow")
-        if total is not None and have + got != total:
-            raise Fault("connection cut")
         linked = (r.history or [r])[0].headers.get("X-Linked-ETag", "").strip('"')  # Hugging Face's
         return linked if len(linked) == 64 else None
 
@@ -348,7 +330,7 @@ def fetch_pubmed(base, out, first, last, bar):
         listing = page(base + folder, r"<a href|pubmed\d+n\d+")
         for name in sorted(set(re.findall(r"\bpubmed\d+n\d+\.xml\.gz\b", listing)), key=natural):
             if first <= int(re.search(r"n(\d+)", name)[1]) <= last:
-                yield lambda url=base + folder + name: citations(url)
+                yield partial(citations, base + folder + name)
 
 
 def fetch_pmc(base, out, first, last, bar, licenses):
@@ -360,7 +342,7 @@ def fetch_pmc(base, out, first, last, bar, licenses):
     versions = {}
     for part in json.loads(page(f"{base}{prefix}{newest}/manifest.json", '"files"'))["files"]:
         inventory = out / ".inventory" / Path(part["key"]).name
-        fetch(base + part["key"], inventory, bar, lambda part=part: part.get("MD5checksum"))
+        fetch(base + part["key"], inventory, bar, partial(part.get, "MD5checksum"))
         with gzip.open(inventory, "rt") as f:
             for _, key, *_ in csv.reader(f):
                 if match := re.fullmatch(r"metadata/PMC(\d+)\.(\d+)\.json", key):
@@ -374,24 +356,26 @@ def fetch_pmc(base, out, first, last, bar, licenses):
             return
         if licenses and about["license_code"] not in licenses:
             return
-        url = urlsplit(about["xml_url"])  # …/PMC1.1/PMC1.1.xml?md5=HEX
-        md5 = lambda: (re.findall(r"md5=([0-9a-f]{32})", url.query) or [None])[0]
+        # https://HOST/PMC1.1/PMC1.1.xml?md5=HEX
+        key, _, md5 = about["xml_url"].split("/", 3)[3].partition("?md5=")
         path = out / str(number // 10_000) / f"{name}.xml"  # not millions of files in one folder
-        fetch(base + url.path.lstrip("/"), path, bar, md5)
+        fetch(base + key, path, bar, lambda: md5)
 
-    yield from ((lambda n=n: article(n)) for n in sorted(versions) if first <= n <= last)
+    yield from (partial(article, n) for n in sorted(versions) if first <= n <= last)
 
 
-def unpack(archive, out, pattern):
-    """Write the members whose whole name matches `pattern` to out / its group, nothing else."""
-    is_tar = tarfile.is_tarfile(archive)
-    with (tarfile.open if is_tar else zipfile.ZipFile)(archive) as a:
-        for name in a.getnames() if is_tar else a.namelist():
-            if match := re.fullmatch(pattern, name):
-                target = out / match[1]
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with replacing(target) as f, (a.extractfile if is_tar else a.open)(name) as member:
-                    shutil.copyfileobj(member, f)
+def unpack(archive, folder):
+    """The archive's content in `folder`, whole or not at all."""
+    draft = Path(f"{folder}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    # members that lead outside are refused: by zipfile always, by tarfile on request
+    refusing = {"filter": "data"} if archive.suffix == ".tar" else {}
+    try:
+        shutil.unpack_archive(archive, draft, **refusing)
+    except (shutil.ReadError, tarfile.TarError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{archive}: {e}: delete it, download again") from None
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
 
 
 def download(source, out, base_url=None, files=None, licenses=()):
@@ -403,31 +387,32 @@ def download(source, out, base_url=None, files=None, licenses=()):
         raise ValueError(f"--files {files}: give a number or a range, like 1-3")
     numbers, out = (int(match[1]), int(match[2] or match[1])), Path(out)
     base = (base_url or SOURCES[source]).rstrip("/") + "/"
-    done, errors = 0, []
+    results = []  # a job's error or None
 
     def guarded(job):
         try:
             job()
         except (OSError, ValueError, KeyError) as e:
-            errors.append(str(e))
+            return str(e)
 
     with tqdm(unit="B", unit_scale=True, desc=f"download {source}", disable=None) as bar, \
             ThreadPoolExecutor(CONNECTIONS) as pool:
         jobs = fetch_pubmed(base, out, *numbers, bar) if source == "pubmed" else \
             fetch_pmc(base, out, *numbers, bar, licenses) if source == "pmc" else \
-            (lambda n=n: fetch(base + n, out / n, bar) for n in FILES[source])
+            (partial(fetch, base + name, out / name, bar) for name in FILES[source])
         try:
             while some := list(itertools.islice(jobs, 1000)):  # a few of millions at a time
-                done += len(list(pool.map(guarded, some)))
+                results += pool.map(guarded, some)
         except KeyboardInterrupt:
             os._exit(130)  # at once; partial files stay, to be resumed
-    if errors:
-        raise OSError(f"{len(errors)} of {done} files failed, run again; the first: {errors[0]}")
-    if not done:
+    if errors := [error for error in results if error]:
+        raise OSError(f"{len(errors)} of {len(results)} files failed, run again; the first: "
+                      + errors[0])
+    if not results:
         raise ValueError(f"{base} lists no file numbered {files}: check --files")
-    if source in UNPACKED:
-        unpack(out / FILES[source][0], out, UNPACKED[source])
-    print(f"download: {source} is whole in {out} ({done} addresses)")
+    if source in ("mmlu", "medquad"):
+        unpack(out / FILES[source][0], out / "unpacked")
+    print(f"download: {source} is whole in {out} ({len(results)} addresses)")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -439,7 +424,6 @@ ENTITIES = {name[:-1]: text for name, text in html.entities.html5.items() if nam
 PILE_SETS = ("PubMed Abstracts", "PubMed Central")
 NOTICES = {"correction", "retraction", "partial-retraction", "expression-of-concern"}
 SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
-to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def xml_records(path):
@@ -508,8 +492,8 @@ def pubmed_document(record, options):
     book = record.find("BookDocument")
     article = book if citation is None else citation.find("Article")
     ident = (book if citation is None else citation).findtext("PMID").strip()
-    languages = {e.text for e in article.findall("Language")}
-    if options["languages"] and not languages & set(options["languages"]):
+    if options["languages"] and not any(e.text in options["languages"]
+                                        for e in article.findall("Language")):
         return ident, None, "another language"
     # not the references' ids, which lie deeper
     ids = record.findall("PubmedData/ArticleIdList/ArticleId") if options["skip_pmc"] else ()
@@ -525,12 +509,12 @@ def pubmed_document(record, options):
     return ident, f"{full_text(article.find('ArticleTitle'))}\n{' '.join(parts)}".strip(), None
 
 
-words = re.compile(r"[\w-]+").findall
-JATS_DROPPED = set(words("""ref-list graphic inline-graphic media supplementary-material object-id
-    fn fn-group table-wrap-foot permissions attrib alt-text long-desc annotation
-    related-article"""))
-JATS_BLOCKS = set(words("""title subtitle article-title p sec abstract list list-item disp-formula
-    disp-quote boxed-text caption fig table-wrap tr def-item statement verse-line speech"""))
+JATS_DROPPED = {"ref-list", "graphic", "inline-graphic", "media", "supplementary-material", "fn",
+                "object-id", "fn-group", "table-wrap-foot", "permissions", "attrib", "alt-text",
+                "long-desc", "annotation", "related-article"}
+JATS_BLOCKS = {"title", "subtitle", "article-title", "p", "sec", "abstract", "list", "list-item",
+               "disp-formula", "disp-quote", "boxed-text", "caption", "fig", "table-wrap", "tr",
+               "def-item", "statement", "verse-line", "speech"}
 AFTER = {"label": "\0", "td": " | ", "th": " | ", "term": ": ", **dict.fromkeys(JATS_BLOCKS, "\n")}
 
 
@@ -583,16 +567,15 @@ def is_superscript_citation(e, tag, before):
     return e.get("ref-type") == "bibr" and bool(e.find("sup") is not None or glued and number)
 
 
-def jats_document(article, path):
-    """(id, text or None, reason) of a JATS article: title, abstract, body sections, late floats."""
+def jats_document(article, name):
+    """(id or None, text or None, why it was dropped or None) of a JATS article."""
     for e in article.iter():
         e.tag = local(e)
     meta = article.find("front/article-meta")
     meta = ET.Element("article-meta") if meta is None else meta
     ids = {e.get("pub-id-type"): (e.text or "").strip() for e in meta.findall("article-id")}
     pmc = (ids.get("pmcid") or ids.get("pmc") or "").upper().removeprefix("PMC").split(".")[0]
-    name = re.match(r"PMC(\d+)", Path(path).name)
-    ident = f"PMC{pmc}" if pmc else ids.get("pmid") or (f"PMC{name[1]}" if name else None)
+    ident = f"PMC{pmc}" if pmc else ids.get("pmid") or name
     if article.get("article-type") in NOTICES:
         return ident, None, "correction or retraction"
     main = [a for a in meta.findall("abstract")
@@ -600,38 +583,40 @@ def jats_document(article, path):
     main += article.findall("body")
     if not any(full_text(e) for e in main):
         return ident, None, "no abstract and no body"
-    text = jats_text(*meta.findall("title-group/article-title"), *main,
-                     *article.findall("floats-group"))
-    return ident or f"{hash64(text):016x}", text, None
+    title, floats = meta.findall("title-group/article-title"), article.findall("floats-group")
+    return ident, jats_text(*title, *main, *floats), None
 
 
-def json_document(record, options, where):
+def json_document(record, where):
     """Of {"text"}, {"title", "abstract"}, or The Pile's lines by their meta.pile_set_name."""
-    pile = (record.get("meta") or {}).get("pile_set_name")
+    pile, ident = (record.get("meta") or {}).get("pile_set_name"), str(record.get("id") or "")
     if pile and pile not in PILE_SETS:
-        return None, None, "another part of The Pile"
+        return ident, None, "another part of The Pile"
     if record.get("deleted"):
-        return str(record["id"]), None, "deleted"
+        return ident, None, "deleted"
     text = record.get("text")
     if text is None and "title" in record:
         if not record.get("abstract"):
-            return None, None, "no abstract"
+            return ident, None, "no abstract"
         text = f"{record['title'].strip()}\n{record['abstract'].strip()}"
     if not isinstance(text, str):
         raise ValueError(f'{where} has neither "text" nor "title" and "abstract"')
-    ident, text = record.get("id") or f"{hash64(text):016x}", text.strip()
-    return str(ident), text or None, None if text else "empty"
+    return ident, text.strip(), None
 
 
 def documents(path, options):
-    """(id, text or None, reason or None) of each record of a file; "deleted" is passed on."""
-    kind = SUFFIX.search(path.name)[1]
+    """(id or None, text or None, why it was dropped, "deleted" or None) of each record of a file.
+
+    Where an article has no id, the name of its file may tell: PMC123.1.xml.
+    """
+    stem, kind, *_ = SUFFIX.split(path.name)
+    name = re.fullmatch(r"(PMC\d+)(\.\d+)?", stem)
+    name = name and name[1]
     if kind == "txt":
-        text, name = read_txt(path).strip(), re.match(r"PMC\d+", path.name)
-        yield name[0] if name else f"{hash64(text):016x}", text or None, None if text else "empty"
+        yield name, read_txt(path).strip(), None
     elif kind in ("json", "jsonl"):
         for number, record in json_lines(path):
-            yield json_document(record, options, f"{path}: line {number}")
+            yield json_document(record, f"{path}: line {number}")
     else:
         for record in xml_records(path):
             tag = local(record)
@@ -640,64 +625,56 @@ def documents(path, options):
             elif tag in ("PubmedArticle", "PubmedBookArticle"):
                 yield pubmed_document(record, options)
             elif tag == "article":
-                yield jats_document(record, path)
+                yield jats_document(record, name)
             else:
                 raise ValueError(f"{path}: <{tag}> is no record of PubMed or JATS: leave it out")
 
 
+def last_of_each(ids):
+    """Indices of the last occurrence of each id, by rising id."""
+    return len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]
+
+
 def extract_file(task):
-    """One input -> one output, whole or absent; its counts, or a str that says what is wrong."""
+    """One input -> one output, whole or absent; its counts, or a str that says what is wrong.
+
+    Of several records of one id the last stays, a deletion too: all go to a nameless draft first.
+    """
     path, output, options = task
-    counts, ids, sizes, lines = Counter(), array("Q"), array("I"), []
+    counts, ids, sizes = Counter(), array("Q"), array("I")
     gc.disable()  # XML trees have no cycles, and looking for some takes a third of the time
     try:
-        with replacing(output) as f:
-            with gzip.GzipFile("", "wb", 1, f, mtime=0) as gz:
-                for ident, text, reason in documents(path, options):
-                    if text is None and reason != "deleted":
-                        counts[reason] += 1
-                        continue
-                    record = {"deleted": True} if text is None else {"text": text}
-                    lines.append(to_json({"id": ident, **record}) + "\n")
-                    ids.append(hash64(ident))
-                    sizes.append(len((text or "").encode()))
-                    if len(lines) == 1000:
-                        gz.write("".join(lines).encode())
-                        lines.clear()
-                gz.write("".join(lines).encode())
-            counts.update(keep_last(f, ids, sizes))
+        with tempfile.TemporaryFile(dir=output.parent) as draft:
+            for ident, text, reason in documents(path, options):
+                if not text and reason != "deleted":
+                    counts[reason or "empty"] += 1
+                    continue
+                ident = ident or f"{hash64(text):016x}"
+                record = {"text": text} if text else {"deleted": True}
+                line = json.dumps({"id": ident, **record}, ensure_ascii=False) + "\n"
+                draft.write(line.encode())
+                ids.append(hash64(ident))
+                sizes.append(len((text or "").encode()))
+            keep = np.zeros(len(ids), bool)
+            keep[last_of_each(np.frombuffer(ids, np.uint64))] = True
+            draft.seek(0)
+            with replacing(output) as f, gzip.GzipFile("", "wb", 1, f, mtime=0) as gz:
+                gz.writelines(itertools.compress(draft, keep))
     except RecursionError:
         return f"{path}: elements nested too deeply for an article: leave the file out"
-    except (ValueError, OSError, AttributeError) as e:
+    except (ValueError, OSError, AttributeError, KeyError) as e:
         return str(e) if str(path) in str(e) else f"{path}: {e}: damaged, get it anew"
     finally:
         gc.enable()
+    kept = np.frombuffer(sizes, np.uint32)[keep]
+    counts["documents"] = int(np.count_nonzero(kept))
+    counts["bytes"] = int(kept.sum(dtype=np.int64))
+    counts["deletions"] = len(kept) - counts["documents"]
+    counts["replaced in its file"] = len(keep) - len(kept)
     return counts
 
 
-def keep_last(f, ids, sizes):
-    """Settle versions and deletions within gzip file `f`: of the lines of one id the last stays.
-
-    ids: 64-bit hashes of the lines' ids; sizes: bytes of their texts, 0 for a deletion.
-    """
-    ids, sizes = np.frombuffer(ids, np.uint64), np.frombuffer(sizes, np.uint32)
-    keep = np.zeros(len(ids), bool)
-    keep[len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]] = True
-    if not keep.all():
-        with tempfile.TemporaryFile(dir=Path(f.name).parent) as draft:
-            f.seek(0)
-            shutil.copyfileobj(f, draft)
-            draft.seek(0)
-            f.seek(0)
-            f.truncate()
-            with gzip.GzipFile("", "wb", 1, f, mtime=0) as gz:
-                gz.writelines(line for line, k in zip(gzip.GzipFile(fileobj=draft), keep) if k)
-    sums = {"documents": (sizes[keep] > 0).sum(), "bytes": sizes[keep].sum(dtype=np.int64),
-            "deletions": (sizes[keep] == 0).sum(), "replaced in its file": (~keep).sum()}
-    return {k: int(n) for k, n in sums.items()}
-
-
-def input_files(inputs, out):
+def name_outputs(inputs, out):
     """(input, output) pairs. An output is named by the path beneath the folder given, "/" as "-"; a
     name that an earlier input took gets -2, -3 …: none collide, the same inputs give the same."""
     pairs, taken = {}, set()
@@ -707,8 +684,8 @@ def input_files(inputs, out):
         found = [given] if given.is_file() else sorted(given.rglob("*"), key=natural)
         found = [p for p in found if p.is_file() and SUFFIX.search(p.name) and out not in p.parents]
         if not found:
-            raise ValueError(f"nothing to extract in {given}: .xml, .nxml, .jsonl, .json, .txt or "
-                             "or .gz, are read (unpack .zst and .tar first)")
+            raise ValueError(f"nothing to extract in {given}: .xml, .nxml, .jsonl, .json, .txt, "
+                             "plain or .gz, are read (unpack .zst and .tar first)")
         for path in found:
             name = path.name if path == given else "-".join(path.relative_to(given).parts)
             stem = name = SUFFIX.sub("", name)
@@ -724,25 +701,24 @@ def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1, 
     """Extract every input file that has no output newer than itself; returns the summed counts."""
     out = Path(out)
     options = {"labels": labels, "languages": sorted(languages), "skip_pmc": skip_pmc}
-    tasks = [(*pair, options) for pair in sharded(input_files(inputs, out), shard)]
+    pairs = sharded(name_outputs(inputs, out), shard)
     settings = out / "extract.json"
     own = {settings.name} if shard is None else set()  # another shard may be writing it
-    make_folder(out, {output.name for _, output, _ in tasks} | own)
+    make_folder(out, {output.name for _, output in pairs} | own)
     if settings.exists() and json.loads(settings.read_text()) != options:
         raise ValueError(f"{out} was extracted with other options ({settings}): use another --out")
     with replacing(settings) as f:
         f.write(json.dumps(options).encode())
-    todo = [(path, output, options) for path, output, _ in tasks
+    todo = [(path, output, options) for path, output in pairs
             if not output.exists() or output.stat().st_mtime < path.stat().st_mtime]
     results = in_processes(extract_file, todo, workers, "extract")
-    total, errors = Counter(), [r for r in results if isinstance(r, str)]
-    for counts in results:
-        total.update({} if isinstance(counts, str) else counts)
-    dropped = {k: n for k, n in total.items() if n and k not in ("documents", "bytes", "deletions")}
-    print(f"extract: {len(todo) - len(errors)} files written, {len(tasks) - len(todo)} finished "
+    errors = [r for r in results if isinstance(r, str)]
+    total = sum((r for r in results if isinstance(r, Counter)), Counter())
+    dropped = sorted(total.keys() - {"documents", "bytes", "deletions"})
+    print(f"extract: {len(todo) - len(errors)} files written, {len(pairs) - len(todo)} finished "
           f"before; {total['documents']:,} documents, {total['bytes']:,} bytes of text, "
           f"{total['deletions']:,} deletions passed on; dropped: "
-          + (", ".join(f"{k} {n:,}" for k, n in sorted(dropped.items())) or "none"))
+          + (", ".join(f"{reason} {total[reason]:,}" for reason in dropped) or "none"))
     if errors:
         raise ValueError(f"{len(errors)} of {len(todo)} files failed, others are done; mend, "
                          "run again: " + "; ".join(errors[:5]))
@@ -774,14 +750,14 @@ def shuffle_keys(ids, seed):
 
 
 @lru_cache(1)
-def load_tokenizer(folder, fingerprint):
-    return Tokenizer.load(folder)  # once a process; the fingerprint guards against a stale one
+def load_tokenizer(name, fingerprint):
+    return load_named(name)  # once a process; the fingerprint guards against a stale one
 
 
-def encode_file(task):
+def encode_file(tokenizer_name, fingerprint, eot, seed, task):
     """A text file -> PART.bin (uint16 documents, in runs of rising key), PART.npy (their ROWs)."""
-    path, part, tokenizer_dir, fingerprint, eot, seed = task
-    tokenizer = load_tokenizer(tokenizer_dir, fingerprint)
+    part, path = task
+    tokenizer = load_tokenizer(tokenizer_name, fingerprint)
     tail = [tokenizer.eot_id] if eot else []
     rows, run, run_tokens, table = [], [], 0, []
 
@@ -811,35 +787,28 @@ def settle(table):
     The last record of an id stands, in the files' natural order, and is gone if it is a deletion (0
     tokens); of equal texts the one whose id has the smallest hash stays.
     """
-    order = np.argsort(table["id"], kind="stable")
-    ids = table["id"][order]
-    alive = order[np.append(ids[1:] != ids[:-1], True)[: len(order)]]
+    alive = last_of_each(table["id"])
     alive = alive[table["tokens"][alive] > 0]
     return alive[np.sort(np.unique(table["text"][alive], return_index=True)[1])]
 
 
 def write_array(path, docs, table, part, offset, parts):
     """Write the documents `docs` (indices into table) in that order; returns the array's sha256."""
-    lengths = table["tokens"][docs].astype(np.int64)
-    ends = np.cumsum(lengths)
-    digest, lo = hashlib.sha256(), 0
+    ends, digest = np.cumsum(table["tokens"][docs], dtype=np.int64), hashlib.sha256()
     bar = {"total": int(ends[-1]), "unit": "token", "unit_scale": True, "disable": None}
     with replacing(path) as f, tqdm(desc=path.name, **bar) as progress:
-        while lo < len(docs):
-            base, current = ends[lo] - lengths[lo], None
-            hi = max(lo + 1, int(np.searchsorted(ends, base + RUN_TOKENS, "right")))
-            chunk, to = docs[lo:hi], ends[lo:hi] - lengths[lo:hi] - base
-            buffer = np.empty(int(ends[hi - 1] - base), np.uint16)
-            for i in np.lexsort((offset[chunk], part[chunk])):  # as they lie on disk
-                if part[chunk[i]] != current:
-                    current = part[chunk[i]]
-                    source = np.asarray(np.memmap(f"{parts[current]}.bin", np.uint16, "r"))
-                n, at = lengths[lo + i], offset[chunk[i]]
-                buffer[to[i] : to[i] + n] = source[at : at + n]
+        for chunk in np.split(docs, np.flatnonzero(np.diff(ends // RUN_TOKENS)) + 1):
+            n, start, source = table["tokens"][chunk], offset[chunk], part[chunk]
+            to = np.cumsum(n, dtype=np.int64) - n
+            buffer = np.empty(to[-1] + n[-1], np.uint16)
+            as_on_disk = np.lexsort((start, source))
+            for number, group in itertools.groupby(as_on_disk, source.__getitem__):
+                tokens = np.asarray(np.memmap(f"{parts[number]}.bin", np.uint16, "r"))
+                for i in group:
+                    buffer[to[i] : to[i] + n[i]] = tokens[start[i] : start[i] + n[i]]
             f.write(buffer)
             digest.update(buffer)
             progress.update(len(buffer))
-            lo = hi
     return digest.hexdigest()
 
 
@@ -875,43 +844,37 @@ def need_space(folder, n_bytes):
                       "make room or use another --out")
 
 
-def is_finished(out, inputs):
-    try:
-        return load_meta(out).get("inputs_sha256") == inputs
-    except (ValueError, OSError):  # missing or damaged: made anew
-        return False
-
-
-def tokenize(text, tokenizer_dir, out, val_fraction=0.002, eot=True, seed=17, workers=1,
+def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, seed=17, workers=1,
              shard=None):
     """Encode `text` into `out`; returns meta. A rerun goes on where a killed run stopped.
 
     With `shard` only its files' parts are made, under out/parts (returns None); the call without it
     makes the parts that are missing and joins all.
     """
-    out, tokenizer, parts_dir = Path(out), Tokenizer.load(tokenizer_dir), Path(out) / "parts"
+    out, tokenizer, parts_dir = Path(out), load_named(tokenizer_name), Path(out) / "parts"
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val_fraction {val_fraction}: give a share between 0 and 1, like 0.002")
     if tokenizer.vocab_size > 2**16:
-        raise ValueError(f"{tokenizer_dir} has {tokenizer.vocab_size} tokens: uint16 holds 65,536")
+        raise ValueError(f"{tokenizer_name} has {tokenizer.vocab_size} tokens: uint16 holds 65,536")
     files = sharded(text_files(text), shard)
     with ThreadPoolExecutor(workers) as pool:  # hashlib leaves the interpreter's lock
         hashes = list(tqdm(pool.map(hash_file, files), "read", len(files), disable=None))
     recipe = f"{tokenizer.fingerprint} {eot} {seed}"
     inputs = hashlib.sha256(f"{recipe} {val_fraction} {hashes}".encode()).hexdigest()
     make_folder(out, {"train.bin", "val.bin", "meta.json"})
-    if shard is None and is_finished(out, inputs):
-        print(f"tokenize: {out} is finished")
-        shutil.rmtree(parts_dir, ignore_errors=True)
-        return load_meta(out)
+    with suppress(ValueError, OSError):  # missing or damaged arrays are made anew
+        if shard is None and (meta := load_meta(out)).get("inputs_sha256") == inputs:
+            print(f"tokenize: {out} is finished")
+            shutil.rmtree(parts_dir, ignore_errors=True)
+            return meta
     parts = [parts_dir / f"{h[:16]}-{hash64(recipe):016x}" for h in hashes]
     make_folder(parts_dir, {p.name + e for p in parts for e in (".bin", ".npy")})
     todo = {p: f for p, f in zip(parts, files) if not Path(f"{p}.npy").exists()}
-    todo = dict(sorted(todo.items(), key=lambda item: -item[1].stat().st_size))  # no long one last
+    tasks = sorted(todo.items(), key=lambda task: -task[1].stat().st_size)  # no long one last
     # text is about 3 times its .gz; a token takes 3 bytes of it or more, and 2 on disk, twice
     need_space(out, sum(f.stat().st_size * (4 if f.suffix == ".gz" else 2) for f in todo.values()))
-    rest = (tokenizer_dir, tokenizer.fingerprint, eot, seed)
-    in_processes(encode_file, [(f, p, *rest) for p, f in todo.items()], workers, "encode")
+    encode = partial(encode_file, tokenizer_name, tokenizer.fingerprint, eot, seed)
+    in_processes(encode, tasks, workers, "encode")
     if shard is not None:
         print(f"tokenize: shard {shard} is done ({len(files)} files); at last, run without --shard")
         return None
@@ -953,17 +916,12 @@ def load_meta(data_dir, verify=False):
                              f"{2 * tokens:,}: it was cut or replaced; {again}")
         if verify and hash_file(path) != meta[split]["sha256"]:
             raise ValueError(f"{path} is not the array of meta.json (sha256 differs); {again}")
-        if verify and (top := max_id(path, tokens)) >= meta["vocab_size"]:
+        if verify and (top := np.memmap(path, np.uint16, "r").max()) >= meta["vocab_size"]:
             raise ValueError(f"{path} holds id {top}, beyond the vocabulary of "
                              f"{meta['vocab_size']}; {again}")
     if Tokenizer.load(folder).fingerprint != meta["tokenizer_sha256"]:
         raise ValueError(f"the tokenizer in {folder} is not the one that made the arrays; {again}")
     return meta
-
-
-def max_id(path, tokens, step=2**25):
-    array = np.memmap(path, np.uint16, "r")
-    return max(int(array[i : i + step].max()) for i in range(0, tokens, step))
 
 
 def permute(index, n, seed, epoch):
@@ -987,7 +945,7 @@ def permute(index, n, seed, epoch):
     return out.astype(np.int64)
 
 
-def read_rows(array, rows, seq_len, eot_id=None):
+def read_rows(array, rows, seq_len, eot_id, device):
     """(x, y) int64 (len(rows), seq_len): y is x shifted by one, its last -100, as in the paper.
 
     Row -1 and what lies beyond the array's end are padding: targets -100; so are targets of eot_id.
@@ -1002,11 +960,8 @@ def read_rows(array, rows, seq_len, eot_id=None):
         y[i, : max(0, len(tokens) - 1)] = tokens[1:]
     if eot_id is not None:
         y[y == eot_id] = -100
-    return torch.from_numpy(x), torch.from_numpy(y)
-
-
-def to_device(batch, device):
-    if not str(device).startswith("cuda"):
+    batch = torch.from_numpy(x), torch.from_numpy(y)
+    if torch.device(device).type != "cuda":
         return batch
     return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
 
@@ -1037,7 +992,7 @@ def train_batches(data_dir, seq_len, micro_batch, seed, start=0, rank=0, world_s
             # opened anew: pages that a long-lived memmap has touched count as resident memory
             array = np.asarray(np.memmap(path, np.uint16, "r"))
             for row in rows:
-                batch = to_device(read_rows(array, row, seq_len, eot_id), device)
+                batch = read_rows(array, row, seq_len, eot_id, device)
                 if ahead is not None:
                     yield ahead
                 ahead = batch
@@ -1057,15 +1012,10 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
     meta, path = load_meta(data_dir), Path(data_dir) / "val.bin"
     n_rows = math.ceil(min(meta["val"]["tokens"], max_tokens or math.inf) / seq_len)
     eot_id = meta["eot_id"] if ignore_eot else None
-
-    def batches():
-        for first in range(0, n_rows, world_size * micro_batch):
-            rows = first + rank + world_size * np.arange(micro_batch)
-            array = np.asarray(np.memmap(path, np.uint16, "r"))
-            batch = read_rows(array, np.where(rows < n_rows, rows, -1), seq_len, eot_id)
-            yield to_device(batch, device)
-
-    return batches()
+    for first in range(0, n_rows, world_size * micro_batch):
+        rows = first + rank + world_size * np.arange(micro_batch)
+        array = np.asarray(np.memmap(path, np.uint16, "r"))
+        yield read_rows(array, np.where(rows < n_rows, rows, -1), seq_len, eot_id, device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1107,7 +1057,7 @@ def load_qa(task, dir, split):
     if not Path(dir).is_dir():
         raise FileNotFoundError(f"{dir} is no folder: give the one of {task}'s official files")
     try:
-        questions, seen = readers[task](Path(dir), split), set()
+        questions, seen = list(readers[task](Path(dir), split)), set()
     except (KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{dir}: a record of {task}'s {split} lacks {e}: get the official "
                          "file") from None
@@ -1154,7 +1104,7 @@ def read_json(path, lines=False):
     whole = read_official(path)
     for number, text in enumerate(whole.split("\n") if lines else [whole], 1):
         try:
-            if text.strip():
+            if text.strip() or not lines:
                 rows.append(json.loads(text, object_pairs_hook=unique))
         except ValueError as e:
             raise ValueError(f"{path}, line {number}: {e}: download it again") from None
@@ -1168,14 +1118,13 @@ def index_of(label, labels, where):
 
 
 def load_medqa(folder, split):
-    path, questions = find_file(folder, f"phrases_no_exclude_{split}.jsonl"), []
+    path = find_file(folder, f"phrases_no_exclude_{split}.jsonl")
     for i, row in enumerate(read_json(path, lines=True)):
         letters = sorted(row["options"])
         answer = index_of(row["answer_idx"], letters, f"{path}, question {i}")
-        questions.append(Question(f"{split}-{i}", row["question"], answer=answer,
-                                  options=tuple(row["options"][k] for k in letters),
-                                  kind=row.get("meta_info", "")))
-    return questions
+        yield Question(f"{split}-{i}", row["question"], answer=answer,
+                       options=tuple(row["options"][k] for k in letters),
+                       kind=row.get("meta_info", ""))
 
 
 def load_medmcqa(folder, split):
@@ -1187,54 +1136,51 @@ def load_medmcqa(folder, split):
     if {0, 4} <= labels:
         raise ValueError(f"{path}: cop holds 0 and 4: neither the official file nor the HF copy")
     numbers = range(0, 4) if 0 in labels else range(1, 5)
-    return [Question(
-        row["id"], row["question"], options=tuple(row[f"op{letter}"] for letter in "abcd"),
-        answer=None if row.get("cop") in (None, -1) else index_of(row["cop"], numbers, path),
-        subject=row.get("subject_name") or "", kind=row.get("choice_type") or "") for row in rows]
+    for row in rows:
+        answer = None if row.get("cop") in (None, -1) else index_of(row["cop"], numbers, path)
+        yield Question(row["id"], row["question"], answer=answer,
+                       options=tuple(row[f"op{letter}"] for letter in "abcd"),
+                       subject=row.get("subject_name") or "", kind=row.get("choice_type") or "")
 
 
 def load_mmlu(folder, split):
     """The medical subjects among <subject>_<split>.csv (headerless), in MMLU_SUBJECTS' order."""
-    questions = []
-    for subject in MMLU_SUBJECTS:
-        if any(folder.rglob(f"{subject}_{split}.csv")):
-            path = find_file(folder, f"{subject}_{split}.csv")
-            for i, row in enumerate(csv.reader(io.StringIO(read_official(path), newline=""))):
-                if len(row) != 6:
-                    raise ValueError(f"{path}, question {i}: not question,A,B,C,D,letter")
-                questions.append(Question(f"{subject}-{split}-{i}", row[0], options=tuple(row[1:5]),
-                                          answer=index_of(row[5], "ABCD", path), subject=subject))
-    if not questions:
+    subjects = [s for s in MMLU_SUBJECTS if any(folder.rglob(f"{s}_{split}.csv"))]
+    if not subjects:
         raise FileNotFoundError(f"no SUBJECT_{split}.csv of {', '.join(MMLU_SUBJECTS)} in {folder}")
-    return questions
+    for subject in subjects:
+        path = find_file(folder, f"{subject}_{split}.csv")
+        for i, row in enumerate(csv.reader(io.StringIO(read_official(path), newline=""))):
+            if len(row) != 6:
+                raise ValueError(f"{path}, question {i}: not question,A,B,C,D,letter")
+            yield Question(f"{subject}-{split}-{i}", row[0], options=tuple(row[1:5]),
+                           answer=index_of(row[5], "ABCD", path), subject=subject)
 
 
 def load_pubmedqa(folder, split):
     """The official split_dataset.py, all from one random.seed(0) stream (BioMedLM: fold 0)."""
-    path = find_file(folder, "ori_pqal.json")
-    data, rng = read_json(path)[0], random.Random(0)
-    for ident, item in data.items():
-        index_of(item["final_decision"], PUBMEDQA_LABELS, f"{path}, {ident}")
+    path, rng = find_file(folder, "ori_pqal.json"), random.Random(0)
+    questions = [Question(i, item["QUESTION"], " ".join(item["CONTEXTS"]), PUBMEDQA_LABELS,
+                          index_of(item["final_decision"], PUBMEDQA_LABELS, f"{path}, {i}"),
+                          target=item.get("LONG_ANSWER", ""))
+                 for i, item in read_json(path)[0].items()]
 
-    def cut(ids, k):
+    def cut(questions, k):
         parts = [[] for _ in range(k)]
         for label in ("yes", "no", "maybe"):
-            group = [i for i in ids if data[i]["final_decision"] == label]
+            group = [q for q in questions if q.options[q.answer] == label]
             rng.shuffle(group)
             n = math.ceil(len(group) / k)
             for p, part in enumerate(parts):
                 part += group[p * n : (p + 1) * n]
         return parts
 
-    cross, test = cut(data, 2)
+    cross, test = cut(questions, 2)
     folds = cut(cross, 10)
     if len(folds[9]) != len(folds[0]):  # the last fold is short: every other one gives it an item
         for fold in filter(None, folds[:9]):
             folds[9].append(fold.pop(fold.index(rng.choice(fold))))
-    ids = {"test": test, "dev": folds[0], "train": sum(folds[1:], [])}[split]
-    return [Question(i, data[i]["QUESTION"], " ".join(data[i]["CONTEXTS"]), PUBMEDQA_LABELS,
-                     PUBMEDQA_LABELS.index(data[i]["final_decision"]),
-                     target=data[i].get("LONG_ANSWER", "")) for i in ids]
+    return {"test": test, "dev": folds[0], "train": sum(folds[1:], [])}[split]
 
 
 def load_bioasq(folder, split):
@@ -1242,28 +1188,28 @@ def load_bioasq(folder, split):
     tenth is dev (our choice, which gives BLURB's numbers, 670 and 75)."""
     if any(folder.rglob(f"{split}.tsv")):
         path = find_file(folder, f"{split}.tsv")
-        rows = [line.split("\t") for line in read_official(path).split("\n") if line.strip()]
-        if bad := next((i for i, row in enumerate(rows, 1) if len(row) != 4), None):
-            raise ValueError(f"{path}, line {bad}: not id, question, context, yes|no between tabs")
-        return [Question(i, q, c, BIOASQ_LABELS, kind="yesno",
-                         answer=index_of(a.strip().lower(), BIOASQ_LABELS, f"{path}, {i}"))
-                for i, q, c, a in rows]
+        lines = filter(str.strip, read_official(path).split("\n"))
+        for i, row in enumerate((line.split("\t") for line in lines), 1):
+            if len(row) != 4:
+                raise ValueError(f"{path}, line {i}: not id, question, context, yes|no between "
+                                 "tabs")
+            answer = index_of(row[3].strip().lower(), BIOASQ_LABELS, f"{path}, {row[0]}")
+            yield Question(*row[:3], BIOASQ_LABELS, answer, kind="yesno")
+        return
     paths = sorted(folder.rglob("*golden*.json" if split == "test" else "*train*.json"))
     if not paths:
         raise FileNotFoundError(f"no {split}.tsv (BLURB), *golden*.json, *train*.json (BioASQ) in "
                                 f"{folder}: register at bioasq.org and put them there")
-    questions, items = [], ((p, q) for p in paths for q in read_json(p)[0]["questions"])
-    for path, q in items:
-        if q["type"] == "yesno":
+    yesno = [q for p in paths for q in read_json(p)[0]["questions"] if q["type"] == "yesno"]
+    for i, q in enumerate(yesno):
+        if split == "test" or (i % 10 == 0) == (split == "dev"):
             label, ideal = (v[0] if isinstance(v, list) and v else v
                             for v in (q.get("exact_answer"), q.get("ideal_answer")))
-            where = f"{path}, {q['id']}"
+            where = f"{folder}, {q['id']}"
             answer = label and index_of(label.lower().strip(" ."), BIOASQ_LABELS, where)
             context = " ".join(s["text"] for s in q.get("snippets", []))
-            questions.append(Question(q["id"], q["body"], context, BIOASQ_LABELS, answer,
-                                      target=ideal or "", kind="yesno"))
-    parts = {"test": range(10), "dev": [0], "train": range(1, 10)}
-    return [q for i, q in enumerate(questions) if i % 10 in parts[split]]
+            yield Question(q["id"], q["body"], context, BIOASQ_LABELS, answer,
+                           target=ideal or "", kind="yesno")
 
 
 def load_text(folder, split):
@@ -1275,9 +1221,9 @@ def load_text(folder, split):
                             for p in (path, path.with_suffix(".target")))
         if len(sources) != len(targets):
             raise ValueError(f"{path} has {len(sources)} lines, its .target {len(targets)}")
-        return [Question(f"{split}-{i}", s, target=t)
-                for i, (s, t) in enumerate(zip(sources, targets))]
-    questions = []
+        for i, (source, target) in enumerate(zip(sources, targets)):
+            yield Question(f"{split}-{i}", source, target=target)
+        return
     for path in sorted(folder.rglob("*.xml")):
         ident = f"{path.parent.name}/{path.stem}"
         if ("test", "dev", *["train"] * 8)[hash64(ident) % 10] == split:
@@ -1285,10 +1231,8 @@ def load_text(folder, split):
             for i, pair in enumerate(pairs):
                 question, answer = pair.find("Question"), full_text(pair.find("Answer"))
                 if answer:
-                    questions.append(Question(f"{ident}/{i}", full_text(question), target=answer,
-                                              subject=path.parent.name,
-                                              kind=question.get("qtype", "")))
-    return questions
+                    yield Question(f"{ident}/{i}", full_text(question), target=answer,
+                                   subject=path.parent.name, kind=question.get("qtype", ""))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1342,11 +1286,13 @@ def demo_facts(rng):
     return {drug: {key: rng.choice(pool) for key, pool in pools.items()} for drug in drugs}, objects
 
 
-def demo_document(rng, drug, fact):
-    """A drug's facts, each in a random wording, among sentences that say nothing of it.
+def demo_document(rng, drugs, facts):
+    """One drug's facts, each in a random wording, among sentences that say nothing of it.
 
     Names are written alike everywhere, so that a question's token is the one the corpus taught.
     """
+    drug = rng.choice(drugs)
+    fact = facts[drug]
     sentences = [rng.choice(wordings).format(d=drug, o=fact[relation])
                  for relation, (wordings, _) in DEMO_FACTS.items()]
     group = rng.choice(DEMO_GROUPS)
@@ -1380,7 +1326,7 @@ def demo_yes_no_maybe(rng, facts):
         for i, (question, label) in enumerate(questions)}
 
 
-def make_demo(out, documents=16_000, seed=17):
+def make_demo(out):
     """Write the whole demo to `out`: text/, tokenizer/, token arrays, and questions in qa/.
 
     Drugs, genes, proteins and diseases are invented and their facts mean nothing: this is no
@@ -1388,19 +1334,16 @@ def make_demo(out, documents=16_000, seed=17):
     test asks facts that no training question asked (multiple choice: of other drugs altogether).
     """
     out = Path(out)
-    rng = random.Random(seed)
+    rng = random.Random(17)
     facts, objects = demo_facts(rng)
     drugs = sorted(facts)
     work = out.with_name(out.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)
     for folder in ("text", "qa/medqa/data_clean/questions/US/4_options", "qa/pubmedqa"):
         (work / folder).mkdir(parents=True)
-    lines = []
-    for i in range(documents):
-        drug = rng.choice(drugs)
-        lines.append(json.dumps({"id": f"demo{i}", "text": demo_document(rng, drug, facts[drug])}))
-    text = ("\n".join(lines) + "\n").encode()
-    (work / "text/demo.jsonl.gz").write_bytes(gzip.compress(text, mtime=0))
+    lines = [json.dumps({"id": f"demo{i}", "text": demo_document(rng, drugs, facts)}) + "\n"
+             for i in range(16_000)]
+    (work / "text/demo.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
     rng.shuffle(drugs)
     for split, part in (("train", drugs[:32]), ("dev", drugs[32:40]), ("test", drugs[40:])):
         path = work / f"qa/medqa/data_clean/questions/US/4_options/phrases_no_exclude_{split}.jsonl"
@@ -1410,7 +1353,7 @@ def make_demo(out, documents=16_000, seed=17):
     (work / "qa/pubmedqa/ori_pqal.json").write_text(json.dumps(questions, indent=1))
     merges = train_bpe(count_pretokens([work / "text"]), 2048)
     Tokenizer.from_merges(merges).save(work / "tokenizer")
-    tokenize(work / "text", work / "tokenizer", work, val_fraction=0.01, seed=seed)
+    tokenize(work / "text", work / "tokenizer", work, val_fraction=0.01)
     os.replace(work, out)
 
 
@@ -1445,24 +1388,19 @@ def main():
 
     p = acts.add_parser("tokenize", help="text and tokenizer -> train.bin, val.bin, meta.json")
     p.add_argument("--text", required=True, help="folder of .jsonl.gz, .jsonl or .txt files")
-    p.add_argument("--tokenizer", required=True, help="folder of vocab.json and merges.txt")
+    p.add_argument("--tokenizer", required=True, dest="tokenizer_name", metavar="DIR",
+                   help="folder of vocab.json and merges.txt, or gpt2 (from tiktoken's cache)")
     p.add_argument("--out", required=True, help="folder for the arrays")
     p.add_argument("--val_fraction", type=float, default=0.002, help="of documents (default 0.002)")
-    p.add_argument("--no_eot", action="store_true", help="no end-of-text after each (default: one)")
+    p.add_argument("--no_eot", dest="eot", action="store_false",
+                   help="no end-of-text after each document (default: one)")
     p.add_argument("--seed", type=int, default=17, help="of the documents' order (default 17)")
     p.add_argument("--workers", **workers)
     p.add_argument("--shard", **shard)
 
-    a = parser.parse_args()
-    if a.act == "demo":
-        make_demo(a.out)
-    elif a.act == "download":
-        download(a.source, a.out, a.base_url, a.files, a.licenses)
-    elif a.act == "extract":
-        extract(a.inputs, a.out, a.labels, a.languages, a.skip_pmc, a.workers, a.shard)
-    elif a.act == "tokenize":
-        tokenize(a.text, a.tokenizer, a.out, a.val_fraction, not a.no_eot, a.seed, a.workers,
-                 a.shard)
+    flags = vars(parser.parse_args())
+    acts = {"demo": make_demo, "download": download, "extract": extract, "tokenize": tokenize}
+    acts[flags.pop("act")](**flags)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,13 @@ import signal
 import socketserver
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from conftest import ROOT, run
 
@@ -503,6 +505,21 @@ def test_split_shares_no_document_and_is_stable(tmp_path, tokenizer, corpus):
     assert not val & later_train and not train & later_val
 
 
+def test_tokenize_with_gpt2s_vocabulary(tmp_path, corpus, shared, monkeypatch):
+    """GPT-2's vocabulary, for the paper's ablation, takes more than one command, or other ids."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken_cache"))
+    args = ["--text", corpus, "--tokenizer", "gpt2", "--out", tmp_path / "out", "--workers", 1]
+    done = run("data.py", "tokenize", *args)
+    assert done.returncode == 0, done.stderr
+    meta = json.loads((tmp_path / "out/meta.json").read_text())
+    assert (meta["vocab_size"], meta["eot_id"]) == (50257, 50256)
+    ids = np.fromfile(tmp_path / "out/train.bin", np.uint16).tolist()
+    gpt2 = tiktoken.get_encoding("gpt2")
+    text = gpt2.decode(ids)
+    assert gpt2.encode(text, allowed_special="all") == ids
+    assert set(text.split("<|endoftext|>")) - {""} <= set(texts(corpus).values())
+
+
 def test_tokenize_refuses_with_the_mend(tmp_path, tokenizer, corpus, monkeypatch):
     """Arrays half-written to a full disk, an empty corpus, a share that is none."""
     write_text(tmp_path / "empty.jsonl.gz", [("1", "a"), ("1", None)])
@@ -510,7 +527,7 @@ def test_tokenize_refuses_with_the_mend(tmp_path, tokenizer, corpus, monkeypatch
         (tmp_path / "empty.jsonl.gz", {}, "two are needed"),
         (corpus, {"val_fraction": 2}, "between 0 and 1"),
         (corpus, {"shard": "4/3"}, "give I/N"),
-        (tmp_path / "no", {}, "does not exist"),
+        (tmp_path / "no", {}, "run python data.py extract"),
     ]:
         with pytest.raises((ValueError, OSError), match=message):
             data.tokenize(text, tokenizer, tmp_path / "out", **kwargs)
@@ -760,6 +777,36 @@ def test_download_pmc(serve, tmp_path):
     ).encode()
     data.download("pmc", tmp_path, serve(files), licenses=["CC BY"])
     assert [p.name for p in tmp_path.rglob("*.xml")] == ["PMC1.2.xml"]
+
+
+def test_download_unpacks(serve, tmp_path):
+    """A question set left in its archive, half unpacked by a killed run, or outside its folder."""
+    question = tmp_path / "data/dev/anatomy_dev.csv"
+    answer = tmp_path / "MedQuAD-master/1_x/1.xml"
+    for path, text in (
+        (question, '"Is it, so?",a,b,c,d,B\n'),
+        (answer, "<QAPairs><QAPair><Question>Q?</Question><Answer>A.</Answer></QAPair></QAPairs>"),
+    ):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    shutil.make_archive(tmp_path / "data", "tar", tmp_path, "data")
+    shutil.make_archive(tmp_path / "master", "zip", tmp_path, "MedQuAD-master")
+    files = {name: (tmp_path / name).read_bytes() for name in ("data.tar", "master.zip")}
+    out = tmp_path / "out"
+    (out / "unpacked.tmp").mkdir(parents=True)
+    (out / "unpacked.tmp/anatomy_dev.csv").write_text("hal")
+    for _ in range(2):
+        data.download("mmlu", out, serve(files))
+        assert [q.question for q in data.load_qa("mmlu", out, "dev")] == ["Is it, so?"]
+    data.download("medquad", tmp_path / "xml", serve(files))
+    assert [q.target for q in data.load_qa("text", tmp_path / "xml", "train")] == ["A."]
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        tar.add(question, "../outside.csv")
+    for archive in ((tmp_path / "data.tar").read_bytes(), b"no archive"):
+        with pytest.raises(ValueError, match="delete it"):
+            data.download("mmlu", tmp_path / "evil", serve({"data.tar": archive}))
+        (tmp_path / "evil/data.tar").unlink()
+    assert not list(tmp_path.rglob("outside.csv"))
 
 
 # ---------------------------------------------------------------------------------------------
