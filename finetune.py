@@ -634,3 +634,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as e:  # a user's mistake: one line with its mend, no traceback
         sys.exit(f"finetune.py: error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -743,3 +743,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as e:  # a user's mistake: one line with its mend, no traceback
         sys.exit(f"train.py: error: {e}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    except KeyboardInterrupt:  # before the loop, which catches the signal itself
+        sys.exit(130)
