@@ -820,94 +820,91 @@ for event, e in context:
 print(0)"""
 
 
+def measure_extract(shared, folder):
+    """({name: figure}, MB of XML): CPU MB/s beside the XML parser's own, and peak memory."""
+    files = {n: folder / f"{n}.xml.gz" for n in (30_000, 3_000)}
+    for n, path in files.items():
+        citations_file(shared, path, n)
+    with gzip.open(files[30_000]) as f:
+        xml_mb = sum(len(chunk) for chunk in iter(lambda: f.read(2**20), b"")) / 1e6
+    reference = folder / "reference.py"
+    reference.write_text(ITERPARSE)
+    runs, alone = {n: [] for n in files}, []
+    for turn in range(2):
+        for n, path in files.items():
+            runs[n].append(peak_mib(ROOT / "data.py", "extract", path, "--out",
+                                    folder / f"text{n}-{turn}", "--workers", 1))
+        alone.append(peak_mib(reference, files[30_000])[0])
+    seconds = [s for s, _ in runs[30_000]]
+    return {"extract, MB/s of XML": xml_mb / statistics.median(seconds),
+            "extract, better of two turns, MB/s": xml_mb / min(seconds),
+            "gunzip + iterparse alone, same file, MB/s": xml_mb / statistics.median(alone),
+            **{f"extract, peak MiB at {n:,} citations": max(peak for _, peak in runs[n])
+               for n in files}}, xml_mb
+
+
+def measure_tokenize(folder, tokenizer):
+    """({name: figure}, MB of text): MB/s of 8 files on 1 and 2 workers, everything included."""
+    import data
+    documents = list(data.read_documents(folder / "text30000-0"))
+    (folder / "texts").mkdir()
+    for i in range(8):
+        with gzip.open(folder / f"texts/{i}.jsonl.gz", "wt", compresslevel=3) as f:
+            f.writelines(json.dumps({"id": d, "text": t}) + "\n" for d, t in documents[i::8])
+    text_mb = sum(len(t.encode()) for _, t in documents) / 1e6
+    if tokenizer is None:
+        tokenizer = folder / "tokenizer"
+        subprocess.run([sys.executable, ROOT / "tokenizer.py", "train", "--input",
+                        folder / "text3000-0", "--vocab_size", "8192", "--out", tokenizer],
+                       check=True, capture_output=True)
+    cpu_seconds = []
+
+    def tokenize(workers):
+        out = folder / f"arrays{workers}"
+        shutil.rmtree(out, ignore_errors=True)
+        cpu_seconds.append(peak_mib(ROOT / "data.py", "tokenize", "--text", folder / "texts",
+                                    "--tokenizer", tokenizer, "--out", out,
+                                    "--workers", workers)[0])
+
+    took = interleave({n: lambda n=n: tokenize(n) for n in (1, 2)}, 2)
+    return {"tokenize, MB/s of text a CPU second": text_mb / statistics.median(cpu_seconds),
+            "tokenize, 1 worker, MB/s": text_mb / took[1],
+            "tokenize, 2 workers, MB/s": text_mb / took[2],
+            "tokenize, 2 workers over 1": took[1] / took[2]}, text_mb
+
+
+def measure_loader(arrays, n_batches=5000):
+    """Million tokens a second of one process, batches of 8 x 1024."""
+    import data
+    batches = data.train_batches(arrays, 1024, 8, seed=0)
+    next(batches)
+    start = time.perf_counter()
+    for _ in range(n_batches):
+        next(batches)
+    return n_batches * 8 * 1024 / (time.perf_counter() - start) / 1e6
+
+
 def bench_data(rest):
     """Extraction of 30,000 citations, tokenizing at 1 and 2 workers, the loader, hours in all."""
-    import data
-
     parser = argparse.ArgumentParser(prog="bench.py data")
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared/data",
                         help="folder of the real samples (default: beside the checkout)")
     parser.add_argument("--tokenizer", type=Path, help="folder (default: learned here)")
     args = parser.parse_args(rest)
-    rows = []
-
-    def row(name, value, unit, note=""):
-        rows.append({"name": name, "value": round(value, 2), "unit": unit, "note": note})
-        print(f"{name:34} {value:12,.1f} {unit:10} {note}", flush=True)
-
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        big = folder / "pubmed99n0001.xml.gz"
-        citations_file(args.shared, big, 30_000)
-        with gzip.open(big) as f:
-            xml_mb = sum(len(chunk) for chunk in iter(lambda: f.read(2**20), b"")) / 1e6
-        script, seconds, peaks = ROOT / "data.py", [], []
-        reference = folder / "reference.py"
-        reference.write_text(ITERPARSE)
-        plain = []
-        for i in range(2):
-            out = folder / f"text{i}"
-            s, peak = peak_mib(script, "extract", big, "--out", out, "--workers", 1)
-            seconds.append(s)
-            peaks.append(peak)
-            plain.append(peak_mib(reference, big)[0])
-        extract_mb_s = xml_mb / statistics.median(seconds)
-        row("extract", extract_mb_s, "MB/s", f"{xml_mb:.0f} MB of XML, CPU seconds")
-        row("extract, better of the two", xml_mb / min(seconds), "MB/s")
-        row("extract, peak memory", max(peaks), "MiB", "30,000 citations")
-        subset = folder / "small.xml.gz"
-        citations_file(args.shared, subset, 3_000)
-        peak = peak_mib(script, "extract", subset, "--out", folder / "t", "--workers", 1)[1]
-        row("extract, peak memory", peak, "MiB", "3,000 citations")
-        row("gunzip + iterparse + clear alone", xml_mb / statistics.median(plain), "MB/s",
-            "the same file, interleaved, nothing extracted")
-
-        texts = folder / "texts"
-        texts.mkdir()
-        documents = list(data.read_documents(folder / "text0"))
-        for i in range(8):
-            with gzip.open(texts / f"{i}.jsonl.gz", "wt", compresslevel=3) as f:
-                f.writelines(json.dumps({"id": d, "text": t}) + "\n" for d, t in documents[i::8])
-        text_mb = sum(len(t.encode()) for _, t in documents) / 1e6
-        tokenizer = args.tokenizer or folder / "tokenizer"
-        if not args.tokenizer:
-            command = [sys.executable, ROOT / "tokenizer.py", "train", "--input", folder / "t"]
-            subprocess.run([*command, "--vocab_size", "8192", "--out", tokenizer], check=True,
-                           capture_output=True)
-
-        cpu_seconds = []
-
-        def tokenize(workers):
-            out = folder / f"arrays{workers}"
-            shutil.rmtree(out, ignore_errors=True)
-            command = [sys.executable, script, "tokenize", "--text", texts,
-                       "--tokenizer", tokenizer]
-            cpu_seconds.append(peak_mib(*command[1:], "--out", out, "--workers", workers)[0])
-
-        took = interleave({n: lambda n=n: tokenize(n) for n in (1, 2)}, 2)
-        rate = text_mb / statistics.median(cpu_seconds)
-        row("tokenize", rate, "MB/s", f"{text_mb:.0f} MB of text, CPU seconds, all included")
-        row("tokenize, 1 worker", text_mb / took[1], "MB/s", "wall clock")
-        row("tokenize, 2 workers", text_mb / took[2], "MB/s", f"{took[1] / took[2]:.2f} x one")
-
-        batches = data.train_batches(folder / "arrays1", 1024, 8, seed=0)
-        next(batches)
-        start, n = time.perf_counter(), 5000
-        for _ in range(n):
-            next(batches)
-        seconds = time.perf_counter() - start
-        row("loader", n * 8 * 1024 / seconds / 1e6, "M tokens/s", "8 x 1024, one process")
-
-        def hours(mb, mb_s):
-            return mb / mb_s / 3600 / 64
-
-        row("baseline, extract, 64 cores", hours(1300 * xml_mb, extract_mb_s), "hours",
-            f"1,300 files x {xml_mb:.0f} MB / {extract_mb_s:.0f} MB/s / 64")
-        row("baseline, tokenize, 64 cores", hours(1300 * text_mb, rate), "hours",
-            f"1,300 files x {text_mb:.0f} MB of text / {rate:.1f} MB/s / 64, without the join")
-        row("100 GB of PMC, both, 64 cores", hours(1e5, extract_mb_s) + hours(5e4, rate), "hours",
-            "100 GB of XML at the rate above, half of it text")
-    return rows
+        figures, xml_mb = measure_extract(args.shared, Path(folder))
+        more, text_mb = measure_tokenize(Path(folder), args.tokenizer)
+        figures |= more | {"loader, M tokens/s": measure_loader(Path(folder, "arrays1"))}
+    extract, tokenize = (figures[k] for k in ("extract, MB/s of XML",
+                                              "tokenize, MB/s of text a CPU second"))
+    # 1,300 files like this one; 100 GB of PMC's XML, half of it text; without disks and the join
+    figures |= {"baseline, extract, minutes on 64 cores": 1300 * xml_mb / extract / 60 / 64,
+                "baseline, tokenize, minutes on 64 cores": 1300 * text_mb / tokenize / 60 / 64,
+                "100 GB of PMC, both, minutes on 64 cores": (1e5 / extract + 5e4 / tokenize)
+                / 60 / 64}
+    for name, value in figures.items():
+        print(f"{name:44}{value:10,.2f}")
+    return [dict(name=name, value=value) for name, value in figures.items()]
 
 
 # ---------------------------------------------------------------------------------------------
