@@ -10,7 +10,7 @@ Legend: B batch, T time, C width, H heads, D head width (C = H·D), V vocabulary
 Every fused op stands in the same order: a note that derives its backward, the reference (plain
 PyTorch, any dtype), the forward kernel, the backward kernel, the autograd wiring, the public op.
 A CUDA tensor takes the Triton kernel, TRITON_INTERPRET=1 runs the same kernel on the CPU, anything
-else (no GPU, no triton, KERNELS = "reference") the reference. Statistics, softmax, sums are fp32.
+else (no GPU, no triton) the reference. Statistics, softmax and sums are fp32.
 """
 
 import json
@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     import triton
@@ -37,7 +38,6 @@ except ImportError:  # macOS, Windows: the references run
 # ---------------------------------------------------------------------------------------------
 # fused ops: which path runs, with which launch settings
 
-KERNELS = os.environ.get("BIOMEDLM_KERNELS", "auto")  # "auto", or "reference" to compare against
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # Fixed rather than autotuned (that costs minutes a rank): `python tests/bench.py kernels --tune`
@@ -69,11 +69,10 @@ def gpu():
 
 def kernels_active(device="cuda"):
     """The path of ops on tensors of `device`: "triton", "triton interpreter" or "reference"."""
-    if triton is None or KERNELS == "reference":
-        return "reference"
     if INTERPRETED:
         return "triton interpreter"
-    return "triton" if torch.device(device).type == "cuda" and gpu() else "reference"
+    runs = triton is not None and torch.device(device).type == "cuda" and gpu()
+    return "triton" if runs else "reference"
 
 
 def fused(x):
@@ -103,14 +102,18 @@ def jit(fn):
     return triton.jit(fn, do_not_specialize=["seed"]) if triton else fn
 
 
-def custom_op(fake):
-    """Make a function an op that torch.compile calls and never looks into; `fake` allocates its
-    outputs from its arguments (shapes and dtypes are all that tracing needs)."""
-    def register(fn):
-        op = torch.library.custom_op(f"biomedlm::{fn.__name__}", mutates_args=())(fn)
-        op.register_fake(fake)
-        return op
-    return register
+def custom_op(fn):
+    """Make fn an op that torch.compile calls and never looks into. Tracing runs fn as well, for its
+    outputs' shapes and dtypes, on tensors without data: launch() then does nothing."""
+    op = torch.library.custom_op(f"biomedlm::{fn.__name__}", mutates_args=())(fn)
+    op.register_fake(fn)
+    return op
+
+
+def launch(kernel, grid, *args, **options):
+    """Run a kernel on every program of a grid, which may be empty."""
+    if not isinstance(args[0], FakeTensor) and 0 not in grid:
+        kernel[grid](*args, **options)
 
 
 def empty(like, *shape, dtype=None):
@@ -185,8 +188,7 @@ def layer_norm_ref(x, weight, bias, eps=1e-5):
 
 
 def add_layer_norm_ref(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=0):
-    branch = dropout_ref(wide(x), dropout_p, seed) if dropout_p > 0 else x
-    new_residual = (residual + branch).to(residual.dtype)
+    new_residual = (residual + dropout_ref(wide(x), dropout_p, seed)).to(residual.dtype)
     return layer_norm_ref(new_residual, weight, bias, eps).to(compute_dtype(x)), new_residual
 
 
@@ -289,60 +291,49 @@ def norm_launch(C):
     return piece, triton.cdiv(C, piece), min(max(piece // 128, 1), 8)
 
 
-def norm_forward_fake(x, residual, weight, bias, eps, p, seed, dtype):
-    new = empty(x, 0) if residual is None else empty(residual)
-    mean, rstd = (empty(x, x.numel() // x.shape[-1], dtype=torch.float32) for _ in range(2))
-    return empty(x, dtype=dtype), new, mean, rstd
-
-
-@custom_op(norm_forward_fake)
+@custom_op
 def norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
                  p: float, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, new, mean, rstd = norm_forward_fake(x, residual, weight, bias, eps, p, seed, dtype)
-    x, res = x.contiguous(), x if residual is None else residual.contiguous()
-    if x.numel():
-        piece, n_pieces, warps = norm_launch(x.shape[-1])
-        norm_forward_kernel[(mean.numel(),)](
-            x, res, weight, bias, y, new, mean, rstd, *rng(p, seed), eps, x.shape[-1], piece,
-            n_pieces, residual is not None, p > 0, num_warps=warps)
+    C, add = x.shape[-1], residual is not None
+    y, new = empty(x, dtype=dtype), empty(residual) if add else empty(x, 0)
+    mean, rstd = (empty(x, x.numel() // C, dtype=torch.float32) for _ in range(2))
+    x, res = x.contiguous(), residual.contiguous() if add else x
+    piece, n_pieces, warps = norm_launch(C)
+    launch(norm_forward_kernel, (mean.numel(),), x, res, weight, bias, y, new, mean, rstd,
+           *rng(p, seed), eps, C, piece, n_pieces, add, p > 0, num_warps=warps)
     return y, new, mean, rstd
 
 
-def norm_backward_fake(dy, dnew, r, weight, mean, rstd, add, p, seed, dtype):
-    return (empty(r, dtype=dtype), empty(r) if add else empty(r, 0), empty(weight), empty(weight))
-
-
-@custom_op(norm_backward_fake)
+@custom_op
 def norm_backward(dy: Tensor, dnew: Tensor | None, r: Tensor, weight: Tensor, mean: Tensor,
                   rstd: Tensor, add: bool, p: float, seed: int, dtype: torch.dtype
                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     C, N, r, dy = r.shape[-1], mean.numel(), r.contiguous(), dy.contiguous()
-    dx, dres, _, _ = norm_backward_fake(dy, dnew, r, weight, mean, rstd, add, p, seed, dtype)
+    dx, dres = empty(r, dtype=dtype), empty(r) if add else empty(r, 0)
     per_sm = min(max(LAUNCH["norm"]["columns_per_sm"] // C, 2), 16)
     programs = max(min(N, n_programs(r, per_sm)), 1)
     partial = empty(r, programs, 2, C, dtype=torch.float32)
     piece, n_pieces, warps = norm_launch(C)
-    norm_backward_kernel[(programs,)](
-        dy, dy if dnew is None else dnew.contiguous(), r, weight, mean, rstd, dx, dres, partial, N,
-        *rng(p, seed), C, piece, n_pieces, add, dnew is not None, p > 0, num_warps=warps)
+    launch(norm_backward_kernel, (programs,), dy, dy if dnew is None else dnew.contiguous(), r,
+           weight, mean, rstd, dx, dres, partial, N, *rng(p, seed), C, piece, n_pieces, add,
+           dnew is not None, p > 0, num_warps=warps)
     dw, db = partial.sum(0).to(weight.dtype)  # the second stage, in a fixed order
     return dx, dres, dw.clone(), db.clone()  # clones: an op's outputs may not share storage
 
 
 def norm_setup(ctx, inputs, output):
-    x, residual, weight, _, _, ctx.p, ctx.seed, _ = inputs
+    x, residual, weight, _, _, p, seed, _ = inputs
     _, new, mean, rstd = output
     ctx.set_materialize_grads(False)  # an unused output's gradient stays None, not a zero tensor
-    ctx.add, ctx.dtype = residual is not None, x.dtype
-    ctx.save_for_backward(new if ctx.add else x, weight, mean, rstd)
+    ctx.settings = (residual is not None, p, seed, x.dtype)
+    ctx.save_for_backward(x if residual is None else new, weight, mean, rstd)
 
 
-def norm_autograd(ctx, dy, dnew, _dmean, _drstd):
-    r, weight, mean, rstd = ctx.saved_tensors
-    dx, dres, dw, db = norm_backward(
-        torch.zeros_like(r) if dy is None else dy, dnew if ctx.add else None, r, weight, mean, rstd,
-        ctx.add, ctx.p, ctx.seed, ctx.dtype)
-    return dx, dres if ctx.add else None, dw, db, None, None, None, None
+def norm_autograd(ctx, dy, dnew, *_):
+    r, *rest = ctx.saved_tensors  # read once: under checkpointing a second look raises
+    dy = torch.zeros_like(r) if dy is None else dy
+    dx, dres, dw, db = norm_backward(dy, dnew, r, *rest, *ctx.settings)
+    return dx, dres if ctx.settings[0] else None, dw, db, None, None, None, None
 
 
 norm_forward.register_autograd(norm_autograd, setup_context=norm_setup)
@@ -419,28 +410,27 @@ def gelu_backward_kernel(dy_ptr, x_ptr, b_ptr, dx_ptr, partial_ptr, n_rows, C: c
     tl.store(partial_ptr + tl.program_id(1) * C + cols, tl.sum(db, 0), mask=cols < C)
 
 
-@custom_op(lambda x, bias: empty(x))
+@custom_op
 def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
-    x, C, launch = x.contiguous(), x.shape[-1], LAUNCH["gelu"]
+    x, C, tile = x.contiguous(), x.shape[-1], LAUNCH["gelu"]
     y, N = empty(x), x.numel() // C
-    if N:
-        cols = min(launch["cols"], triton.next_power_of_2(C))
-        gelu_forward_kernel[(triton.cdiv(C, cols) * triton.cdiv(N, launch["rows"]),)](
-            x, bias, y, N, C, launch["rows"], cols, num_warps=launch["warps"])
+    cols = min(tile["cols"], triton.next_power_of_2(C))
+    launch(gelu_forward_kernel, (triton.cdiv(C, cols) * triton.cdiv(N, tile["rows"]),),
+           x, bias, y, N, C, tile["rows"], cols, num_warps=tile["warps"])
     return y
 
 
-@custom_op(lambda dy, x, bias: (empty(x), empty(bias)))
+@custom_op
 def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    x, dy, C, launch = x.contiguous(), dy.contiguous(), x.shape[-1], LAUNCH["gelu_backward"]
-    dx, N, rows = empty(x), x.numel() // C, launch["rows"]
-    cols = min(launch["cols"], triton.next_power_of_2(C))
+    x, dy, C, tile = x.contiguous(), dy.contiguous(), x.shape[-1], LAUNCH["gelu_backward"]
+    dx, N, rows = empty(x), x.numel() // C, tile["rows"]
+    cols = min(tile["cols"], triton.next_power_of_2(C))
     col_blocks = triton.cdiv(C, cols)
-    wanted = triton.cdiv(n_programs(x, launch["programs_per_sm"]), col_blocks)
+    wanted = triton.cdiv(n_programs(x, tile["programs_per_sm"]), col_blocks)
     programs = max(min(wanted, triton.cdiv(N, rows)), 1)
     partial = empty(x, programs, C, dtype=torch.float32)
-    gelu_backward_kernel[(col_blocks, programs)](dy, x, bias, dx, partial, N, C, rows, cols,
-                                                 num_warps=launch["warps"])
+    launch(gelu_backward_kernel, (col_blocks, programs), dy, x, bias, dx, partial, N, C, rows, cols,
+           num_warps=tile["warps"])
     return dx, partial.sum(0).to(bias.dtype)
 
 
@@ -640,32 +630,25 @@ def attention_launch(qkv, n_head, kernel, p):
 LOG2_E = 1.4426950408889634
 
 
-def attention_forward_fake(qkv, n_head, scale, p, seed):
-    B, T, C3 = qkv.shape
-    return empty(qkv, B, T, C3 // 3), empty(qkv, B, n_head, T, dtype=torch.float32)
-
-
-@custom_op(attention_forward_fake)
+@custom_op
 def attention_forward(qkv: Tensor, n_head: int, scale: float, p: float, seed: int
                       ) -> tuple[Tensor, Tensor]:
-    o, lse = attention_forward_fake(qkv, n_head, scale, p, seed)
-    if qkv.numel():
-        grid, options = attention_launch(qkv, n_head, "forward", p)
-        attention_forward_kernel[grid](qkv, o, lse, qkv.shape[1], scale * LOG2_E, *rng(p, seed),
-                                       **options)
+    B, T, C3 = qkv.shape
+    o, lse = empty(qkv, B, T, C3 // 3), empty(qkv, B, n_head, T, dtype=torch.float32)
+    grid, options = attention_launch(qkv, n_head, "forward", p)
+    launch(attention_forward_kernel, grid, qkv, o, lse, T, scale * LOG2_E, *rng(p, seed), **options)
     return o, lse
 
 
-@custom_op(lambda do, qkv, *_: empty(qkv))
+@custom_op
 def attention_backward(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, n_head: int, scale: float,
                        p: float, seed: int) -> Tensor:
     do, dqkv, delta = do.contiguous(), empty(qkv), empty(lse)
-    if qkv.numel():
-        rest = (qkv.shape[1], scale, scale * LOG2_E, *rng(p, seed))
-        grid, options = attention_launch(qkv, n_head, "dq", p)
-        attention_dq_kernel[grid](qkv, o, do, lse, delta, dqkv, *rest, **options)
-        grid, options = attention_launch(qkv, n_head, "dkv", p)
-        attention_dkv_kernel[grid](qkv, do, lse, delta, dqkv, *rest, **options)
+    rest = (qkv.shape[1], scale, scale * LOG2_E, *rng(p, seed))
+    grid, options = attention_launch(qkv, n_head, "dq", p)
+    launch(attention_dq_kernel, grid, qkv, o, do, lse, delta, dqkv, *rest, **options)
+    grid, options = attention_launch(qkv, n_head, "dkv", p)
+    launch(attention_dkv_kernel, grid, qkv, do, lse, delta, dqkv, *rest, **options)
     return dqkv
 
 
@@ -761,29 +744,23 @@ def product_fp32(a, b):
     return (a @ b).float()
 
 
-def cross_entropy_fake(hidden, weight, targets, ignore_index, gradient):
-    return (torch.empty((), dtype=torch.float32, device=hidden.device),
-            empty(hidden) if gradient else empty(hidden, 0),
-            empty(weight) if gradient else empty(weight, 0))
-
-
-@custom_op(cross_entropy_fake)
+@custom_op
 def cross_entropy_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
                          gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    (N, V), launch = (hidden.shape[0], weight.shape[0]), LAUNCH["cross_entropy"]
+    N, V, settings = len(hidden), len(weight), LAUNCH["cross_entropy"]
     hidden, targets, w = hidden.contiguous(), targets.contiguous(), weight.to(hidden.dtype)
     count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device
     losses = empty(hidden, N, dtype=torch.float32)
-    _, dhidden, dweight = cross_entropy_fake(hidden, weight, targets, ignore_index, gradient)
-    block = min(launch["block"], triton.next_power_of_2(V)) if fused(hidden) else None
+    dhidden = empty(hidden) if gradient else empty(hidden, 0)
+    dweight = empty(weight) if gradient else empty(weight, 0)
+    block = min(settings["block"], triton.next_power_of_2(V)) if fused(hidden) else None
     with torch.autocast(hidden.device.type, enabled=False):
-        for at in range(0, N, launch["chunk_rows"]):
-            rows = slice(at, min(at + launch["chunk_rows"], N))
+        for at in range(0, N, settings["chunk_rows"]):
+            rows = slice(at, at + settings["chunk_rows"])
             z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
             if block:
-                cross_entropy_kernel[(z.shape[0],)](
-                    z, targets[rows], losses[rows], count, ignore_index, V, block, gradient,
-                    num_warps=launch["warps"])
+                launch(cross_entropy_kernel, (len(z),), z, targets[rows], losses[rows], count,
+                       ignore_index, V, block, gradient, num_warps=settings["warps"])
             else:
                 z = cross_entropy_rows(z, targets[rows], losses[rows], count, ignore_index)
             if gradient:
@@ -911,8 +888,8 @@ PRESETS = {
 def linear(x, weight, bias=None):
     """F.linear. One row in bf16 on a CPU, a step of generation, is bound by reading the weights.
 
-    F.linear reads them at half to nine tenths of the memory's rate there: [out, in] matrices go to
-    mv instead, and Hugging Face's [in, out] ones, mapped as they lie, to bmm in two halves of the sum.
+    F.linear reads them at half to nine tenths of the memory's rate: [out, in] matrices go to mv
+    instead, and Hugging Face's [in, out] ones, mapped as they lie, to bmm in two halves of the sum.
     """
     if not (x.numel() == x.size(-1) and x.device.type == "cpu"
             and x.dtype == weight.dtype == torch.bfloat16 and x.size(-1) % 2 == 0):
