@@ -18,7 +18,7 @@ import math
 import os
 import pickle
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -824,7 +824,7 @@ class GPTConfig:
                              "choose a width that is a multiple of the number of heads")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is no probability: use 0 to less than 1")
-        if self.eot_id is None:
+        if self.eot_id is None or self.eot_id >= self.vocab_size:  # HF: GPT-2's in any vocabulary
             object.__setattr__(self, "eot_id", self.vocab_size - 1)
 
     @staticmethod
@@ -851,24 +851,17 @@ class GPTConfig:
     @staticmethod
     def from_hf(hf):
         """GPTConfig of a parsed config.json; ValueError where it describes another architecture."""
-        width = hf.get("n_embd", 768)
         wants = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-                 "scale_attn_weights": (True,), "n_inner": (None, 4 * width),
+                 "scale_attn_weights": (True,), "n_inner": (None, 4 * hf.get("n_embd", 768)),
                  "add_cross_attention": (False,)}
         for key, allowed in wants.items():
             if hf.get(key, allowed[0]) not in allowed:
                 raise ValueError(f"config.json has {key}={hf[key]!r}, this model is a GPT-2 with "
                                  f"{key}={allowed[0]!r}: use a GPT-2 folder")
-        vocab_size = hf.get("vocab_size", 50257)
-        eot_id = hf.get("eos_token_id")
-        return GPTConfig(
-            n_layer=hf.get("n_layer", 12), n_head=hf.get("n_head", 12), n_embd=width,
-            n_positions=hf.get("n_positions", 1024), vocab_size=vocab_size,
-            dropout=hf.get("resid_pdrop", 0.1),
-            layer_norm_epsilon=hf.get("layer_norm_epsilon", 1e-5),
-            initializer_range=hf.get("initializer_range", 0.02),
-            scale_attn_by_inverse_layer_idx=hf.get("scale_attn_by_inverse_layer_idx", False),
-            eot_id=eot_id if eot_id is not None and eot_id < vocab_size else vocab_size - 1)
+        theirs = {"dropout": "resid_pdrop", "eot_id": "eos_token_id"}  # else names are alike
+        names = {field.name: theirs.get(field.name, field.name) for field in fields(GPTConfig)}
+        given = {ours: hf[name] for ours, name in names.items() if name in hf}
+        return GPTConfig.preset("gpt2-124m", **given)  # whose fields are Hugging Face's defaults
 
 
 PRESETS = {
@@ -920,24 +913,20 @@ class CausalSelfAttention(nn.Module):
         return attention(qkv, self.n_head, self.scale, dropout_p, seed)
 
     def forward(self, x, seed, cache=None, mask=None):
-        """x (B, T, C) -> (B, T, C). With a cache, x continues the positions that it holds.
-
-        mask, bool, broadcasts to (B, H, T, S) and says who sees whom; None: causal.
-        """
+        """x (B, T, C) -> (B, T, C). mask, bool, broadcasts to (B, H, T, S) and says who of T sees
+        whom of S, which are x's positions after those that a cache holds. None: causal without a
+        cache, all with one."""
         dropout_p = self.dropout if self.training else 0.0
         qkv = linear(x, self.c_attn.weight, self.c_attn.bias)
         if cache is None and mask is None:
             y = self.attend(qkv, dropout_p, seed)
         else:
-            B, T, C = x.shape
-            # (B, T, 3C) -> 3 x (B, H, T, D)
-            q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+            q, k, v = split_heads(qkv, self.n_head)
             if cache is not None:
                 k, v = cache.append(self.layer_idx, k, v)
-                mask = cache.mask(T, k.size(2), x.device) if mask is None else mask
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
                                                scale=self.scale)
-            y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
+            y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
         return linear(y, self.c_proj.weight, self.c_proj.bias)
 
 
@@ -1013,21 +1002,17 @@ class KVCache:
         if self.n_pad is not None:
             self.n_pad = self.n_pad[rows]
 
-    def positions(self, T, device):
-        """Positions of T new tokens, (1, T) or (B, T); padding has position 0."""
-        new = torch.arange(self.length, self.length + T, device=device)[None]
-        return new if self.n_pad is None else (new - self.n_pad[:, None]).clamp(min=0)
-
-    def mask(self, T, S, device):
-        """Who of S positions each of T new ones sees, bool (T, S) or (B, 1, T, S); None: all."""
-        if T == 1 and self.n_pad is None:
-            return None
-        causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    def extend(self, T, device):
+        """Of T new tokens: positions, (T,) or (B, T), 0 at padding; and which of all S so far each
+        sees, bool (T, S) or (B, 1, T, S); None: all."""
+        columns = torch.arange(self.length + T, device=device)  # (S,)
+        new = columns[self.length:]
+        sees = columns <= new[:, None]  # (T, S)
         if self.n_pad is None:
-            return causal
-        real = torch.arange(S, device=device) >= self.n_pad[:, None]  # (B, S)
-        diagonal = torch.eye(S, dtype=torch.bool, device=device)[S - T:]  # padding sees itself
-        return ((causal & real[:, None, :]) | diagonal)[:, None]
+            return new, None if T == 1 else sees
+        real = columns >= self.n_pad[:, None, None]  # (B, 1, S)
+        sees = sees & real | (columns == new[:, None])  # padding sees itself, lest it be NaN
+        return (new - self.n_pad[:, None]).clamp(min=0), sees[:, None]
 
 
 class GPT(nn.Module):
@@ -1042,18 +1027,16 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)))
         self.activation_checkpointing = False
-        self.apply(self._init_weights)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, 0.0, config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
         # GPT-2: residual projections are scaled down by the number of residual additions
         for block in self.transformer.h:
             for proj in (block.attn.c_proj, block.mlp.c_proj):
                 nn.init.normal_(proj.weight, 0.0,
                                 config.initializer_range / math.sqrt(2 * config.n_layer))
-
-    def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, 0.0, self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
 
     def n_params(self):
         """Parameters, the tied head counted once: 2,594,247,680 for BioMedLM."""
@@ -1062,25 +1045,23 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, positions=None, mask=None):
         """Final hidden states, after ln_f.
 
-        idx (B, T) int64; with a KVCache, idx continues what it holds. positions (B, T) int64
-        default to 0, 1, ... after the cache; given, they must lie within the context, and T may
-        exceed it (branches that share a prefix, told apart by mask: bool, broadcast to
-        (B, H, T, S), True where a row sees a column; default causal). Returns (B, T, C).
-        ValueError beyond the context.
+        idx (B, T) int64; with a KVCache, idx continues what it holds. Without one, positions (B, T)
+        int64 default to 0, 1, ...; given, they must lie within the context, and T may exceed it
+        (branches that share a prefix, told apart by mask: bool, broadcast to (B, H, T, T), True
+        where a row sees a column; default causal). Returns (B, T, C). ValueError past the context.
         """
-        B, T = idx.shape
-        start = cache.length if cache is not None else 0
-        if positions is None and start + T > self.config.n_positions:
-            raise ValueError(f"{start + T} tokens are more than the context of "
+        T, held = idx.size(1), 0 if cache is None else cache.length
+        if positions is None and held + T > self.config.n_positions:
+            raise ValueError(f"{held + T} tokens are more than the context of "
                              f"{self.config.n_positions}: shorten the input")
-        if positions is None and cache is not None:
-            positions = cache.positions(T, idx.device)
+        if cache is not None:
+            positions, mask = cache.extend(T, idx.device)
         elif positions is None:
             positions = torch.arange(T, device=idx.device)
         residual = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
-        seed = 0
-        if self.training and self.config.dropout > 0:
-            residual = F.dropout(residual, self.config.dropout)
+        dropout_p, seed = self.config.dropout if self.training else 0.0, 0
+        if dropout_p > 0:
+            residual = F.dropout(residual, dropout_p)
             # One draw a forward from the CPU's generator (no device sync): a checkpointed block
             # that runs again sees the same seed, and seeding torch makes the step repeatable.
             seed = int(torch.randint(2**31 - 4 * self.config.n_layer - 4, ()))
@@ -1092,7 +1073,6 @@ class GPT(nn.Module):
                     block, *args, use_reentrant=False)
             else:
                 residual, branch = block(*args)
-        dropout_p = self.config.dropout if self.training else 0.0
         y, _ = add_norm(branch, residual, self.transformer.ln_f, dropout_p,
                         seed + 4 * self.config.n_layer)
         if cache is not None:
@@ -1130,11 +1110,34 @@ class GPT(nn.Module):
         newest whole one), pytorch_model.bin or model.safetensors, sharded or not, memory-mapped.
         Raises FileNotFoundError or ValueError.
         """
-        return load_pretrained(Path(path), dtype, device, dropout)
+        config = GPT.config_of(path)
+        if dropout is not None:
+            config = replace(config, dropout=dropout)
+        with torch.device("meta"):  # no memory, no random numbers spent on weights to be replaced
+            model = GPT(config)
+        # bf16 on a CPU is to generate, not to train: there the tensors may lie as they are mapped
+        mapped = dtype != torch.float32 and torch.device(device).type == "cpu"
+        layout = torch.preserve_format if mapped else torch.contiguous_format
+        saved, state = read_weights(Path(path)), {}
+        for name, tensor in model.state_dict().items():
+            wanted = tuple(tensor.shape)
+            found = tuple(saved[name].shape) if name in saved else "missing"
+            if found != wanted:
+                raise ValueError(f"{path}: {name} is {found}, config.json implies {wanted}: "
+                                 "use the config.json saved with the weights")
+            state[name] = saved[name].to(device, dtype, copy=not mapped, memory_format=layout)
+        model.load_state_dict(state, assign=True)
+        return model.requires_grad_(not mapped).eval()
 
     def save_pretrained(self, path):
         """Write config.json and pytorch_model.bin, a folder that `transformers` loads."""
-        save_pretrained(self, path)
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: (t.t() if name.endswith(CONV1D) else t).detach().cpu().contiguous()
+                 for name, t in self.state_dict().items()}
+        write_atomically(folder / "pytorch_model.bin", lambda tmp: torch.save(state, tmp))
+        config = json.dumps(self.config.to_hf(), indent=2) + "\n"
+        write_atomically(folder / "config.json", lambda tmp: tmp.write_text(config))
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
@@ -1160,9 +1163,7 @@ class GPT(nn.Module):
         if num_beams > 1:
             return self._beam_search(idx, max_new_tokens, num_beams, no_repeat_ngram_size,
                                      length_penalty, eot_id, n_pad)
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(device=idx.device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         cache, new = KVCache(self.config.n_layer, T + max_new_tokens, n_pad), idx
         finished = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
@@ -1200,18 +1201,12 @@ class GPT(nn.Module):
             # 2K candidates: even if K of them end, K are left to go on
             top, flat = total.view(B, K * V).topk(2 * K, dim=1)
             rows, tokens = flat // V, flat % V
-            keep = torch.empty(B, K, dtype=torch.long, device=idx.device)
-            for b in range(B):
-                alive = []
-                for j in range(2 * K):
-                    if eot_id is not None and tokens[b, j] == eot_id:
-                        if j < K:  # as Hugging Face: an end ranked below the K best does not count
-                            seq = torch.cat([beams[b * K + rows[b, j]], tokens[b, j:j + 1]])
-                            ended[b].append((top[b, j].item() / length**length_penalty, seq))
-                    else:
-                        alive.append(j)
-                keep[b] = torch.tensor(alive[:K])
+            ends = tokens == (V if eot_id is None else eot_id)  # V: no token
+            for b, j in ends[:, :K].nonzero().tolist():  # HF too: an end ranked lower counts not
+                seq = torch.cat([beams[b * K + rows[b, j]], tokens[b, j:j + 1]])
+                ended[b].append((top[b, j].item() / length**length_penalty, seq))
                 ended[b] = sorted(ended[b], key=lambda e: -e[0])[:K]
+            keep = ends.int().argsort(dim=1, stable=True)[:, :K]  # the best K that go on
             scores = top.gather(1, keep)
             first = torch.arange(B, device=idx.device)[:, None] * K
             source = (rows.gather(1, keep) + first).view(-1)
@@ -1228,8 +1223,8 @@ class GPT(nn.Module):
                 ended[b] += [(scores[b, k].item() / length**length_penalty, beams[b * K + k])
                              for k in range(K)]
         best = [max(e, key=lambda pair: pair[0])[1] for e in ended]
-        fill = eot_id if eot_id is not None else 0
-        return nn.utils.rnn.pad_sequence(best, batch_first=True, padding_value=fill)
+        # without eot_id all are of one length, and nothing is padded
+        return nn.utils.rnn.pad_sequence(best, batch_first=True, padding_value=eot_id or 0)
 
 
 def sample(logits, temperature, top_k, top_p, generator):
@@ -1268,17 +1263,19 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 
 def load_tensors(path):
     """Tensors of one file, memory-mapped: a pickle of plain tensors only, or safetensors."""
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ValueError(f"reading {path} needs: pip install safetensors") from None
-        return load_file(path)
+    errors = [RuntimeError, pickle.UnpicklingError, EOFError, OSError]
     try:
+        if path.suffix == ".safetensors":
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+            errors.append(SafetensorError)
+            return load_file(path)
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as e:
-        raise ValueError(f"{path} is damaged or no file of plain tensors ({type(e).__name__}): "
-                         "copy or download it again") from e
+    except ImportError:
+        raise ValueError(f"reading {path} needs: pip install safetensors") from None
+    except tuple(errors) as e:
+        raise ValueError(f"{path} is missing, damaged or no file of plain tensors "
+                         f"({type(e).__name__}): copy or download it again") from e
 
 
 def newest_checkpoint(run):
@@ -1296,19 +1293,14 @@ def read_weights(folder):
     _, checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
         return checkpoint["model"]
-    state = {}
     for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
+        index, shards = folder / f"{name}.index.json", [name]
         if index.exists():
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            shards = [name] if (folder / name).exists() else []
-        for shard in shards:
-            if not (folder / shard).exists():
-                raise FileNotFoundError(f"{folder / shard} is missing: copy or download it again")
-            state.update(load_tensors(folder / shard))
-        if state:
-            return from_hf_names(state)
+        elif not (folder / name).exists():
+            continue
+        return from_hf_names({key: tensor for shard in shards
+                              for key, tensor in load_tensors(folder / shard).items()})
     raise FileNotFoundError(f"{folder} holds neither checkpoint_*.pt nor pytorch_model.bin nor "
                             "model.safetensors: give the folder of a run or of a GPT-2")
 
@@ -1327,33 +1319,6 @@ def from_hf_names(state):
     return ours
 
 
-def load_pretrained(folder, dtype, device, dropout):
-    """See GPT.from_pretrained."""
-    config = GPT.config_of(folder)
-    if dropout is not None:
-        config = replace(config, dropout=dropout)
-    with torch.device("meta"):  # no memory and no random numbers spent on weights to be replaced
-        model = GPT(config)
-    state = read_weights(folder)
-    wanted = model.state_dict()
-    missing = sorted(wanted.keys() - state.keys())
-    if missing:
-        raise ValueError(f"{folder} lacks {missing[0]} and {len(missing) - 1} other tensors: "
-                         "it is not the GPT-2 that its config.json describes")
-    for name, tensor in wanted.items():
-        if state[name].shape != tensor.shape:
-            raise ValueError(f"{folder}: {name} is {tuple(state[name].shape)}, config.json implies "
-                             f"{tuple(tensor.shape)}: use the config.json saved with the weights")
-    if dtype != torch.float32 and torch.device(device).type == "cpu":  # to generate, not to train
-        model.load_state_dict({n: t.to(dtype) for n, t in state.items()}, assign=True)
-        return model.requires_grad_(False).eval()
-    model = model.to(dtype).to_empty(device=device)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(state[name])
-    return model.eval()
-
-
 def write_atomically(path, write):
     """write(temporary path), then fsync and rename: `path` is whole or as it was."""
     temporary = Path(f"{path}.tmp")
@@ -1364,13 +1329,3 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def save_pretrained(model, path):
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: (t.t() if name.endswith(CONV1D) else t).detach().cpu().contiguous()
-             for name, t in model.state_dict().items()}
-    write_atomically(folder / "pytorch_model.bin", lambda tmp: torch.save(state, tmp))
-    config = json.dumps(model.config.to_hf(), indent=2) + "\n"
-    write_atomically(folder / "config.json", lambda tmp: tmp.write_text(config))
