@@ -111,7 +111,7 @@ def custom_op(fn):
 
 
 def launch(kernel, grid, *args, **options):
-    """Run a kernel on every program of a grid, which may be empty."""
+    """Run a kernel over a grid; none runs on an empty grid, nor on tensors without data."""
     if not isinstance(args[0], FakeTensor) and 0 not in grid:
         kernel[grid](*args, **options)
 
@@ -237,10 +237,8 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr, w_ptr, mean_ptr, rstd_ptr, dx_
                          N_PIECES: constexpr, ADD: constexpr, HAS_DNEW: constexpr,
                          DROPOUT: constexpr):
     program = tl.program_id(0).to(tl.int64)
-    dws, dbs = (), ()
-    for _ in tl.static_range(N_PIECES):
-        dws = dws + (tl.zeros([PIECE], tl.float32),)
-        dbs = dbs + (tl.zeros([PIECE], tl.float32),)
+    dws = (tl.zeros([PIECE], tl.float32),) * N_PIECES
+    dbs = (tl.zeros([PIECE], tl.float32),) * N_PIECES
     for step in range(0, n_rows - program, tl.num_programs(0)):
         row = program + step
         start = row * C
@@ -669,10 +667,10 @@ def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
     qkv = qkv.to(compute_dtype(qkv))
     if fused(qkv):
         return attention_forward(qkv.contiguous(), n_head, scale, dropout_p, seed)[0]
-    if dropout_p > 0 and not torch.compiler.is_compiling():
+    if dropout_p > 0:
         return attention_ref(qkv, n_head, scale, dropout_p, seed)
     q, k, v = split_heads(qkv, n_head)  # torch's fused attention: the fast reference
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p, scale=scale)
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return o.transpose(1, 2).flatten(2)
 
 
@@ -751,8 +749,7 @@ def cross_entropy_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     hidden, targets, w = hidden.contiguous(), targets.contiguous(), weight.to(hidden.dtype)
     count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device
     losses = empty(hidden, N, dtype=torch.float32)
-    dhidden = empty(hidden) if gradient else empty(hidden, 0)
-    dweight = empty(weight) if gradient else empty(weight, 0)
+    dhidden, dweight = (empty(t) if gradient else empty(t, 0) for t in (hidden, weight))
     block = min(settings["block"], triton.next_power_of_2(V)) if fused(hidden) else None
     with torch.autocast(hidden.device.type, enabled=False):
         for at in range(0, N, settings["chunk_rows"]):
@@ -776,12 +773,9 @@ def cross_entropy_setup(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
-def cross_entropy_autograd(ctx, dloss, *_):
-    dhidden, dweight = ctx.saved_tensors
-    return dhidden * dloss, dweight * dloss, None, None, None
-
-
-cross_entropy_chunks.register_autograd(cross_entropy_autograd, setup_context=cross_entropy_setup)
+cross_entropy_chunks.register_autograd(
+    lambda ctx, dloss, *_: (*(grad * dloss for grad in ctx.saved_tensors), None, None, None),
+    setup_context=cross_entropy_setup)
 
 
 def cross_entropy(hidden, weight, targets, ignore_index=-100):
@@ -1200,35 +1194,33 @@ class GPT(nn.Module):
             total = scores.view(-1, 1) + logits  # (B * K, V)
             # 2K candidates: even if K of them end, K are left to go on
             top, flat = total.view(B, K * V).topk(2 * K, dim=1)
-            rows, tokens = flat // V, flat % V
+            rows = flat // V + K * torch.arange(B, device=idx.device)[:, None]  # of beams
+            tokens, norm = flat % V, length**length_penalty
             ends = tokens == (V if eot_id is None else eot_id)  # V: no token
             for b, j in ends[:, :K].nonzero().tolist():  # HF too: an end ranked lower counts not
-                seq = torch.cat([beams[b * K + rows[b, j]], tokens[b, j:j + 1]])
-                ended[b].append((top[b, j].item() / length**length_penalty, seq))
+                seq = torch.cat([beams[rows[b, j]], tokens[b, j:j + 1]])
+                ended[b].append((top[b, j].item() / norm, seq))
                 ended[b] = sorted(ended[b], key=lambda e: -e[0])[:K]
             keep = ends.int().argsort(dim=1, stable=True)[:, :K]  # the best K that go on
-            scores = top.gather(1, keep)
-            first = torch.arange(B, device=idx.device)[:, None] * K
-            source = (rows.gather(1, keep) + first).view(-1)
+            scores, source = top.gather(1, keep), rows.gather(1, keep).view(-1)
             new = tokens.gather(1, keep).view(-1, 1)
             beams = torch.cat([beams[source], new], dim=1)
-            best = (scores[:, 0] / length**length_penalty).tolist()
+            best = (scores[:, 0] / norm).tolist()
             if length == max_new_tokens or all(
                     len(e) == K and e[-1][0] >= s for e, s in zip(ended, best)):
                 break
             cache.reorder(source)
             logits = self._next_logits(new, cache)
         for b in range(B):
-            if len(ended[b]) < K:  # beams still running compete with those that ended
-                ended[b] += [(scores[b, k].item() / length**length_penalty, beams[b * K + k])
-                             for k in range(K)]
+            if len(ended[b]) < K:  # the best beam still running competes with those that ended
+                ended[b].append((scores[b, 0].item() / norm, beams[b * K]))
         best = [max(e, key=lambda pair: pair[0])[1] for e in ended]
         # without eot_id all are of one length, and nothing is padded
         return nn.utils.rnn.pad_sequence(best, batch_first=True, padding_value=eot_id or 0)
 
 
 def sample(logits, temperature, top_k, top_p, generator):
-    """One token id per row, (B, V) logits -> (B, 1) int64. Overwrites logits."""
+    """One token id per row, (B, V) logits -> (B, 1) int64."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
