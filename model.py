@@ -104,7 +104,7 @@ def jit(fn):
 
 def custom_op(fn):
     """Make fn an op that torch.compile calls and never looks into. Tracing runs fn as well, for its
-    outputs' shapes and dtypes, on tensors without data: launch() then does nothing."""
+    outputs' shapes and dtypes, on tensors without data (FakeTensor): no kernel is launched then."""
     op = torch.library.custom_op(f"biomedlm::{fn.__name__}", mutates_args=())(fn)
     op.register_fake(fn)
     return op
@@ -752,7 +752,7 @@ def cross_entropy_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
     dhidden, dweight = (empty(t) if gradient else empty(t, 0) for t in (hidden, weight))
     block = min(settings["block"], triton.next_power_of_2(V)) if fused(hidden) else None
     with torch.autocast(hidden.device.type, enabled=False):
-        for at in range(0, N, settings["chunk_rows"]):
+        for at in range(0, 0 if isinstance(hidden, FakeTensor) else N, settings["chunk_rows"]):
             rows = slice(at, at + settings["chunk_rows"])
             z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
             if block:
