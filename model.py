@@ -10,7 +10,7 @@ Legend: B batch, T time, C width, H heads, D head width (C = H·D), V vocabulary
 Every fused op stands in the same order: a note that derives its backward, the reference (plain
 PyTorch, any dtype), the forward kernel, the backward kernel, the autograd wiring, the public op.
 A CUDA tensor takes the Triton kernel, TRITON_INTERPRET=1 runs the same kernel on the CPU, anything
-else (no GPU, no triton, KERNELS = "reference") the reference. Statistics, softmax, sums are fp32.
+else (no GPU, no triton) the reference. Statistics, softmax and sums are fp32.
 """
 
 import json
@@ -18,7 +18,7 @@ import math
 import os
 import pickle
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     import triton
@@ -37,7 +38,6 @@ except ImportError:  # macOS, Windows: the references run
 # ---------------------------------------------------------------------------------------------
 # fused ops: which path runs, with which launch settings
 
-KERNELS = os.environ.get("BIOMEDLM_KERNELS", "auto")  # "auto", or "reference" to compare against
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # Fixed rather than autotuned (that costs minutes a rank): `python tests/bench.py kernels --tune`
@@ -69,11 +69,10 @@ def gpu():
 
 def kernels_active(device="cuda"):
     """The path of ops on tensors of `device`: "triton", "triton interpreter" or "reference"."""
-    if triton is None or KERNELS == "reference":
-        return "reference"
     if INTERPRETED:
         return "triton interpreter"
-    return "triton" if torch.device(device).type == "cuda" and gpu() else "reference"
+    runs = triton is not None and torch.device(device).type == "cuda" and gpu()
+    return "triton" if runs else "reference"
 
 
 def fused(x):
@@ -103,14 +102,18 @@ def jit(fn):
     return triton.jit(fn, do_not_specialize=["seed"]) if triton else fn
 
 
-def custom_op(fake):
-    """Make a function an op that torch.compile calls and never looks into; `fake` allocates its
-    outputs from its arguments (shapes and dtypes are all that tracing needs)."""
-    def register(fn):
-        op = torch.library.custom_op(f"biomedlm::{fn.__name__}", mutates_args=())(fn)
-        op.register_fake(fake)
-        return op
-    return register
+def custom_op(fn):
+    """Make fn an op that torch.compile calls and never looks into. Tracing runs fn as well, for its
+    outputs' shapes and dtypes, on tensors without data (FakeTensor): no kernel is launched then."""
+    op = torch.library.custom_op(f"biomedlm::{fn.__name__}", mutates_args=())(fn)
+    op.register_fake(fn)
+    return op
+
+
+def launch(kernel, grid, *args, **options):
+    """Run a kernel over a grid; none runs on an empty grid, nor on tensors without data."""
+    if not isinstance(args[0], FakeTensor) and 0 not in grid:
+        kernel[grid](*args, **options)
 
 
 def empty(like, *shape, dtype=None):
@@ -185,8 +188,7 @@ def layer_norm_ref(x, weight, bias, eps=1e-5):
 
 
 def add_layer_norm_ref(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=0):
-    branch = dropout_ref(wide(x), dropout_p, seed) if dropout_p > 0 else x
-    new_residual = (residual + branch).to(residual.dtype)
+    new_residual = (residual + dropout_ref(wide(x), dropout_p, seed)).to(residual.dtype)
     return layer_norm_ref(new_residual, weight, bias, eps).to(compute_dtype(x)), new_residual
 
 
@@ -235,10 +237,8 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr, w_ptr, mean_ptr, rstd_ptr, dx_
                          N_PIECES: constexpr, ADD: constexpr, HAS_DNEW: constexpr,
                          DROPOUT: constexpr):
     program = tl.program_id(0).to(tl.int64)
-    dws, dbs = (), ()
-    for _ in tl.static_range(N_PIECES):
-        dws = dws + (tl.zeros([PIECE], tl.float32),)
-        dbs = dbs + (tl.zeros([PIECE], tl.float32),)
+    dws = (tl.zeros([PIECE], tl.float32),) * N_PIECES
+    dbs = (tl.zeros([PIECE], tl.float32),) * N_PIECES
     for step in range(0, n_rows - program, tl.num_programs(0)):
         row = program + step
         start = row * C
@@ -289,60 +289,49 @@ def norm_launch(C):
     return piece, triton.cdiv(C, piece), min(max(piece // 128, 1), 8)
 
 
-def norm_forward_fake(x, residual, weight, bias, eps, p, seed, dtype):
-    new = empty(x, 0) if residual is None else empty(residual)
-    mean, rstd = (empty(x, x.numel() // x.shape[-1], dtype=torch.float32) for _ in range(2))
-    return empty(x, dtype=dtype), new, mean, rstd
-
-
-@custom_op(norm_forward_fake)
+@custom_op
 def norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
                  p: float, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, new, mean, rstd = norm_forward_fake(x, residual, weight, bias, eps, p, seed, dtype)
-    x, res = x.contiguous(), x if residual is None else residual.contiguous()
-    if x.numel():
-        piece, n_pieces, warps = norm_launch(x.shape[-1])
-        norm_forward_kernel[(mean.numel(),)](
-            x, res, weight, bias, y, new, mean, rstd, *rng(p, seed), eps, x.shape[-1], piece,
-            n_pieces, residual is not None, p > 0, num_warps=warps)
+    C, add = x.shape[-1], residual is not None
+    y, new = empty(x, dtype=dtype), empty(residual) if add else empty(x, 0)
+    mean, rstd = (empty(x, x.numel() // C, dtype=torch.float32) for _ in range(2))
+    x, res = x.contiguous(), residual.contiguous() if add else x
+    piece, n_pieces, warps = norm_launch(C)
+    launch(norm_forward_kernel, (mean.numel(),), x, res, weight, bias, y, new, mean, rstd,
+           *rng(p, seed), eps, C, piece, n_pieces, add, p > 0, num_warps=warps)
     return y, new, mean, rstd
 
 
-def norm_backward_fake(dy, dnew, r, weight, mean, rstd, add, p, seed, dtype):
-    return (empty(r, dtype=dtype), empty(r) if add else empty(r, 0), empty(weight), empty(weight))
-
-
-@custom_op(norm_backward_fake)
+@custom_op
 def norm_backward(dy: Tensor, dnew: Tensor | None, r: Tensor, weight: Tensor, mean: Tensor,
                   rstd: Tensor, add: bool, p: float, seed: int, dtype: torch.dtype
                   ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     C, N, r, dy = r.shape[-1], mean.numel(), r.contiguous(), dy.contiguous()
-    dx, dres, _, _ = norm_backward_fake(dy, dnew, r, weight, mean, rstd, add, p, seed, dtype)
+    dx, dres = empty(r, dtype=dtype), empty(r) if add else empty(r, 0)
     per_sm = min(max(LAUNCH["norm"]["columns_per_sm"] // C, 2), 16)
     programs = max(min(N, n_programs(r, per_sm)), 1)
     partial = empty(r, programs, 2, C, dtype=torch.float32)
     piece, n_pieces, warps = norm_launch(C)
-    norm_backward_kernel[(programs,)](
-        dy, dy if dnew is None else dnew.contiguous(), r, weight, mean, rstd, dx, dres, partial, N,
-        *rng(p, seed), C, piece, n_pieces, add, dnew is not None, p > 0, num_warps=warps)
+    launch(norm_backward_kernel, (programs,), dy, dy if dnew is None else dnew.contiguous(), r,
+           weight, mean, rstd, dx, dres, partial, N, *rng(p, seed), C, piece, n_pieces, add,
+           dnew is not None, p > 0, num_warps=warps)
     dw, db = partial.sum(0).to(weight.dtype)  # the second stage, in a fixed order
     return dx, dres, dw.clone(), db.clone()  # clones: an op's outputs may not share storage
 
 
 def norm_setup(ctx, inputs, output):
-    x, residual, weight, _, _, ctx.p, ctx.seed, _ = inputs
+    x, residual, weight, _, _, p, seed, _ = inputs
     _, new, mean, rstd = output
     ctx.set_materialize_grads(False)  # an unused output's gradient stays None, not a zero tensor
-    ctx.add, ctx.dtype = residual is not None, x.dtype
-    ctx.save_for_backward(new if ctx.add else x, weight, mean, rstd)
+    ctx.settings = (residual is not None, p, seed, x.dtype)
+    ctx.save_for_backward(x if residual is None else new, weight, mean, rstd)
 
 
-def norm_autograd(ctx, dy, dnew, _dmean, _drstd):
-    r, weight, mean, rstd = ctx.saved_tensors
-    dx, dres, dw, db = norm_backward(
-        torch.zeros_like(r) if dy is None else dy, dnew if ctx.add else None, r, weight, mean, rstd,
-        ctx.add, ctx.p, ctx.seed, ctx.dtype)
-    return dx, dres if ctx.add else None, dw, db, None, None, None, None
+def norm_autograd(ctx, dy, dnew, *_):
+    r, *rest = ctx.saved_tensors  # read once: under checkpointing a second look raises
+    dy = torch.zeros_like(r) if dy is None else dy
+    dx, dres, dw, db = norm_backward(dy, dnew, r, *rest, *ctx.settings)
+    return dx, dres if ctx.settings[0] else None, dw, db, None, None, None, None
 
 
 norm_forward.register_autograd(norm_autograd, setup_context=norm_setup)
@@ -419,28 +408,27 @@ def gelu_backward_kernel(dy_ptr, x_ptr, b_ptr, dx_ptr, partial_ptr, n_rows, C: c
     tl.store(partial_ptr + tl.program_id(1) * C + cols, tl.sum(db, 0), mask=cols < C)
 
 
-@custom_op(lambda x, bias: empty(x))
+@custom_op
 def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
-    x, C, launch = x.contiguous(), x.shape[-1], LAUNCH["gelu"]
+    x, C, tile = x.contiguous(), x.shape[-1], LAUNCH["gelu"]
     y, N = empty(x), x.numel() // C
-    if N:
-        cols = min(launch["cols"], triton.next_power_of_2(C))
-        gelu_forward_kernel[(triton.cdiv(C, cols) * triton.cdiv(N, launch["rows"]),)](
-            x, bias, y, N, C, launch["rows"], cols, num_warps=launch["warps"])
+    cols = min(tile["cols"], triton.next_power_of_2(C))
+    launch(gelu_forward_kernel, (triton.cdiv(C, cols) * triton.cdiv(N, tile["rows"]),),
+           x, bias, y, N, C, tile["rows"], cols, num_warps=tile["warps"])
     return y
 
 
-@custom_op(lambda dy, x, bias: (empty(x), empty(bias)))
+@custom_op
 def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    x, dy, C, launch = x.contiguous(), dy.contiguous(), x.shape[-1], LAUNCH["gelu_backward"]
-    dx, N, rows = empty(x), x.numel() // C, launch["rows"]
-    cols = min(launch["cols"], triton.next_power_of_2(C))
+    x, dy, C, tile = x.contiguous(), dy.contiguous(), x.shape[-1], LAUNCH["gelu_backward"]
+    dx, N, rows = empty(x), x.numel() // C, tile["rows"]
+    cols = min(tile["cols"], triton.next_power_of_2(C))
     col_blocks = triton.cdiv(C, cols)
-    wanted = triton.cdiv(n_programs(x, launch["programs_per_sm"]), col_blocks)
+    wanted = triton.cdiv(n_programs(x, tile["programs_per_sm"]), col_blocks)
     programs = max(min(wanted, triton.cdiv(N, rows)), 1)
     partial = empty(x, programs, C, dtype=torch.float32)
-    gelu_backward_kernel[(col_blocks, programs)](dy, x, bias, dx, partial, N, C, rows, cols,
-                                                 num_warps=launch["warps"])
+    launch(gelu_backward_kernel, (col_blocks, programs), dy, x, bias, dx, partial, N, C, rows, cols,
+           num_warps=tile["warps"])
     return dx, partial.sum(0).to(bias.dtype)
 
 
@@ -640,32 +628,25 @@ def attention_launch(qkv, n_head, kernel, p):
 LOG2_E = 1.4426950408889634
 
 
-def attention_forward_fake(qkv, n_head, scale, p, seed):
-    B, T, C3 = qkv.shape
-    return empty(qkv, B, T, C3 // 3), empty(qkv, B, n_head, T, dtype=torch.float32)
-
-
-@custom_op(attention_forward_fake)
+@custom_op
 def attention_forward(qkv: Tensor, n_head: int, scale: float, p: float, seed: int
                       ) -> tuple[Tensor, Tensor]:
-    o, lse = attention_forward_fake(qkv, n_head, scale, p, seed)
-    if qkv.numel():
-        grid, options = attention_launch(qkv, n_head, "forward", p)
-        attention_forward_kernel[grid](qkv, o, lse, qkv.shape[1], scale * LOG2_E, *rng(p, seed),
-                                       **options)
+    B, T, C3 = qkv.shape
+    o, lse = empty(qkv, B, T, C3 // 3), empty(qkv, B, n_head, T, dtype=torch.float32)
+    grid, options = attention_launch(qkv, n_head, "forward", p)
+    launch(attention_forward_kernel, grid, qkv, o, lse, T, scale * LOG2_E, *rng(p, seed), **options)
     return o, lse
 
 
-@custom_op(lambda do, qkv, *_: empty(qkv))
+@custom_op
 def attention_backward(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, n_head: int, scale: float,
                        p: float, seed: int) -> Tensor:
     do, dqkv, delta = do.contiguous(), empty(qkv), empty(lse)
-    if qkv.numel():
-        rest = (qkv.shape[1], scale, scale * LOG2_E, *rng(p, seed))
-        grid, options = attention_launch(qkv, n_head, "dq", p)
-        attention_dq_kernel[grid](qkv, o, do, lse, delta, dqkv, *rest, **options)
-        grid, options = attention_launch(qkv, n_head, "dkv", p)
-        attention_dkv_kernel[grid](qkv, do, lse, delta, dqkv, *rest, **options)
+    rest = (qkv.shape[1], scale, scale * LOG2_E, *rng(p, seed))
+    grid, options = attention_launch(qkv, n_head, "dq", p)
+    launch(attention_dq_kernel, grid, qkv, o, do, lse, delta, dqkv, *rest, **options)
+    grid, options = attention_launch(qkv, n_head, "dkv", p)
+    launch(attention_dkv_kernel, grid, qkv, do, lse, delta, dqkv, *rest, **options)
     return dqkv
 
 
@@ -686,10 +667,10 @@ def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
     qkv = qkv.to(compute_dtype(qkv))
     if fused(qkv):
         return attention_forward(qkv.contiguous(), n_head, scale, dropout_p, seed)[0]
-    if dropout_p > 0 and not torch.compiler.is_compiling():
+    if dropout_p > 0:
         return attention_ref(qkv, n_head, scale, dropout_p, seed)
     q, k, v = split_heads(qkv, n_head)  # torch's fused attention: the fast reference
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p, scale=scale)
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     return o.transpose(1, 2).flatten(2)
 
 
@@ -761,29 +742,22 @@ def product_fp32(a, b):
     return (a @ b).float()
 
 
-def cross_entropy_fake(hidden, weight, targets, ignore_index, gradient):
-    return (torch.empty((), dtype=torch.float32, device=hidden.device),
-            empty(hidden) if gradient else empty(hidden, 0),
-            empty(weight) if gradient else empty(weight, 0))
-
-
-@custom_op(cross_entropy_fake)
+@custom_op
 def cross_entropy_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
                          gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    (N, V), launch = (hidden.shape[0], weight.shape[0]), LAUNCH["cross_entropy"]
+    N, V, settings = len(hidden), len(weight), LAUNCH["cross_entropy"]
     hidden, targets, w = hidden.contiguous(), targets.contiguous(), weight.to(hidden.dtype)
     count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device
     losses = empty(hidden, N, dtype=torch.float32)
-    _, dhidden, dweight = cross_entropy_fake(hidden, weight, targets, ignore_index, gradient)
-    block = min(launch["block"], triton.next_power_of_2(V)) if fused(hidden) else None
+    dhidden, dweight = (empty(t) if gradient else empty(t, 0) for t in (hidden, weight))
+    block = min(settings["block"], triton.next_power_of_2(V)) if fused(hidden) else None
     with torch.autocast(hidden.device.type, enabled=False):
-        for at in range(0, N, launch["chunk_rows"]):
-            rows = slice(at, min(at + launch["chunk_rows"], N))
+        for at in range(0, 0 if isinstance(hidden, FakeTensor) else N, settings["chunk_rows"]):
+            rows = slice(at, at + settings["chunk_rows"])
             z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
             if block:
-                cross_entropy_kernel[(z.shape[0],)](
-                    z, targets[rows], losses[rows], count, ignore_index, V, block, gradient,
-                    num_warps=launch["warps"])
+                launch(cross_entropy_kernel, (len(z),), z, targets[rows], losses[rows], count,
+                       ignore_index, V, block, gradient, num_warps=settings["warps"])
             else:
                 z = cross_entropy_rows(z, targets[rows], losses[rows], count, ignore_index)
             if gradient:
@@ -799,12 +773,9 @@ def cross_entropy_setup(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
 
 
-def cross_entropy_autograd(ctx, dloss, *_):
-    dhidden, dweight = ctx.saved_tensors
-    return dhidden * dloss, dweight * dloss, None, None, None
-
-
-cross_entropy_chunks.register_autograd(cross_entropy_autograd, setup_context=cross_entropy_setup)
+cross_entropy_chunks.register_autograd(
+    lambda ctx, dloss, *_: (*(grad * dloss for grad in ctx.saved_tensors), None, None, None),
+    setup_context=cross_entropy_setup)
 
 
 def cross_entropy(hidden, weight, targets, ignore_index=-100):
@@ -847,7 +818,7 @@ class GPTConfig:
                              "choose a width that is a multiple of the number of heads")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is no probability: use 0 to less than 1")
-        if self.eot_id is None:
+        if self.eot_id is None or self.eot_id >= self.vocab_size:  # HF: GPT-2's in any vocabulary
             object.__setattr__(self, "eot_id", self.vocab_size - 1)
 
     @staticmethod
@@ -874,24 +845,17 @@ class GPTConfig:
     @staticmethod
     def from_hf(hf):
         """GPTConfig of a parsed config.json; ValueError where it describes another architecture."""
-        width = hf.get("n_embd", 768)
         wants = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-                 "scale_attn_weights": (True,), "n_inner": (None, 4 * width),
+                 "scale_attn_weights": (True,), "n_inner": (None, 4 * hf.get("n_embd", 768)),
                  "add_cross_attention": (False,)}
         for key, allowed in wants.items():
             if hf.get(key, allowed[0]) not in allowed:
                 raise ValueError(f"config.json has {key}={hf[key]!r}, this model is a GPT-2 with "
                                  f"{key}={allowed[0]!r}: use a GPT-2 folder")
-        vocab_size = hf.get("vocab_size", 50257)
-        eot_id = hf.get("eos_token_id")
-        return GPTConfig(
-            n_layer=hf.get("n_layer", 12), n_head=hf.get("n_head", 12), n_embd=width,
-            n_positions=hf.get("n_positions", 1024), vocab_size=vocab_size,
-            dropout=hf.get("resid_pdrop", 0.1),
-            layer_norm_epsilon=hf.get("layer_norm_epsilon", 1e-5),
-            initializer_range=hf.get("initializer_range", 0.02),
-            scale_attn_by_inverse_layer_idx=hf.get("scale_attn_by_inverse_layer_idx", False),
-            eot_id=eot_id if eot_id is not None and eot_id < vocab_size else vocab_size - 1)
+        theirs = {"dropout": "resid_pdrop", "eot_id": "eos_token_id"}  # else names are alike
+        names = {field.name: theirs.get(field.name, field.name) for field in fields(GPTConfig)}
+        given = {ours: hf[name] for ours, name in names.items() if name in hf}
+        return GPTConfig.preset("gpt2-124m", **given)  # whose fields are Hugging Face's defaults
 
 
 PRESETS = {
@@ -911,8 +875,8 @@ PRESETS = {
 def linear(x, weight, bias=None):
     """F.linear. One row in bf16 on a CPU, a step of generation, is bound by reading the weights.
 
-    F.linear reads them at half to nine tenths of the memory's rate there: [out, in] matrices go to
-    mv instead, and Hugging Face's [in, out] ones, mapped as they lie, to bmm in two halves of the sum.
+    F.linear reads them at half to nine tenths of the memory's rate: [out, in] matrices go to mv
+    instead, and Hugging Face's [in, out] ones, mapped as they lie, to bmm in two halves of the sum.
     """
     if not (x.numel() == x.size(-1) and x.device.type == "cpu"
             and x.dtype == weight.dtype == torch.bfloat16 and x.size(-1) % 2 == 0):
@@ -943,24 +907,20 @@ class CausalSelfAttention(nn.Module):
         return attention(qkv, self.n_head, self.scale, dropout_p, seed)
 
     def forward(self, x, seed, cache=None, mask=None):
-        """x (B, T, C) -> (B, T, C). With a cache, x continues the positions that it holds.
-
-        mask, bool, broadcasts to (B, H, T, S) and says who sees whom; None: causal.
-        """
+        """x (B, T, C) -> (B, T, C). mask, bool, broadcasts to (B, H, T, S) and says who of T sees
+        whom of S, which are x's positions after those that a cache holds. None: causal without a
+        cache, all with one."""
         dropout_p = self.dropout if self.training else 0.0
         qkv = linear(x, self.c_attn.weight, self.c_attn.bias)
         if cache is None and mask is None:
             y = self.attend(qkv, dropout_p, seed)
         else:
-            B, T, C = x.shape
-            # (B, T, 3C) -> 3 x (B, H, T, D)
-            q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+            q, k, v = split_heads(qkv, self.n_head)
             if cache is not None:
                 k, v = cache.append(self.layer_idx, k, v)
-                mask = cache.mask(T, k.size(2), x.device) if mask is None else mask
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
                                                scale=self.scale)
-            y = y.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C)
+            y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
         return linear(y, self.c_proj.weight, self.c_proj.bias)
 
 
@@ -1036,21 +996,17 @@ class KVCache:
         if self.n_pad is not None:
             self.n_pad = self.n_pad[rows]
 
-    def positions(self, T, device):
-        """Positions of T new tokens, (1, T) or (B, T); padding has position 0."""
-        new = torch.arange(self.length, self.length + T, device=device)[None]
-        return new if self.n_pad is None else (new - self.n_pad[:, None]).clamp(min=0)
-
-    def mask(self, T, S, device):
-        """Who of S positions each of T new ones sees, bool (T, S) or (B, 1, T, S); None: all."""
-        if T == 1 and self.n_pad is None:
-            return None
-        causal = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    def extend(self, T, device):
+        """Of T new tokens: positions, (T,) or (B, T), 0 at padding; and which of all S so far each
+        sees, bool (T, S) or (B, 1, T, S); None: all."""
+        columns = torch.arange(self.length + T, device=device)  # (S,)
+        new = columns[self.length:]
+        sees = columns <= new[:, None]  # (T, S)
         if self.n_pad is None:
-            return causal
-        real = torch.arange(S, device=device) >= self.n_pad[:, None]  # (B, S)
-        diagonal = torch.eye(S, dtype=torch.bool, device=device)[S - T:]  # padding sees itself
-        return ((causal & real[:, None, :]) | diagonal)[:, None]
+            return new, None if T == 1 else sees
+        real = columns >= self.n_pad[:, None, None]  # (B, 1, S)
+        sees = sees & real | (columns == new[:, None])  # padding sees itself, lest it be NaN
+        return (new - self.n_pad[:, None]).clamp(min=0), sees[:, None]
 
 
 class GPT(nn.Module):
@@ -1065,18 +1021,16 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)))
         self.activation_checkpointing = False
-        self.apply(self._init_weights)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, 0.0, config.initializer_range)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
         # GPT-2: residual projections are scaled down by the number of residual additions
         for block in self.transformer.h:
             for proj in (block.attn.c_proj, block.mlp.c_proj):
                 nn.init.normal_(proj.weight, 0.0,
                                 config.initializer_range / math.sqrt(2 * config.n_layer))
-
-    def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, 0.0, self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
 
     def n_params(self):
         """Parameters, the tied head counted once: 2,594,247,680 for BioMedLM."""
@@ -1085,25 +1039,23 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, positions=None, mask=None):
         """Final hidden states, after ln_f.
 
-        idx (B, T) int64; with a KVCache, idx continues what it holds. positions (B, T) int64
-        default to 0, 1, ... after the cache; given, they must lie within the context, and T may
-        exceed it (branches that share a prefix, told apart by mask: bool, broadcast to
-        (B, H, T, S), True where a row sees a column; default causal). Returns (B, T, C).
-        ValueError beyond the context.
+        idx (B, T) int64; with a KVCache, idx continues what it holds. Without one, positions (B, T)
+        int64 default to 0, 1, ...; given, they must lie within the context, and T may exceed it
+        (branches that share a prefix, told apart by mask: bool, broadcast to (B, H, T, T), True
+        where a row sees a column; default causal). Returns (B, T, C). ValueError past the context.
         """
-        B, T = idx.shape
-        start = cache.length if cache is not None else 0
-        if positions is None and start + T > self.config.n_positions:
-            raise ValueError(f"{start + T} tokens are more than the context of "
+        T, held = idx.size(1), 0 if cache is None else cache.length
+        if positions is None and held + T > self.config.n_positions:
+            raise ValueError(f"{held + T} tokens are more than the context of "
                              f"{self.config.n_positions}: shorten the input")
-        if positions is None and cache is not None:
-            positions = cache.positions(T, idx.device)
+        if cache is not None:
+            positions, mask = cache.extend(T, idx.device)
         elif positions is None:
             positions = torch.arange(T, device=idx.device)
         residual = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
-        seed = 0
-        if self.training and self.config.dropout > 0:
-            residual = F.dropout(residual, self.config.dropout)
+        dropout_p, seed = self.config.dropout if self.training else 0.0, 0
+        if dropout_p > 0:
+            residual = F.dropout(residual, dropout_p)
             # One draw a forward from the CPU's generator (no device sync): a checkpointed block
             # that runs again sees the same seed, and seeding torch makes the step repeatable.
             seed = int(torch.randint(2**31 - 4 * self.config.n_layer - 4, ()))
@@ -1115,7 +1067,6 @@ class GPT(nn.Module):
                     block, *args, use_reentrant=False)
             else:
                 residual, branch = block(*args)
-        dropout_p = self.config.dropout if self.training else 0.0
         y, _ = add_norm(branch, residual, self.transformer.ln_f, dropout_p,
                         seed + 4 * self.config.n_layer)
         if cache is not None:
@@ -1153,11 +1104,34 @@ class GPT(nn.Module):
         newest whole one), pytorch_model.bin or model.safetensors, sharded or not, memory-mapped.
         Raises FileNotFoundError or ValueError.
         """
-        return load_pretrained(Path(path), dtype, device, dropout)
+        config = GPT.config_of(path)
+        if dropout is not None:
+            config = replace(config, dropout=dropout)
+        with torch.device("meta"):  # no memory, no random numbers spent on weights to be replaced
+            model = GPT(config)
+        # bf16 on a CPU is to generate, not to train: there the tensors may lie as they are mapped
+        mapped = dtype != torch.float32 and torch.device(device).type == "cpu"
+        layout = torch.preserve_format if mapped else torch.contiguous_format
+        saved, state = read_weights(Path(path)), {}
+        for name, tensor in model.state_dict().items():
+            wanted = tuple(tensor.shape)
+            found = tuple(saved[name].shape) if name in saved else "missing"
+            if found != wanted:
+                raise ValueError(f"{path}: {name} is {found}, config.json implies {wanted}: "
+                                 "use the config.json saved with the weights")
+            state[name] = saved[name].to(device, dtype, copy=not mapped, memory_format=layout)
+        model.load_state_dict(state, assign=True)
+        return model.requires_grad_(not mapped).eval()
 
     def save_pretrained(self, path):
         """Write config.json and pytorch_model.bin, a folder that `transformers` loads."""
-        save_pretrained(self, path)
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: (t.t() if name.endswith(CONV1D) else t).detach().cpu().contiguous()
+                 for name, t in self.state_dict().items()}
+        write_atomically(folder / "pytorch_model.bin", lambda tmp: torch.save(state, tmp))
+        config = json.dumps(self.config.to_hf(), indent=2) + "\n"
+        write_atomically(folder / "config.json", lambda tmp: tmp.write_text(config))
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
@@ -1183,9 +1157,7 @@ class GPT(nn.Module):
         if num_beams > 1:
             return self._beam_search(idx, max_new_tokens, num_beams, no_repeat_ngram_size,
                                      length_penalty, eot_id, n_pad)
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(device=idx.device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         cache, new = KVCache(self.config.n_layer, T + max_new_tokens, n_pad), idx
         finished = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
@@ -1222,41 +1194,33 @@ class GPT(nn.Module):
             total = scores.view(-1, 1) + logits  # (B * K, V)
             # 2K candidates: even if K of them end, K are left to go on
             top, flat = total.view(B, K * V).topk(2 * K, dim=1)
-            rows, tokens = flat // V, flat % V
-            keep = torch.empty(B, K, dtype=torch.long, device=idx.device)
-            for b in range(B):
-                alive = []
-                for j in range(2 * K):
-                    if eot_id is not None and tokens[b, j] == eot_id:
-                        if j < K:  # as Hugging Face: an end ranked below the K best does not count
-                            seq = torch.cat([beams[b * K + rows[b, j]], tokens[b, j:j + 1]])
-                            ended[b].append((top[b, j].item() / length**length_penalty, seq))
-                    else:
-                        alive.append(j)
-                keep[b] = torch.tensor(alive[:K])
+            rows = flat // V + K * torch.arange(B, device=idx.device)[:, None]  # of beams
+            tokens, norm = flat % V, length**length_penalty
+            ends = tokens == (V if eot_id is None else eot_id)  # V: no token
+            for b, j in ends[:, :K].nonzero().tolist():  # HF too: an end ranked lower counts not
+                seq = torch.cat([beams[rows[b, j]], tokens[b, j:j + 1]])
+                ended[b].append((top[b, j].item() / norm, seq))
                 ended[b] = sorted(ended[b], key=lambda e: -e[0])[:K]
-            scores = top.gather(1, keep)
-            first = torch.arange(B, device=idx.device)[:, None] * K
-            source = (rows.gather(1, keep) + first).view(-1)
+            keep = ends.int().argsort(dim=1, stable=True)[:, :K]  # the best K that go on
+            scores, source = top.gather(1, keep), rows.gather(1, keep).view(-1)
             new = tokens.gather(1, keep).view(-1, 1)
             beams = torch.cat([beams[source], new], dim=1)
-            best = (scores[:, 0] / length**length_penalty).tolist()
+            best = (scores[:, 0] / norm).tolist()
             if length == max_new_tokens or all(
                     len(e) == K and e[-1][0] >= s for e, s in zip(ended, best)):
                 break
             cache.reorder(source)
             logits = self._next_logits(new, cache)
         for b in range(B):
-            if len(ended[b]) < K:  # beams still running compete with those that ended
-                ended[b] += [(scores[b, k].item() / length**length_penalty, beams[b * K + k])
-                             for k in range(K)]
+            if len(ended[b]) < K:  # the best beam still running competes with those that ended
+                ended[b].append((scores[b, 0].item() / norm, beams[b * K]))
         best = [max(e, key=lambda pair: pair[0])[1] for e in ended]
-        fill = eot_id if eot_id is not None else 0
-        return nn.utils.rnn.pad_sequence(best, batch_first=True, padding_value=fill)
+        # without eot_id all are of one length, and nothing is padded
+        return nn.utils.rnn.pad_sequence(best, batch_first=True, padding_value=eot_id or 0)
 
 
 def sample(logits, temperature, top_k, top_p, generator):
-    """One token id per row, (B, V) logits -> (B, 1) int64. Overwrites logits."""
+    """One token id per row, (B, V) logits -> (B, 1) int64."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits / temperature
@@ -1291,17 +1255,19 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 
 def load_tensors(path):
     """Tensors of one file, memory-mapped: a pickle of plain tensors only, or safetensors."""
-    if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ValueError(f"reading {path} needs: pip install safetensors") from None
-        return load_file(path)
+    errors = [RuntimeError, pickle.UnpicklingError, EOFError, OSError]
     try:
+        if path.suffix == ".safetensors":
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+            errors.append(SafetensorError)
+            return load_file(path)
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as e:
-        raise ValueError(f"{path} is damaged or no file of plain tensors ({type(e).__name__}): "
-                         "copy or download it again") from e
+    except ImportError:
+        raise ValueError(f"reading {path} needs: pip install safetensors") from None
+    except tuple(errors) as e:
+        raise ValueError(f"{path} is missing, damaged or no file of plain tensors "
+                         f"({type(e).__name__}): copy or download it again") from e
 
 
 def newest_checkpoint(run):
@@ -1319,19 +1285,14 @@ def read_weights(folder):
     _, checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
         return checkpoint["model"]
-    state = {}
     for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
+        index, shards = folder / f"{name}.index.json", [name]
         if index.exists():
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            shards = [name] if (folder / name).exists() else []
-        for shard in shards:
-            if not (folder / shard).exists():
-                raise FileNotFoundError(f"{folder / shard} is missing: copy or download it again")
-            state.update(load_tensors(folder / shard))
-        if state:
-            return from_hf_names(state)
+        elif not (folder / name).exists():
+            continue
+        return from_hf_names({key: tensor for shard in shards
+                              for key, tensor in load_tensors(folder / shard).items()})
     raise FileNotFoundError(f"{folder} holds neither checkpoint_*.pt nor pytorch_model.bin nor "
                             "model.safetensors: give the folder of a run or of a GPT-2")
 
@@ -1350,33 +1311,6 @@ def from_hf_names(state):
     return ours
 
 
-def load_pretrained(folder, dtype, device, dropout):
-    """See GPT.from_pretrained."""
-    config = GPT.config_of(folder)
-    if dropout is not None:
-        config = replace(config, dropout=dropout)
-    with torch.device("meta"):  # no memory and no random numbers spent on weights to be replaced
-        model = GPT(config)
-    state = read_weights(folder)
-    wanted = model.state_dict()
-    missing = sorted(wanted.keys() - state.keys())
-    if missing:
-        raise ValueError(f"{folder} lacks {missing[0]} and {len(missing) - 1} other tensors: "
-                         "it is not the GPT-2 that its config.json describes")
-    for name, tensor in wanted.items():
-        if state[name].shape != tensor.shape:
-            raise ValueError(f"{folder}: {name} is {tuple(state[name].shape)}, config.json implies "
-                             f"{tuple(tensor.shape)}: use the config.json saved with the weights")
-    if dtype != torch.float32 and torch.device(device).type == "cpu":  # to generate, not to train
-        model.load_state_dict({n: t.to(dtype) for n, t in state.items()}, assign=True)
-        return model.requires_grad_(False).eval()
-    model = model.to(dtype).to_empty(device=device)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(state[name])
-    return model.eval()
-
-
 def write_atomically(path, write):
     """write(temporary path), then fsync and rename: `path` is whole or as it was."""
     temporary = Path(f"{path}.tmp")
@@ -1387,13 +1321,3 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def save_pretrained(model, path):
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: (t.t() if name.endswith(CONV1D) else t).detach().cpu().contiguous()
-             for name, t in model.state_dict().items()}
-    write_atomically(folder / "pytorch_model.bin", lambda tmp: torch.save(state, tmp))
-    config = json.dumps(model.config.to_hf(), indent=2) + "\n"
-    write_atomically(folder / "config.json", lambda tmp: tmp.write_text(config))

@@ -411,10 +411,6 @@ class TestOnGPU:
                            model.layer_norm(tail, zeros + 1, zeros))
 
 
-
-
-
-
 @slow
 @pytest.mark.skipif(INTERPRETED or OLD_PAIR, reason="starts the interpreter itself")
 def test_training_the_demo_in_the_interpreter(tmp_path):

@@ -169,13 +169,16 @@ def test_loads_what_old_versions_saved(model, idx, tmp_path):
 
 
 def test_safetensors_folder(model, idx, tmp_path):
-    """A folder in the format that Hugging Face writes today."""
+    """The format that Hugging Face writes today refused; a traceback where such a file is cut."""
     safetensors = pytest.importorskip("safetensors.torch")
     model.save_pretrained(tmp_path)
     state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
     safetensors.save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "pytorch_model.bin").unlink()
     assert torch.equal(GPT.from_pretrained(tmp_path)(idx)[0], model(idx)[0])
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 1000)
+    with pytest.raises(ValueError, match="damaged"):
+        GPT.from_pretrained(tmp_path)
 
 
 def test_bad_folders_say_what_to_do(model, tmp_path):
