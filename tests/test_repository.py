@@ -50,14 +50,16 @@ TINY = ("--n_layer 2 --n_head 2 --n_embd 64 --seq_len 256 --batch_tokens 1024 --
         "--total_steps 3 --eval_tokens 1024 --device cpu --dtype float32")
 SMALLER = {"train.py": TINY, "finetune.py": "--limit 8 --epochs 1 --seeds 1 --batch_size 4"}
 ELSEWHERE = (r"python train.py$|python -m pytest|"  # CI runs these
-             r"python data.py download")  # the network: tests/test_data.py has a server of its own
+             r"python data.py download|"  # the network: tests/test_data.py has a server of its own
+             r"python eval.py curves")  # matplotlib: tests/test_eval.py
 
 
 def readme_commands():
-    """Commands of README's code blocks, in order, continued lines joined."""
+    """Commands of README's code blocks, in order, continued lines joined, variables set before."""
     blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0] for line in lines
+    variables = "".join(f"{line}; " for line in lines if re.match(r'\w+="', line))
+    return [variables + line.split("  #")[0] for line in lines
             if line.startswith(("python ", "torchrun ")) and not re.match(ELSEWHERE, line)]
 
 
