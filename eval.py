@@ -406,10 +406,10 @@ def curves(args, env):
     last = {}
 
     def draw(ax, rows, key, label, **style):
-        points = [(row.get("step", row.get("epoch")), row[key]) for row in rows
-                  if key in row and ("step" in row or "epoch" in row)]
-        if "epoch" in rows[0]:  # several seeds pass the same epochs
+        axis = "step" if any("step" in row for row in rows) else "epoch"
+        if axis == "epoch":  # several seeds pass the same epochs
             style |= dict(marker=".", linestyle="")
+        points = [(row[axis], row[key]) for row in rows if axis in row and key in row]
         if points:
             ax.plot(*zip(*points), label=label, **style)
             if "loss" in key:

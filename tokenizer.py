@@ -219,6 +219,7 @@ def merge_pair(pair, merged, words, indices):
 # ---------------------------------------------------------------------------------------------
 # the tokenizer
 
+
 def usable_ranks(vocab, merges):
     """tiktoken's {bytes: rank} that gives HF's tokens, and the set of all tokens that merges make.
 
