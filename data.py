@@ -52,685 +52,134 @@ from tokenizer import Tokenizer, count_pretokens, input_files, load_named, train
 
 MIB = 2**20
 
-# ---------------------------------------------------------------------------------------------
-# files, processes, documents
-
-
-@contextmanager
-def replacing(path):
-    """A binary file that appears under `path` whole and on disk, or not at all."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def make_folder(folder, names):
-    """Create `folder`; remove what a killed run left there under temporary names of `names`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.tmp"):
-        if path.name.rsplit(".", 2)[0] in names:
-            path.unlink(missing_ok=True)
-
-
-def in_processes(function, tasks, workers, title):
-    """Results of function(task) in the order of tasks, from `workers` processes, with a bar."""
-    bar = {"total": len(tasks), "desc": title, "unit": "file", "disable": None}
-    if workers <= 1 or len(tasks) <= 1:
-        return list(tqdm(map(function, tasks), **bar))
-    # spawn: a fork would copy locks that the caller's threads (torch's, tqdm's) may hold
-    with ProcessPoolExecutor(min(workers, len(tasks)), multiprocessing.get_context("spawn"),
-                             initializer=end_with_parent) as pool:
-        try:
-            chunk = 1 + len(tasks) // 10_000
-            return list(tqdm(pool.map(function, tasks, chunksize=chunk), **bar))
-        except BrokenProcessPool:
-            raise OSError(f"a process of {title} was killed, by lack of memory perhaps: run again "
-                          "with fewer --workers; finished files are kept") from None
-
-
-def end_with_parent():
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)  # a killed parent must not leave workers waiting forever
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def sharded(tasks, shard):
-    """The tasks of shard "I/N": every N-th. I runs from 0 to N-1; from 1 to N also covers all."""
-    match = re.fullmatch(r"(\d+)/([1-9]\d*)", shard or "0/1")
-    if not match or int(match[1]) > int(match[2]):
-        raise ValueError(f"--shard {shard}: give I/N, from 0/8 to 7/8 for eight machines")
-    return tasks[int(match[1]) % int(match[2]) :: int(match[2])]
-
-
-def hash64(text):
-    """64-bit hash of a str. Ids and texts are settled on it: 4e7 documents risk a clash at 4e-5."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def hash_file(path, name="sha256"):
-    digest = hashlib.new(name)
-    with open(path, "rb") as f:
-        while chunk := f.read(4 * MIB):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def natural(path):
-    """Sort key by which pubmed26n1000 follows pubmed26n999: a later record replaces an earlier."""
-    parts = re.split(r"(\d+)", Path(path).name)
-    return [int(p) if i % 2 else p for i, p in enumerate(parts)], str(path)
-
-
-@contextmanager
-def open_input(path):
-    """A binary file, plain or .gz; what gzip raises on damage becomes one clear ValueError."""
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
-            yield f
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise ValueError(f"{path}: damaged gzip ({e}): download or make it again") from None
-
-
-def read_txt(path):
-    """A .txt as one document; refused above 64 MiB, where a gzip bomb ends too."""
-    with open_input(path) as f:
-        raw = f.read(64 * MIB)
-    if len(raw) == 64 * MIB:
-        raise ValueError(f"{path} is longer than 64 MiB: one document a .txt, or use JSON lines")
-    return raw.decode("utf-8-sig")
-
-
-def json_lines(path):
-    """(line number, object) of a file whose lines end at "\\n" only."""
-    with open_input(path) as f:
-        for number, line in enumerate(iter(lambda: f.readline(64 * MIB), b""), 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except ValueError:
-                record = None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}: line {number} is no JSON object or exceeds 64 MiB: "
-                                 "get the file anew")
-            yield number, record
-
-
-def read_records(path):
-    """(id, text) of a text file, in file order; text is None where the id is deleted."""
-    if re.search(r"\.txt(\.gz)?$", str(path)):
-        text = read_txt(path)
-        yield f"{hash64(text):016x}", text
-        return
-    for number, record in json_lines(path):
-        ident, text = record.get("id"), record.get("text")
-        if not isinstance(ident, str) or not (isinstance(text, str) or record.get("deleted")):
-            raise ValueError(f'{path}: line {number} lacks "id" or "text": run data.py extract')
-        yield ident, None if record.get("deleted") else text
-
-
-def text_files(path):
-    """The file, or the text files directly in the folder, in natural order of their names."""
-    return sorted(input_files([path]), key=natural)
-
-
-def read_documents(path):
-    """(id, text) of every document in a text file or a folder of them; deletions are left out."""
-    for file in text_files(path):
-        yield from ((ident, text) for ident, text in read_records(file) if text is not None)
-
 
 # ---------------------------------------------------------------------------------------------
-# download: from the owners' servers to whole, verified files
-
-SOURCES = {
-    "pubmed": "https://ftp.ncbi.nlm.nih.gov/pubmed/",
-    "pmc": "https://pmc-oa-opendata.s3.amazonaws.com/",
-    "mmlu": "https://people.eecs.berkeley.edu/~hendrycks/",
-    "pubmedqa": "https://raw.githubusercontent.com/pubmedqa/pubmedqa/master/data/",
-    "medquad": "https://github.com/abachaa/MedQuAD/archive/refs/heads/",
-    "biomedlm": "https://huggingface.co/stanford-crfm/BioMedLM/resolve/main/",
-}
-FILES = {"mmlu": ["data.tar"], "medquad": ["master.zip"],
-         "pubmedqa": ["ori_pqal.json", "test_ground_truth.json"],
-         "biomedlm": ["config.json", "vocab.json", "merges.txt", "pytorch_model.bin"]}
-BY_HAND = {
-    "medqa": "https://github.com/jind11/MedQA links a Google Drive archive: put its data_clean",
-    "medmcqa": "https://github.com/medmcqa/medmcqa links a Google Drive archive: put train.json, "
-               "dev.json, test.json",
-    "bioasq": "http://participants-area.bioasq.org (registration) has the golden files, BLURB's "
-              "scripts make {train,dev,test}.tsv of them: put either",
-}
-AGENT = {"User-Agent": "biomedlm-data/1.0 (at most 4 connections)", "Accept-Encoding": "identity"}
-TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S = 7, 1.0, 4, (10, 30)
-SLOWEST_BYTES_PER_S, SLOW_AFTER_S = 1000, 30  # a slower connection is dropped, then resumed
+# batches: the order of rows is a pure function of (seed, epoch, global sample index)
 
 
-class Fault(Exception):
-    """A transfer that may succeed when tried again; args: what happened, seconds to wait."""
+def load_meta(data_dir, verify=False):
+    """meta.json of `data_dir`, checked against the files beside it.
 
-
-def retry(function, url):
-    """function() until it raises no Fault: TRIES times, 1, 2, 4 … 60 s apart, or as asked."""
-    for attempt in range(TRIES):
-        try:
-            return function()
-        except Fault as e:
-            reason, *asked = e.args
-            if attempt < TRIES - 1:
-                time.sleep(min(60, max([BACKOFF_S * 2**attempt, *asked])))
-    raise OSError(f"{url}: {reason}, {TRIES} times: try again later; files that are whole are kept")
-
-
-@contextmanager
-def opened(url, headers=()):
-    """A streamed response of status 200, 206 or 416; other 4xx raise OSError, all else Fault."""
+    Always: presence, sizes, the tokenizer's fingerprint. verify: also each array's sha256, and all
+    ids below vocab_size (reads it all). Raises FileNotFoundError or ValueError with the mend.
+    """
+    folder = Path(data_dir)
+    again = f"run: python data.py tokenize --text DIR --tokenizer DIR --out {data_dir}"
+    for name in ("meta.json", "train.bin", "val.bin", "vocab.json", "merges.txt"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing; {again}")
     try:
-        with requests.get(url, headers=AGENT | dict(headers), stream=True, timeout=TIMEOUT_S) as r:
-            if r.status_code == 429 or r.status_code >= 500:
-                after = r.headers.get("Retry-After", "")
-                raise Fault(f"status {r.status_code}", float(after) if after.isdecimal() else 0)
-            if r.status_code not in (200, 206, 416):
-                raise OSError(f"{url}: status {r.status_code}: check the address or --base_url")
-            yield r
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as e:
-        raise Fault(f"connection failed ({type(e).__name__})") from None
+        meta = json.loads((folder / "meta.json").read_text())
+        counts = {split: meta[split]["tokens"] for split in ("train", "val")}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{folder / 'meta.json'} is damaged; {again}") from None
+    for split, tokens in counts.items():
+        path = folder / f"{split}.bin"
+        if path.stat().st_size != 2 * tokens:
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes where meta.json says "
+                             f"{2 * tokens:,}: it was cut or replaced; {again}")
+        if verify and hash_file(path) != meta[split]["sha256"]:
+            raise ValueError(f"{path} is not the array of meta.json (sha256 differs); {again}")
+        if verify and (top := np.memmap(path, np.uint16, "r").max()) >= meta["vocab_size"]:
+            raise ValueError(f"{path} holds id {top}, beyond the vocabulary of "
+                             f"{meta['vocab_size']}; {again}")
+    if Tokenizer.load(folder).fingerprint != meta["tokenizer_sha256"]:
+        raise ValueError(f"the tokenizer in {folder} is not the one that made the arrays; {again}")
+    return meta
 
 
-def page(url, pattern):
-    """A small text (listing, checksum, metadata) in which `pattern` must occur."""
+def permute(index, n, seed, epoch):
+    """Rows at positions `index` (int64, in [0, n)) of the epoch's order, a bijection of [0, n).
 
-    def whole():
-        with opened(url) as r:
-            text = r.content.decode(errors="replace")
-        if not re.search(pattern, text):
-            raise Fault("not the expected content")
-        return text
-
-    return retry(whole, url)
-
-
-def transfer(url, part, bar):
-    """One connection: bring `part` to its full length; returns the sha256 if the server tells one.
-
-    Resumes only the very version that `part` began with: its ETag is kept beside it.
+    A Feistel network of six rounds shuffles [0, 4^k), the least that holds n; what falls beyond n
+    is shuffled again until it falls inside (cycle walking, under four times on average). So any
+    epoch's order takes no memory, and any position is found at once.
     """
-    tag = Path(f"{part}.etag")
-    # one byte back: a file that a killed run left whole is answered like any other, not by a 416
-    have = max(0, part.stat().st_size - 1) if part.exists() and tag.exists() else 0
-    headers = {"Range": f"bytes={have}-", "If-Range": tag.read_text()} if have else {}
-    with opened(url, headers) as r:
-        resumed = r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if r.status_code == 416 or r.status_code == 206 and not resumed:
-            part.unlink(missing_ok=True)
-            raise Fault("the partial file does not fit")
-        tag.unlink(missing_ok=True)
-        with open(part, "ab") as f:
-            f.truncate(have if resumed else 0)
-            version = r.headers.get("ETag") or r.headers.get("Last-Modified") or "W/"
-            if not version.startswith("W/"):  # a weak tag may stand for other bytes
-                tag.write_text(version)
-            start, got = time.monotonic(), 0
-            while chunk := r.raw.read1(MIB):  # raises where the connection is cut
-                f.write(chunk)
-                got += len(chunk)
-                bar.update(len(chunk))
-                seconds = time.monotonic() - start
-                if seconds > SLOW_AFTER_S and got < SLOWEST_BYTES_PER_S * seconds:
-                    raise Fault("too slow")
-        linked = (r.history or [r])[0].headers.get("X-Linked-ETag", "").strip('"')  # Hugging Face's
-        return linked if len(linked) == 64 else None
+    half = max(1, math.ceil(math.log2(max(n, 2)) / 2))
+    mask = np.uint64((1 << half) - 1)
+    keys = [np.uint64(hash64(f"{seed} {epoch} {r}")) for r in range(6)]
+    out = np.array(index, np.uint64)
+    todo = np.ones(out.shape, bool)
+    while todo.any():
+        left, right = out[todo] >> np.uint64(half), out[todo] & mask
+        for key in keys:
+            left, right = right, left ^ (mix64(right + key) & mask)
+        out[todo] = (left << np.uint64(half)) | right
+        todo = out >= n
+    return out.astype(np.int64)
 
 
-def fetch(url, path, bar, md5=lambda: None):
-    """Download to `path`: resumed, verified by md5() where there is one, renamed when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(f"{path}.part")
+def read_rows(array, rows, seq_len, eot_id, device):
+    """(x, y) int64 (len(rows), seq_len): y is x shifted by one, its last -100, as in the paper.
 
-    def attempt():
-        want, sha256 = md5(), transfer(url, part, bar)
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())
-            head = f.read(512).lstrip().lower()
-        fault = None
-        if want and hash_file(part, "md5") != want:
-            fault = "md5 differs from the published one"
-        elif sha256 and hash_file(part) != sha256:
-            fault = "sha256 differs from the published one"
-        elif head.startswith((b"<!doctype html", b"<html")):
-            fault = "a web page in the file's place"
-        elif path.suffix == ".gz" and not head.startswith(b"\x1f\x8b"):
-            fault = "not a gzip file"
-        Path(f"{part}.etag").unlink(missing_ok=True)
-        if fault:
-            part.unlink()
-            raise Fault(fault)
-        os.replace(part, path)
-
-    if not path.exists():
-        retry(attempt, url)
-
-
-def fetch_pubmed(base, out, first, last, bar):
-    """Jobs for the baseline, then the update files, of those numbered first to last."""
-
-    def citations(url):
-        md5 = lambda: page(url + ".md5", r"\b[0-9a-f]{32}\b").split("=")[-1].strip()
-        fetch(url, out / url.rsplit("/", 1)[1], bar, md5)
-
-    for folder in ("baseline/", "updatefiles/"):
-        listing = page(base + folder, r"<a href|pubmed\d+n\d+")
-        for name in sorted(set(re.findall(r"\bpubmed\d+n\d+\.xml\.gz\b", listing)), key=natural):
-            if first <= int(re.search(r"n(\d+)", name)[1]) <= last:
-                yield partial(citations, base + folder + name)
-
-
-def fetch_pmc(base, out, first, last, bar, licenses):
-    """Jobs for the newest version of each open-access article numbered first to last, by the
-    bucket's newest inventory of metadata files; retracted ones and other licences are left out."""
-    prefix = "inventory-reports/pmc-oa-opendata/metadata/"
-    listing = page(f"{base}?list-type=2&delimiter=/&prefix={prefix}", "<ListBucketResult")
-    newest = max(re.findall(rf"<Prefix>{prefix}(\d[^/<]+)/</Prefix>", listing))
-    versions = {}
-    for part in json.loads(page(f"{base}{prefix}{newest}/manifest.json", '"files"'))["files"]:
-        inventory = out / ".inventory" / Path(part["key"]).name
-        fetch(base + part["key"], inventory, bar, partial(part.get, "MD5checksum"))
-        with gzip.open(inventory, "rt") as f:
-            for _, key, *_ in csv.reader(f):
-                if match := re.fullmatch(r"metadata/PMC(\d+)\.(\d+)\.json", key):
-                    number, version = map(int, match.groups())
-                    versions[number] = max(version, versions.get(number, 0))
-
-    def article(number):
-        name = f"PMC{number}.{versions[number]}"
-        about = json.loads(page(f"{base}metadata/{name}.json", '"pmcid"'))
-        if about["is_retracted"] or not about["is_pmc_openaccess"]:
-            return
-        if licenses and about["license_code"] not in licenses:
-            return
-        # https://HOST/PMC1.1/PMC1.1.xml?md5=HEX
-        key, _, md5 = about["xml_url"].split("/", 3)[3].partition("?md5=")
-        path = out / str(number // 10_000) / f"{name}.xml"  # not millions of files in one folder
-        fetch(base + key, path, bar, lambda: md5)
-
-    yield from (partial(article, n) for n in sorted(versions) if first <= n <= last)
-
-
-def unpack(archive, folder):
-    """The archive's content in `folder`, whole or not at all."""
-    draft = Path(f"{folder}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        if archive.suffix != ".tar":
-            shutil.unpack_archive(archive, draft)  # zipfile writes no member outside
-        else:  # unpack_archive's own filter needs Python 3.11.4, and Debian 12 has 3.11.2
-            with tarfile.open(archive) as tar:
-                for member in tar:
-                    name = Path(member.name)
-                    plain = member.isfile() or member.isdir()
-                    if not plain or name.is_absolute() or ".." in name.parts:
-                        raise tarfile.TarError(f"{name} is no file of its own folder")
-                tar.extraction_filter = getattr(tarfile, "data_filter", None)
-                tar.extractall(draft)
-    except (shutil.ReadError, tarfile.TarError, zipfile.BadZipFile) as e:
-        raise ValueError(f"{archive}: {e}: delete it, download again") from None
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(draft, folder)
-
-
-def download(source, out, base_url=None, files=None, licenses=()):
-    """Fetch a source into `out`, CONNECTIONS files at a time; a rerun fetches what is missing."""
-    if source in BY_HAND:
-        raise ValueError(f"{source} has no plain address. {BY_HAND[source]} in --data's folder")
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", files or "0-999999999999")
-    if not match:
-        raise ValueError(f"--files {files}: give a number or a range, like 1-3")
-    numbers, out = (int(match[1]), int(match[2] or match[1])), Path(out)
-    base = (base_url or SOURCES[source]).rstrip("/") + "/"
-    results = []  # a job's error or None
-
-    def guarded(job):
-        try:
-            job()
-        except (OSError, ValueError, KeyError) as e:
-            return str(e)
-
-    with tqdm(unit="B", unit_scale=True, desc=f"download {source}", disable=None) as bar, \
-            ThreadPoolExecutor(CONNECTIONS) as pool:
-        jobs = fetch_pubmed(base, out, *numbers, bar) if source == "pubmed" else \
-            fetch_pmc(base, out, *numbers, bar, licenses) if source == "pmc" else \
-            (partial(fetch, base + name, out / name, bar) for name in FILES[source])
-        try:
-            while some := list(itertools.islice(jobs, 1000)):  # a few of millions at a time
-                results += pool.map(guarded, some)
-        except KeyboardInterrupt:
-            os._exit(130)  # at once; partial files stay, to be resumed
-    if errors := [error for error in results if error]:
-        raise OSError(f"{len(errors)} of {len(results)} files failed, run again; the first: "
-                      + errors[0])
-    if not results:
-        raise ValueError(f"{base} lists no file numbered {files}: check --files")
-    if source in ("mmlu", "medquad"):
-        unpack(out / FILES[source][0], out / "unpacked")
-    print(f"download: {source} is whole in {out} ({len(results)} addresses)")
-
-
-# ---------------------------------------------------------------------------------------------
-# extract: PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz
-
-CONTAINERS = {"PubmedArticleSet", "PubmedBookArticleSet", "articles", "pmc-articleset"}
-RECORD_LIMIT = 32 * MIB  # of XML between the ends of two records: several times any article
-ENTITIES = {name[:-1]: text for name, text in html.entities.html5.items() if name.endswith(";")}
-PILE_SETS = ("PubMed Abstracts", "PubMed Central")
-NOTICES = {"correction", "retraction", "partial-retraction", "expression-of-concern"}
-SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
-
-
-def xml_records(path):
-    """Elements of the records of an XML file, plain or .gz, one by one in constant memory.
-
-    A record is a child of a known container's root, or else the root. The file is untrusted: entity
-    declarations are refused, nothing external is fetched, and a record beyond RECORD_LIMIT ends the
-    reading, so that neither a gzip bomb nor a gigantic text node fills the memory. Named entities
-    of an unread DTD (&alpha;) are read as HTML's.
+    Row -1 and what lies beyond the array's end are padding: targets -100; so are targets of eot_id.
     """
-    builder = ET.TreeBuilder()
-    top = builder.start("top", {})  # above the root, so that finished records can be taken away
-    parser = ET.XMLParser(target=builder)  # a plain TreeBuilder: no Python call per element
-    parser.entity.update(ENTITIES)
-    pending = 0
-    try:
-        with open_input(path) as f:
-            check_prolog(chunk := f.read(MIB), path)
-            while chunk:
-                parser.feed(chunk)
-                pending += len(chunk)
-                if len(top) and local(top[0]) in CONTAINERS and len(top[0]) > 1:
-                    yield from top[0][:-1]  # the last one may still be open
-                    del top[0][:-1]
-                    pending = 0
-                if pending > RECORD_LIMIT:
-                    raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
-                                     "article: remove the file or raise RECORD_LIMIT")
-                chunk = f.read(MIB // 16)
-            parser.close()
-    except (ET.ParseError, expat.ExpatError) as e:
-        raise ValueError(f"{path}: malformed XML ({e}): download it again") from None
-    yield from top[0] if local(top[0]) in CONTAINERS else top
+    import torch  # here, since it costs extract and tokenize 200 MB and seconds
+
+    x = np.zeros((len(rows), seq_len), np.int64)
+    y = np.full((len(rows), seq_len), -100, np.int64)
+    for i, row in enumerate(rows):
+        tokens = array[row * seq_len : (row + 1) * seq_len] if row >= 0 else array[:0]
+        x[i, : len(tokens)] = tokens
+        y[i, : max(0, len(tokens) - 1)] = tokens[1:]
+    if eot_id is not None:
+        y[y == eot_id] = -100
+    batch = torch.from_numpy(x), torch.from_numpy(y)
+    if torch.device(device).type != "cuda":
+        return batch
+    return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
 
 
-def check_prolog(head, path):
-    """Refuse entity declarations. XML allows them in the DOCTYPE only, before the root's start."""
-    roots = []
+def train_batches(data_dir, seq_len, micro_batch, seed, start=0, rank=0, world_size=1, device="cpu",
+                  ignore_eot=False):
+    """Endless (x, y) int64 (micro_batch, seq_len) on `device`, the next one on its way there.
 
-    def refuse(name, *_):
-        raise ValueError(f"{path} declares an entity ({name}): refused, it could grow endlessly")
-
-    guard = expat.ParserCreate()
-    guard.EntityDeclHandler = refuse
-    guard.StartElementHandler = lambda tag, _: roots or roots.append(tag)
-    guard.Parse(head)
-    if not roots:
-        raise ValueError(f"{path}: no XML element in its first MiB: not an article file")
-
-
-def local(element):
-    return element.tag.rpartition("}")[2]
-
-
-def full_text(element):
-    """All text of an element, inline tags included, whitespace normalised; "" for None."""
-    return "" if element is None else " ".join("".join(element.itertext()).split())
-
-
-def pubmed_document(record, options):
-    """(id, text or None, why it was dropped or None) of a PubmedArticle or PubmedBookArticle.
-
-    The text is title + "\\n" + abstract without section labels, as The Pile has it.
+    Micro step k takes the global samples start + k*world_size*micro_batch + rank*micro_batch + [0,
+    micro_batch). Global sample i is row permute(i % n_rows) of epoch i // n_rows. `start` counts
+    sequences, and is all the state: k steps on, start + k*world_size*micro_batch.
     """
-    citation = record.find("MedlineCitation")
-    book = record.find("BookDocument")
-    article = book if citation is None else citation.find("Article")
-    ident = (book if citation is None else citation).findtext("PMID").strip()
-    if options["languages"] and not any(e.text in options["languages"]
-                                        for e in article.findall("Language")):
-        return ident, None, "another language"
-    # not the references' ids, which lie deeper
-    ids = record.findall("PubmedData/ArticleIdList/ArticleId") if options["skip_pmc"] else ()
-    if any(e.get("IdType") == "pmc" for e in ids):
-        return ident, None, "in PMC"
-    parts = []
-    for part in article.findall("Abstract/AbstractText"):
-        if body := full_text(part):
-            label = part.get("Label") if options["labels"] else None
-            parts.append(f"{label}: {body}" if label else body)
-    if not parts:
-        return ident, None, "no abstract"
-    return ident, f"{full_text(article.find('ArticleTitle'))}\n{' '.join(parts)}".strip(), None
+    meta, path = load_meta(data_dir), Path(data_dir) / "train.bin"
+    n_rows = meta["train"]["tokens"] // seq_len
+    if n_rows == 0:
+        raise ValueError(f"{path} has {meta['train']['tokens']} tokens, less than one sequence: "
+                         "use a smaller --seq_len, or more text")
+    eot_id = meta["eot_id"] if ignore_eot else None
+
+    def batches():
+        first, ahead, step = start + rank * micro_batch, None, world_size * micro_batch
+        while True:
+            samples = first + step * np.arange(64)[:, None] + np.arange(micro_batch)  # 64 steps
+            epochs, rows = samples // n_rows, samples % n_rows
+            for epoch in np.unique(epochs):
+                here = epochs == epoch
+                rows[here] = permute(rows[here], n_rows, seed, int(epoch))
+            # opened anew: pages that a long-lived memmap has touched count as resident memory
+            array = np.asarray(np.memmap(path, np.uint16, "r"))
+            for row in rows:
+                batch = read_rows(array, row, seq_len, eot_id, device)
+                if ahead is not None:
+                    yield ahead
+                ahead = batch
+            first += 64 * step
+
+    return batches()
 
 
-JATS_DROPPED = {"ref-list", "graphic", "inline-graphic", "media", "supplementary-material", "fn",
-                "object-id", "fn-group", "table-wrap-foot", "permissions", "attrib", "alt-text",
-                "long-desc", "annotation", "related-article"}
-JATS_BLOCKS = {"title", "subtitle", "article-title", "p", "sec", "abstract", "list", "list-item",
-               "disp-formula", "disp-quote", "boxed-text", "caption", "fig", "table-wrap", "tr",
-               "def-item", "statement", "verse-line", "speech"}
-AFTER = {"label": "\0", "td": " | ", "th": " | ", "term": ": ", **dict.fromkeys(JATS_BLOCKS, "\n")}
+def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens=None, device="cpu",
+                ignore_eot=False):
+    """Finite (x, y) like train_batches, rows in file order dealt round-robin to the ranks.
 
-
-def jats_text(*elements):
-    """Text in reading order, a line per block (heading, paragraph, list item, caption, table row).
-
-    Kept: captions; tables as "cell | cell"; formulas as their TeX or the letters of their MathML.
-    Dropped: references, superscript citations (those in brackets stay), footnotes, supplements.
+    The short last row is padded with targets -100. All ranks yield the same number of full batches
+    (a sharded model's forward is collective): where rows run out, rows are padding. max_tokens
+    takes the first rows only.
     """
-    pieces = []
-
-    def walk(e):
-        tag, children = local(e), list(e)
-        if tag in JATS_DROPPED or e.get("ref-type", "").endswith("fn") or \
-                e.get("sec-type") == "supplementary-material":
-            return
-        if tag in ("sup", "xref") and is_superscript_citation(e, tag, "".join(pieces[-6:])[-2:]):
-            pieces.append("\1")
-            return
-        if tag == "tex-math":  # the formula without LaTeX's preamble
-            text = re.sub(r"(?s).*\\begin\{document\}|\\end\{document\}.*", "", e.text or "")
-            pieces.append(" ".join(text.split()))
-            return
-        if tag == "alternatives":  # one formula or table, several times over
-            ranks = ["tex-math", "math", "table"]
-            ranked = sorted((ranks.index(local(c)), i) for i, c in enumerate(e)
-                            if local(c) in ranks)
-            children = [e[i] for _, i in ranked[:1]]
-        pieces.append("\n" if tag in JATS_BLOCKS else " " if tag == "break" else "")
-        pieces.append(re.sub(r"\s+", " ", e.text or ""))
-        for child in children:
-            walk(child)
-            pieces.append(re.sub(r"\s+", " ", child.tail or ""))
-        pieces.append(AFTER.get(tag, ""))
-
-    for element in elements:
-        walk(element)
-    # \1: a citation dropped, with the commas between; \0 ends a label: "Table 1" joins its caption
-    text = re.sub(r"\0\s*", " ", re.sub("\1(?:[,;–-]?\1)*", "", "".join(pieces)))
-    lines = (" ".join(line.split()).strip("| ") for line in text.split("\n"))
-    return "\n".join(line for line in lines if line)
-
-
-def is_superscript_citation(e, tag, before):
-    """<sup><xref>1</xref></sup>, <xref><sup>1</sup></xref>, or a number glued to the word."""
-    if tag == "sup":
-        return bool(len(e)) and all(x.get("ref-type") == "bibr" for x in e)
-    glued = re.search("[a-z.)\\]”’%][,;]?$|\1[,;–-]?$", before, re.IGNORECASE)
-    number = re.fullmatch(r"[\d,;–-]+", full_text(e))
-    return e.get("ref-type") == "bibr" and bool(e.find("sup") is not None or glued and number)
-
-
-def jats_document(article, name):
-    """(id or None, text or None, why it was dropped or None) of a JATS article."""
-    for e in article.iter():
-        e.tag = local(e)
-    meta = article.find("front/article-meta")
-    meta = ET.Element("article-meta") if meta is None else meta
-    ids = {e.get("pub-id-type"): (e.text or "").strip() for e in meta.findall("article-id")}
-    pmc = (ids.get("pmcid") or ids.get("pmc") or "").upper().removeprefix("PMC").split(".")[0]
-    ident = f"PMC{pmc}" if pmc else ids.get("pmid") or name
-    if article.get("article-type") in NOTICES:
-        return ident, None, "correction or retraction"
-    main = [a for a in meta.findall("abstract")
-            if a.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
-    main += article.findall("body")
-    if not any(full_text(e) for e in main):
-        return ident, None, "no abstract and no body"
-    title, floats = meta.findall("title-group/article-title"), article.findall("floats-group")
-    return ident, jats_text(*title, *main, *floats), None
-
-
-def json_document(record, where):
-    """Of {"text"}, {"title", "abstract"}, or The Pile's lines by their meta.pile_set_name."""
-    pile, ident = (record.get("meta") or {}).get("pile_set_name"), str(record.get("id") or "")
-    if pile and pile not in PILE_SETS:
-        return ident, None, "another part of The Pile"
-    if record.get("deleted"):
-        return ident, None, "deleted"
-    text = record.get("text")
-    if text is None and "title" in record:
-        if not record.get("abstract"):
-            return ident, None, "no abstract"
-        text = f"{record['title'].strip()}\n{record['abstract'].strip()}"
-    if not isinstance(text, str):
-        raise ValueError(f'{where} has neither "text" nor "title" and "abstract"')
-    return ident, text.strip(), None
-
-
-def documents(path, options):
-    """(id or None, text or None, why it was dropped, "deleted" or None) of each record of a file.
-
-    Where an article has no id, the name of its file may tell: PMC123.1.xml.
-    """
-    stem, kind, *_ = SUFFIX.split(path.name)
-    name = re.fullmatch(r"(PMC\d+)(\.\d+)?", stem)
-    name = name and name[1]
-    if kind == "txt":
-        yield name, read_txt(path).strip(), None
-    elif kind in ("json", "jsonl"):
-        for number, record in json_lines(path):
-            yield json_document(record, f"{path}: line {number}")
-    else:
-        for record in xml_records(path):
-            tag = local(record)
-            if tag == "DeleteCitation":
-                yield from ((e.text.strip(), None, "deleted") for e in record.findall("PMID"))
-            elif tag in ("PubmedArticle", "PubmedBookArticle"):
-                yield pubmed_document(record, options)
-            elif tag == "article":
-                yield jats_document(record, name)
-            else:
-                raise ValueError(f"{path}: <{tag}> is no record of PubMed or JATS: leave it out")
-
-
-def last_of_each(ids):
-    """Indices of the last occurrence of each id, by rising id."""
-    return len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]
-
-
-def extract_file(task):
-    """One input -> one output, whole or absent; its counts, or a str that says what is wrong.
-
-    Of several records of one id the last stays, a deletion too: all go to a nameless draft first.
-    """
-    path, output, options = task
-    counts, ids, sizes = Counter(), array("Q"), array("I")
-    gc.disable()  # XML trees have no cycles, and looking for some takes a third of the time
-    try:
-        with tempfile.TemporaryFile(dir=output.parent) as draft:
-            for ident, text, reason in documents(path, options):
-                if not text and reason != "deleted":
-                    counts[reason or "empty"] += 1
-                    continue
-                ident = ident or f"{hash64(text):016x}"
-                record = {"text": text} if text else {"deleted": True}
-                line = json.dumps({"id": ident, **record}, ensure_ascii=False) + "\n"
-                draft.write(line.encode())
-                ids.append(hash64(ident))
-                sizes.append(len((text or "").encode()))
-            keep = np.zeros(len(ids), bool)
-            keep[last_of_each(np.frombuffer(ids, np.uint64))] = True
-            draft.seek(0)
-            with replacing(output) as f, gzip.GzipFile("", "wb", 1, f, mtime=0) as gz:
-                gz.writelines(itertools.compress(draft, keep))
-    except RecursionError:
-        return f"{path}: elements nested too deeply for an article: leave the file out"
-    except (ValueError, OSError, AttributeError, KeyError) as e:
-        return str(e) if str(path) in str(e) else f"{path}: {e}: damaged, get it anew"
-    finally:
-        gc.enable()
-    kept = np.frombuffer(sizes, np.uint32)[keep]
-    counts["documents"] = int(np.count_nonzero(kept))
-    counts["bytes"] = int(kept.sum(dtype=np.int64))
-    counts["deletions"] = len(kept) - counts["documents"]
-    counts["replaced in its file"] = len(keep) - len(kept)
-    return counts
-
-
-def name_outputs(inputs, out):
-    """(input, output) pairs. An output is named by the path beneath the folder given, "/" as "-"; a
-    name that an earlier input took gets -2, -3 …: none collide, the same inputs give the same."""
-    pairs, taken = {}, set()
-    for given in map(Path, inputs):
-        if not given.exists():
-            raise FileNotFoundError(f"{given} does not exist: give files or folders")
-        found = [given] if given.is_file() else sorted(given.rglob("*"), key=natural)
-        found = [p for p in found if p.is_file() and SUFFIX.search(p.name) and out not in p.parents]
-        if not found:
-            raise ValueError(f"nothing to extract in {given}: .xml, .nxml, .jsonl, .json, .txt, "
-                             "plain or .gz, are read (unpack .zst and .tar first)")
-        for path in found:
-            name = path.name if path == given else "-".join(path.relative_to(given).parts)
-            stem = name = SUFFIX.sub("", name)
-            copies = itertools.count(2)
-            while name in taken and path not in pairs:
-                name = f"{stem}-{next(copies)}"
-            taken.add(name)
-            pairs.setdefault(path, out / f"{name}.jsonl.gz")
-    return list(pairs.items())
-
-
-def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1, shard=None):
-    """Extract every input file that has no output newer than itself; returns the summed counts."""
-    out = Path(out)
-    options = {"labels": labels, "languages": sorted(languages), "skip_pmc": skip_pmc}
-    pairs = sharded(name_outputs(inputs, out), shard)
-    settings = out / "extract.json"
-    own = {settings.name} if shard is None else set()  # another shard may be writing it
-    make_folder(out, {output.name for _, output in pairs} | own)
-    if settings.exists() and json.loads(settings.read_text()) != options:
-        raise ValueError(f"{out} was extracted with other options ({settings}): use another --out")
-    with replacing(settings) as f:
-        f.write(json.dumps(options).encode())
-    todo = [(path, output, options) for path, output in pairs
-            if not output.exists() or output.stat().st_mtime < path.stat().st_mtime]
-    results = in_processes(extract_file, todo, workers, "extract")
-    errors = [r for r in results if isinstance(r, str)]
-    total = sum((r for r in results if isinstance(r, Counter)), Counter())
-    dropped = sorted(total.keys() - {"documents", "bytes", "deletions"})
-    print(f"extract: {len(todo) - len(errors)} files written, {len(pairs) - len(todo)} finished "
-          f"before; {total['documents']:,} documents, {total['bytes']:,} bytes of text, "
-          f"{total['deletions']:,} deletions passed on; dropped: "
-          + (", ".join(f"{reason} {total[reason]:,}" for reason in dropped) or "none"))
-    if errors:
-        raise ValueError(f"{len(errors)} of {len(todo)} files failed, others are done; mend, "
-                         "run again: " + "; ".join(errors[:5]))
-    return total
+    meta, path = load_meta(data_dir), Path(data_dir) / "val.bin"
+    n_rows = math.ceil(min(meta["val"]["tokens"], max_tokens or math.inf) / seq_len)
+    eot_id = meta["eot_id"] if ignore_eot else None
+    for first in range(0, n_rows, world_size * micro_batch):
+        rows = first + rank + world_size * np.arange(micro_batch)
+        array = np.asarray(np.memmap(path, np.uint16, "r"))
+        yield read_rows(array, np.where(rows < n_rows, rows, -1), seq_len, eot_id, device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -895,135 +344,6 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, seed=17, w
         f.write(json.dumps(meta, indent=1).encode())
     shutil.rmtree(parts_dir)
     return load_meta(out, verify=True)
-
-
-# ---------------------------------------------------------------------------------------------
-# batches: the order of rows is a pure function of (seed, epoch, global sample index)
-
-
-def load_meta(data_dir, verify=False):
-    """meta.json of `data_dir`, checked against the files beside it.
-
-    Always: presence, sizes, the tokenizer's fingerprint. verify: also each array's sha256, and all
-    ids below vocab_size (reads it all). Raises FileNotFoundError or ValueError with the mend.
-    """
-    folder = Path(data_dir)
-    again = f"run: python data.py tokenize --text DIR --tokenizer DIR --out {data_dir}"
-    for name in ("meta.json", "train.bin", "val.bin", "vocab.json", "merges.txt"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing; {again}")
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        counts = {split: meta[split]["tokens"] for split in ("train", "val")}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / 'meta.json'} is damaged; {again}") from None
-    for split, tokens in counts.items():
-        path = folder / f"{split}.bin"
-        if path.stat().st_size != 2 * tokens:
-            raise ValueError(f"{path} has {path.stat().st_size:,} bytes where meta.json says "
-                             f"{2 * tokens:,}: it was cut or replaced; {again}")
-        if verify and hash_file(path) != meta[split]["sha256"]:
-            raise ValueError(f"{path} is not the array of meta.json (sha256 differs); {again}")
-        if verify and (top := np.memmap(path, np.uint16, "r").max()) >= meta["vocab_size"]:
-            raise ValueError(f"{path} holds id {top}, beyond the vocabulary of "
-                             f"{meta['vocab_size']}; {again}")
-    if Tokenizer.load(folder).fingerprint != meta["tokenizer_sha256"]:
-        raise ValueError(f"the tokenizer in {folder} is not the one that made the arrays; {again}")
-    return meta
-
-
-def permute(index, n, seed, epoch):
-    """Rows at positions `index` (int64, in [0, n)) of the epoch's order, a bijection of [0, n).
-
-    A Feistel network of six rounds shuffles [0, 4^k), the least that holds n; what falls beyond n
-    is shuffled again until it falls inside (cycle walking, under four times on average). So any
-    epoch's order takes no memory, and any position is found at once.
-    """
-    half = max(1, math.ceil(math.log2(max(n, 2)) / 2))
-    mask = np.uint64((1 << half) - 1)
-    keys = [np.uint64(hash64(f"{seed} {epoch} {r}")) for r in range(6)]
-    out = np.array(index, np.uint64)
-    todo = np.ones(out.shape, bool)
-    while todo.any():
-        left, right = out[todo] >> np.uint64(half), out[todo] & mask
-        for key in keys:
-            left, right = right, left ^ (mix64(right + key) & mask)
-        out[todo] = (left << np.uint64(half)) | right
-        todo = out >= n
-    return out.astype(np.int64)
-
-
-def read_rows(array, rows, seq_len, eot_id, device):
-    """(x, y) int64 (len(rows), seq_len): y is x shifted by one, its last -100, as in the paper.
-
-    Row -1 and what lies beyond the array's end are padding: targets -100; so are targets of eot_id.
-    """
-    import torch  # here, since it costs extract and tokenize 200 MB and seconds
-
-    x = np.zeros((len(rows), seq_len), np.int64)
-    y = np.full((len(rows), seq_len), -100, np.int64)
-    for i, row in enumerate(rows):
-        tokens = array[row * seq_len : (row + 1) * seq_len] if row >= 0 else array[:0]
-        x[i, : len(tokens)] = tokens
-        y[i, : max(0, len(tokens) - 1)] = tokens[1:]
-    if eot_id is not None:
-        y[y == eot_id] = -100
-    batch = torch.from_numpy(x), torch.from_numpy(y)
-    if torch.device(device).type != "cuda":
-        return batch
-    return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
-
-
-def train_batches(data_dir, seq_len, micro_batch, seed, start=0, rank=0, world_size=1, device="cpu",
-                  ignore_eot=False):
-    """Endless (x, y) int64 (micro_batch, seq_len) on `device`, the next one on its way there.
-
-    Micro step k takes the global samples start + k*world_size*micro_batch + rank*micro_batch + [0,
-    micro_batch). Global sample i is row permute(i % n_rows) of epoch i // n_rows. `start` counts
-    sequences, and is all the state: k steps on, start + k*world_size*micro_batch.
-    """
-    meta, path = load_meta(data_dir), Path(data_dir) / "train.bin"
-    n_rows = meta["train"]["tokens"] // seq_len
-    if n_rows == 0:
-        raise ValueError(f"{path} has {meta['train']['tokens']} tokens, less than one sequence: "
-                         "use a smaller --seq_len, or more text")
-    eot_id = meta["eot_id"] if ignore_eot else None
-
-    def batches():
-        first, ahead, step = start + rank * micro_batch, None, world_size * micro_batch
-        while True:
-            samples = first + step * np.arange(64)[:, None] + np.arange(micro_batch)  # 64 steps
-            epochs, rows = samples // n_rows, samples % n_rows
-            for epoch in np.unique(epochs):
-                here = epochs == epoch
-                rows[here] = permute(rows[here], n_rows, seed, int(epoch))
-            # opened anew: pages that a long-lived memmap has touched count as resident memory
-            array = np.asarray(np.memmap(path, np.uint16, "r"))
-            for row in rows:
-                batch = read_rows(array, row, seq_len, eot_id, device)
-                if ahead is not None:
-                    yield ahead
-                ahead = batch
-            first += 64 * step
-
-    return batches()
-
-
-def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens=None, device="cpu",
-                ignore_eot=False):
-    """Finite (x, y) like train_batches, rows in file order dealt round-robin to the ranks.
-
-    The short last row is padded with targets -100. All ranks yield the same number of full batches
-    (a sharded model's forward is collective): where rows run out, rows are padding. max_tokens
-    takes the first rows only.
-    """
-    meta, path = load_meta(data_dir), Path(data_dir) / "val.bin"
-    n_rows = math.ceil(min(meta["val"]["tokens"], max_tokens or math.inf) / seq_len)
-    eot_id = meta["eot_id"] if ignore_eot else None
-    for first in range(0, n_rows, world_size * micro_batch):
-        rows = first + rank + world_size * np.arange(micro_batch)
-        array = np.asarray(np.memmap(path, np.uint16, "r"))
-        yield read_rows(array, np.where(rows < n_rows, rows, -1), seq_len, eot_id, device)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1363,6 +683,687 @@ def make_demo(out):
     Tokenizer.from_merges(merges).save(work / "tokenizer")
     tokenize(work / "text", work / "tokenizer", work, val_fraction=0.01)
     os.replace(work, out)
+
+
+# ---------------------------------------------------------------------------------------------
+# files, processes, documents
+
+
+@contextmanager
+def replacing(path):
+    """A binary file that appears under `path` whole and on disk, or not at all."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(folder, names):
+    """Create `folder`; remove what a killed run left there under temporary names of `names`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.tmp"):
+        if path.name.rsplit(".", 2)[0] in names:
+            path.unlink(missing_ok=True)
+
+
+def in_processes(function, tasks, workers, title):
+    """Results of function(task) in the order of tasks, from `workers` processes, with a bar."""
+    bar = {"total": len(tasks), "desc": title, "unit": "file", "disable": None}
+    if workers <= 1 or len(tasks) <= 1:
+        return list(tqdm(map(function, tasks), **bar))
+    # spawn: a fork would copy locks that the caller's threads (torch's, tqdm's) may hold
+    with ProcessPoolExecutor(min(workers, len(tasks)), multiprocessing.get_context("spawn"),
+                             initializer=end_with_parent) as pool:
+        try:
+            chunk = 1 + len(tasks) // 10_000
+            return list(tqdm(pool.map(function, tasks, chunksize=chunk), **bar))
+        except BrokenProcessPool:
+            raise OSError(f"a process of {title} was killed, by lack of memory perhaps: run again "
+                          "with fewer --workers; finished files are kept") from None
+
+
+def end_with_parent():
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)  # a killed parent must not leave workers waiting forever
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def sharded(tasks, shard):
+    """The tasks of shard "I/N": every N-th. I runs from 0 to N-1; from 1 to N also covers all."""
+    match = re.fullmatch(r"(\d+)/([1-9]\d*)", shard or "0/1")
+    if not match or int(match[1]) > int(match[2]):
+        raise ValueError(f"--shard {shard}: give I/N, from 0/8 to 7/8 for eight machines")
+    return tasks[int(match[1]) % int(match[2]) :: int(match[2])]
+
+
+def hash64(text):
+    """64-bit hash of a str. Ids and texts are settled on it: 4e7 documents risk a clash at 4e-5."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def hash_file(path, name="sha256"):
+    digest = hashlib.new(name)
+    with open(path, "rb") as f:
+        while chunk := f.read(4 * MIB):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def natural(path):
+    """Sort key by which pubmed26n1000 follows pubmed26n999: a later record replaces an earlier."""
+    parts = re.split(r"(\d+)", Path(path).name)
+    return [int(p) if i % 2 else p for i, p in enumerate(parts)], str(path)
+
+
+@contextmanager
+def open_input(path):
+    """A binary file, plain or .gz; what gzip raises on damage becomes one clear ValueError."""
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+            yield f
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ValueError(f"{path}: damaged gzip ({e}): download or make it again") from None
+
+
+def read_txt(path):
+    """A .txt as one document; refused above 64 MiB, where a gzip bomb ends too."""
+    with open_input(path) as f:
+        raw = f.read(64 * MIB)
+    if len(raw) == 64 * MIB:
+        raise ValueError(f"{path} is longer than 64 MiB: one document a .txt, or use JSON lines")
+    return raw.decode("utf-8-sig")
+
+
+def json_lines(path):
+    """(line number, object) of a file whose lines end at "\\n" only."""
+    with open_input(path) as f:
+        for number, line in enumerate(iter(lambda: f.readline(64 * MIB), b""), 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}: line {number} is no JSON object or exceeds 64 MiB: "
+                                 "get the file anew")
+            yield number, record
+
+
+def read_records(path):
+    """(id, text) of a text file, in file order; text is None where the id is deleted."""
+    if re.search(r"\.txt(\.gz)?$", str(path)):
+        text = read_txt(path)
+        yield f"{hash64(text):016x}", text
+        return
+    for number, record in json_lines(path):
+        ident, text = record.get("id"), record.get("text")
+        if not isinstance(ident, str) or not (isinstance(text, str) or record.get("deleted")):
+            raise ValueError(f'{path}: line {number} lacks "id" or "text": run data.py extract')
+        yield ident, None if record.get("deleted") else text
+
+
+def text_files(path):
+    """The file, or the text files directly in the folder, in natural order of their names."""
+    return sorted(input_files([path]), key=natural)
+
+
+def read_documents(path):
+    """(id, text) of every document in a text file or a folder of them; deletions are left out."""
+    for file in text_files(path):
+        yield from ((ident, text) for ident, text in read_records(file) if text is not None)
+
+
+# ---------------------------------------------------------------------------------------------
+# extract: PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz
+
+CONTAINERS = {"PubmedArticleSet", "PubmedBookArticleSet", "articles", "pmc-articleset"}
+RECORD_LIMIT = 32 * MIB  # of XML between the ends of two records: several times any article
+ENTITIES = {name[:-1]: text for name, text in html.entities.html5.items() if name.endswith(";")}
+PILE_SETS = ("PubMed Abstracts", "PubMed Central")
+NOTICES = {"correction", "retraction", "partial-retraction", "expression-of-concern"}
+SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
+
+
+def xml_records(path):
+    """Elements of the records of an XML file, plain or .gz, one by one in constant memory.
+
+    A record is a child of a known container's root, or else the root. The file is untrusted: entity
+    declarations are refused, nothing external is fetched, and a record beyond RECORD_LIMIT ends the
+    reading, so that neither a gzip bomb nor a gigantic text node fills the memory. Named entities
+    of an unread DTD (&alpha;) are read as HTML's.
+    """
+    builder = ET.TreeBuilder()
+    top = builder.start("top", {})  # above the root, so that finished records can be taken away
+    parser = ET.XMLParser(target=builder)  # a plain TreeBuilder: no Python call per element
+    parser.entity.update(ENTITIES)
+    pending = 0
+    try:
+        with open_input(path) as f:
+            check_prolog(chunk := f.read(MIB), path)
+            while chunk:
+                parser.feed(chunk)
+                pending += len(chunk)
+                if len(top) and local(top[0]) in CONTAINERS and len(top[0]) > 1:
+                    yield from top[0][:-1]  # the last one may still be open
+                    del top[0][:-1]
+                    pending = 0
+                if pending > RECORD_LIMIT:
+                    raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
+                                     "article: remove the file or raise RECORD_LIMIT")
+                chunk = f.read(MIB // 16)
+            parser.close()
+    except (ET.ParseError, expat.ExpatError) as e:
+        raise ValueError(f"{path}: malformed XML ({e}): download it again") from None
+    yield from top[0] if local(top[0]) in CONTAINERS else top
+
+
+def check_prolog(head, path):
+    """Refuse entity declarations. XML allows them in the DOCTYPE only, before the root's start."""
+    roots = []
+
+    def refuse(name, *_):
+        raise ValueError(f"{path} declares an entity ({name}): refused, it could grow endlessly")
+
+    guard = expat.ParserCreate()
+    guard.EntityDeclHandler = refuse
+    guard.StartElementHandler = lambda tag, _: roots or roots.append(tag)
+    guard.Parse(head)
+    if not roots:
+        raise ValueError(f"{path}: no XML element in its first MiB: not an article file")
+
+
+def local(element):
+    return element.tag.rpartition("}")[2]
+
+
+def full_text(element):
+    """All text of an element, inline tags included, whitespace normalised; "" for None."""
+    return "" if element is None else " ".join("".join(element.itertext()).split())
+
+
+def pubmed_document(record, options):
+    """(id, text or None, why it was dropped or None) of a PubmedArticle or PubmedBookArticle.
+
+    The text is title + "\\n" + abstract without section labels, as The Pile has it.
+    """
+    citation = record.find("MedlineCitation")
+    book = record.find("BookDocument")
+    article = book if citation is None else citation.find("Article")
+    ident = (book if citation is None else citation).findtext("PMID").strip()
+    if options["languages"] and not any(e.text in options["languages"]
+                                        for e in article.findall("Language")):
+        return ident, None, "another language"
+    # not the references' ids, which lie deeper
+    ids = record.findall("PubmedData/ArticleIdList/ArticleId") if options["skip_pmc"] else ()
+    if any(e.get("IdType") == "pmc" for e in ids):
+        return ident, None, "in PMC"
+    parts = []
+    for part in article.findall("Abstract/AbstractText"):
+        if body := full_text(part):
+            label = part.get("Label") if options["labels"] else None
+            parts.append(f"{label}: {body}" if label else body)
+    if not parts:
+        return ident, None, "no abstract"
+    return ident, f"{full_text(article.find('ArticleTitle'))}\n{' '.join(parts)}".strip(), None
+
+
+JATS_DROPPED = {"ref-list", "graphic", "inline-graphic", "media", "supplementary-material", "fn",
+                "object-id", "fn-group", "table-wrap-foot", "permissions", "attrib", "alt-text",
+                "long-desc", "annotation", "related-article"}
+JATS_BLOCKS = {"title", "subtitle", "article-title", "p", "sec", "abstract", "list", "list-item",
+               "disp-formula", "disp-quote", "boxed-text", "caption", "fig", "table-wrap", "tr",
+               "def-item", "statement", "verse-line", "speech"}
+AFTER = {"label": "\0", "td": " | ", "th": " | ", "term": ": ", **dict.fromkeys(JATS_BLOCKS, "\n")}
+
+
+def jats_text(*elements):
+    """Text in reading order, a line per block (heading, paragraph, list item, caption, table row).
+
+    Kept: captions; tables as "cell | cell"; formulas as their TeX or the letters of their MathML.
+    Dropped: references, superscript citations (those in brackets stay), footnotes, supplements.
+    """
+    pieces = []
+
+    def walk(e):
+        tag, children = local(e), list(e)
+        if tag in JATS_DROPPED or e.get("ref-type", "").endswith("fn") or \
+                e.get("sec-type") == "supplementary-material":
+            return
+        if tag in ("sup", "xref") and is_superscript_citation(e, tag, "".join(pieces[-6:])[-2:]):
+            pieces.append("\1")
+            return
+        if tag == "tex-math":  # the formula without LaTeX's preamble
+            text = re.sub(r"(?s).*\\begin\{document\}|\\end\{document\}.*", "", e.text or "")
+            pieces.append(" ".join(text.split()))
+            return
+        if tag == "alternatives":  # one formula or table, several times over
+            ranks = ["tex-math", "math", "table"]
+            ranked = sorted((ranks.index(local(c)), i) for i, c in enumerate(e)
+                            if local(c) in ranks)
+            children = [e[i] for _, i in ranked[:1]]
+        pieces.append("\n" if tag in JATS_BLOCKS else " " if tag == "break" else "")
+        pieces.append(re.sub(r"\s+", " ", e.text or ""))
+        for child in children:
+            walk(child)
+            pieces.append(re.sub(r"\s+", " ", child.tail or ""))
+        pieces.append(AFTER.get(tag, ""))
+
+    for element in elements:
+        walk(element)
+    # \1: a citation dropped, with the commas between; \0 ends a label: "Table 1" joins its caption
+    text = re.sub(r"\0\s*", " ", re.sub("\1(?:[,;–-]?\1)*", "", "".join(pieces)))
+    lines = (" ".join(line.split()).strip("| ") for line in text.split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
+def is_superscript_citation(e, tag, before):
+    """<sup><xref>1</xref></sup>, <xref><sup>1</sup></xref>, or a number glued to the word."""
+    if tag == "sup":
+        return bool(len(e)) and all(x.get("ref-type") == "bibr" for x in e)
+    glued = re.search("[a-z.)\\]”’%][,;]?$|\1[,;–-]?$", before, re.IGNORECASE)
+    number = re.fullmatch(r"[\d,;–-]+", full_text(e))
+    return e.get("ref-type") == "bibr" and bool(e.find("sup") is not None or glued and number)
+
+
+def jats_document(article, name):
+    """(id or None, text or None, why it was dropped or None) of a JATS article."""
+    for e in article.iter():
+        e.tag = local(e)
+    meta = article.find("front/article-meta")
+    meta = ET.Element("article-meta") if meta is None else meta
+    ids = {e.get("pub-id-type"): (e.text or "").strip() for e in meta.findall("article-id")}
+    pmc = (ids.get("pmcid") or ids.get("pmc") or "").upper().removeprefix("PMC").split(".")[0]
+    ident = f"PMC{pmc}" if pmc else ids.get("pmid") or name
+    if article.get("article-type") in NOTICES:
+        return ident, None, "correction or retraction"
+    main = [a for a in meta.findall("abstract")
+            if a.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
+    main += article.findall("body")
+    if not any(full_text(e) for e in main):
+        return ident, None, "no abstract and no body"
+    title, floats = meta.findall("title-group/article-title"), article.findall("floats-group")
+    return ident, jats_text(*title, *main, *floats), None
+
+
+def json_document(record, where):
+    """Of {"text"}, {"title", "abstract"}, or The Pile's lines by their meta.pile_set_name."""
+    pile, ident = (record.get("meta") or {}).get("pile_set_name"), str(record.get("id") or "")
+    if pile and pile not in PILE_SETS:
+        return ident, None, "another part of The Pile"
+    if record.get("deleted"):
+        return ident, None, "deleted"
+    text = record.get("text")
+    if text is None and "title" in record:
+        if not record.get("abstract"):
+            return ident, None, "no abstract"
+        text = f"{record['title'].strip()}\n{record['abstract'].strip()}"
+    if not isinstance(text, str):
+        raise ValueError(f'{where} has neither "text" nor "title" and "abstract"')
+    return ident, text.strip(), None
+
+
+def documents(path, options):
+    """(id or None, text or None, why it was dropped, "deleted" or None) of each record of a file.
+
+    Where an article has no id, the name of its file may tell: PMC123.1.xml.
+    """
+    stem, kind, *_ = SUFFIX.split(path.name)
+    name = re.fullmatch(r"(PMC\d+)(\.\d+)?", stem)
+    name = name and name[1]
+    if kind == "txt":
+        yield name, read_txt(path).strip(), None
+    elif kind in ("json", "jsonl"):
+        for number, record in json_lines(path):
+            yield json_document(record, f"{path}: line {number}")
+    else:
+        for record in xml_records(path):
+            tag = local(record)
+            if tag == "DeleteCitation":
+                yield from ((e.text.strip(), None, "deleted") for e in record.findall("PMID"))
+            elif tag in ("PubmedArticle", "PubmedBookArticle"):
+                yield pubmed_document(record, options)
+            elif tag == "article":
+                yield jats_document(record, name)
+            else:
+                raise ValueError(f"{path}: <{tag}> is no record of PubMed or JATS: leave it out")
+
+
+def last_of_each(ids):
+    """Indices of the last occurrence of each id, by rising id."""
+    return len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]
+
+
+def extract_file(task):
+    """One input -> one output, whole or absent; its counts, or a str that says what is wrong.
+
+    Of several records of one id the last stays, a deletion too: all go to a nameless draft first.
+    """
+    path, output, options = task
+    counts, ids, sizes = Counter(), array("Q"), array("I")
+    gc.disable()  # XML trees have no cycles, and looking for some takes a third of the time
+    try:
+        with tempfile.TemporaryFile(dir=output.parent) as draft:
+            for ident, text, reason in documents(path, options):
+                if not text and reason != "deleted":
+                    counts[reason or "empty"] += 1
+                    continue
+                ident = ident or f"{hash64(text):016x}"
+                record = {"text": text} if text else {"deleted": True}
+                line = json.dumps({"id": ident, **record}, ensure_ascii=False) + "\n"
+                draft.write(line.encode())
+                ids.append(hash64(ident))
+                sizes.append(len((text or "").encode()))
+            keep = np.zeros(len(ids), bool)
+            keep[last_of_each(np.frombuffer(ids, np.uint64))] = True
+            draft.seek(0)
+            with replacing(output) as f, gzip.GzipFile("", "wb", 1, f, mtime=0) as gz:
+                gz.writelines(itertools.compress(draft, keep))
+    except RecursionError:
+        return f"{path}: elements nested too deeply for an article: leave the file out"
+    except (ValueError, OSError, AttributeError, KeyError) as e:
+        return str(e) if str(path) in str(e) else f"{path}: {e}: damaged, get it anew"
+    finally:
+        gc.enable()
+    kept = np.frombuffer(sizes, np.uint32)[keep]
+    counts["documents"] = int(np.count_nonzero(kept))
+    counts["bytes"] = int(kept.sum(dtype=np.int64))
+    counts["deletions"] = len(kept) - counts["documents"]
+    counts["replaced in its file"] = len(keep) - len(kept)
+    return counts
+
+
+def name_outputs(inputs, out):
+    """(input, output) pairs. An output is named by the path beneath the folder given, "/" as "-"; a
+    name that an earlier input took gets -2, -3 …: none collide, the same inputs give the same."""
+    pairs, taken = {}, set()
+    for given in map(Path, inputs):
+        if not given.exists():
+            raise FileNotFoundError(f"{given} does not exist: give files or folders")
+        found = [given] if given.is_file() else sorted(given.rglob("*"), key=natural)
+        found = [p for p in found if p.is_file() and SUFFIX.search(p.name) and out not in p.parents]
+        if not found:
+            raise ValueError(f"nothing to extract in {given}: .xml, .nxml, .jsonl, .json, .txt, "
+                             "plain or .gz, are read (unpack .zst and .tar first)")
+        for path in found:
+            name = path.name if path == given else "-".join(path.relative_to(given).parts)
+            stem = name = SUFFIX.sub("", name)
+            copies = itertools.count(2)
+            while name in taken and path not in pairs:
+                name = f"{stem}-{next(copies)}"
+            taken.add(name)
+            pairs.setdefault(path, out / f"{name}.jsonl.gz")
+    return list(pairs.items())
+
+
+def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1, shard=None):
+    """Extract every input file that has no output newer than itself; returns the summed counts."""
+    out = Path(out)
+    options = {"labels": labels, "languages": sorted(languages), "skip_pmc": skip_pmc}
+    pairs = sharded(name_outputs(inputs, out), shard)
+    settings = out / "extract.json"
+    own = {settings.name} if shard is None else set()  # another shard may be writing it
+    make_folder(out, {output.name for _, output in pairs} | own)
+    if settings.exists() and json.loads(settings.read_text()) != options:
+        raise ValueError(f"{out} was extracted with other options ({settings}): use another --out")
+    with replacing(settings) as f:
+        f.write(json.dumps(options).encode())
+    todo = [(path, output, options) for path, output in pairs
+            if not output.exists() or output.stat().st_mtime < path.stat().st_mtime]
+    results = in_processes(extract_file, todo, workers, "extract")
+    errors = [r for r in results if isinstance(r, str)]
+    total = sum((r for r in results if isinstance(r, Counter)), Counter())
+    dropped = sorted(total.keys() - {"documents", "bytes", "deletions"})
+    print(f"extract: {len(todo) - len(errors)} files written, {len(pairs) - len(todo)} finished "
+          f"before; {total['documents']:,} documents, {total['bytes']:,} bytes of text, "
+          f"{total['deletions']:,} deletions passed on; dropped: "
+          + (", ".join(f"{reason} {total[reason]:,}" for reason in dropped) or "none"))
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(todo)} files failed, others are done; mend, "
+                         "run again: " + "; ".join(errors[:5]))
+    return total
+
+
+# ---------------------------------------------------------------------------------------------
+# download: from the owners' servers to whole, verified files
+
+SOURCES = {
+    "pubmed": "https://ftp.ncbi.nlm.nih.gov/pubmed/",
+    "pmc": "https://pmc-oa-opendata.s3.amazonaws.com/",
+    "mmlu": "https://people.eecs.berkeley.edu/~hendrycks/",
+    "pubmedqa": "https://raw.githubusercontent.com/pubmedqa/pubmedqa/master/data/",
+    "medquad": "https://github.com/abachaa/MedQuAD/archive/refs/heads/",
+    "biomedlm": "https://huggingface.co/stanford-crfm/BioMedLM/resolve/main/",
+}
+FILES = {"mmlu": ["data.tar"], "medquad": ["master.zip"],
+         "pubmedqa": ["ori_pqal.json", "test_ground_truth.json"],
+         "biomedlm": ["config.json", "vocab.json", "merges.txt", "pytorch_model.bin"]}
+BY_HAND = {
+    "medqa": "https://github.com/jind11/MedQA links a Google Drive archive: put its data_clean",
+    "medmcqa": "https://github.com/medmcqa/medmcqa links a Google Drive archive: put train.json, "
+               "dev.json, test.json",
+    "bioasq": "http://participants-area.bioasq.org (registration) has the golden files, BLURB's "
+              "scripts make {train,dev,test}.tsv of them: put either",
+}
+AGENT = {"User-Agent": "biomedlm-data/1.0 (at most 4 connections)", "Accept-Encoding": "identity"}
+TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S = 7, 1.0, 4, (10, 30)
+SLOWEST_BYTES_PER_S, SLOW_AFTER_S = 1000, 30  # a slower connection is dropped, then resumed
+
+
+class Fault(Exception):
+    """A transfer that may succeed when tried again; args: what happened, seconds to wait."""
+
+
+def retry(function, url):
+    """function() until it raises no Fault: TRIES times, 1, 2, 4 … 60 s apart, or as asked."""
+    for attempt in range(TRIES):
+        try:
+            return function()
+        except Fault as e:
+            reason, *asked = e.args
+            if attempt < TRIES - 1:
+                time.sleep(min(60, max([BACKOFF_S * 2**attempt, *asked])))
+    raise OSError(f"{url}: {reason}, {TRIES} times: try again later; files that are whole are kept")
+
+
+@contextmanager
+def opened(url, headers=()):
+    """A streamed response of status 200, 206 or 416; other 4xx raise OSError, all else Fault."""
+    try:
+        with requests.get(url, headers=AGENT | dict(headers), stream=True, timeout=TIMEOUT_S) as r:
+            if r.status_code == 429 or r.status_code >= 500:
+                after = r.headers.get("Retry-After", "")
+                raise Fault(f"status {r.status_code}", float(after) if after.isdecimal() else 0)
+            if r.status_code not in (200, 206, 416):
+                raise OSError(f"{url}: status {r.status_code}: check the address or --base_url")
+            yield r
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as e:
+        raise Fault(f"connection failed ({type(e).__name__})") from None
+
+
+def page(url, pattern):
+    """A small text (listing, checksum, metadata) in which `pattern` must occur."""
+
+    def whole():
+        with opened(url) as r:
+            text = r.content.decode(errors="replace")
+        if not re.search(pattern, text):
+            raise Fault("not the expected content")
+        return text
+
+    return retry(whole, url)
+
+
+def transfer(url, part, bar):
+    """One connection: bring `part` to its full length; returns the sha256 if the server tells one.
+
+    Resumes only the very version that `part` began with: its ETag is kept beside it.
+    """
+    tag = Path(f"{part}.etag")
+    # one byte back: a file that a killed run left whole is answered like any other, not by a 416
+    have = max(0, part.stat().st_size - 1) if part.exists() and tag.exists() else 0
+    headers = {"Range": f"bytes={have}-", "If-Range": tag.read_text()} if have else {}
+    with opened(url, headers) as r:
+        resumed = r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if r.status_code == 416 or r.status_code == 206 and not resumed:
+            part.unlink(missing_ok=True)
+            raise Fault("the partial file does not fit")
+        tag.unlink(missing_ok=True)
+        with open(part, "ab") as f:
+            f.truncate(have if resumed else 0)
+            version = r.headers.get("ETag") or r.headers.get("Last-Modified") or "W/"
+            if not version.startswith("W/"):  # a weak tag may stand for other bytes
+                tag.write_text(version)
+            start, got = time.monotonic(), 0
+            while chunk := r.raw.read1(MIB):  # raises where the connection is cut
+                f.write(chunk)
+                got += len(chunk)
+                bar.update(len(chunk))
+                seconds = time.monotonic() - start
+                if seconds > SLOW_AFTER_S and got < SLOWEST_BYTES_PER_S * seconds:
+                    raise Fault("too slow")
+        linked = (r.history or [r])[0].headers.get("X-Linked-ETag", "").strip('"')  # Hugging Face's
+        return linked if len(linked) == 64 else None
+
+
+def fetch(url, path, bar, md5=lambda: None):
+    """Download to `path`: resumed, verified by md5() where there is one, renamed when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(f"{path}.part")
+
+    def attempt():
+        want, sha256 = md5(), transfer(url, part, bar)
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+            head = f.read(512).lstrip().lower()
+        fault = None
+        if want and hash_file(part, "md5") != want:
+            fault = "md5 differs from the published one"
+        elif sha256 and hash_file(part) != sha256:
+            fault = "sha256 differs from the published one"
+        elif head.startswith((b"<!doctype html", b"<html")):
+            fault = "a web page in the file's place"
+        elif path.suffix == ".gz" and not head.startswith(b"\x1f\x8b"):
+            fault = "not a gzip file"
+        Path(f"{part}.etag").unlink(missing_ok=True)
+        if fault:
+            part.unlink()
+            raise Fault(fault)
+        os.replace(part, path)
+
+    if not path.exists():
+        retry(attempt, url)
+
+
+def fetch_pubmed(base, out, first, last, bar):
+    """Jobs for the baseline, then the update files, of those numbered first to last."""
+
+    def citations(url):
+        md5 = lambda: page(url + ".md5", r"\b[0-9a-f]{32}\b").split("=")[-1].strip()
+        fetch(url, out / url.rsplit("/", 1)[1], bar, md5)
+
+    for folder in ("baseline/", "updatefiles/"):
+        listing = page(base + folder, r"<a href|pubmed\d+n\d+")
+        for name in sorted(set(re.findall(r"\bpubmed\d+n\d+\.xml\.gz\b", listing)), key=natural):
+            if first <= int(re.search(r"n(\d+)", name)[1]) <= last:
+                yield partial(citations, base + folder + name)
+
+
+def fetch_pmc(base, out, first, last, bar, licenses):
+    """Jobs for the newest version of each open-access article numbered first to last, by the
+    bucket's newest inventory of metadata files; retracted ones and other licences are left out."""
+    prefix = "inventory-reports/pmc-oa-opendata/metadata/"
+    listing = page(f"{base}?list-type=2&delimiter=/&prefix={prefix}", "<ListBucketResult")
+    newest = max(re.findall(rf"<Prefix>{prefix}(\d[^/<]+)/</Prefix>", listing))
+    versions = {}
+    for part in json.loads(page(f"{base}{prefix}{newest}/manifest.json", '"files"'))["files"]:
+        inventory = out / ".inventory" / Path(part["key"]).name
+        fetch(base + part["key"], inventory, bar, partial(part.get, "MD5checksum"))
+        with gzip.open(inventory, "rt") as f:
+            for _, key, *_ in csv.reader(f):
+                if match := re.fullmatch(r"metadata/PMC(\d+)\.(\d+)\.json", key):
+                    number, version = map(int, match.groups())
+                    versions[number] = max(version, versions.get(number, 0))
+
+    def article(number):
+        name = f"PMC{number}.{versions[number]}"
+        about = json.loads(page(f"{base}metadata/{name}.json", '"pmcid"'))
+        if about["is_retracted"] or not about["is_pmc_openaccess"]:
+            return
+        if licenses and about["license_code"] not in licenses:
+            return
+        # https://HOST/PMC1.1/PMC1.1.xml?md5=HEX
+        key, _, md5 = about["xml_url"].split("/", 3)[3].partition("?md5=")
+        path = out / str(number // 10_000) / f"{name}.xml"  # not millions of files in one folder
+        fetch(base + key, path, bar, lambda: md5)
+
+    yield from (partial(article, n) for n in sorted(versions) if first <= n <= last)
+
+
+def unpack(archive, folder):
+    """The archive's content in `folder`, whole or not at all."""
+    draft = Path(f"{folder}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        if archive.suffix != ".tar":
+            shutil.unpack_archive(archive, draft)  # zipfile writes no member outside
+        else:  # unpack_archive's own filter needs Python 3.11.4, and Debian 12 has 3.11.2
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    name = Path(member.name)
+                    plain = member.isfile() or member.isdir()
+                    if not plain or name.is_absolute() or ".." in name.parts:
+                        raise tarfile.TarError(f"{name} is no file of its own folder")
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)
+                tar.extractall(draft)
+    except (shutil.ReadError, tarfile.TarError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{archive}: {e}: delete it, download again") from None
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(draft, folder)
+
+
+def download(source, out, base_url=None, files=None, licenses=()):
+    """Fetch a source into `out`, CONNECTIONS files at a time; a rerun fetches what is missing."""
+    if source in BY_HAND:
+        raise ValueError(f"{source} has no plain address. {BY_HAND[source]} in --data's folder")
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", files or "0-999999999999")
+    if not match:
+        raise ValueError(f"--files {files}: give a number or a range, like 1-3")
+    numbers, out = (int(match[1]), int(match[2] or match[1])), Path(out)
+    base = (base_url or SOURCES[source]).rstrip("/") + "/"
+    results = []  # a job's error or None
+
+    def guarded(job):
+        try:
+            job()
+        except (OSError, ValueError, KeyError) as e:
+            return str(e)
+
+    with tqdm(unit="B", unit_scale=True, desc=f"download {source}", disable=None) as bar, \
+            ThreadPoolExecutor(CONNECTIONS) as pool:
+        jobs = fetch_pubmed(base, out, *numbers, bar) if source == "pubmed" else \
+            fetch_pmc(base, out, *numbers, bar, licenses) if source == "pmc" else \
+            (partial(fetch, base + name, out / name, bar) for name in FILES[source])
+        try:
+            while some := list(itertools.islice(jobs, 1000)):  # a few of millions at a time
+                results += pool.map(guarded, some)
+        except KeyboardInterrupt:
+            os._exit(130)  # at once; partial files stay, to be resumed
+    if errors := [error for error in results if error]:
+        raise OSError(f"{len(errors)} of {len(results)} files failed, run again; the first: "
+                      + errors[0])
+    if not results:
+        raise ValueError(f"{base} lists no file numbered {files}: check --files")
+    if source in ("mmlu", "medquad"):
+        unpack(out / FILES[source][0], out / "unpacked")
+    print(f"download: {source} is whole in {out} ({len(results)} addresses)")
 
 
 # ---------------------------------------------------------------------------------------------
