@@ -570,34 +570,23 @@ def write_atomically(path, write):
 
 
 # ---------------------------------------------------------------------------------------------
-# fused ops: which path runs, with which launch settings
+# fused ops: which path runs
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-# Fixed rather than autotuned (that costs minutes a rank): `python tests/bench.py kernels --tune`
-# on an H100. An attention row is query tile, key tile, num_warps, num_stages.
-LAUNCH = {
-    "norm": {"columns_per_sm": 6144},
-    "gelu": {"rows": 1, "cols": 1024, "warps": 4},
-    "gelu_backward": {"rows": 2, "cols": 512, "warps": 4, "programs_per_sm": 8},
-    "cross_entropy": {"block": 8192, "warps": 16, "chunk_rows": 4096},
-    "sm_80": {"forward": (128, 64, 8, 2), "dkv": (64, 32, 4, 1), "dq": (64, 32, 4, 1)},
-    "sm_90": {"forward": (64, 64, 4, 3), "dkv": (64, 64, 4, 2), "dq": (64, 64, 4, 2),
-              "dkv_dropout": (32, 64, 4, 2)},  # its mask's registers would spill at 64
-    "gfx942": {"forward": (128, 32, 4, 1), "dkv": (32, 64, 4, 1), "dq": (64, 32, 4, 1)},
-    "fp32": {"forward": (32, 32, 4, 1), "dkv": (32, 32, 4, 1), "dq": (32, 32, 4, 1)},
-}
 
 
 @torch.compiler.assume_constant_result  # a string: dynamo cannot compare a constant tuple
 def gpu():
-    """Whose settings the GPU takes: "sm_90" (Hopper), "sm_80" (Ampere, and anything newer) or
-    "gfx942" (ROCm); "" where none has bf16 matrix products, which begin with capability 8.0."""
-    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    """Whose launch settings the GPU takes: "sm_90" (Hopper) or "sm_80" (Ampere, anything newer).
+
+    "" where the references serve: without a GPU, on one without bf16 matrix products (they begin
+    with capability 8.0), and on AMD's, where nobody has run these kernels.
+    """
+    if not torch.cuda.is_available() or torch.version.hip:
+        return ""
+    major, _ = torch.cuda.get_device_capability()
     if major < 8:
         return ""
-    if torch.version.hip:
-        return "gfx942"
     return "sm_90" if major == 9 else "sm_80"
 
 
@@ -605,40 +594,43 @@ def kernels_active(device="cuda"):
     """The path of ops on tensors of `device`: "triton", "triton interpreter" or "reference"."""
     if INTERPRETED:
         return "triton interpreter"
-    runs = triton is not None and torch.device(device).type == "cuda" and gpu()
-    return "triton" if runs else "reference"
+    if triton is not None and torch.device(device).type == "cuda" and gpu():
+        return "triton"
+    return "reference"
 
 
-def fused(x):
-    """True if the op on tensor x runs a kernel; a float64 tensor always takes the reference."""
+def runs_kernel(x):
+    """True if an op on tensor x runs its kernel. A float64 tensor always takes the reference."""
     return x.dtype != torch.float64 and kernels_active(x.device) != "reference"
 
 
 def compute_dtype(x):
-    """The dtype autocast wants for x's device, or x's own outside autocast."""
-    on = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
+    """The dtype that autocast wants on x's device; outside autocast x's own."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
-def wide(x):
-    """x in at least fp32, for statistics and softmax."""
+def at_least_fp32(x):
+    """x for statistics and softmax: bf16 becomes fp32, float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def n_programs(x, per_sm):
-    """Programs of a grid-stride kernel: so many per multiprocessor, so sums are reproducible."""
-    return per_sm * (torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda
-                     else 1)
+# ---------------------------------------------------------------------------------------------
+# fused ops: what all kernels share
 
 
 def jit(fn):
-    """triton.jit where there is triton; the seed changes each step and must not respecialise."""
+    """triton.jit where there is triton. The seed changes every step: it must not recompile."""
     return triton.jit(fn, do_not_specialize=["seed"]) if triton else fn
 
 
 def custom_op(fn):
-    """Make fn an op that torch.compile calls and never looks into. Tracing runs fn as well, for its
-    outputs' shapes and dtypes, on tensors without data (FakeTensor): no kernel is launched then."""
+    """Make fn an op that torch.compile calls and never looks into.
+
+    Tracing runs fn too, on tensors without data (FakeTensor), to learn its outputs' shapes and
+    dtypes. No kernel is launched then.
+    """
     op = torch.library.custom_op(f"biomedlm::{fn.__name__}", mutates_args=())(fn)
     op.register_fake(fn)
     return op
@@ -650,9 +642,20 @@ def launch(kernel, grid, *args, **options):
         kernel[grid](*args, **options)
 
 
-def empty(like, *shape, dtype=None):
-    """An uninitialised tensor on like's device; like's shape and dtype unless given."""
-    return torch.empty(shape or like.shape, dtype=dtype or like.dtype, device=like.device)
+def n_programs(x, per_sm):
+    """Programs of a kernel whose every program walks many rows: per_sm a multiprocessor.
+
+    The number never depends on timing, so sums over rows are bit-identical every run.
+    """
+    if not x.is_cuda:
+        return per_sm
+    return per_sm * torch.cuda.get_device_properties(x.device).multi_processor_count
+
+
+@jit
+def load_fp32(ptr, mask, other: constexpr = 0.0):
+    """Values in fp32; `other` where the mask is False. (tl.store casts back by itself.)"""
+    return tl.load(ptr, mask=mask, other=other).to(tl.float32)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -672,11 +675,12 @@ def dropout_ref(x, p, seed):
     if torch.compiler.is_compiling():
         return F.dropout(x, p)
     generator = torch.Generator(x.device).manual_seed(seed)
-    return x * (torch.rand(x.shape, generator=generator, device=x.device) >= p) / (1 - p)
+    keep = torch.rand(x.shape, generator=generator, device=x.device) >= p
+    return x * keep / (1 - p)
 
 
-def rng(p, seed):
-    """The kernels' two integers of dropout: the seed in 31 bits, and p in 24."""
+def dropout_arguments(p, seed):
+    """What kernels take as `seed` and `p24`: the seed in 31 bits, and p · 2^24."""
     return seed % 2**31, round(p * 2**24)
 
 
@@ -688,15 +692,15 @@ def hash_u32(x):
 
 
 @jit
-def row_key(seed, row):
+def dropout_key(seed, row):
     return hash_u32(hash_u32(seed.to(tl.uint32)) ^ row.to(tl.uint32))
 
 
 @jit
-def dropout(x, key, col, drop):
-    """x / (1 - p) where the element stays, else 0; p = drop / 2^24 and key = row_key(seed, row)."""
+def dropout(x, key, col, p24):
+    """x / (1 - p) where the element stays, else 0. key is dropout_key(seed, row)."""
     random24 = hash_u32(key + col.to(tl.uint32) * 0x9E3779B1) >> 8
-    return tl.where(random24.to(tl.int32) >= drop, x * (1 / (1 - drop / 16777216)), 0.0)
+    return tl.where(random24.to(tl.int32) >= p24, x * (1 / (1 - p24 / 16777216)), 0.0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -705,71 +709,97 @@ def dropout(x, key, col, drop):
 #     r = residual + dropout(x)      x̂ = (r - mean(r)) · rstd      y = x̂ · w + b
 #
 # Backward. g = dy · w is the gradient at x̂. Each r_j moves x̂_j directly, and every x̂ through mean
-# and rstd; those two paths are projections, taking away g's part along 1 and its part along x̂:
+# and rstd. Those two paths are projections: they take away g's part along 1 and its part along x̂.
 #     dr = rstd · (g - mean(g) - x̂ · mean(g · x̂)) + dr_later
 # where dr_later flows back along the residual stream. d_residual = dr, dx = dropout's mask on dr,
 #     dw = Σ_rows dy · x̂       db = Σ_rows dy
-# Those sums run over all rows: each program walks rows in a grid-stride loop, keeps its own sum in
-# registers, writes it once, and a second step adds the programs' sums in a fixed order (no atomics:
-# bit-identical every run). A row is held as N_PIECES pieces of PIECE lanes, because 2560 = 5 x 512
-# while one power-of-two block would be 4096 lanes, 37% of them idle.
+# Those sums run over all rows. Each program walks rows in a grid-stride loop, keeps its own sum in
+# registers and writes it once; a second step adds the programs' sums in a fixed order. No atomics,
+# so that every run is bit-identical. A row is held as N_PIECES pieces of PIECE lanes, because
+# 2560 = 5 x 512, while one power-of-two block would be 4096 lanes, 37% of them idle.
 
 
 def layer_norm_ref(x, weight, bias, eps=1e-5):
-    y = x if x.dtype == weight.dtype else wide(x)  # torch's op takes its statistics in fp32
-    y = F.layer_norm(y, (x.shape[-1],), weight.to(y), bias.to(y), eps)
-    return y.to(compute_dtype(x))
+    # torch's op wants one dtype, and takes its statistics in fp32 whatever that is
+    wide = x if x.dtype == weight.dtype else at_least_fp32(x)
+    y = F.layer_norm(wide, weight.shape, weight.to(wide), bias.to(wide), eps)
+    return y.to(x.dtype)
 
 
 def add_layer_norm_ref(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=0):
-    new_residual = (residual + dropout_ref(wide(x), dropout_p, seed)).to(residual.dtype)
-    return layer_norm_ref(new_residual, weight, bias, eps).to(compute_dtype(x)), new_residual
+    branch = dropout_ref(at_least_fp32(x), dropout_p, seed)
+    new_residual = (residual + branch).to(residual.dtype)
+    return layer_norm_ref(new_residual, weight, bias, eps).to(x.dtype), new_residual
 
 
 @jit
-def norm_forward_kernel(x_ptr, res_ptr, w_ptr, b_ptr, y_ptr, new_ptr, mean_ptr, rstd_ptr, seed,
-                        drop, eps, C: constexpr, PIECE: constexpr, N_PIECES: constexpr,
-                        ADD: constexpr, DROPOUT: constexpr):
+def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
+                        w_ptr, b_ptr,  # (C,)
+                        y_ptr, new_ptr,  # written, (N, C)
+                        mean_ptr, rstd_ptr,  # written, (N,)
+                        seed, p24, eps,
+                        C: constexpr,
+                        PIECE: constexpr,
+                        N_PIECES: constexpr,
+                        ADD: constexpr,  # False: r = x, and new is not written
+                        DROPOUT: constexpr):
+    """One row: its new residual r, its mean and rstd, and y."""
     row = tl.program_id(0).to(tl.int64)  # int64: row * C passes 2^31 on long batches
-    total = tl.zeros([PIECE], tl.float32)
+    start = row * C
+
+    # Make r piece by piece and sum it. The pieces stay in registers for the two steps below.
     pieces = ()
+    total = tl.zeros([PIECE], tl.float32)
     for i in tl.static_range(N_PIECES):
         cols = i * PIECE + tl.arange(0, PIECE)
         inside = cols < C
-        r = tl.load(x_ptr + row * C + cols, mask=inside, other=0.0).to(tl.float32)
+        r = load_fp32(x_ptr + start + cols, inside)
         if ADD:
             if DROPOUT:
-                r = dropout(r, row_key(seed, row), cols, drop)
-            r += tl.load(res_ptr + row * C + cols, mask=inside, other=0.0).to(tl.float32)
+                r = dropout(r, dropout_key(seed, row), cols, p24)
+            r += load_fp32(residual_ptr + start + cols, inside)
             stored = r.to(new_ptr.dtype.element_ty)
-            tl.store(new_ptr + row * C + cols, stored, mask=inside)
-            r = stored.to(tl.float32)  # normalise what backward will read
+            tl.store(new_ptr + start + cols, stored, mask=inside)
+            r = stored.to(tl.float32)  # rounded: normalise what backward will read
         total += r
-        pieces = pieces + (r,)
+        pieces += (r,)
     mean = tl.sum(total, 0) / C
 
-    total = tl.zeros([PIECE], tl.float32)  # second pass over registers: no cancellation at mean 100
+    # A second pass over the registers gives the variance. Σr² - mean² in one pass would cancel
+    # at a mean of 100. Lanes outside the row must not count: there r is 0, not the mean.
+    total = tl.zeros([PIECE], tl.float32)
     for i in tl.static_range(N_PIECES):
-        centred = tl.where(i * PIECE + tl.arange(0, PIECE) < C, pieces[i] - mean, 0.0)
+        inside = i * PIECE + tl.arange(0, PIECE) < C
+        centred = tl.where(inside, pieces[i] - mean, 0.0)
         total += centred * centred
     rstd = 1 / tl.sqrt(tl.sum(total, 0) / C + eps)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
 
+    # Normalise.
     for i in tl.static_range(N_PIECES):
         cols = i * PIECE + tl.arange(0, PIECE)
         inside = cols < C
-        w = tl.load(w_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(b_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        w = load_fp32(w_ptr + cols, inside)
+        b = load_fp32(b_ptr + cols, inside)
         y = (pieces[i] - mean) * rstd * w + b
-        tl.store(y_ptr + row * C + cols, y.to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(y_ptr + start + cols, y, mask=inside)
 
 
 @jit
-def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr, w_ptr, mean_ptr, rstd_ptr, dx_ptr, dres_ptr,
-                         partial_ptr, n_rows, seed, drop, C: constexpr, PIECE: constexpr,
-                         N_PIECES: constexpr, ADD: constexpr, HAS_DNEW: constexpr,
+def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
+                         w_ptr,  # (C,)
+                         mean_ptr, rstd_ptr,  # (N,)
+                         dx_ptr, dresidual_ptr,  # written, (N, C)
+                         partial_ptr,  # written, (programs, 2, C)
+                         n_rows, seed, p24,
+                         C: constexpr,
+                         PIECE: constexpr,
+                         N_PIECES: constexpr,
+                         ADD: constexpr,
+                         HAS_DNEW: constexpr,  # False: nothing flows back along the stream
                          DROPOUT: constexpr):
+    """Many rows: their dx and d_residual, and this program's part of dw and db."""
     program = tl.program_id(0).to(tl.int64)
     dws = (tl.zeros([PIECE], tl.float32),) * N_PIECES
     dbs = (tl.zeros([PIECE], tl.float32),) * N_PIECES
@@ -778,94 +808,135 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr, w_ptr, mean_ptr, rstd_ptr, dx_
         start = row * C
         mean = tl.load(mean_ptr + row)
         rstd = tl.load(rstd_ptr + row)
+
+        # Read the row once: g and x̂ stay in registers. Their sums are dr's two projections;
+        # the same values serve dw and db.
         sum_g = tl.zeros([PIECE], tl.float32)
         sum_gx = tl.zeros([PIECE], tl.float32)
-        gs, xs, laters, new_dws, new_dbs = (), (), (), (), ()
+        gs = ()
+        xhats = ()
+        laters = ()
+        new_dws = ()
+        new_dbs = ()
         for i in tl.static_range(N_PIECES):
             cols = i * PIECE + tl.arange(0, PIECE)
             inside = cols < C
-            dy = tl.load(dy_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
-            r = tl.load(r_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
+            dy = load_fp32(dy_ptr + start + cols, inside)
+            r = load_fp32(r_ptr + start + cols, inside)
             later = 0.0
             if HAS_DNEW:
-                later = tl.load(dnew_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
+                later = load_fp32(dnew_ptr + start + cols, inside)
             xhat = tl.where(inside, (r - mean) * rstd, 0.0)
-            g = dy * tl.load(w_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+            g = dy * load_fp32(w_ptr + cols, inside)
             sum_g += g
             sum_gx += g * xhat
-            gs, xs, laters = gs + (g,), xs + (xhat,), laters + (later,)
-            new_dws, new_dbs = new_dws + (dws[i] + dy * xhat,), new_dbs + (dbs[i] + dy,)
-        dws, dbs = new_dws, new_dbs
+            gs += (g,)
+            xhats += (xhat,)
+            laters += (later,)
+            new_dws += (dws[i] + dy * xhat,)
+            new_dbs += (dbs[i] + dy,)
+        dws = new_dws
+        dbs = new_dbs
         mean_g = tl.sum(sum_g, 0) / C
         mean_gx = tl.sum(sum_gx, 0) / C
+
+        # Write dr to the residual stream, and through dropout's mask to the branch.
         for i in tl.static_range(N_PIECES):
             cols = i * PIECE + tl.arange(0, PIECE)
             inside = cols < C
-            dr = rstd * (gs[i] - mean_g - xs[i] * mean_gx) + laters[i]
+            dr = rstd * (gs[i] - mean_g - xhats[i] * mean_gx) + laters[i]
             if ADD:
-                tl.store(dres_ptr + start + cols, dr.to(dres_ptr.dtype.element_ty), mask=inside)
+                tl.store(dresidual_ptr + start + cols, dr, mask=inside)
             if DROPOUT:
-                dr = dropout(dr, row_key(seed, row), cols, drop)
-            tl.store(dx_ptr + start + cols, dr.to(dx_ptr.dtype.element_ty), mask=inside)
+                dr = dropout(dr, dropout_key(seed, row), cols, p24)
+            tl.store(dx_ptr + start + cols, dr, mask=inside)
+
+    # The program's own sums, a row of partial (programs, 2, C).
     for i in tl.static_range(N_PIECES):
         cols = i * PIECE + tl.arange(0, PIECE)
         tl.store(partial_ptr + 2 * program * C + cols, dws[i], mask=cols < C)
         tl.store(partial_ptr + (2 * program + 1) * C + cols, dbs[i], mask=cols < C)
 
 
+NORM_COLUMNS_PER_SM = 6144  # backward: C = 2560 gets 2 programs a multiprocessor, 768 gets 8
+
+
 def norm_launch(C):
-    """(PIECE, N_PIECES, num_warps): fewest idle lanes, 4 elements a thread. 2560 -> 512, 5, 4;
-    768 -> 256, 3, 2; 1000 -> 1024, 1, 8."""
-    def padded(piece):
-        return -(-C // piece) * piece
-    fits = [piece for piece in (2**n for n in range(13, 6, -1)) if padded(piece) <= 8 * piece]
-    piece = min(min(fits, key=padded), triton.next_power_of_2(C))
-    return piece, triton.cdiv(C, piece), min(max(piece // 128, 1), 8)
+    """(PIECE, N_PIECES, num_warps) without idle lanes where C allows it, 4 elements a thread.
+
+    2560 -> 512, 5, 4; 768 -> 256, 3, 2; 1000 -> 1024, 1, 8.
+    """
+    piece = C & -C  # the largest power of two that divides C
+    if piece < 128 or C // piece > 8:
+        piece = triton.next_power_of_2(C)
+    warps = min(max(piece // 128, 1), 8)
+    return piece, triton.cdiv(C, piece), warps
 
 
 @custom_op
 def norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
                  p: float, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    C, add = x.shape[-1], residual is not None
-    y, new = empty(x, dtype=dtype), empty(residual) if add else empty(x, 0)
-    mean, rstd = (empty(x, x.numel() // C, dtype=torch.float32) for _ in range(2))
-    x, res = x.contiguous(), residual.contiguous() if add else x
+    """-> y, new residual (empty where none came in), mean, rstd."""
+    x = x.contiguous()
+    C = x.shape[-1]
+    add = residual is not None
+    residual = residual.contiguous() if add else x  # x: a pointer that is never read
+    new = torch.empty_like(residual) if add else x.new_empty(0)
+    y = torch.empty_like(x, dtype=dtype)
+    mean = x.new_empty(x.numel() // C, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
     piece, n_pieces, warps = norm_launch(C)
-    launch(norm_forward_kernel, (mean.numel(),), x, res, weight, bias, y, new, mean, rstd,
-           *rng(p, seed), eps, C, piece, n_pieces, add, p > 0, num_warps=warps)
+    launch(norm_forward_kernel, (len(mean),),
+           x, residual, weight, bias,
+           y, new, mean, rstd,
+           *dropout_arguments(p, seed), eps,
+           C, piece, n_pieces, add, p > 0,
+           num_warps=warps)
     return y, new, mean, rstd
 
 
 @custom_op
 def norm_backward(dy: Tensor, dnew: Tensor | None, r: Tensor, weight: Tensor, mean: Tensor,
                   rstd: Tensor, add: bool, p: float, seed: int, dtype: torch.dtype
-                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    C, N, r, dy = r.shape[-1], mean.numel(), r.contiguous(), dy.contiguous()
-    dx, dres = empty(r, dtype=dtype), empty(r) if add else empty(r, 0)
-    per_sm = min(max(LAUNCH["norm"]["columns_per_sm"] // C, 2), 16)
+                  ) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dx, d_residual (empty unless add), dw and db as (2, C)."""
+    r = r.contiguous()
+    dy = dy.contiguous()
+    N = len(mean)
+    C = r.shape[-1]
+    has_dnew = dnew is not None
+    dnew = dnew.contiguous() if has_dnew else dy  # dy: a pointer that is never read
+    dx = torch.empty_like(r, dtype=dtype)
+    dresidual = torch.empty_like(r) if add else r.new_empty(0)
+    per_sm = min(max(NORM_COLUMNS_PER_SM // C, 2), 16)
     programs = max(min(N, n_programs(r, per_sm)), 1)
-    partial = empty(r, programs, 2, C, dtype=torch.float32)
+    partial = r.new_empty(programs, 2, C, dtype=torch.float32)
     piece, n_pieces, warps = norm_launch(C)
-    launch(norm_backward_kernel, (programs,), dy, dy if dnew is None else dnew.contiguous(), r,
-           weight, mean, rstd, dx, dres, partial, N, *rng(p, seed), C, piece, n_pieces, add,
-           dnew is not None, p > 0, num_warps=warps)
-    dw, db = partial.sum(0).to(weight.dtype)  # the second stage, in a fixed order
-    return dx, dres, dw.clone(), db.clone()  # clones: an op's outputs may not share storage
+    launch(norm_backward_kernel, (programs,),
+           dy, dnew, r, weight, mean, rstd,
+           dx, dresidual, partial,
+           N, *dropout_arguments(p, seed),
+           C, piece, n_pieces, add, has_dnew, p > 0,
+           num_warps=warps)
+    return dx, dresidual, partial.sum(0).to(weight.dtype)
 
 
 def norm_setup(ctx, inputs, output):
     x, residual, weight, _, _, p, seed, _ = inputs
     _, new, mean, rstd = output
+    add = residual is not None
     ctx.set_materialize_grads(False)  # an unused output's gradient stays None, not a zero tensor
-    ctx.settings = (residual is not None, p, seed, x.dtype)
-    ctx.save_for_backward(x if residual is None else new, weight, mean, rstd)
+    ctx.settings = (add, p, seed, x.dtype)
+    ctx.save_for_backward(new if add else x, weight, mean, rstd)
 
 
 def norm_autograd(ctx, dy, dnew, *_):
     r, *rest = ctx.saved_tensors  # read once: under checkpointing a second look raises
-    dy = torch.zeros_like(r) if dy is None else dy
-    dx, dres, dw, db = norm_backward(dy, dnew, r, *rest, *ctx.settings)
-    return dx, dres if ctx.settings[0] else None, dw, db, None, None, None, None
+    if dy is None:
+        dy = torch.zeros_like(r)
+    dx, dresidual, (dw, db) = norm_backward(dy, dnew, r, *rest, *ctx.settings)
+    add = ctx.settings[0]
+    return dx, dresidual if add else None, dw, db, None, None, None, None
 
 
 norm_forward.register_autograd(norm_autograd, setup_context=norm_setup)
@@ -874,17 +945,21 @@ norm_forward.register_autograd(norm_autograd, setup_context=norm_setup)
 def layer_norm(x, weight, bias, eps=1e-5):
     """LayerNorm over the last dimension. x (..., C) of any float dtype; weight, bias (C,), fp32
     under autocast. Returns (..., C) in x's dtype, or autocast's."""
-    if not fused(x):
-        return layer_norm_ref(x, weight, bias, eps)
-    return norm_forward(x, None, weight, bias, eps, 0.0, 0, compute_dtype(x))[0]
+    dtype = compute_dtype(x)
+    if runs_kernel(x):
+        return norm_forward(x, None, weight, bias, eps, 0.0, 0, dtype)[0]
+    return layer_norm_ref(x, weight, bias, eps).to(dtype)
 
 
 def add_layer_norm(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=0):
     """new_residual = residual + dropout(x) in residual's dtype, and y = LayerNorm(new_residual) in
-    x's dtype (or autocast's). x, residual (..., C). The mask is a function of the int seed."""
-    if not fused(x):
-        return add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed)
-    return norm_forward(x, residual, weight, bias, eps, dropout_p, seed, compute_dtype(x))[:2]
+    x's dtype (or autocast's). x, residual (..., C). The mask is a function of the int seed.
+    Returns (y, new_residual)."""
+    dtype = compute_dtype(x)
+    if runs_kernel(x):
+        return norm_forward(x, residual, weight, bias, eps, dropout_p, seed, dtype)[:2]
+    y, new_residual = add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed)
+    return y.to(dtype), new_residual
 
 
 # ---------------------------------------------------------------------------------------------
@@ -899,8 +974,8 @@ def add_layer_norm(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=0):
 
 
 def bias_gelu_ref(x, bias):
-    x = x.to(compute_dtype(x))
-    return F.gelu(wide(x) + bias.to(wide(x)), approximate="tanh").to(x.dtype)
+    u = at_least_fp32(x)
+    return F.gelu(u + bias.to(u), approximate="tanh").to(x.dtype)
 
 
 @jit
@@ -910,71 +985,111 @@ def gelu_gate(u):
 
 
 @jit
-def gelu_forward_kernel(x_ptr, b_ptr, y_ptr, n_rows, C: constexpr, ROWS: constexpr,
+def gelu_forward_kernel(x_ptr,  # (N, C)
+                        b_ptr,  # (C,)
+                        y_ptr,  # written, (N, C)
+                        n_rows,
+                        C: constexpr,
+                        ROWS: constexpr,
                         COLS: constexpr):
-    n_tiles = tl.cdiv(C, COLS)  # one grid axis: the others end at 65,535 programs
+    """One tile of ROWS x COLS. The tiles lie on one grid axis: the others end at 65,535."""
+    n_tiles = tl.cdiv(C, COLS)
     cols = tl.program_id(0) % n_tiles * COLS + tl.arange(0, COLS)
     rows = (tl.program_id(0) // n_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
     at = rows[:, None] * C + cols[None, :]
-    b = tl.load(b_ptr + cols[None, :], mask=(cols < C)[None, :], other=0.0).to(tl.float32)
-    u = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + b
-    tl.store(y_ptr + at, (u * gelu_gate(u)).to(y_ptr.dtype.element_ty), mask=inside)
+    b = load_fp32(b_ptr + cols[None, :], (cols < C)[None, :])
+    u = load_fp32(x_ptr + at, inside) + b
+    tl.store(y_ptr + at, u * gelu_gate(u), mask=inside)
 
 
 @jit
-def gelu_backward_kernel(dy_ptr, x_ptr, b_ptr, dx_ptr, partial_ptr, n_rows, C: constexpr,
-                         ROWS: constexpr, COLS: constexpr):
+def gelu_backward_kernel(dy_ptr, x_ptr,  # (N, C)
+                         b_ptr,  # (C,)
+                         dx_ptr,  # written, (N, C)
+                         partial_ptr,  # written, (programs, C)
+                         n_rows,
+                         C: constexpr,
+                         ROWS: constexpr,
+                         COLS: constexpr):
+    """Some columns, many rows: their dx, and this program's part of db."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    b = tl.load(b_ptr + cols[None, :], mask=(cols < C)[None, :], other=0.0).to(tl.float32)
+    b = load_fp32(b_ptr + cols[None, :], (cols < C)[None, :])
     db = tl.zeros([ROWS, COLS], tl.float32)
     first = tl.program_id(1).to(tl.int64) * ROWS
     for step in range(0, n_rows - first, tl.num_programs(1) * ROWS):
         rows = first + step + tl.arange(0, ROWS)
         inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
         at = rows[:, None] * C + cols[None, :]
-        dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        u = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + b
+        dy = load_fp32(dy_ptr + at, inside)
+        u = load_fp32(x_ptr + at, inside) + b
+        # The two terms of the product rule; 0.2140644488 = 2 √(2/π) · 0.134145.
         s = gelu_gate(u)
         dx = dy * (s + u * s * (1 - s) * (1.5957691216057308 + 0.2140644488 * u * u))
         db += dx
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        tl.store(dx_ptr + at, dx, mask=inside)
     tl.store(partial_ptr + tl.program_id(1) * C + cols, tl.sum(db, 0), mask=cols < C)
+
+
+GELU_FORWARD_TILE = (1, 1024, 4)  # rows, columns, num_warps
+GELU_BACKWARD_TILE = (2, 512, 4)
+GELU_PROGRAMS_PER_SM = 8  # backward
 
 
 @custom_op
 def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
-    x, C, tile = x.contiguous(), x.shape[-1], LAUNCH["gelu"]
-    y, N = empty(x), x.numel() // C
-    cols = min(tile["cols"], triton.next_power_of_2(C))
-    launch(gelu_forward_kernel, (triton.cdiv(C, cols) * triton.cdiv(N, tile["rows"]),),
-           x, bias, y, N, C, tile["rows"], cols, num_warps=tile["warps"])
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    C = x.shape[-1]
+    N = x.numel() // C
+    rows, cols, warps = GELU_FORWARD_TILE
+    cols = min(cols, triton.next_power_of_2(C))
+    grid = (triton.cdiv(C, cols) * triton.cdiv(N, rows),)
+    launch(gelu_forward_kernel, grid,
+           x, bias,
+           y,
+           N, C, rows, cols,
+           num_warps=warps)
     return y
 
 
 @custom_op
 def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    x, dy, C, tile = x.contiguous(), dy.contiguous(), x.shape[-1], LAUNCH["gelu_backward"]
-    dx, N, rows = empty(x), x.numel() // C, tile["rows"]
-    cols = min(tile["cols"], triton.next_power_of_2(C))
-    col_blocks = triton.cdiv(C, cols)
-    wanted = triton.cdiv(n_programs(x, tile["programs_per_sm"]), col_blocks)
-    programs = max(min(wanted, triton.cdiv(N, rows)), 1)
-    partial = empty(x, programs, C, dtype=torch.float32)
-    launch(gelu_backward_kernel, (col_blocks, programs), dy, x, bias, dx, partial, N, C, rows, cols,
-           num_warps=tile["warps"])
+    x = x.contiguous()
+    dy = dy.contiguous()
+    dx = torch.empty_like(x)
+    C = x.shape[-1]
+    N = x.numel() // C
+    rows, cols, warps = GELU_BACKWARD_TILE
+    cols = min(cols, triton.next_power_of_2(C))
+    col_tiles = triton.cdiv(C, cols)
+    programs = triton.cdiv(n_programs(x, GELU_PROGRAMS_PER_SM), col_tiles)
+    programs = max(min(programs, triton.cdiv(N, rows)), 1)
+    partial = x.new_empty(programs, C, dtype=torch.float32)
+    launch(gelu_backward_kernel, (col_tiles, programs),
+           dy, x, bias,
+           dx, partial,
+           N, C, rows, cols,
+           num_warps=warps)
     return dx, partial.sum(0).to(bias.dtype)
 
 
-gelu_forward.register_autograd(
-    lambda ctx, dy: gelu_backward(dy, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+def gelu_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def gelu_autograd(ctx, dy):
+    return gelu_backward(dy, *ctx.saved_tensors)
+
+
+gelu_forward.register_autograd(gelu_autograd, setup_context=gelu_setup)
 
 
 def bias_gelu(x, bias):
     """GELU(x + bias), tanh approximation (GPT-2's gelu_new). x (..., C), bias (C,). Returns x's
     dtype, or autocast's."""
-    return gelu_forward(x.to(compute_dtype(x)), bias) if fused(x) else bias_gelu_ref(x, bias)
+    x = x.to(compute_dtype(x))
+    return gelu_forward(x, bias) if runs_kernel(x) else bias_gelu_ref(x, bias)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -982,32 +1097,33 @@ def bias_gelu(x, bias):
 #
 #     S = scale · Q Kᵀ (below the diagonal)     P = softmax(S)     O = dropout(P) V
 #
-# Forward (FlashAttention): a program owns a tile of query rows and walks the key tiles, keeping
-# each row's running maximum m, running sum l and unscaled output; when m grows, both are rescaled.
-# Only lse = m + log l is kept, T numbers a head instead of T². Exponentials are base 2 (one
-# instruction), so lse is too. Backward recomputes P = exp(S - lse) tile by tile. With dropout's
-# mask M, which holds 1/(1-p):
+# Forward (FlashAttention): a program owns a tile of BM query rows and walks the tiles of BN keys.
+# It keeps each row's running maximum m, running sum l and unscaled output; when m grows, both are
+# rescaled. Only lse = m + log l is kept, T numbers a head instead of T². Exponentials are base 2
+# (one instruction), so lse is too. Backward makes P = exp(S - lse) again, tile by tile. With
+# dropout's mask M, which holds 1/(1-p):
 #     dV = (P∘M)ᵀ dO     dP = (dO Vᵀ)∘M     dS = P∘(dP - δ)     dQ = scale·dS K     dK = scale·dSᵀ Q
 # The softmax's Jacobian takes away δ_i = Σ_j P_ij dP_ij, which equals Σ_d dO_id O_id.
 # Two kernels, so that nobody needs atomics: one owns query tiles (δ, dQ), one key tiles (dK, dV).
+#
 # qkv (B, T, 3C) is read in place through its strides, [q | k | v] as HF packs it, and the gradient
-# is written in the same layout: no transposed copy. Key tiles below the diagonal need no causal
-# mask: each loop's body is unrolled twice, for those (ON_DIAGONAL 0) and for the rest (1).
+# is written in the same layout: no transposed copy. BD is D padded to a power of two. Tiles that
+# the diagonal doesn't cross need no causal mask. So each loop stands twice in the compiled kernel
+# (static_range unrolls it): once for those (ON_DIAGONAL 0), once with the mask (1).
 
 
 def split_heads(qkv, n_head):
     """(B, T, 3C) -> q, k, v, each a (B, H, T, D) view."""
-    B, T, C3 = qkv.shape
-    return qkv.view(B, T, 3, n_head, C3 // (3 * n_head)).permute(2, 0, 3, 1, 4).unbind(0)
+    return qkv.unflatten(-1, (3, n_head, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def attention_ref(qkv, n_head, scale, dropout_p=0.0, seed=0):
-    qkv = qkv.to(compute_dtype(qkv))
     q, k, v = split_heads(qkv, n_head)
-    S = scale * wide(q @ k.transpose(-2, -1))  # (B, H, T, T)
-    above = torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).triu(1)
-    P = dropout_ref(S.masked_fill(above, -torch.inf).softmax(-1), dropout_p, seed)
-    return (P.to(v.dtype) @ v).transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
+    S = scale * at_least_fp32(q @ k.transpose(-2, -1))  # (B, H, T, T)
+    above = torch.ones_like(S, dtype=torch.bool).triu(1)
+    P = S.masked_fill(above, -torch.inf).softmax(-1)
+    O = dropout_ref(P, dropout_p, seed).to(v.dtype) @ v  # noqa: E741
+    return O.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
 
 
 @jit
@@ -1024,47 +1140,65 @@ def load_tile(ptr, rows, stride, T, D: constexpr, BD: constexpr, EVEN: constexpr
 @jit
 def store_tile(ptr, tile, rows, stride, T, D: constexpr, BD: constexpr):
     d = tl.arange(0, BD)
-    tl.store(ptr + rows[:, None] * stride + d[None, :], tile.to(ptr.dtype.element_ty),
-             mask=(rows < T)[:, None] & (d < D)[None, :])
+    inside = (rows < T)[:, None] & (d < D)[None, :]
+    tl.store(ptr + rows[:, None] * stride + d[None, :], tile, mask=inside)
 
 
 @jit
 def head_offsets(pair, T, H: constexpr, D: constexpr):
     """Where the (batch, head) pair begins in qkv (B, T, 3C), and in an output (B, T, C)."""
-    batch, at = (pair // H).to(tl.int64), (pair % H) * D
-    return batch * T * (3 * H * D) + at, batch * T * (H * D) + at
+    batch = (pair // H).to(tl.int64)
+    head = (pair % H) * D
+    return batch * T * (3 * H * D) + head, batch * T * (H * D) + head
 
 
 @jit
-def attention_forward_kernel(qkv_ptr, o_ptr, lse_ptr, T, scale2, seed, drop, H: constexpr,
-                             D: constexpr, BD: constexpr, BM: constexpr, BN: constexpr,
-                             EVEN: constexpr, DROPOUT: constexpr):
+def attention_forward_kernel(qkv_ptr,  # (B, T, 3C)
+                             o_ptr,  # written, (B, T, C)
+                             lse_ptr,  # written, (B, H, T)
+                             T, scale2, seed, p24,
+                             H: constexpr,
+                             D: constexpr,
+                             BD: constexpr,
+                             BM: constexpr,
+                             BN: constexpr,
+                             EVEN: constexpr,  # the tiles fit: no mask
+                             DROPOUT: constexpr):
+    """O and lse of a tile of query rows."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # longest rows first: even load
     pair = tl.program_id(1)
-    at, o_at = head_offsets(pair, T, H, D)
+    qkv_at, o_at = head_offsets(pair, T, H, D)
+    q_ptr = qkv_ptr + qkv_at
     rows = first + tl.arange(0, BM)
-    keys = row_key(seed, pair * T + rows)
-    q = load_tile(qkv_ptr + at, rows, 3 * H * D, T, D, BD, EVEN)
+    dropout_keys = dropout_key(seed, pair * T + rows)[:, None]
+    q = load_tile(q_ptr, rows, 3 * H * D, T, D, BD, EVEN)
     acc = tl.zeros([BM, BD], tl.float32)
     m = tl.full([BM], -1e30, tl.float32)
     total = tl.zeros([BM], tl.float32)
-    diagonal = first // BN * BN
-    end = tl.minimum(first + BM, T)
+    diagonal = first // BN * BN  # key tiles before this lie below the diagonal
+    last = tl.minimum(first + BM, T)  # no row of this tile sees a key from here on
     for ON_DIAGONAL in tl.static_range(2):
-        low, high = diagonal * ON_DIAGONAL, diagonal + (end - diagonal) * ON_DIAGONAL
-        for start in range(low, high, BN):
+        if ON_DIAGONAL:
+            begin = diagonal
+            end = last
+        else:
+            begin = 0
+            end = diagonal
+        for start in range(begin, end, BN):
             cols = start + tl.arange(0, BN)
-            k = load_tile(qkv_ptr + at + H * D, cols, 3 * H * D, T, D, BD, EVEN)
+            k = load_tile(q_ptr + H * D, cols, 3 * H * D, T, D, BD, EVEN)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
             if ON_DIAGONAL:  # finite: -inf minus -inf would be NaN
                 s = tl.where(cols[None, :] <= rows[:, None], s, -1e30)
+
+            # Where the maximum grows, what was summed so far shrinks by alpha.
             m_new = tl.maximum(m, tl.max(s, 1))
             prob = tl.exp2(s - m_new[:, None])
             alpha = tl.exp2(m - m_new)
             total = total * alpha + tl.sum(prob, 1)  # P before dropout
             if DROPOUT:
-                prob = dropout(prob, keys[:, None], cols[None, :], drop)
-            v = load_tile(qkv_ptr + at + 2 * H * D, cols, 3 * H * D, T, D, BD, EVEN)
+                prob = dropout(prob, dropout_keys, cols[None, :], p24)
+            v = load_tile(q_ptr + 2 * H * D, cols, 3 * H * D, T, D, BD, EVEN)
             acc = tl.dot(prob.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
             m = m_new
     tl.store(lse_ptr + pair.to(tl.int64) * T + rows, m + tl.log2(total), mask=rows < T)
@@ -1072,115 +1206,199 @@ def attention_forward_kernel(qkv_ptr, o_ptr, lse_ptr, T, scale2, seed, drop, H: 
 
 
 @jit
-def attention_dq_kernel(qkv_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, scale, scale2,
-                        seed, drop, H: constexpr, D: constexpr, BD: constexpr, BM: constexpr,
-                        BN: constexpr, EVEN: constexpr, DROPOUT: constexpr):
+def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
+                        o_ptr, do_ptr,  # (B, T, C)
+                        lse_ptr,  # (B, H, T)
+                        delta_ptr,  # written, (B, H, T)
+                        dqkv_ptr,  # its first third is written, (B, T, 3C)
+                        T, scale, scale2, seed, p24,
+                        H: constexpr,
+                        D: constexpr,
+                        BD: constexpr,
+                        BM: constexpr,
+                        BN: constexpr,
+                        EVEN: constexpr,
+                        DROPOUT: constexpr):
+    """δ and dQ of a tile of query rows. The walk is forward's."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     pair = tl.program_id(1)
-    at, o_at = head_offsets(pair, T, H, D)
+    qkv_at, o_at = head_offsets(pair, T, H, D)
+    q_ptr = qkv_ptr + qkv_at
     rows = first + tl.arange(0, BM)
-    row_at = pair.to(tl.int64) * T + rows
-    keys = row_key(seed, pair * T + rows)
+    row_at = pair.to(tl.int64) * T + rows  # in lse and delta, both (B, H, T)
+    dropout_keys = dropout_key(seed, pair * T + rows)[:, None]
+
+    # δ from O and dO. It is stored for the other kernel, which runs next.
     do = load_tile(do_ptr + o_at, rows, H * D, T, D, BD, EVEN)
     o = load_tile(o_ptr + o_at, rows, H * D, T, D, BD, EVEN)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta_ptr + row_at, delta, mask=rows < T)  # for the other kernel, which runs next
-    q = load_tile(qkv_ptr + at, rows, 3 * H * D, T, D, BD, EVEN)
-    lse = tl.load(lse_ptr + row_at, mask=rows < T, other=0.0)
+    tl.store(delta_ptr + row_at, delta, mask=rows < T)
+
+    q = load_tile(q_ptr, rows, 3 * H * D, T, D, BD, EVEN)
+    lse = load_fp32(lse_ptr + row_at, rows < T)
     dq = tl.zeros([BM, BD], tl.float32)
-    diagonal = first // BN * BN
-    end = tl.minimum(first + BM, T)
+    diagonal = first // BN * BN  # key tiles before this lie below the diagonal
+    last = tl.minimum(first + BM, T)  # no row of this tile sees a key from here on
     for ON_DIAGONAL in tl.static_range(2):
-        low, high = diagonal * ON_DIAGONAL, diagonal + (end - diagonal) * ON_DIAGONAL
-        for start in range(low, high, BN):
+        if ON_DIAGONAL:
+            begin = diagonal
+            end = last
+        else:
+            begin = 0
+            end = diagonal
+        for start in range(begin, end, BN):
             cols = start + tl.arange(0, BN)
-            k = load_tile(qkv_ptr + at + H * D, cols, 3 * H * D, T, D, BD, EVEN)
-            v = load_tile(qkv_ptr + at + 2 * H * D, cols, 3 * H * D, T, D, BD, EVEN)
+            k = load_tile(q_ptr + H * D, cols, 3 * H * D, T, D, BD, EVEN)
+            v = load_tile(q_ptr + 2 * H * D, cols, 3 * H * D, T, D, BD, EVEN)
+
+            # P again from lse, already divided by the row's sum.
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
             prob = tl.exp2(s - lse[:, None])
             if ON_DIAGONAL:
                 prob = tl.where(cols[None, :] <= rows[:, None], prob, 0.0)
+
+            # dP through dropout's mask, then the softmax, then the product with K.
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             if DROPOUT:
-                dp = dropout(dp, keys[:, None], cols[None, :], drop)
+                dp = dropout(dp, dropout_keys, cols[None, :], p24)
             ds = prob * (dp - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    store_tile(dqkv_ptr + at, dq * scale, rows, 3 * H * D, T, D, BD)
+    store_tile(dqkv_ptr + qkv_at, dq * scale, rows, 3 * H * D, T, D, BD)
 
 
 @jit
-def attention_dkv_kernel(qkv_ptr, do_ptr, lse_ptr, delta_ptr, dqkv_ptr, T, scale, scale2, seed,
-                         drop, H: constexpr, D: constexpr, BD: constexpr, BM: constexpr,
-                         BN: constexpr, EVEN: constexpr, DROPOUT: constexpr):
-    first, pair = tl.program_id(0) * BN, tl.program_id(1)  # the first key tile has the most rows
-    at, o_at = head_offsets(pair, T, H, D)
+def attention_dkv_kernel(qkv_ptr,  # (B, T, 3C)
+                         do_ptr,  # (B, T, C)
+                         lse_ptr, delta_ptr,  # (B, H, T)
+                         dqkv_ptr,  # its other two thirds are written
+                         T, scale, scale2, seed, p24,
+                         H: constexpr,
+                         D: constexpr,
+                         BD: constexpr,
+                         BM: constexpr,
+                         BN: constexpr,
+                         EVEN: constexpr,
+                         DROPOUT: constexpr):
+    """dK and dV of a tile of keys. It walks the query tiles at and below the diagonal, and all is
+    transposed: Sᵀ, Pᵀ and dSᵀ are (keys, queries)."""
+    first = tl.program_id(0) * BN  # the first key tile has the most rows
+    pair = tl.program_id(1)
+    qkv_at, o_at = head_offsets(pair, T, H, D)
+    q_ptr = qkv_ptr + qkv_at
     cols = first + tl.arange(0, BN)
-    k = load_tile(qkv_ptr + at + H * D, cols, 3 * H * D, T, D, BD, EVEN)
-    v = load_tile(qkv_ptr + at + 2 * H * D, cols, 3 * H * D, T, D, BD, EVEN)
+    k = load_tile(q_ptr + H * D, cols, 3 * H * D, T, D, BD, EVEN)
+    v = load_tile(q_ptr + 2 * H * D, cols, 3 * H * D, T, D, BD, EVEN)
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
     below = tl.minimum(tl.cdiv(first + BN, BM) * BM, T)  # rows from here on see all these keys
     for ON_DIAGONAL in tl.static_range(2):
-        low = below + (first // BM * BM - below) * ON_DIAGONAL
-        high = T + (below - T) * ON_DIAGONAL
-        for start in range(low, high, BM):  # everything transposed: (keys, queries)
+        if ON_DIAGONAL:
+            begin = first // BM * BM
+            end = below
+        else:
+            begin = below
+            end = T
+        for start in range(begin, end, BM):
             rows = start + tl.arange(0, BM)
             row_at = pair.to(tl.int64) * T + rows
-            q = load_tile(qkv_ptr + at, rows, 3 * H * D, T, D, BD, EVEN)
-            lse = tl.load(lse_ptr + row_at, mask=rows < T, other=0.0)
+
+            # Pᵀ again from lse.
+            q = load_tile(q_ptr, rows, 3 * H * D, T, D, BD, EVEN)
+            lse = load_fp32(lse_ptr + row_at, rows < T)
             prob = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 - lse[None, :])
             if ON_DIAGONAL:
                 prob = tl.where(cols[:, None] <= rows[None, :], prob, 0.0)
+
+            # dV takes P as forward used it, after dropout; the softmax takes it before.
             do = load_tile(do_ptr + o_at, rows, H * D, T, D, BD, EVEN)
-            delta = tl.load(delta_ptr + row_at, mask=rows < T, other=0.0)
+            delta = load_fp32(delta_ptr + row_at, rows < T)
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
             dropped = prob
             if DROPOUT:
-                keys = row_key(seed, pair * T + rows)[None, :]
-                dropped = dropout(prob, keys, cols[:, None], drop)
-                dp = dropout(dp, keys, cols[:, None], drop)
+                dropout_keys = dropout_key(seed, pair * T + rows)[None, :]
+                dropped = dropout(prob, dropout_keys, cols[:, None], p24)
+                dp = dropout(dp, dropout_keys, cols[:, None], p24)
             dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision="ieee")
             ds = prob * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    store_tile(dqkv_ptr + at + H * D, dk * scale, cols, 3 * H * D, T, D, BD)
-    store_tile(dqkv_ptr + at + 2 * H * D, dv, cols, 3 * H * D, T, D, BD)
-
-
-def attention_launch(qkv, n_head, kernel, p):
-    """(grid, keyword arguments) of one attention kernel: "forward", "dkv" or "dq"."""
-    (B, T, C3), dropping = qkv.shape, kernel + "_dropout"
-    settings = LAUNCH["fp32" if qkv.dtype == torch.float32 else gpu()]
-    BM, BN, warps, stages = settings[dropping if p > 0 and dropping in settings else kernel]
-    D = C3 // 3 // n_head
-    BD = max(triton.next_power_of_2(D), 16)
-    grid = (triton.cdiv(T, BN if kernel == "dkv" else BM), B * n_head)
-    return grid, {"H": n_head, "D": D, "BD": BD, "BM": BM, "BN": BN, "DROPOUT": p > 0,
-                  "EVEN": T % BM == 0 and T % BN == 0 and BD == D,
-                  "num_warps": warps, "num_stages": stages}
+    dq_ptr = dqkv_ptr + qkv_at
+    store_tile(dq_ptr + H * D, dk * scale, cols, 3 * H * D, T, D, BD)
+    store_tile(dq_ptr + 2 * H * D, dv, cols, 3 * H * D, T, D, BD)
 
 
 LOG2_E = 1.4426950408889634
+
+# (BM, BN, num_warps, num_stages). Fixed rather than autotuned, which costs minutes a rank:
+# `python tests/bench.py kernels --tune` measures them.
+ATTENTION_TILES = {
+    "sm_80": {
+        "forward": (128, 64, 8, 2),
+        "dq": (64, 32, 4, 1),
+        "dkv": (64, 32, 4, 1),
+    },
+    "sm_90": {
+        "forward": (64, 64, 4, 3),
+        "dq": (64, 64, 4, 2),
+        "dkv": (64, 64, 4, 2),
+        "dkv_dropout": (32, 64, 4, 2),  # the mask's registers would spill at 64
+    },
+}
+FP32_TILE = (32, 32, 4, 1)
+
+
+def attention_launch(kernel, qkv, n_head, p):
+    """(grid, keyword arguments) of one attention kernel: "forward", "dq" or "dkv"."""
+    if qkv.dtype == torch.float32:
+        tile = FP32_TILE
+    else:
+        tiles = ATTENTION_TILES[gpu()]
+        tile = tiles[kernel]
+        if p > 0:
+            tile = tiles.get(f"{kernel}_dropout", tile)
+    BM, BN, warps, stages = tile
+    B, T, C3 = qkv.shape
+    D = C3 // 3 // n_head
+    BD = max(triton.next_power_of_2(D), 16)  # tl.dot takes no less
+    owned = BN if kernel == "dkv" else BM
+    even = T % BM == 0 and T % BN == 0 and BD == D
+    options = dict(H=n_head, D=D, BD=BD, BM=BM, BN=BN, EVEN=even, DROPOUT=p > 0,
+                   num_warps=warps, num_stages=stages)
+    return (triton.cdiv(T, owned), B * n_head), options
 
 
 @custom_op
 def attention_forward(qkv: Tensor, n_head: int, scale: float, p: float, seed: int
                       ) -> tuple[Tensor, Tensor]:
+    """-> O (B, T, C) and lse (B, H, T)."""
     B, T, C3 = qkv.shape
-    o, lse = empty(qkv, B, T, C3 // 3), empty(qkv, B, n_head, T, dtype=torch.float32)
-    grid, options = attention_launch(qkv, n_head, "forward", p)
-    launch(attention_forward_kernel, grid, qkv, o, lse, T, scale * LOG2_E, *rng(p, seed), **options)
+    o = qkv.new_empty(B, T, C3 // 3)
+    lse = qkv.new_empty(B, n_head, T, dtype=torch.float32)
+    grid, options = attention_launch("forward", qkv, n_head, p)
+    launch(attention_forward_kernel, grid,
+           qkv,
+           o, lse,
+           T, scale * LOG2_E, *dropout_arguments(p, seed),
+           **options)
     return o, lse
 
 
 @custom_op
 def attention_backward(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, n_head: int, scale: float,
                        p: float, seed: int) -> Tensor:
-    do, dqkv, delta = do.contiguous(), empty(qkv), empty(lse)
-    rest = (qkv.shape[1], scale, scale * LOG2_E, *rng(p, seed))
-    grid, options = attention_launch(qkv, n_head, "dq", p)
-    launch(attention_dq_kernel, grid, qkv, o, do, lse, delta, dqkv, *rest, **options)
-    grid, options = attention_launch(qkv, n_head, "dkv", p)
-    launch(attention_dkv_kernel, grid, qkv, do, lse, delta, dqkv, *rest, **options)
+    do = do.contiguous()
+    dqkv = torch.empty_like(qkv)
+    delta = torch.empty_like(lse)
+    numbers = (qkv.shape[1], scale, scale * LOG2_E, *dropout_arguments(p, seed))
+    grid, options = attention_launch("dq", qkv, n_head, p)
+    launch(attention_dq_kernel, grid,
+           qkv, o, do, lse,
+           delta, dqkv,
+           *numbers, **options)
+    grid, options = attention_launch("dkv", qkv, n_head, p)
+    launch(attention_dkv_kernel, grid,
+           qkv, do, lse, delta,
+           dqkv,
+           *numbers, **options)
     return dqkv
 
 
@@ -1190,16 +1408,19 @@ def attention_setup(ctx, inputs, output):
     ctx.save_for_backward(qkv, *output)
 
 
-attention_forward.register_autograd(
-    lambda ctx, do, *_: (attention_backward(do, *ctx.saved_tensors, *ctx.settings), *[None] * 4),
-    setup_context=attention_setup)
+def attention_autograd(ctx, do, *_):
+    dqkv = attention_backward(do, *ctx.saved_tensors, *ctx.settings)
+    return dqkv, None, None, None, None
+
+
+attention_forward.register_autograd(attention_autograd, setup_context=attention_setup)
 
 
 def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
     """Causal self-attention. qkv (B, T, 3C) packed [q | k | v]; scale multiplies q·k (it holds
     1/sqrt(D) and BioMedLM's 1/(layer_idx + 1)). Returns (B, T, C) in qkv's dtype, or autocast's."""
     qkv = qkv.to(compute_dtype(qkv))
-    if fused(qkv):
+    if runs_kernel(qkv):
         return attention_forward(qkv.contiguous(), n_head, scale, dropout_p, seed)[0]
     if dropout_p > 0:
         return attention_ref(qkv, n_head, scale, dropout_p, seed)
@@ -1221,52 +1442,61 @@ def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
 
 
 def cross_entropy_ref(hidden, weight, targets, ignore_index=-100):
-    hidden = hidden.to(compute_dtype(hidden))
-    logits = wide(hidden @ weight.to(hidden.dtype).T)  # (N, V)
+    logits = at_least_fp32(hidden @ weight.to(hidden.dtype).T)  # (N, V)
     loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
     return loss / (targets != ignore_index).sum().clamp(min=1)
 
 
 @jit
-def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, count_ptr, ignore_index, V: constexpr,
-                         BLOCK: constexpr, GRADIENT: constexpr):
+def cross_entropy_kernel(z_ptr,  # logits (N, V); overwritten with their gradient
+                         target_ptr,  # (N,)
+                         loss_ptr,  # written, (N,)
+                         count_ptr,  # one number: the targets that count
+                         ignore_index,
+                         V: constexpr,
+                         BLOCK: constexpr,
+                         GRADIENT: constexpr):
     """One row of logits: its loss and, in place, its gradient."""
     row = tl.program_id(0).to(tl.int64)  # int64: row * V passes 2^31 at 74k rows
     target = tl.load(target_ptr + row)
     z_ptr += row * V
-    top = tl.full([BLOCK], -1e30, tl.float32)  # each lane's running maximum and sum,
-    total = tl.zeros([BLOCK], tl.float32)  # merged once at the end
+
+    # Softmax's maximum and sum in one pass. Each lane keeps its own; they are merged at the end.
+    top = tl.full([BLOCK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + cols, mask=cols < V, other=-1e30).to(tl.float32)
+        z = load_fp32(z_ptr + cols, cols < V, -1e30)
         higher = tl.maximum(top, z)
         total = total * tl.exp(top - higher) + tl.exp(z - higher)
         top = higher
     peak = tl.max(top, 0)
     total = tl.sum(total * tl.exp(top - peak), 0)
+
     counts = target != ignore_index
-    z_target = tl.load(z_ptr + target, mask=counts, other=0.0).to(tl.float32)
-    tl.store(loss_ptr + row, tl.where(counts, peak - z_target + tl.log(total), 0.0))
+    z_target = load_fp32(z_ptr + target, counts)
+    loss = tl.where(counts, peak - z_target + tl.log(total), 0.0)
+    tl.store(loss_ptr + row, loss)
     if GRADIENT:
         tl.debug_barrier()  # every warp has read z_target before one overwrites it
         factor = tl.where(counts, 1.0 / tl.load(count_ptr).to(tl.float32), 0.0)
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            z = tl.load(z_ptr + cols, mask=cols < V, other=-1e30).to(tl.float32)
+            z = load_fp32(z_ptr + cols, cols < V, -1e30)
             softmax = tl.exp(z - peak) / total  # not exp(z - lse): at 1e4, lse has 3 decimals
             dz = (softmax - tl.where(cols == target, 1.0, 0.0)) * factor
-            tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=cols < V)
+            tl.store(z_ptr + cols, dz, mask=cols < V)
 
 
 def cross_entropy_rows(z, targets, losses, count, ignore_index):
     """The kernel's work on one chunk in plain torch: fills losses, returns the logits' gradient."""
     log_softmax = z.float().log_softmax(-1)
+    losses.copy_(F.nll_loss(log_softmax, targets, ignore_index=ignore_index, reduction="none"))
     counts = targets != ignore_index
-    target = targets.where(counts, 0)[:, None]
-    losses.copy_(-log_softmax.gather(1, target)[:, 0] * counts)
     dz = log_softmax.exp_()
-    dz.scatter_add_(1, target, dz.new_full(target.shape, -1.0))
-    return dz.mul_((counts / count)[:, None]).to(z.dtype)
+    dz[torch.arange(len(z)), targets.where(counts, 0)] -= 1
+    dz *= (counts / count)[:, None]
+    return dz.to(z.dtype)
 
 
 def product_fp32(a, b):
@@ -1276,40 +1506,56 @@ def product_fp32(a, b):
     return (a @ b).float()
 
 
+CROSS_ENTROPY_CHUNK = 4096  # rows
+CROSS_ENTROPY_BLOCK = 8192  # columns at a time
+CROSS_ENTROPY_WARPS = 16
+
+
 @custom_op
 def cross_entropy_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
                          gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    N, V, settings = len(hidden), len(weight), LAUNCH["cross_entropy"]
-    hidden, targets, w = hidden.contiguous(), targets.contiguous(), weight.to(hidden.dtype)
+    """-> loss, dhidden, dweight; the last two are empty unless `gradient`."""
+    hidden = hidden.contiguous()
+    targets = targets.contiguous()
+    w = weight.to(hidden.dtype)
     count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device
-    losses = empty(hidden, N, dtype=torch.float32)
-    dhidden, dweight = (empty(t) if gradient else empty(t, 0) for t in (hidden, weight))
-    block = min(settings["block"], triton.next_power_of_2(V)) if fused(hidden) else None
-    with torch.autocast(hidden.device.type, enabled=False):
-        for at in range(0, 0 if isinstance(hidden, FakeTensor) else N, settings["chunk_rows"]):
-            rows = slice(at, at + settings["chunk_rows"])
-            z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
-            if block:
-                launch(cross_entropy_kernel, (len(z),), z, targets[rows], losses[rows], count,
-                       ignore_index, V, block, gradient, num_warps=settings["warps"])
-            else:
-                z = cross_entropy_rows(z, targets[rows], losses[rows], count, ignore_index)
-            if gradient:
-                torch.mm(z, w, out=dhidden[rows])
-                part = product_fp32(z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
-                dweight = part if at == 0 else dweight.add_(part)
-    dweight = dweight if N else dweight.zero_()
+    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+    dhidden = torch.empty_like(hidden) if gradient else hidden.new_empty(0)
+    dweight = torch.zeros_like(weight) if gradient else weight.new_empty(0)
+    N = 0 if isinstance(hidden, FakeTensor) else len(hidden)
+    for start in range(0, N, CROSS_ENTROPY_CHUNK):
+        rows = slice(start, start + CROSS_ENTROPY_CHUNK)
+        z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
+        if runs_kernel(z):
+            V = len(weight)
+            block = min(CROSS_ENTROPY_BLOCK, triton.next_power_of_2(V))
+            launch(cross_entropy_kernel, (len(z),),
+                   z, targets[rows],
+                   losses[rows],
+                   count, ignore_index,
+                   V, block, gradient,
+                   num_warps=CROSS_ENTROPY_WARPS)
+        else:
+            z = cross_entropy_rows(z, targets[rows], losses[rows], count, ignore_index)
+        if gradient:  # z is dZ now
+            torch.mm(z, w, out=dhidden[rows])
+            part = product_fp32(z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
+            dweight = part if start == 0 else dweight.add_(part)
     return losses.sum() / count, dhidden, dweight.to(weight.dtype)
 
 
 def cross_entropy_setup(ctx, inputs, output):
+    _, dhidden, dweight = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:])
+    ctx.save_for_backward(dhidden, dweight)
 
 
-cross_entropy_chunks.register_autograd(
-    lambda ctx, dloss, *_: (*(grad * dloss for grad in ctx.saved_tensors), None, None, None),
-    setup_context=cross_entropy_setup)
+def cross_entropy_autograd(ctx, dloss, *_):
+    dhidden, dweight = ctx.saved_tensors
+    return dhidden * dloss, dweight * dloss, None, None, None
+
+
+cross_entropy_chunks.register_autograd(cross_entropy_autograd, setup_context=cross_entropy_setup)
 
 
 def cross_entropy(hidden, weight, targets, ignore_index=-100):
