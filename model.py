@@ -686,6 +686,7 @@ def dropout_arguments(p, seed):
 
 @jit
 def hash_u32(x):
+    """lowbias32: every input bit changes every output bit with probability one half."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -693,6 +694,7 @@ def hash_u32(x):
 
 @jit
 def dropout_key(seed, row):
+    """The part of the hash that a whole row shares: made once, not for each element."""
     return hash_u32(hash_u32(seed.to(tl.uint32)) ^ row.to(tl.uint32))
 
 
@@ -722,7 +724,9 @@ def dropout(x, key, col, p24):
 def layer_norm_ref(x, weight, bias, eps=1e-5):
     # torch's op wants one dtype, and takes its statistics in fp32 whatever that is
     wide = x if x.dtype == weight.dtype else at_least_fp32(x)
-    y = F.layer_norm(wide, weight.shape, weight.to(wide), bias.to(wide), eps)
+    weight = weight.to(wide)
+    bias = bias.to(wide)
+    y = F.layer_norm(wide, weight.shape, weight, bias, eps)
     return y.to(x.dtype)
 
 
@@ -874,8 +878,15 @@ def norm_launch(C):
 
 
 @custom_op
-def norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
-                 p: float, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def norm_forward(x: Tensor,
+                 residual: Tensor | None,
+                 weight: Tensor,
+                 bias: Tensor,
+                 eps: float,
+                 p: float,
+                 seed: int,
+                 dtype: torch.dtype,  # of y
+                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> y, new residual (empty where none came in), mean, rstd."""
     x = x.contiguous()
     C = x.shape[-1]
@@ -896,8 +907,16 @@ def norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tenso
 
 
 @custom_op
-def norm_backward(dy: Tensor, dnew: Tensor | None, r: Tensor, weight: Tensor, mean: Tensor,
-                  rstd: Tensor, add: bool, p: float, seed: int, dtype: torch.dtype
+def norm_backward(dy: Tensor,
+                  dnew: Tensor | None,
+                  r: Tensor,
+                  weight: Tensor,
+                  mean: Tensor,
+                  rstd: Tensor,
+                  add: bool,
+                  p: float,
+                  seed: int,
+                  dtype: torch.dtype,  # of dx
                   ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx, d_residual (empty unless add), dw and db as (2, C)."""
     r = r.contiguous()
@@ -910,6 +929,8 @@ def norm_backward(dy: Tensor, dnew: Tensor | None, r: Tensor, weight: Tensor, me
     dresidual = torch.empty_like(r) if add else r.new_empty(0)
     per_sm = min(max(NORM_COLUMNS_PER_SM // C, 2), 16)
     programs = max(min(N, n_programs(r, per_sm)), 1)
+
+    # Each program writes its own sums of dw and db; torch adds them up in a fixed order.
     partial = r.new_empty(programs, 2, C, dtype=torch.float32)
     piece, n_pieces, warps = norm_launch(C)
     launch(norm_backward_kernel, (programs,),
@@ -1023,6 +1044,7 @@ def gelu_backward_kernel(dy_ptr, x_ptr,  # (N, C)
         at = rows[:, None] * C + cols[None, :]
         dy = load_fp32(dy_ptr + at, inside)
         u = load_fp32(x_ptr + at, inside) + b
+
         # The two terms of the product rule; 0.2140644488 = 2 √(2/π) · 0.134145.
         s = gelu_gate(u)
         dx = dy * (s + u * s * (1 - s) * (1.5957691216057308 + 0.2140644488 * u * u))
@@ -1063,6 +1085,8 @@ def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     rows, cols, warps = GELU_BACKWARD_TILE
     cols = min(cols, triton.next_power_of_2(C))
     col_tiles = triton.cdiv(C, cols)
+
+    # The grid: col_tiles x programs. As in norm_backward each program sums its own rows first.
     programs = triton.cdiv(n_programs(x, GELU_PROGRAMS_PER_SM), col_tiles)
     programs = max(min(programs, triton.cdiv(N, rows)), 1)
     partial = x.new_empty(programs, C, dtype=torch.float32)
@@ -1134,7 +1158,8 @@ def load_tile(ptr, rows, stride, T, D: constexpr, BD: constexpr, EVEN: constexpr
     if EVEN:
         return tl.load(at)
     else:
-        return tl.load(at, mask=(rows < T)[:, None] & (d < D)[None, :], other=0.0)
+        inside = (rows < T)[:, None] & (d < D)[None, :]
+        return tl.load(at, mask=inside, other=0.0)
 
 
 @jit
@@ -1171,6 +1196,8 @@ def attention_forward_kernel(qkv_ptr,  # (B, T, 3C)
     q_ptr = qkv_ptr + qkv_at
     rows = first + tl.arange(0, BM)
     dropout_keys = dropout_key(seed, pair * T + rows)[:, None]
+
+    # Q stays; acc, m and total are the rows' running output, maximum and sum.
     q = load_tile(q_ptr, rows, 3 * H * D, T, D, BD, EVEN)
     acc = tl.zeros([BM, BD], tl.float32)
     m = tl.full([BM], -1e30, tl.float32)
@@ -1185,6 +1212,7 @@ def attention_forward_kernel(qkv_ptr,  # (B, T, 3C)
             begin = 0
             end = diagonal
         for start in range(begin, end, BN):
+            # Logits of this key tile.
             cols = start + tl.arange(0, BN)
             k = load_tile(q_ptr + H * D, cols, 3 * H * D, T, D, BD, EVEN)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
@@ -1196,11 +1224,15 @@ def attention_forward_kernel(qkv_ptr,  # (B, T, 3C)
             prob = tl.exp2(s - m_new[:, None])
             alpha = tl.exp2(m - m_new)
             total = total * alpha + tl.sum(prob, 1)  # P before dropout
+
+            # O's part from this tile's values.
             if DROPOUT:
                 prob = dropout(prob, dropout_keys, cols[None, :], p24)
             v = load_tile(q_ptr + 2 * H * D, cols, 3 * H * D, T, D, BD, EVEN)
             acc = tl.dot(prob.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
             m = m_new
+
+    # Divide by the sum only now, once a row.
     tl.store(lse_ptr + pair.to(tl.int64) * T + rows, m + tl.log2(total), mask=rows < T)
     store_tile(o_ptr + o_at, acc / total[:, None], rows, H * D, T, D, BD)
 
@@ -1219,7 +1251,7 @@ def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
                         BN: constexpr,
                         EVEN: constexpr,
                         DROPOUT: constexpr):
-    """δ and dQ of a tile of query rows. The walk is forward's."""
+    """δ and dQ of a tile of query rows."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     pair = tl.program_id(1)
     qkv_at, o_at = head_offsets(pair, T, H, D)
@@ -1234,6 +1266,7 @@ def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + row_at, delta, mask=rows < T)
 
+    # Walk over the key tiles as forward does.
     q = load_tile(q_ptr, rows, 3 * H * D, T, D, BD, EVEN)
     lse = load_fp32(lse_ptr + row_at, rows < T)
     dq = tl.zeros([BM, BD], tl.float32)
@@ -1290,7 +1323,9 @@ def attention_dkv_kernel(qkv_ptr,  # (B, T, 3C)
     v = load_tile(q_ptr + 2 * H * D, cols, 3 * H * D, T, D, BD, EVEN)
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
-    below = tl.minimum(tl.cdiv(first + BN, BM) * BM, T)  # rows from here on see all these keys
+
+    # Query tiles from `below` on see all these keys; those before it need the causal mask.
+    below = tl.minimum(tl.cdiv(first + BN, BM) * BM, T)
     for ON_DIAGONAL in tl.static_range(2):
         if ON_DIAGONAL:
             begin = first // BM * BM
@@ -1305,7 +1340,8 @@ def attention_dkv_kernel(qkv_ptr,  # (B, T, 3C)
             # Pᵀ again from lse.
             q = load_tile(q_ptr, rows, 3 * H * D, T, D, BD, EVEN)
             lse = load_fp32(lse_ptr + row_at, rows < T)
-            prob = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale2 - lse[None, :])
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale2
+            prob = tl.exp2(s - lse[None, :])
             if ON_DIAGONAL:
                 prob = tl.where(cols[:, None] <= rows[None, :], prob, 0.0)
 
@@ -1359,15 +1395,29 @@ def attention_launch(kernel, qkv, n_head, p):
     B, T, C3 = qkv.shape
     D = C3 // 3 // n_head
     BD = max(triton.next_power_of_2(D), 16)  # tl.dot takes no less
-    owned = BN if kernel == "dkv" else BM
+    rows_owned = BN if kernel == "dkv" else BM  # by one program
+    grid = (triton.cdiv(T, rows_owned), B * n_head)
     even = T % BM == 0 and T % BN == 0 and BD == D
-    options = dict(H=n_head, D=D, BD=BD, BM=BM, BN=BN, EVEN=even, DROPOUT=p > 0,
-                   num_warps=warps, num_stages=stages)
-    return (triton.cdiv(T, owned), B * n_head), options
+    options = dict(
+        H=n_head,
+        D=D,
+        BD=BD,
+        BM=BM,
+        BN=BN,
+        EVEN=even,
+        DROPOUT=p > 0,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return grid, options
 
 
 @custom_op
-def attention_forward(qkv: Tensor, n_head: int, scale: float, p: float, seed: int
+def attention_forward(qkv: Tensor,
+                      n_head: int,
+                      scale: float,
+                      p: float,
+                      seed: int,
                       ) -> tuple[Tensor, Tensor]:
     """-> O (B, T, C) and lse (B, H, T)."""
     B, T, C3 = qkv.shape
@@ -1383,12 +1433,21 @@ def attention_forward(qkv: Tensor, n_head: int, scale: float, p: float, seed: in
 
 
 @custom_op
-def attention_backward(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, n_head: int, scale: float,
-                       p: float, seed: int) -> Tensor:
+def attention_backward(do: Tensor,
+                       qkv: Tensor,
+                       o: Tensor,
+                       lse: Tensor,
+                       n_head: int,
+                       scale: float,
+                       p: float,
+                       seed: int,
+                       ) -> Tensor:
+    """-> dqkv (B, T, 3C). The dq kernel writes its first third and delta, then dkv the rest."""
     do = do.contiguous()
     dqkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
-    numbers = (qkv.shape[1], scale, scale * LOG2_E, *dropout_arguments(p, seed))
+    T = qkv.shape[1]
+    numbers = (T, scale, scale * LOG2_E, *dropout_arguments(p, seed))
     grid, options = attention_launch("dq", qkv, n_head, p)
     launch(attention_dq_kernel, grid,
            qkv, o, do, lse,
@@ -1473,12 +1532,16 @@ def cross_entropy_kernel(z_ptr,  # logits (N, V); overwritten with their gradien
     peak = tl.max(top, 0)
     total = tl.sum(total * tl.exp(top - peak), 0)
 
+    # The loss; 0 where the target is ignored.
     counts = target != ignore_index
     z_target = load_fp32(z_ptr + target, counts)
     loss = tl.where(counts, peak - z_target + tl.log(total), 0.0)
     tl.store(loss_ptr + row, loss)
     if GRADIENT:
-        tl.debug_barrier()  # every warp has read z_target before one overwrites it
+        # Every warp must have read z_target before one overwrites it.
+        tl.debug_barrier()
+
+        # A second walk over the row. It reads from the cache what the first walk has read.
         factor = tl.where(counts, 1.0 / tl.load(count_ptr).to(tl.float32), 0.0)
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
@@ -1491,10 +1554,12 @@ def cross_entropy_kernel(z_ptr,  # logits (N, V); overwritten with their gradien
 def cross_entropy_rows(z, targets, losses, count, ignore_index):
     """The kernel's work on one chunk in plain torch: fills losses, returns the logits' gradient."""
     log_softmax = z.float().log_softmax(-1)
-    losses.copy_(F.nll_loss(log_softmax, targets, ignore_index=ignore_index, reduction="none"))
+    loss = F.nll_loss(log_softmax, targets, ignore_index=ignore_index, reduction="none")
+    losses.copy_(loss)
     counts = targets != ignore_index
+    column = targets.where(counts, 0)  # an ignored row's gradient is multiplied by 0 below
     dz = log_softmax.exp_()
-    dz[torch.arange(len(z)), targets.where(counts, 0)] -= 1
+    dz[torch.arange(len(z)), column] -= 1
     dz *= (counts / count)[:, None]
     return dz.to(z.dtype)
 
@@ -1512,16 +1577,21 @@ CROSS_ENTROPY_WARPS = 16
 
 
 @custom_op
-def cross_entropy_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int,
-                         gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy_chunks(hidden: Tensor,
+                         weight: Tensor,
+                         targets: Tensor,
+                         ignore_index: int,
+                         gradient: bool,
+                         ) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss, dhidden, dweight; the last two are empty unless `gradient`."""
     hidden = hidden.contiguous()
     targets = targets.contiguous()
     w = weight.to(hidden.dtype)
-    count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device
+    count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device: no wait for it
     losses = hidden.new_empty(len(hidden), dtype=torch.float32)
     dhidden = torch.empty_like(hidden) if gradient else hidden.new_empty(0)
     dweight = torch.zeros_like(weight) if gradient else weight.new_empty(0)
+    # Tracing (custom_op) needs the shapes only.
     N = 0 if isinstance(hidden, FakeTensor) else len(hidden)
     for start in range(0, N, CROSS_ENTROPY_CHUNK):
         rows = slice(start, start + CROSS_ENTROPY_CHUNK)
@@ -1546,12 +1616,12 @@ def cross_entropy_chunks(hidden: Tensor, weight: Tensor, targets: Tensor, ignore
 
 def cross_entropy_setup(ctx, inputs, output):
     _, dhidden, dweight = output
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # else backward would fill zeros of their size
     ctx.save_for_backward(dhidden, dweight)
 
 
 def cross_entropy_autograd(ctx, dloss, *_):
-    dhidden, dweight = ctx.saved_tensors
+    dhidden, dweight = ctx.saved_tensors  # made for a loss gradient of 1
     return dhidden * dloss, dweight * dloss, None, None, None
 
 
