@@ -1193,11 +1193,11 @@ def attention_forward_kernel(qkv_ptr,  # (B, T, 3C)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # longest rows first: even load
     pair = tl.program_id(1)
     qkv_at, o_at = head_offsets(pair, T, H, D)
-    q_ptr = qkv_ptr + qkv_at
     rows = first + tl.arange(0, BM)
     dropout_keys = dropout_key(seed, pair * T + rows)[:, None]
 
     # Q stays; acc, m and total are the rows' running output, maximum and sum.
+    q_ptr = qkv_ptr + qkv_at
     q = load_tile(q_ptr, rows, 3 * H * D, T, D, BD, EVEN)
     acc = tl.zeros([BM, BD], tl.float32)
     m = tl.full([BM], -1e30, tl.float32)
@@ -1255,7 +1255,6 @@ def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     pair = tl.program_id(1)
     qkv_at, o_at = head_offsets(pair, T, H, D)
-    q_ptr = qkv_ptr + qkv_at
     rows = first + tl.arange(0, BM)
     row_at = pair.to(tl.int64) * T + rows  # in lse and delta, both (B, H, T)
     dropout_keys = dropout_key(seed, pair * T + rows)[:, None]
@@ -1267,6 +1266,7 @@ def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
     tl.store(delta_ptr + row_at, delta, mask=rows < T)
 
     # Walk over the key tiles as forward does.
+    q_ptr = qkv_ptr + qkv_at
     q = load_tile(q_ptr, rows, 3 * H * D, T, D, BD, EVEN)
     lse = load_fp32(lse_ptr + row_at, rows < T)
     dq = tl.zeros([BM, BD], tl.float32)
