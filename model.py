@@ -1,24 +1,31 @@
-"""GPT-2 as BioMedLM uses it (arXiv 2403.18421), with fused Triton kernels beside their references.
+"""GPT-2 as BioMedLM uses it (arXiv 2403.18421): the model, generation, folders, fused ops.
 
-    from model import GPT, GPTConfig; model = GPT(GPTConfig.preset("biomedlm"))
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig.preset("biomedlm"))            # random weights
+    model = GPT.from_pretrained("out/pubmed")            # a run, or a Hugging Face GPT-2
+    python model.py export --init out/pubmed --out DIR   # a folder that `transformers` opens
 
 Reads and writes the folders of runs and of Hugging Face's GPT-2. Leaves out training (train.py) and
-task heads (finetune.py). First the fused ops, then the model, generation, and folders.
+task heads (finetune.py).
 
 Legend: B batch, T time, C width, H heads, D head width (C = H·D), V vocabulary, N = B·T rows.
 
-Every fused op stands in the same order: a note that derives its backward, the reference (plain
-PyTorch, any dtype), the forward kernel, the backward kernel, the autograd wiring, the public op.
-A CUDA tensor takes the Triton kernel, TRITON_INTERPRET=1 runs the same kernel on the CPU, anything
+The model calls five fused ops: layer_norm, add_layer_norm, bias_gelu, attention, cross_entropy.
+Each computes what its name says; an op with dropout draws its mask from a seed. In the second half
+of this file each stands in the same order: a note that derives its backward, the reference (plain
+PyTorch, any dtype), the forward kernel, the backward kernel, the autograd wiring, the public op. A
+CUDA tensor takes the Triton kernel, TRITON_INTERPRET=1 runs the same kernel on the CPU, anything
 else (no GPU, no triton) the reference. Statistics, softmax and sums are fp32.
 """
 
+import argparse
 import json
 import math
 import os
 import pickle
+import shutil
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +36,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 try:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+except ImportError:  # needed for folders without a .bin file only
+    load_file = None
+    SafetensorError = RuntimeError
+
+try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
@@ -37,72 +51,276 @@ except ImportError:  # macOS, Windows: the references run
 
 
 # ---------------------------------------------------------------------------------------------
+# the model
+
+
+class Linear(nn.Linear):
+    """nn.Linear, y = x Wᵀ + b, whose one-row products are fast on a CPU (see `linear`)."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+    def without_bias(self, x):
+        """x Wᵀ alone: the fused op that follows adds the bias."""
+        return linear(x, self.weight)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Add a branch's output to the residual stream, and normalise the sum, in one fused op."""
+
+    def forward(self, branch, residual, dropout_p, seed):
+        """(B, T, C) each, branch None before the first block -> LayerNorm(sum), sum.
+
+        sum = residual + dropout(branch), in fp32 as residual is.
+        """
+        if branch is None:
+            return layer_norm(residual, self.weight, self.bias, self.eps), residual
+        return add_layer_norm(branch, residual, self.weight, self.bias, self.eps, dropout_p, seed)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal attention; logits q·k / sqrt(D) / (layer_idx + 1)."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        C = config.n_embd
+        self.c_attn = Linear(C, 3 * C)
+        self.c_proj = Linear(C, C)
+        self.n_head = config.n_head
+        self.layer_idx = layer_idx
+        self.scale = (C // config.n_head) ** -0.5
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer_idx + 1
+
+    def forward(self, x, dropout_p, seed, cache=None, mask=None):
+        """x (B, T, C) -> (B, T, C); dropout is of the attention probabilities.
+
+        Without cache and mask it is causal. cache: a KVCache of earlier tokens, which x continues.
+        mask: bool, broadcasts to (B, H, T, S), True where one of x's T tokens sees one of all S.
+        """
+        qkv = self.c_attn(x)  # (B, T, C) -> (B, T, 3C), packed [q | k | v]
+        # RoPE would go here, before both paths: turn the q and k columns of qkv by their positions.
+        # GPT.hidden knows the positions and would hand them down; wpe would go.
+        if cache is None and mask is None:
+            y = self.causal(qkv, dropout_p, seed)
+        else:
+            q, k, v = split_heads(qkv, self.n_head)  # (B, T, 3C) -> three times (B, H, T, D)
+            if cache is not None:
+                k, v = cache.append(self.layer_idx, k, v)  # (B, H, T, D) -> (B, H, S, D)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
+                                               scale=self.scale)
+            y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
+        return self.c_proj(y)
+
+    @torch.compiler.disable  # else each block is compiled anew, because their scales differ
+    def causal(self, qkv, dropout_p, seed):
+        return attention(qkv, self.n_head, self.scale, dropout_p, seed)
+
+
+class MLP(nn.Module):
+    """GELU between two linear layers, four times as wide inside."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.c_fc = Linear(C, 4 * C)
+        self.c_proj = Linear(4 * C, C)
+
+    def forward(self, x):
+        x = self.c_fc.without_bias(x)  # (B, T, C) -> (B, T, 4C)
+        x = bias_gelu(x, self.c_fc.bias)  # gelu(x + bias)
+        return self.c_proj(x)  # (B, T, 4C) -> (B, T, C)
+
+
+class Block(nn.Module):
+    """One pre-LayerNorm layer."""
+
+    # In plain form a block is two lines:
+    #
+    #     x = x + dropout(attn(ln_1(x)))
+    #     x = x + dropout(mlp(ln_2(x)))
+    #
+    # After every "x + dropout(branch)" comes a LayerNorm, and both are one fused op. But the second
+    # sum's LayerNorm belongs to the next block (after the last block: ln_f). So x travels between
+    # blocks as a pair (branch, residual) that stands for x = residual + dropout(branch), and the
+    # next LayerNorm adds it up. The arithmetic is the same, one op later.
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = CausalSelfAttention(config, layer_idx)
+        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+        self.dropout = config.dropout
+
+    def forward(self, branch, residual, seed, cache=None, mask=None):
+        """branch (B, T, C) or None before the first block, residual (B, T, C) fp32 -> such a pair.
+
+        The three dropout masks come from seed, seed + 1 and seed + 2.
+        """
+        dropout_p = self.dropout if self.training else 0.0
+        x, residual = self.ln_1(branch, residual, dropout_p, seed)
+        branch = self.attn(x, dropout_p, seed + 1, cache, mask)
+        x, residual = self.ln_2(branch, residual, dropout_p, seed + 2)
+        return self.mlp(x), residual
+
+
+class GPT(nn.Module):
+    """Embeddings, blocks, a last LayerNorm, and a head that is the embedding matrix again (tied).
+
+    Parameter names are Hugging Face's, so a released checkpoint loads by name.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False  # True: save memory, run blocks again in backward
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.n_positions, config.n_embd),
+            h=nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+            ln_f=LayerNorm(config.n_embd, config.layer_norm_epsilon)))
+        std = config.initializer_range
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, 0.0, std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        # GPT-2: the last layer of a branch starts smaller, since 2 * n_layer branches are added up
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, 0.0, std / math.sqrt(2 * config.n_layer))
+
+    def n_params(self):
+        """Parameters, the tied head counted once: 2,594,247,680 for BioMedLM."""
+        return sum(p.numel() for p in self.parameters())
+
+    def hidden(self, idx, cache=None, positions=None, mask=None):
+        """Final hidden states, after ln_f: idx (B, T) int64 -> (B, T, C).
+
+        cache: a KVCache of earlier tokens, which idx continues. ValueError past the context.
+
+        positions (B, T) int64 and mask (bool, broadcasts to (B, H, T, T), True where a token sees
+        another) let a row hold a prefix and several continuations of it: each position lies within
+        the context, though T may exceed it. By default positions are 0, 1, ..., and all is causal.
+        """
+        T = idx.size(1)
+        length = T if cache is None else cache.length + T
+        if positions is None and length > self.config.n_positions:
+            raise ValueError(f"{length} tokens are more than the context of "
+                             f"{self.config.n_positions}: shorten the input")
+        if cache is not None:
+            positions, mask = cache.place(T, idx.device)
+        elif positions is None:
+            positions = torch.arange(T, device=idx.device)
+        residual = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
+        seed = 0
+        dropout_p = self.config.dropout if self.training else 0.0
+        if dropout_p > 0:
+            residual = F.dropout(residual, dropout_p)
+            # One draw from the CPU's generator for all blocks: no wait for the GPU, the same masks
+            # when a checkpointed block runs again, and torch.manual_seed makes a step repeatable.
+            seed = int(torch.randint(2**31 - 4 * self.config.n_layer - 4, ()))
+        branch = None
+        for block in self.transformer.h:
+            state = (branch, residual, seed, cache, mask)
+            if self.activation_checkpointing and self.training:
+                branch, residual = torch.utils.checkpoint.checkpoint(block, *state,
+                                                                     use_reentrant=False)
+            else:
+                branch, residual = block(*state)
+            seed += 4  # the next block's masks are others
+        x, _ = self.transformer.ln_f(branch, residual, dropout_p, seed)
+        return x
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) int64. Without targets: (logits (B, T, V), None).
+
+        With targets (B, T) int64, already shifted, -100 = ignored: (None, mean loss in nats). The
+        whole logits never exist then.
+        """
+        x = self.hidden(idx)  # (B, T, C)
+        head = self.transformer.wte.weight  # (V, C)
+        if targets is None:
+            return F.linear(x, head), None
+        return None, cross_entropy(x.flatten(0, 1), head, targets.flatten())
+
+    # generate, config_of, from_pretrained and save_pretrained are functions in the acts below, and
+    # join this class there.
+
+
+# ---------------------------------------------------------------------------------------------
 # configuration
 
 
-@dataclass(frozen=True)
+@dataclass
 class GPTConfig:
     """Shape of a GPT-2; the defaults are the released BioMedLM's (its config.json)."""
 
     n_layer: int = 32
     n_head: int = 20
     n_embd: int = 2560
-    n_positions: int = 1024
+    n_positions: int = 1024  # the context, in tokens
     vocab_size: int = 28896
     dropout: float = 0.1  # BioMedLM: on embeddings, residual branches and attention probabilities
     layer_norm_epsilon: float = 1e-5
-    initializer_range: float = 0.02
+    initializer_range: float = 0.02  # standard deviation of new weights
     scale_attn_by_inverse_layer_idx: bool = True  # BioMedLM: only config.json says so
     eot_id: int | None = None  # end-of-text; None: the last id, as in BioMedLM and GPT-2
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: use a positive number")
+        if min(self.n_layer, self.n_head, self.n_embd, self.n_positions, self.vocab_size) < 1:
+            raise ValueError(f"{self} has a size below 1: use positive numbers")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: "
                              "choose a width that is a multiple of the number of heads")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is no probability: use 0 to less than 1")
-        if self.eot_id is None or self.eot_id >= self.vocab_size:  # HF: GPT-2's in any vocabulary
-            object.__setattr__(self, "eot_id", self.vocab_size - 1)
+        # Hugging Face's default is GPT-2's 50256, in a smaller vocabulary too: the last id is meant
+        if self.eot_id is None or self.eot_id >= self.vocab_size:
+            self.eot_id = self.vocab_size - 1
 
     @staticmethod
     def preset(name, **overrides):
-        """A named shape; `overrides` replace its fields. Raises ValueError for an unknown name."""
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}: use one of {', '.join(PRESETS)}")
+        """A shape of PRESETS; `overrides` replace its fields."""
         return GPTConfig(**{**PRESETS[name], **overrides})
 
     def to_hf(self):
         """The fields of Hugging Face's GPT2Config, for config.json."""
+        named = {HF_NAMES.get(name, name): value for name, value in asdict(self).items()}
         return {
-            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
-            "activation_function": "gelu_new", "n_layer": self.n_layer, "n_head": self.n_head,
-            "n_embd": self.n_embd, "n_positions": self.n_positions, "n_ctx": self.n_positions,
-            "n_inner": None, "vocab_size": self.vocab_size,
-            "attn_pdrop": self.dropout, "embd_pdrop": self.dropout, "resid_pdrop": self.dropout,
-            "layer_norm_epsilon": self.layer_norm_epsilon,
-            "initializer_range": self.initializer_range, "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": self.scale_attn_by_inverse_layer_idx,
-            "bos_token_id": self.eot_id, "eos_token_id": self.eot_id, "tie_word_embeddings": True,
+            **named,
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "activation_function": "gelu_new",
+            "n_ctx": self.n_positions,  # older readers look for it
+            "n_inner": None,
+            "scale_attn_weights": True,
+            "tie_word_embeddings": True,
+            "attn_pdrop": self.dropout,
+            "embd_pdrop": self.dropout,
+            "bos_token_id": self.eot_id,
         }
 
     @staticmethod
     def from_hf(hf):
         """GPTConfig of a parsed config.json; ValueError where it describes another architecture."""
-        wants = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-                 "scale_attn_weights": (True,), "n_inner": (None, 4 * hf.get("n_embd", 768)),
-                 "add_cross_attention": (False,)}
-        for key, allowed in wants.items():
+        wanted = {
+            "model_type": ["gpt2"],
+            "activation_function": ["gelu_new", "gelu_pytorch_tanh"],  # two names of one function
+            "scale_attn_weights": [True],
+            "n_inner": [None, 4 * hf.get("n_embd", 768)],
+        }
+        for key, allowed in wanted.items():
             if hf.get(key, allowed[0]) not in allowed:
                 raise ValueError(f"config.json has {key}={hf[key]!r}, this model is a GPT-2 with "
                                  f"{key}={allowed[0]!r}: use a GPT-2 folder")
-        theirs = {"dropout": "resid_pdrop", "eot_id": "eos_token_id"}  # else names are alike
-        names = {field.name: theirs.get(field.name, field.name) for field in fields(GPTConfig)}
-        given = {ours: hf[name] for ours, name in names.items() if name in hf}
-        return GPTConfig.preset("gpt2-124m", **given)  # whose fields are Hugging Face's defaults
+        ours = {HF_NAMES.get(field.name, field.name): field.name for field in fields(GPTConfig)}
+        given = {ours[name]: value for name, value in hf.items() if name in ours}
+        return GPTConfig.preset("gpt2-124m", **given)  # its fields are Hugging Face's defaults
 
+
+HF_NAMES = {"dropout": "resid_pdrop", "eot_id": "eos_token_id"}  # the other fields are named alike
 
 PRESETS = {
     # our choice: two layers learn the demo's 320 facts, on two CPU cores, in about a minute
@@ -115,405 +333,248 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------------------------------------
-# the model
+# generation
+
+
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
+             num_beams=1, no_repeat_ngram_size=0, length_penalty=1.0, eot_id=None, n_pad=None):
+    """Continue idx (B, T) int64 by up to max_new_tokens tokens; returns (B, <= T + new) int64.
+
+    Prompts of unlike length stand at the right: n_pad (B,) int64 counts the padding before.
+    Samples from the softmax at `temperature` (0: greedy) among the top_k tokens and the top_p
+    mass; num_beams > 1 searches with beams instead. After eot_id a row is filled with it.
+    ValueError where the prompt is empty (start from end-of-text) or the context too short.
+    """
+    T = idx.size(1)
+    if not 0 < T < T + max_new_tokens <= model.config.n_positions:
+        raise ValueError(f"{T} prompt + {max_new_tokens} new tokens: use 1 or more of each, and no "
+                         f"more than the context of {model.config.n_positions} in all")
+    if temperature < 0:
+        raise ValueError(f"temperature {temperature} is negative: use 0 (greedy) or more")
+    if eot_id is None:
+        eot_id = model.config.vocab_size  # no token has this id: nothing ends
+    starts = [0] * len(idx) if n_pad is None else n_pad.tolist()
+    if num_beams > 1:
+        found = []  # one prompt at a time: what else is in the batch changes nothing
+        for row, start in zip(idx, starts):
+            found.append(beam_search(model, row[start:], max_new_tokens, num_beams,
+                                     no_repeat_ngram_size, length_penalty, eot_id))
+        new = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=eot_id)
+        return torch.cat([idx, new], dim=1)
+    cache = KVCache(n_pad)
+    generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+    new = idx
+    finished = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+    for _ in range(max_new_tokens):
+        logits = next_logits(model, new, cache)  # (B, V)
+        ban_repeats(logits, idx, no_repeat_ngram_size, starts)
+        new = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
+        new[finished] = eot_id
+        finished |= new[:, 0] == eot_id
+        idx = torch.cat([idx, new], dim=1)
+        if finished.all():
+            break
+    return idx
+
+
+def next_logits(model, idx, cache):
+    """fp32 logits (B, V) of the token after idx (B, T), which continues the cache."""
+    last = model.hidden(idx, cache)[:, -1]  # (B, T, C) -> (B, C)
+    return linear(last, model.transformer.wte.weight).float()
 
 
 def linear(x, weight, bias=None):
-    """F.linear. One row in bf16 on a CPU, a step of generation, is bound by reading the weights.
+    """F.linear, x (..., in), weight (out, in) -> (..., out); fast for one bf16 row on a CPU.
 
-    F.linear reads them at half to nine tenths of the memory's rate: [out, in] matrices go to mv
-    instead, and Hugging Face's [in, out] ones, mapped as they lie, to bmm in two halves of the sum.
+    Such a row is a step of generation, bound by reading the weights. F.linear reads them at half to
+    nine tenths of the memory's rate. So matrices stored as [out, in] go to mv instead, and Hugging
+    Face's, mapped as they lie in the file, [in, out], to bmm, as two halves of the sum.
     """
-    if not (x.numel() == x.size(-1) and x.device.type == "cpu"
-            and x.dtype == weight.dtype == torch.bfloat16 and x.size(-1) % 2 == 0):
+    one_row = x.numel() == x.size(-1)
+    if not one_row or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
         return F.linear(x, weight, bias)
     if weight.stride(1) == 1:
-        y = torch.mv(weight, x.reshape(-1))
-    else:  # 2 x (1, in / 2) @ (in / 2, out)
-        y, other = torch.bmm(x.reshape(2, 1, -1), weight.t().view(2, -1, weight.size(0)))[:, 0]
-        y += other
-    return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
-
-
-class CausalSelfAttention(nn.Module):
-    """Multi-head causal attention; logits q·k / sqrt(D) / (layer_idx + 1)."""
-
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        C = config.n_embd
-        self.c_attn = nn.Linear(C, 3 * C)
-        self.c_proj = nn.Linear(C, C)
-        self.n_head, self.dropout, self.layer_idx = config.n_head, config.dropout, layer_idx
-        self.scale = (C // config.n_head) ** -0.5
-        if config.scale_attn_by_inverse_layer_idx:
-            self.scale /= layer_idx + 1
-
-    @torch.compiler.disable  # the scale differs by layer: guarded, each block would be recompiled
-    def attend(self, qkv, dropout_p, seed):
-        return attention(qkv, self.n_head, self.scale, dropout_p, seed)
-
-    def forward(self, x, seed, cache=None, mask=None):
-        """x (B, T, C) -> (B, T, C). mask, bool, broadcasts to (B, H, T, S) and says who of T sees
-        whom of S, which are x's positions after those that a cache holds. None: causal without a
-        cache, all with one."""
-        dropout_p = self.dropout if self.training else 0.0
-        qkv = linear(x, self.c_attn.weight, self.c_attn.bias)
-        if cache is None and mask is None:
-            y = self.attend(qkv, dropout_p, seed)
-        else:
-            q, k, v = split_heads(qkv, self.n_head)
-            if cache is not None:
-                k, v = cache.append(self.layer_idx, k, v)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
-                                               scale=self.scale)
-            y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
-        return linear(y, self.c_proj.weight, self.c_proj.bias)
-
-
-class MLP(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
-
-    def forward(self, x):
-        """(B, T, C) -> (B, T, C); c_fc's bias is added inside the fused GELU."""
-        y = bias_gelu(linear(x, self.c_fc.weight), self.c_fc.bias)
-        return linear(y, self.c_proj.weight, self.c_proj.bias)
-
-
-class Block(nn.Module):
-    """One pre-LayerNorm layer: x += attn(ln_1(x)); x += mlp(ln_2(x)).
-
-    A branch's output is added to the residual stream by the LayerNorm that follows it, in one fused
-    op; so a block takes the stream and the previous block's pending MLP output, and hands on both.
-    """
-
-    def __init__(self, config, layer_idx):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.attn = CausalSelfAttention(config, layer_idx)
-        self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
-        self.mlp = MLP(config)
-        self.dropout = config.dropout
-
-    def forward(self, residual, branch, seed, cache=None, mask=None):
-        """residual (B, T, C) fp32, branch (B, T, C) or None in the first block -> the same pair."""
-        dropout_p = self.dropout if self.training else 0.0
-        y, residual = add_norm(branch, residual, self.ln_1, dropout_p, seed)
-        y, residual = add_norm(self.attn(y, seed + 1, cache, mask), residual, self.ln_2,
-                               dropout_p, seed + 2)
-        return residual, self.mlp(y)
-
-
-def add_norm(branch, residual, ln, dropout_p, seed):
-    """LayerNorm of residual + dropout(branch), and that sum; branch None adds nothing."""
-    if branch is None:
-        return layer_norm(residual, ln.weight, ln.bias, ln.eps), residual
-    return add_layer_norm(branch, residual, ln.weight, ln.bias, ln.eps, dropout_p, seed)
+        y = torch.mv(weight, x.flatten())
+    else:
+        halves = weight.t().view(2, -1, weight.size(0))  # (in, out) -> (2, in / 2, out)
+        first, second = torch.bmm(x.reshape(2, 1, -1), halves)  # (2, 1, in / 2) -> (2, 1, out)
+        y = first + second
+    if bias is not None:
+        y = y + bias
+    return y.view(*x.shape[:-1], -1)
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, per layer (B, H, capacity, D), filled in place.
+    """Keys and values of the tokens so far, so that a step computes those of new tokens only.
 
-    n_pad (B,) int64: leading positions of each row that are padding, seen by nothing; None: none.
+    n_pad (B,) int64: leading tokens of each row that are padding, seen by nothing; None: none.
     """
 
-    def __init__(self, n_layer, capacity=1024, n_pad=None):
-        self.buffers, self.capacity = [None] * n_layer, capacity
-        self.length, self.n_pad = 0, n_pad
+    def __init__(self, n_pad=None):
+        self.layers = {}  # layer index -> its keys and values, (2, B, H, S, D)
+        self.length = 0  # S
+        self.n_pad = n_pad
+
+    def place(self, T, device):
+        """Make room for T new tokens: their positions, and which of all S tokens each one sees.
+
+        positions (T,) or, with padding, (B, T), 0 at padding. The mask is bool, (T, S) or
+        (B, 1, T, S); None: one token, which sees all.
+        """
+        start = self.length
+        self.length += T
+        columns = torch.arange(self.length, device=device)  # (S,)
+        rows = columns[start:, None]  # (T, 1)
+        sees = columns <= rows  # (T, S)
+        if self.n_pad is None:
+            return rows[:, 0], None if T == 1 else sees
+        real = columns >= self.n_pad[:, None, None]  # (B, 1, S)
+        sees = sees & real | (columns == rows)  # padding sees itself: a softmax of nothing is NaN
+        positions = rows[:, 0] - self.n_pad[:, None]  # (B, T)
+        return positions.clamp(min=0), sees[:, None]
 
     def append(self, layer, k, v):
-        """Add k, v (B, H, T, D) of one layer; returns all that it holds now."""
-        if self.buffers[layer] is None:
-            B, H, _, D = k.shape
-            self.buffers[layer] = k.new_empty(2, B, H, self.capacity, D)
-        end = self.length + k.size(2)
-        held = self.buffers[layer][:, :, :, :end]
-        held[0, :, :, self.length:], held[1, :, :, self.length:] = k, v
-        return held[0], held[1]
+        """Add one layer's k and v, (B, H, T, D) each; returns all of its keys and values."""
+        new = torch.stack([k, v])
+        if layer in self.layers:
+            new = torch.cat([self.layers[layer], new], dim=3)
+        self.layers[layer] = new
+        return new
 
     def reorder(self, rows):
         """Keep the given batch rows, in that order: a beam's history follows the beam."""
-        for layer, old in enumerate(self.buffers):
-            new = old.new_empty(2, len(rows), *old.shape[2:])
-            new[:, :, :, :self.length] = old[:, rows, :, :self.length]
-            self.buffers[layer] = new
-        if self.n_pad is not None:
-            self.n_pad = self.n_pad[rows]
-
-    def extend(self, T, device):
-        """Of T new tokens: positions, (T,) or (B, T), 0 at padding; and which of all S so far each
-        sees, bool (T, S) or (B, 1, T, S); None: all."""
-        columns = torch.arange(self.length + T, device=device)  # (S,)
-        new = columns[self.length:]
-        sees = columns <= new[:, None]  # (T, S)
-        if self.n_pad is None:
-            return new, None if T == 1 else sees
-        real = columns >= self.n_pad[:, None, None]  # (B, 1, S)
-        sees = sees & real | (columns == new[:, None])  # padding sees itself, lest it be NaN
-        return (new - self.n_pad[:, None]).clamp(min=0), sees[:, None]
-
-
-class GPT(nn.Module):
-    """GPT-2 as BioMedLM uses it. Parameter names are Hugging Face's; the head is `wte` (tied)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.n_positions, config.n_embd),
-            h=nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)))
-        self.activation_checkpointing = False
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, 0.0, config.initializer_range)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-        # GPT-2: residual projections are scaled down by the number of residual additions
-        for block in self.transformer.h:
-            for proj in (block.attn.c_proj, block.mlp.c_proj):
-                nn.init.normal_(proj.weight, 0.0,
-                                config.initializer_range / math.sqrt(2 * config.n_layer))
-
-    def n_params(self):
-        """Parameters, the tied head counted once: 2,594,247,680 for BioMedLM."""
-        return sum(p.numel() for p in self.parameters())
-
-    def hidden(self, idx, cache=None, positions=None, mask=None):
-        """Final hidden states, after ln_f.
-
-        idx (B, T) int64; with a KVCache, idx continues what it holds. Without one, positions (B, T)
-        int64 default to 0, 1, ...; given, they must lie within the context, and T may exceed it
-        (branches that share a prefix, told apart by mask: bool, broadcast to (B, H, T, T), True
-        where a row sees a column; default causal). Returns (B, T, C). ValueError past the context.
-        """
-        T, held = idx.size(1), 0 if cache is None else cache.length
-        if positions is None and held + T > self.config.n_positions:
-            raise ValueError(f"{held + T} tokens are more than the context of "
-                             f"{self.config.n_positions}: shorten the input")
-        if cache is not None:
-            positions, mask = cache.extend(T, idx.device)
-        elif positions is None:
-            positions = torch.arange(T, device=idx.device)
-        residual = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
-        dropout_p, seed = self.config.dropout if self.training else 0.0, 0
-        if dropout_p > 0:
-            residual = F.dropout(residual, dropout_p)
-            # One draw a forward from the CPU's generator (no device sync): a checkpointed block
-            # that runs again sees the same seed, and seeding torch makes the step repeatable.
-            seed = int(torch.randint(2**31 - 4 * self.config.n_layer - 4, ()))
-        branch = None
-        for i, block in enumerate(self.transformer.h):
-            args = (residual, branch, seed + 4 * i, cache, mask)
-            if self.activation_checkpointing and self.training:
-                residual, branch = torch.utils.checkpoint.checkpoint(
-                    block, *args, use_reentrant=False)
-            else:
-                residual, branch = block(*args)
-        y, _ = add_norm(branch, residual, self.transformer.ln_f, dropout_p,
-                        seed + 4 * self.config.n_layer)
-        if cache is not None:
-            cache.length += T
-        return y
-
-    def forward(self, idx, targets=None):
-        """idx (B, T) int64. Without targets: (logits (B, T, V), None).
-
-        With targets (B, T) int64, already shifted, -100 = ignored: (None, mean loss in nats); the
-        whole logits never exist then.
-        """
-        x = self.hidden(idx)
-        if targets is None:
-            return F.linear(x, self.transformer.wte.weight), None
-        return None, cross_entropy(x.view(-1, x.size(-1)), self.transformer.wte.weight,
-                                   targets.reshape(-1))
-
-    @staticmethod
-    def config_of(path):
-        """GPTConfig of a run or of a Hugging Face GPT-2 folder, without its weights."""
-        folder = Path(path)
-        if not (folder / "config.json").exists():
-            hint = "give the folder of a run or of a Hugging Face GPT-2"
-            if not folder.exists():
-                hint += "; the released weights: python data.py download biomedlm --out DIR"
-            raise FileNotFoundError(f"no config.json in {folder}: {hint}")
-        return GPTConfig.from_hf(json.loads((folder / "config.json").read_text()))
-
-    @staticmethod
-    def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
-        """Model of a run or of a Hugging Face GPT-2 folder, in eval mode.
-
-        dropout replaces the folder's, None keeps it. Reads config.json beside checkpoint_*.pt (the
-        newest whole one), pytorch_model.bin or model.safetensors, sharded or not, memory-mapped.
-        Raises FileNotFoundError or ValueError.
-        """
-        config = GPT.config_of(path)
-        if dropout is not None:
-            config = replace(config, dropout=dropout)
-        with torch.device("meta"):  # no memory, no random numbers spent on weights to be replaced
-            model = GPT(config)
-        # bf16 on a CPU is to generate, not to train: there the tensors may lie as they are mapped
-        mapped = dtype != torch.float32 and torch.device(device).type == "cpu"
-        layout = torch.preserve_format if mapped else torch.contiguous_format
-        saved, state = read_weights(Path(path)), {}
-        for name, tensor in model.state_dict().items():
-            wanted = tuple(tensor.shape)
-            found = tuple(saved[name].shape) if name in saved else "missing"
-            if found != wanted:
-                raise ValueError(f"{path}: {name} is {found}, config.json implies {wanted}: "
-                                 "use the config.json saved with the weights")
-            state[name] = saved[name].to(device, dtype, copy=not mapped, memory_format=layout)
-        model.load_state_dict(state, assign=True)
-        return model.requires_grad_(not mapped).eval()
-
-    def save_pretrained(self, path):
-        """Write config.json and pytorch_model.bin, a folder that `transformers` loads."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: (t.t() if name.endswith(CONV1D) else t).detach().cpu().contiguous()
-                 for name, t in self.state_dict().items()}
-        write_atomically(folder / "pytorch_model.bin", lambda tmp: torch.save(state, tmp))
-        config = json.dumps(self.config.to_hf(), indent=2) + "\n"
-        write_atomically(folder / "config.json", lambda tmp: tmp.write_text(config))
-
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
-                 num_beams=1, no_repeat_ngram_size=0, length_penalty=1.0, eot_id=None, n_pad=None):
-        """Continue idx (B, T) int64 by up to max_new_tokens tokens; returns (B, <= T + new) int64.
-
-        Prompts of unlike length stand at the right: n_pad (B,) int64 counts the padding before.
-        Samples from the softmax at `temperature` (0: greedy) among the top_k tokens and the top_p
-        mass; num_beams > 1 searches with beams instead, scoring sum of log-probabilities /
-        length ** length_penalty as Hugging Face does. After eot_id a row is filled with it.
-        """
-        T = idx.size(1)
-        if T == 0:
-            raise ValueError("an empty prompt: start from the end-of-text token instead")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}: use 1 or more")
-        if T + max_new_tokens > self.config.n_positions:
-            raise ValueError(
-                f"{T} prompt + {max_new_tokens} new tokens exceed the context of "
-                f"{self.config.n_positions}: shorten the prompt or lower max_new_tokens")
-        if temperature < 0:
-            raise ValueError(f"temperature {temperature} is negative: use 0 (greedy) or more")
-        if num_beams > 1:
-            return self._beam_search(idx, max_new_tokens, num_beams, no_repeat_ngram_size,
-                                     length_penalty, eot_id, n_pad)
-        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-        cache, new = KVCache(self.config.n_layer, T + max_new_tokens, n_pad), idx
-        finished = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
-            logits = self._next_logits(new, cache)  # (B, V)
-            ban_repeats(logits, idx, no_repeat_ngram_size, n_pad)
-            new = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
-            if eot_id is not None:
-                new[finished] = eot_id
-                finished |= new[:, 0] == eot_id
-            idx = torch.cat([idx, new], dim=1)
-            if eot_id is not None and finished.all():
-                break
-        return idx
-
-    def _next_logits(self, idx, cache):
-        hidden = self.hidden(idx, cache)[:, -1]  # (B, T, C) -> (B, C)
-        return linear(hidden, self.transformer.wte.weight).float()
-
-    def _beam_search(self, idx, max_new_tokens, K, no_repeat_ngram_size, length_penalty, eot_id,
-                     n_pad):
-        """Beams of every row advance together: (B, T) -> (B * K, t), the best ended one wins."""
-        B, T = idx.shape
-        V = self.config.vocab_size
-        cache = KVCache(self.config.n_layer, T + max_new_tokens, n_pad)
-        logits = self._next_logits(idx, cache).repeat_interleave(K, dim=0)
-        cache.reorder(torch.arange(B, device=idx.device).repeat_interleave(K))
-        beams = idx.repeat_interleave(K, dim=0)  # (B * K, T)
-        scores = torch.full((B, K), -math.inf, device=idx.device)
-        scores[:, 0] = 0.0  # all beams of a row start alike: only the first may branch
-        ended = [[] for _ in range(B)]  # per row: (normalised score, tokens)
-        for length in range(1, max_new_tokens + 1):
-            logits = F.log_softmax(logits, dim=-1)  # before the ban, as Hugging Face has it
-            ban_repeats(logits, beams, no_repeat_ngram_size, cache.n_pad)
-            total = scores.view(-1, 1) + logits  # (B * K, V)
-            # 2K candidates: even if K of them end, K are left to go on
-            top, flat = total.view(B, K * V).topk(2 * K, dim=1)
-            rows = flat // V + K * torch.arange(B, device=idx.device)[:, None]  # of beams
-            tokens, norm = flat % V, length**length_penalty
-            ends = tokens == (V if eot_id is None else eot_id)  # V: no token
-            for b, j in ends[:, :K].nonzero().tolist():  # HF too: an end ranked lower counts not
-                seq = torch.cat([beams[rows[b, j]], tokens[b, j:j + 1]])
-                ended[b].append((top[b, j].item() / norm, seq))
-                ended[b] = sorted(ended[b], key=lambda e: -e[0])[:K]
-            keep = ends.int().argsort(dim=1, stable=True)[:, :K]  # the best K that go on
-            scores, source = top.gather(1, keep), rows.gather(1, keep).view(-1)
-            new = tokens.gather(1, keep).view(-1, 1)
-            beams = torch.cat([beams[source], new], dim=1)
-            best = (scores[:, 0] / norm).tolist()
-            if length == max_new_tokens or all(
-                    len(e) == K and e[-1][0] >= s for e, s in zip(ended, best)):
-                break
-            cache.reorder(source)
-            logits = self._next_logits(new, cache)
-        for b in range(B):
-            if len(ended[b]) < K:  # the best beam still running competes with those that ended
-                ended[b].append((scores[b, 0].item() / norm, beams[b * K]))
-        best = [max(e, key=lambda pair: pair[0])[1] for e in ended]
-        # without eot_id all are of one length, and nothing is padded
-        return nn.utils.rnn.pad_sequence(best, batch_first=True, padding_value=eot_id or 0)
+        for layer, kv in self.layers.items():
+            self.layers[layer] = kv[:, rows]
 
 
 def sample(logits, temperature, top_k, top_p, generator):
     """One token id per row, (B, V) logits -> (B, 1) int64."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
+    ordered, order = (logits / temperature).sort(dim=-1, descending=True)
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
-        logits[logits < kth] = -math.inf
+        ordered[:, top_k:] = -math.inf
     if top_p is not None:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        mass = ordered.softmax(dim=-1).cumsum(dim=-1)
+        probs = ordered.softmax(dim=-1)
         # a token goes when the mass before it already reaches top_p; the first always stays
-        drop = mass - ordered.softmax(dim=-1) >= top_p
-        logits[drop.scatter(1, order, drop)] = -math.inf
+        ordered[probs.cumsum(dim=-1) - probs >= top_p] = -math.inf
+    logits = logits.scatter(1, order, ordered)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
 
-def ban_repeats(logits, idx, n, n_pad=None):
-    """Set to -inf, in place, the tokens that would repeat an n-gram of idx (B, T); n = 0: none."""
-    if n == 0 or idx.size(1) < n:
+def ban_repeats(logits, idx, n, starts):
+    """Set to -inf, in place, the tokens that would repeat an n-gram of idx (B, T); n = 0: none.
+
+    For n = 3 and a row that ends in "a b": every token that has followed an earlier "a b". A row's
+    text begins at its start (int), after the padding.
+    """
+    if n == 0:
         return
-    starts = [0] * len(idx) if n_pad is None else n_pad.tolist()
     for row, tokens, start in zip(logits, idx.tolist(), starts):
         last = tokens[len(tokens) - n + 1:]
-        row[[tokens[i + n - 1] for i in range(start, len(tokens) - n + 1)
-             if tokens[i:i + n - 1] == last]] = -math.inf
+        for i in range(start, len(tokens) - n + 1):
+            if tokens[i:i + n - 1] == last:
+                row[tokens[i + n - 1]] = -math.inf
+
+
+def beam_search(model, prompt, max_new_tokens, K, no_repeat_ngram_size, length_penalty, eot_id):
+    """The best continuation (<= max_new_tokens,) of prompt (T,) found with K beams.
+
+    Searches as Hugging Face does. A text's score is its sum of log-probabilities divided by
+    length ** length_penalty.
+    """
+    V = model.config.vocab_size
+    cache = KVCache()
+    beams = prompt.expand(K, -1)  # (T,) -> (K, T)
+    logits = next_logits(model, beams[:1], cache).expand(K, -1)  # (1, V) -> (K, V)
+    cache.reorder([0] * K)
+    sums = torch.full((K, 1), -math.inf, device=prompt.device)
+    sums[0] = 0.0  # the beams start alike: only the first may branch
+    ended = []  # the best K texts that ended: (score, tokens)
+    for length in range(1, max_new_tokens + 1):
+        norm = length**length_penalty
+        log_probs = F.log_softmax(logits, dim=-1)  # before the ban, as Hugging Face has it
+        ban_repeats(log_probs, beams, no_repeat_ngram_size, [0] * K)
+        # 2K candidates: even if K of them end, K are left to go on
+        top, flat = (sums + log_probs).flatten().topk(2 * K)  # (K, V) -> (2K,)
+        parents = flat // V
+        tokens = flat % V
+        texts = torch.cat([beams[parents], tokens[:, None]], dim=1)  # (2K, T + length)
+        ends = tokens == eot_id
+        for j in ends[:K].nonzero()[:, 0]:  # as Hugging Face: not an end among the lower K
+            ended.append((top[j].item() / norm, texts[j].tolist()))
+        ended = sorted(ended, reverse=True)[:K]
+        go_on = (~ends).nonzero()[:K, 0]
+        sums = top[go_on, None]
+        beams = texts[go_on]
+        running = sums[0].item() / norm  # the score of the best beam that goes on
+        done = len(ended) == K and ended[-1][0] >= running
+        if done or length == max_new_tokens:
+            break
+        cache.reorder(parents[go_on])
+        logits = next_logits(model, beams[:, -1:], cache)
+    if len(ended) < K:
+        ended.append((running, beams[0].tolist()))
+    best = max(ended)[1]
+    return prompt.new_tensor(best[len(prompt):])
 
 
 # ---------------------------------------------------------------------------------------------
 # folders: runs of train.py and Hugging Face GPT-2
 
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+WEIGHTS = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
 
 
-def load_tensors(path):
-    """Tensors of one file, memory-mapped: a pickle of plain tensors only, or safetensors."""
-    errors = [RuntimeError, pickle.UnpicklingError, EOFError, OSError]
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-            errors.append(SafetensorError)
-            return load_file(path)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except ImportError:
-        raise ValueError(f"reading {path} needs: pip install safetensors") from None
-    except tuple(errors) as e:
-        raise ValueError(f"{path} is missing, damaged or no file of plain tensors "
-                         f"({type(e).__name__}): copy or download it again") from e
+def config_of(path):
+    """GPTConfig of a run or of a Hugging Face GPT-2 folder, without its weights."""
+    file = Path(path) / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"no config.json in {path}: give the folder of a run or of a "
+                                "Hugging Face GPT-2; the released weights: "
+                                "python data.py download biomedlm --out DIR")
+    return GPTConfig.from_hf(json.loads(file.read_text()))
+
+
+def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
+    """Model of a run or of a Hugging Face GPT-2 folder, in eval mode.
+
+    dropout replaces the folder's, None keeps it. Reads config.json beside checkpoint_*.pt (the
+    newest whole one), model.safetensors or pytorch_model.bin, sharded or not, memory-mapped.
+    Raises FileNotFoundError or ValueError.
+    """
+    config = config_of(path)
+    if dropout is not None:
+        config = replace(config, dropout=dropout)
+    with torch.device("meta"):  # no memory, no random numbers spent on weights to be replaced
+        model = GPT(config)
+    # bf16 on a CPU is to generate, not to train: there the tensors may lie as they are mapped
+    mapped = dtype != torch.float32 and torch.device(device).type == "cpu"
+    layout = torch.preserve_format if mapped else torch.contiguous_format
+    saved = read_weights(Path(path))
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name not in saved or saved[name].shape != tensor.shape:
+            raise ValueError(f"{path} has no {name} of shape {tuple(tensor.shape)}, as config.json "
+                             "implies: use the config.json saved with the weights")
+        state[name] = saved[name].to(device, dtype, copy=not mapped, memory_format=layout)
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(not mapped).eval()
+
+
+def read_weights(folder):
+    """State dict of a folder in this model's names and layout; it may hold tensors of no use."""
+    _, checkpoint = newest_checkpoint(folder)
+    if checkpoint is not None:
+        return checkpoint["model"]
+    for pattern in WEIGHTS:
+        state = {}
+        for file in sorted(folder.glob(pattern)):
+            state |= load_tensors(file)
+        if state:
+            return transposed(state)
+    raise FileNotFoundError(f"{folder} holds neither checkpoint_*.pt nor model.safetensors nor "
+                            "pytorch_model.bin: give the folder of a run or of a GPT-2")
 
 
 def newest_checkpoint(run):
@@ -526,47 +587,69 @@ def newest_checkpoint(run):
     return None, None
 
 
-def read_weights(folder):
-    """State dict of a folder in this model's own layout and names."""
-    _, checkpoint = newest_checkpoint(folder)
-    if checkpoint is not None:
-        return checkpoint["model"]
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index, shards = folder / f"{name}.index.json", [name]
-        if index.exists():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        elif not (folder / name).exists():
-            continue
-        return from_hf_names({key: tensor for shard in shards
-                              for key, tensor in load_tensors(folder / shard).items()})
-    raise FileNotFoundError(f"{folder} holds neither checkpoint_*.pt nor pytorch_model.bin nor "
-                            "model.safetensors: give the folder of a run or of a GPT-2")
-
-
-def from_hf_names(state):
-    """Hugging Face's state dict -> ours: Conv1D matrices are stored [in, out], Linear's [out, in].
-
-    Dropped: the causal masks that old versions saved, and the head, which is tied to wte here.
-    """
-    ours = {}
-    for name, tensor in state.items():
-        name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue
-        ours[name] = tensor.t() if name.endswith(CONV1D) else tensor
-    return ours
-
-
-def write_atomically(path, write):
-    """write(temporary path), then fsync and rename: `path` is whole or as it was."""
-    temporary = Path(f"{path}.tmp")
+def load_tensors(path):
+    """Tensors of one file, memory-mapped: a pickle of plain tensors only, or safetensors."""
     try:
-        write(temporary)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if path.suffix != ".safetensors":
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if load_file is None:
+            raise ValueError(f"reading {path} needs: pip install safetensors")
+        return load_file(path)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, SafetensorError) as e:
+        raise ValueError(f"{path} is missing, damaged or no file of plain tensors "
+                         f"({type(e).__name__}): copy or download it again") from e
+
+
+def transposed(state):
+    """A state dict out of Hugging Face's layout, or into it: its blocks' matrices are [in, out]."""
+    other = {}
+    for name, tensor in state.items():
+        name = "transformer." + name.removeprefix("transformer.")  # some files leave it out
+        is_block_matrix = ".h." in name and tensor.dim() == 2
+        other[name] = tensor.t() if is_block_matrix else tensor
+    return other
+
+
+def save_pretrained(model, path):
+    """Write config.json and pytorch_model.bin, a folder that `transformers` loads.
+
+    ValueError, before anything is written, for a fork whose parameters are not a GPT-2's.
+    """
+    C = model.config.n_embd
+    layer = 12 * C * C + 13 * C  # 4 matrices (3, 1, 4, 4), their biases (3, 1, 4, 1), 2 LayerNorms
+    n = (model.config.vocab_size + model.config.n_positions + 2) * C + model.config.n_layer * layer
+    if model.n_params() != n:
+        raise ValueError(f"the model has {model.n_params():,} parameters, Hugging Face's GPT-2 of "
+                         f"its config.json {n:,}: that folder cannot hold a changed architecture")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: t.cpu().contiguous() for name, t in transposed(model.state_dict()).items()}
+    temporary = folder / "save_pretrained.tmp"
+    torch.save(state, temporary)
+    os.replace(temporary, folder / "pytorch_model.bin")
+    temporary.write_text(json.dumps(model.config.to_hf(), indent=2) + "\n")
+    os.replace(temporary, folder / "config.json")
+
+
+# The functions above as methods: model.generate(idx, 20), GPT.from_pretrained("out/demo"), ...
+GPT.generate = generate
+GPT.config_of = config_of
+GPT.from_pretrained = from_pretrained
+GPT.save_pretrained = save_pretrained
+
+
+def main():
+    """The export command: a run's model and tokenizer as a folder that `transformers` opens."""
+    parser = argparse.ArgumentParser(description="Write a run as a Hugging Face GPT-2 folder.")
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("--init", type=Path, required=True, help="folder of a run or of a GPT-2")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    args = parser.parse_args()
+    GPT.from_pretrained(args.init).save_pretrained(args.out)
+    for name in ("vocab.json", "merges.txt", "added_tokens.json"):
+        if (args.init / name).exists():
+            shutil.copyfile(args.init / name, args.out / name)
+    print(f"wrote {args.out}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1638,3 +1721,10 @@ def cross_entropy(hidden, weight, targets, ignore_index=-100):
     gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     hidden = hidden.to(compute_dtype(hidden))
     return cross_entropy_chunks(hidden, weight, targets, ignore_index, gradient)[0]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"model.py: error: {e}")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run
 
-from model import GPT, GPTConfig, KVCache, linear, newest_checkpoint
+from model import GPT, GPTConfig, KVCache, Linear, newest_checkpoint
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures/hf_gpt2.json").read_text())
 TINY = GPTConfig(n_layer=3, n_head=2, n_embd=16, n_positions=32, vocab_size=61, dropout=0.0)
@@ -82,7 +83,7 @@ def test_cache_equals_full_forward(model, idx):
     idx = torch.cat([idx, idx[:, :12]], dim=1)  # 32 tokens: the whole context
     full = model.hidden(idx)
     for cuts in ([1] * 32, [5, 20, 7], [31, 1]):
-        cache = KVCache(TINY.n_layer)
+        cache = KVCache()
         parts = [model.hidden(piece, cache) for piece in idx.split(cuts, dim=1)]
         assert torch.allclose(torch.cat(parts, dim=1), full, atol=1e-5)
     with pytest.raises(ValueError, match="context of 32"):
@@ -159,13 +160,15 @@ def test_loads_what_old_versions_saved(model, idx, tmp_path):
     state["lm_head.weight"] = state["transformer.wte.weight"].clone()
     state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32, dtype=torch.bool)
     state = {name.removeprefix("transformer."): t for name, t in state.items()}
-    names = list(state)
-    index = {"weight_map": {n: f"part{i % 2}.bin" for i, n in enumerate(names)}}
-    for part in ("part0.bin", "part1.bin"):
-        torch.save({n: state[n] for n in names if index["weight_map"][n] == part}, tmp_path / part)
     (tmp_path / "pytorch_model.bin").unlink()
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    names = list(state)
+    for i in (0, 1):
+        shard = {name: state[name] for name in names[i::2]}
+        torch.save(shard, tmp_path / f"pytorch_model-0000{i + 1}-of-00002.bin")
     assert torch.equal(GPT.from_pretrained(tmp_path)(idx)[0], model(idx)[0])
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(ValueError, match="has no transformer"):
+        GPT.from_pretrained(tmp_path)
 
 
 def test_safetensors_folder(model, idx, tmp_path):
@@ -219,27 +222,66 @@ def test_generate(model, idx):
     first = (ended[0, 4:] == end).nonzero()[0, 0] + 4
     assert (ended[0, first:] == end).all()
     for bad in (dict(max_new_tokens=29), dict(max_new_tokens=0)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="context of 32"):
             model.generate(prompt, **bad)
-    with pytest.raises(ValueError, match="empty prompt"):
+    with pytest.raises(ValueError, match="1 or more of each"):
         model.generate(prompt[:, :0], 4)
 
 
 def test_one_bf16_row_is_a_linear():
     """A step of generation in bf16 that reads a transposed matrix, drops a bias or half a sum."""
     torch.manual_seed(0)
-    x, bias = torch.randn(1, 1, 48).bfloat16(), torch.randn(80).bfloat16()
-    weight = torch.randn(80, 48).bfloat16()
+    layer = Linear(48, 80, dtype=torch.bfloat16)
+    x, weight = torch.randn(1, 1, 48).bfloat16(), layer.weight.data
     product = x.double() @ weight.double().t()
     for stored in (weight, weight.t().contiguous().t()):  # [out, in], and Hugging Face's [in, out]
-        for b, exact in ((None, product), (bias, product + bias.double())):
-            assert linear(x, stored, b).shape == (1, 1, 80)
-            assert (linear(x, stored, b) - exact).abs().max() <= 2**-6 * exact.abs().max()
+        layer.weight = torch.nn.Parameter(stored)
+        for y, exact in ((layer.without_bias(x), product), (layer(x), product + layer.bias)):
+            assert y.shape == (1, 1, 80)
+            assert (y - exact).abs().max() <= 2**-6 * exact.abs().max()
+
+
+def test_plain_block(model, idx):
+    """Branch and residual mixed up: the fused form is not the two lines of Block's comment."""
+    x = model.transformer.wte(idx) + model.transformer.wpe.weight[:20]
+    for block in model.transformer.h:
+        x = x + block.attn(torch.nn.LayerNorm.forward(block.ln_1, x), 0.0, 0)
+        x = x + block.mlp(torch.nn.LayerNorm.forward(block.ln_2, x))
+    want = torch.nn.LayerNorm.forward(model.transformer.ln_f, x)
+    assert torch.allclose(model.hidden(idx), want, atol=1e-5)
+
+
+def test_changed_architectures_are_not_exported(model, tmp_path):
+    """A fork's model written as a GPT-2, which others would then load as one."""
+    for block in model.transformer.h:  # SwiGLU as wide as keeps the number of weights
+        block.mlp.c_fc, block.mlp.c_proj = Linear(16, 2 * 43), Linear(43, 16)
+    with pytest.raises(ValueError, match="changed architecture"):
+        model.save_pretrained(tmp_path / "swiglu")
+    assert not (tmp_path / "swiglu").exists()
+
+
+def test_export_command(model, idx, tmp_path):
+    """A run exported without its tokenizer, or a mistake that ends in a traceback."""
+    source, out = tmp_path / "run", tmp_path / "out"
+    source.mkdir()
+    torch.save({"model": model.state_dict()}, source / "checkpoint_0000001.pt")
+    (source / "config.json").write_text(json.dumps(TINY.to_hf()))
+    for name in ("vocab.json", "merges.txt"):
+        (source / name).write_text(name)
+    done = run("model.py", "export", "--init", source, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json", "merges.txt", "pytorch_model.bin", "vocab.json"]
+    assert torch.equal(GPT.from_pretrained(out)(idx)[0], model(idx)[0])
+    done = run("model.py", "export", "--init", tmp_path / "none", "--out", out)
+    assert done.returncode == 1 and done.stderr.startswith("model.py: error: no config.json")
 
 
 def test_config_errors():
     """Shapes that cannot be, found late by a matrix product's traceback."""
     with pytest.raises(ValueError, match="n_head 3 does not divide"):
         GPTConfig(n_embd=16, n_head=3)
-    with pytest.raises(ValueError, match="unknown preset"):
-        GPTConfig.preset("gpt5")
+    with pytest.raises(ValueError, match="use positive numbers"):
+        GPTConfig(n_head=0)
+    with pytest.raises(ValueError, match="dropout 1 is no probability"):
+        GPTConfig(dropout=1)
