@@ -103,11 +103,11 @@ def main():
 
     # Batches: their order hangs on the seed alone, so that the number of sequences seen is all that
     # a resumed run needs to know.
-    rows = {"data_dir": settings["data"], "seq_len": settings["seq_len"],
-            "micro_batch": micro_batch, "rank": process.rank, "world_size": process.world_size,
-            "device": process.device, "ignore_eot": settings["ignore_eot_targets"]}
+    share = {"data_dir": settings["data"], "seq_len": settings["seq_len"],
+             "micro_batch": micro_batch, "rank": process.rank, "world_size": process.world_size,
+             "device": process.device, "ignore_eot": settings["ignore_eot_targets"]}
     seen = start * settings["batch_tokens"] // settings["seq_len"]
-    batches = data.train_batches(**rows, seed=settings["seed"], start=seen)
+    batches = data.train_batches(**share, seed=settings["seed"], start=seen)
 
     # The loop. `step` counts the updates done. It goes round N + 1 times: the last time it only
     # validates and saves, so that the end is no special case.
@@ -120,7 +120,7 @@ def main():
         # Once in a while, and at the end: the loss on validation text. All ranks take part.
         last = step == total_steps
         if last or step % settings["eval_every"] == 0:
-            val_batches = data.val_batches(**rows, max_tokens=settings["eval_tokens"])
+            val_batches = data.val_batches(**share, max_tokens=settings["eval_tokens"])
             val_loss = evaluate(model, val_batches, process, stop_asked)
             if val_loss is not None:
                 log_validation(run, step, val_loss, meta["val"], settings, process)
@@ -147,8 +147,8 @@ def main():
         # Once in a while: a line for people, and a row of log.jsonl.
         if done % settings["log_every"] == 0 or done in (start + 1, total_steps):
             mean_loss = process.all_reduce([loss])[0] / process.world_size
-            tokens_per_s = settings["batch_tokens"] * len(seconds) / sum(seconds)
-            log_step(run, done, mean_loss, grad_norm, tokens_per_s, flops, settings, process)
+            seconds_per_step = sum(seconds) / len(seconds)
+            log_step(run, done, mean_loss, grad_norm, seconds_per_step, flops, settings, process)
             seconds.clear()
 
     # The end: a sample of what the model writes. A sharded model would need all ranks for it.
@@ -162,6 +162,8 @@ def main():
 
 # ---------------------------------------------------------------------------------------------
 # settings: presets, flags, and what must fit together
+#
+# A new setting is a row of the table below, and is then settings["name"] everywhere.
 
 
 def numbers(kind, low, high=math.inf):
@@ -229,6 +231,7 @@ def recipe(preset):
 
 
 def make_parser():
+    """Every flag, with its default in words: the values themselves come from recipe()."""
     parser = argparse.ArgumentParser(
         description="Pre-train a GPT-2 as BioMedLM was. Without arguments: the offline demo.")
     add = parser.add_argument
@@ -267,16 +270,15 @@ def make_parser():
 
 
 def read_settings():
-    """{flag: value} of the command line; None where a flag without a preset's value is missing."""
+    """{flag: value} of the command line; None where neither a flag nor the preset gives a value."""
     parser = make_parser()
+    # Read twice: the preset that is named sets the values of the flags that are not.
     preset = parser.parse_args().preset
-    parser.set_defaults(**recipe(preset))
-    settings = vars(parser.parse_args())  # now the flags that weren't given have the preset's value
+    parser.set_defaults(out=f"out/{preset}", **recipe(preset))
+    settings = vars(parser.parse_args())
     if settings["data"] is None and preset != "demo":
         raise ValueError("--data is missing: make arrays with: python data.py tokenize --text DIR "
                          "--tokenizer DIR --out DIR")
-    if settings["out"] is None:
-        settings["out"] = f"out/{preset}"
     if settings["min_lr"] is None:
         settings["min_lr"] = 0.1 * settings["lr"]  # BioMedLM: alpha_f 0.1
     if settings["min_lr"] > settings["lr"]:
@@ -298,7 +300,9 @@ def open_arrays(folder, verify):
 def split_batch(settings, world_size):
     """(micro_batch, accumulation): how a rank's share of a step's sequences is cut, exactly.
 
-    A rank takes `accumulation` micro-batches, one after the other, of micro_batch sequences each.
+    A rank takes `accumulation` micro-batches, one after the other, of micro_batch sequences each:
+    1,048,576 tokens = 128 ranks x 1 micro-batch x 8 sequences x 1024 (BioMedLM), or on one machine
+    8 ranks x 16 micro-batches x 8 sequences x 1024: the same step, 16 times as slow.
     """
     batch_tokens = settings["batch_tokens"]
     unit = world_size * settings["seq_len"]
@@ -346,8 +350,11 @@ def start_process(device=None, dtype=None):
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    in_group = "RANK" in os.environ  # torchrun sets it
     try:
         device = torch.device(device)
+        if in_group and device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # each rank its own
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:  # torch says "not compiled with CUDA" by assertion
         reason = str(e).splitlines()[0]
@@ -355,18 +362,16 @@ def start_process(device=None, dtype=None):
     if dtype is None:
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     process = Process(device, getattr(torch, dtype))
-    if "RANK" not in os.environ:
-        return process
-    backend = "gloo"
-    if device.type == "cuda":
-        process.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(process.device)
-        # gloo beside NCCL: agreeing on Python's values is then no work for the GPU.
-        backend = "cpu:gloo,cuda:nccl"
-    # An hour: the others wait while rank 0 writes a checkpoint, or makes the demo.
-    dist.init_process_group(backend, timeout=timedelta(hours=1))
-    process.rank = dist.get_rank()
-    process.world_size = dist.get_world_size()
+    if in_group:
+        backend = "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            # gloo beside NCCL: agreeing on Python's values is then no work for the GPU.
+            backend = "cpu:gloo,cuda:nccl"
+        # An hour: the others wait while rank 0 writes a checkpoint, or makes the demo.
+        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        process.rank = dist.get_rank()
+        process.world_size = dist.get_world_size()
     return process
 
 
@@ -416,17 +421,22 @@ class Process:
         return result
 
     def close(self):
+        """Leave the group at the end of a run that went well."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def distribute(model, parallel, process):
-    """The model as the processes share it: itself, a DDP replica, or FSDP2 shards of each block."""
+    """The model as the processes share it; one process has it for itself.
+
+    ddp: each rank has the whole model, and gradients are averaged over the ranks in backward.
+    fsdp: each rank keeps its part of every weight, gradient and moment. A block's weights are
+    gathered just before they are used and dropped after: less memory, more traffic.
+    """
     if process.world_size == 1:
         return model
     if parallel == "ddp":
-        device_ids = [process.device.index] if process.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
     # It warns of the blocks' outputs, which nothing here changes in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh = dist.device_mesh.init_device_mesh(process.device.type, (process.world_size,))
@@ -457,8 +467,13 @@ def catch_signals(process):
 
 
 def learning_rate(step, settings):
-    """Learning rate of update `step`, from 0: linear warm-up from 0, then cosine to min_lr."""
-    lr, min_lr, warmup_steps = (settings[name] for name in ("lr", "min_lr", "warmup_steps"))
+    """Learning rate of update `step`: linear warm-up, then cosine to min_lr.
+
+    BioMedLM: 0 at step 0, 1.6e-6 at 1, 1.6e-4 at 100, 8.8e-5 half-way, 1.6e-5 at 300,000.
+    """
+    lr = settings["lr"]
+    min_lr = settings["min_lr"]
+    warmup_steps = settings["warmup_steps"]
     if step < warmup_steps:
         return lr * step / warmup_steps
     done = (step - warmup_steps) / max(1, settings["total_steps"] - warmup_steps)
@@ -489,9 +504,9 @@ def train_step(model, optimizer, batches, step, settings, process):
     positions = accumulation * settings["micro_batch"] * (settings["seq_len"] - 1)
     total = 0.0
     for i in range(accumulation):
-        if isinstance(model, DistributedDataParallel):
-            # Must be set before forward. Only the last micro-batch pays for the all-reduce.
-            model.require_backward_grad_sync = i == accumulation - 1
+        # Only DDP looks at this, and before forward. The last micro-batch alone then pays for the
+        # sum of the gradients over the ranks.
+        model.require_backward_grad_sync = i == accumulation - 1
         x, y = next(batches)
         with process.autocast():
             _, loss = model(x, y)
@@ -540,7 +555,14 @@ def evaluate(model, batches, process, stop_asked):
 
 
 # ---------------------------------------------------------------------------------------------
-# the run's folder: checkpoints in one format, whatever the world size and the mode
+# the run's folder
+#
+# run.json, config.json, vocab.json, merges.txt   written once a start: what the run is
+# log.jsonl                                       a row a logged step, and a row a validation
+# checkpoint_0001000.pt                           weights, optimiser state and step number
+#
+# A checkpoint is the whole state, gathered on rank 0, the same at any world size, DDP or FSDP. So
+# it can be gone on with by another number of GPUs, and is read as a model by eval.py.
 
 
 def open_run(run, settings, config, fresh):
@@ -579,6 +601,7 @@ def open_run(run, settings, config, fresh):
 
 
 def write_json(path, contents):
+    """One of the small files that describe a run, whole or as it was."""
     with replacing(path) as f:
         f.write((json.dumps(contents, indent=2) + "\n").encode())
 
@@ -704,8 +727,12 @@ def log(run, row, line, process):
         process.print(f"warning: log.jsonl could not be written ({e}); training goes on")
 
 
-def log_step(run, step, loss, grad_norm, tokens_per_s, flops, settings, process):
-    """The line and the row of the last of `step` updates. loss: mean over ranks; flops: a token."""
+def log_step(run, step, loss, grad_norm, seconds_per_step, flops, settings, process):
+    """The line and the row of the last of `step` updates.
+
+    loss: mean over the ranks. flops: a token's. MFU: the share of the GPUs' peak that those make.
+    """
+    tokens_per_s = settings["batch_tokens"] / seconds_per_step
     row = {"step": step, "tokens": step * settings["batch_tokens"], "loss": loss,
            "lr": learning_rate(step - 1, settings), "grad_norm": grad_norm,
            "tokens_per_s": tokens_per_s}
@@ -715,8 +742,7 @@ def log_step(run, step, loss, grad_norm, tokens_per_s, flops, settings, process)
         row["mfu"] = tokens_per_s * flops / (peak * process.world_size)
         mfu = f"  mfu {100 * row['mfu']:4.1f}%"
     row["memory"] = memory_gib(process.device)
-    tokens_left = settings["total_steps"] * settings["batch_tokens"] - row["tokens"]
-    eta = timedelta(seconds=int(tokens_left / tokens_per_s))
+    eta = timedelta(seconds=int((settings["total_steps"] - step) * seconds_per_step))
     log(run, row, f"step {step:>6}/{settings['total_steps']}  "
         f"tokens {row['tokens'] / 1e6:9.2f}M  loss {loss:7.4f}  lr {row['lr']:.2e}  "
         f"norm {grad_norm:7.3f}  tok/s {tokens_per_s:9,.0f}{mfu}  mem {row['memory']:5.1f}G  "
