@@ -7,8 +7,9 @@ Reads DIR/{train.bin,val.bin,meta.json,vocab.json,merges.txt} (data.py tokenize)
 run.json, config.json, the tokenizer, log.jsonl and checkpoint_STEP.pt. The same command goes on
 from the newest checkpoint, at any number of processes. Leaves out tensor and pipeline parallelism.
 
-Words: a step is one update of the weights, from batch_tokens tokens. Its sequences are dealt to the
-ranks (processes, one a GPU). A rank takes its share in micro-batches and adds up their gradients.
+Words: a step is one update of the weights, from batch_tokens tokens, which are cut into sequences
+of seq_len. world_size processes, called ranks and one a GPU, share a step's sequences. A rank takes
+its share in micro-batches, and adds up their gradients.
 """
 
 import argparse
@@ -45,7 +46,8 @@ from tokenizer import Tokenizer, replacing, run_command
 
 @record  # torchrun then shows the error of the rank that failed first
 def main():
-    # Settings: a preset gives every number, a flag replaces it.
+    # Settings: a preset gives every number, a flag replaces it. out, fresh and verify say what to
+    # do now; all else describes the run.
     settings = read_settings()
     run = Path(settings.pop("out"))
     fresh = settings.pop("fresh")
@@ -61,8 +63,8 @@ def main():
     micro_batch, accumulation = split_batch(settings, process.world_size)
     config = choose_config(settings, meta)
 
-    # The run's folder: made new, or gone on with from its newest checkpoint. Its run.json holds
-    # the settings as they came out.
+    # The run's folder: a new one, or one with a checkpoint to go on from. Its run.json records the
+    # settings that are used.
     settings |= {
         "data": settings["data"] or DEMO_DATA, "data_fingerprint": meta["train"]["sha256"],
         "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
@@ -101,8 +103,8 @@ def main():
                   f"{settings['seq_len']}; {process.device}, {settings['dtype']}, "
                   f"ops: {kernels_active(process.device)}")
 
-    # Batches: their order hangs on the seed alone, so that the number of sequences seen is all that
-    # a resumed run needs to know.
+    # Batches: their order depends on the seed alone. So a resumed run only needs to know how many
+    # sequences were seen.
     share = {"data_dir": settings["data"], "seq_len": settings["seq_len"],
              "micro_batch": micro_batch, "rank": process.rank, "world_size": process.world_size,
              "device": process.device, "ignore_eot": settings["ignore_eot_targets"]}
@@ -216,7 +218,7 @@ SHAPE = ("n_layer", "n_head", "n_embd")
 MICRO_BATCH = 8  # BioMedLM: sequences that a GPU of 40 GB took at once
 DEMO_DATA = "data/demo"
 
-# On resume these must be as they were: the weights' shape and the order of the data hang on them.
+# On resume these must be as before: the weights' shape and the order of the data depend on them.
 FIXED = (*SHAPE, "vocab_size", "seq_len", "batch_tokens", "seed", "ignore_eot_targets",
          "data_fingerprint", "init")
 
@@ -320,7 +322,10 @@ def split_batch(settings, world_size):
 
 
 def choose_config(settings, meta):
-    """GPTConfig of --init, or of the preset under the flags given, checked against the arrays."""
+    """GPTConfig of --init, or of the preset under the flags given, checked against the arrays.
+
+    The arrays, not the preset, say how large the vocabulary is.
+    """
     shape = {flag: settings[flag] for flag in SHAPE if settings[flag]}
     if settings["init"] is None:
         config = GPTConfig.preset(settings["preset"], dropout=settings["dropout"],
@@ -343,7 +348,7 @@ def choose_config(settings, meta):
 
 
 def start_process(device=None, dtype=None):
-    """The Process that this is, in torchrun's group if torchrun started it.
+    """This process, as a Process; it joins the others if torchrun started it.
 
     device: a torch device's name, None for cuda if it is there, else cpu.
     dtype: "float32" or "bfloat16", None for bfloat16 on cuda, else float32.
@@ -368,7 +373,7 @@ def start_process(device=None, dtype=None):
             torch.cuda.set_device(device)
             # gloo beside NCCL: agreeing on Python's values is then no work for the GPU.
             backend = "cpu:gloo,cuda:nccl"
-        # An hour: the others wait while rank 0 writes a checkpoint, or makes the demo.
+        # The others wait while rank 0 writes a checkpoint or makes the demo: up to an hour.
         dist.init_process_group(backend, timeout=timedelta(hours=1))
         process.rank = dist.get_rank()
         process.world_size = dist.get_world_size()
@@ -394,7 +399,7 @@ class Process:
             sys.stdout.flush()
 
     def all_reduce(self, values, op=dist.ReduceOp.SUM):
-        """Numbers or 0-d tensors, reduced over the ranks by the CPU, as Python floats."""
+        """Numbers or 0-d tensors, reduced over the ranks on the CPU, as Python floats."""
         values = torch.tensor([float(value) for value in values], dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(values, op)
@@ -481,11 +486,11 @@ def learning_rate(step, settings):
 
 
 def make_optimizer(model, settings):
-    """One group: decay falls on every parameter, biases and LayerNorms too (BioMedLM: Composer).
+    """AdamW. Any other torch.optim.Optimizer may stand here: nothing else knows which one it is.
 
+    One group: decay falls on every parameter, biases and LayerNorms too (BioMedLM: Composer).
     DecoupledAdamW shrinks a weight by 1 - (lr_t / lr_0) * 1.6e-5 a step, torch by
     1 - lr_t * weight_decay: with lr_0 = 1.6e-4 the same at weight_decay 0.1.
-    Another optimiser is made here; nothing else knows of AdamW.
     """
     return torch.optim.AdamW(model.parameters(), lr=settings["lr"], betas=(0.9, 0.95), eps=1e-8,
                              weight_decay=settings["weight_decay"], fused=True)
@@ -523,6 +528,7 @@ def update(model, optimizer, lr, grad_clip):
     Returns the gradient norm before clipping. It is the same on all ranks, so that all of them
     skip the update or none. To read it, Python waits for the device: 0.2% of a step.
     """
+    # Scales all gradients by grad_clip / norm where the norm is larger than grad_clip.
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     if hasattr(grad_norm, "full_tensor"):  # FSDP: this shard's part -> the norm over all ranks
         grad_norm = grad_norm.full_tensor()
@@ -561,8 +567,8 @@ def evaluate(model, batches, process, stop_asked):
 # log.jsonl                                       a row a logged step, and a row a validation
 # checkpoint_0001000.pt                           weights, optimiser state and step number
 #
-# A checkpoint is the whole state, gathered on rank 0, the same at any world size, DDP or FSDP. So
-# it can be gone on with by another number of GPUs, and is read as a model by eval.py.
+# A checkpoint is the whole state, gathered on rank 0: the same file at any world size, with DDP or
+# FSDP. So a run can go on with another number of GPUs, and eval.py reads its model.
 
 
 def open_run(run, settings, config, fresh):
@@ -591,7 +597,8 @@ def open_run(run, settings, config, fresh):
     cut_log(run / "log.jsonl", step, step % settings["eval_every"] == 0)
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(Path(settings["data"]) / name, run / name)
-    # By a shell: where there is no git, it prints nothing.
+    # The code's revision, with "-dirty" where files were changed since. By a shell: where there is
+    # no git, it prints nothing.
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
                          capture_output=True, text=True).stdout.strip()
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "git": git or None}
@@ -627,7 +634,7 @@ def check_same_run(before, now):
 
 
 def cut_log(path, step, evaluates):
-    """Drop the rows of log.jsonl that a killed run wrote after the checkpoint, or half-wrote.
+    """Drop the rows of log.jsonl that a killed run wrote after its checkpoint, or only half wrote.
 
     evaluates: the run goes on with a validation at `step`, which writes that row anew.
     """
@@ -649,8 +656,8 @@ def cut_log(path, step, evaluates):
 def save_checkpoint(run, model, optimizer, step, keep, process, must):
     """Gather the full state on rank 0 and write checkpoint_STEP.pt whole, or leave all as it was.
 
-    The file has 12 bytes a parameter, 31 GB for BioMedLM, and so much memory rank 0 needs.
-    Where the disk refuses it: a warning, or ValueError on every rank if the checkpoint `must` be.
+    The file has 12 bytes a parameter, 31 GB for BioMedLM. Rank 0 needs as much memory.
+    If the disk is full: a warning, or ValueError on every rank where the checkpoint `must` be.
     """
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = dcp.get_state_dict(model, optimizer, options=options)
@@ -660,7 +667,7 @@ def save_checkpoint(run, model, optimizer, step, keep, process, must):
         try:
             with replacing(path) as f:
                 torch.save({"model": weights, "optimizer": moments, "step": step}, f)
-            # A file of a later step is damaged, or the run would have gone on from it: not counted.
+            # A later step's file is damaged, or the run would have gone on from it: not counted.
             whole = sorted(p for p in run.glob("checkpoint_*.pt") if p <= path)
             for old in whole[:-keep]:
                 old.unlink()
@@ -750,7 +757,10 @@ def log_step(run, step, loss, grad_norm, seconds_per_step, flops, settings, proc
 
 
 def log_validation(run, step, val_loss, val, settings, process):
-    """The line and the row of a validation. val: byte and token counts of val.bin."""
+    """The line and the row of a validation. val: byte and token counts of val.bin.
+
+    A nat is 1 / ln 2 bits. Bits a byte of text compare models with different tokenizers.
+    """
     bits = val_loss / math.log(2) * val["tokens"] / val["bytes"]
     log(run, {"step": step, "val_loss": val_loss, "val_bits_per_byte": bits},
         f"step {step:>6}/{settings['total_steps']}  validation loss {val_loss:.4f}, "
@@ -760,9 +770,7 @@ def log_validation(run, step, val_loss, val, settings, process):
 def report_skip(loss, step, in_a_row, process):
     """Warn of an update that was skipped for NaN or Inf; ValueError after SKIP_LIMIT in a row."""
     finite = process.gather(math.isfinite(loss))  # the loss of each rank
-    culprit = "the gradient norm"
-    if False in finite:
-        culprit = f"the loss of rank {finite.index(False)}"
+    culprit = "the gradient norm" if all(finite) else f"the loss of rank {finite.index(False)}"
     text = f"{culprit} was not finite at step {step}: update skipped, {in_a_row} in a row"
     if in_a_row == SKIP_LIMIT:
         raise ValueError(f"{text}: the weights are as before; lower --lr or look at the data, then "
