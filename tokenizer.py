@@ -543,7 +543,7 @@ def cut_txt(path):
     if len(raw) == LONGEST_LINE:
         raise ValueError(f"{path} is longer than 64 MiB: cut it, or use JSON lines")
     for piece in PIECE.findall(raw.decode("utf-8-sig", "replace")):
-        if piece := piece.strip():
+        if piece := piece.strip("\n"):
             yield f"{hash64(piece):016x}", piece
 
 
