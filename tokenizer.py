@@ -15,21 +15,21 @@ import gzip
 import hashlib
 import heapq
 import json
-import mmap
 import multiprocessing
 import os
+import pickle
 import re
-import shutil
 import signal
 import sys
 import tempfile
 import threading
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import islice
 from operator import add
 from pathlib import Path
 
@@ -56,17 +56,15 @@ SAFE_PATTERN = PATTERN.replace(r"\s+(?!\S)", r"(?:\s{100}(?=\s\s))*+\s+(?!\S)")
 # GPT-2 writes a byte as a visible character: itself, or else one of chr(256), chr(257), ... in
 # turn. So " " is "Ġ", "\n" is "Ċ", and the two bytes of "é" are "Ã©".
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-HIDDEN = sorted(set(range(256)) - set(VISIBLE))
-BYTE_CHAR = {byte: chr(byte) for byte in VISIBLE}
-BYTE_CHAR |= {byte: chr(256 + i) for i, byte in enumerate(HIDDEN)}
-CHAR_BYTE = {ord(char): byte for byte, char in BYTE_CHAR.items()}
-ALPHABET = sorted(BYTE_CHAR.values())  # the ids 0-255: "!" is 0, "Ġ" is 220
-BYTE_ID = bytes(ALPHABET.index(BYTE_CHAR[byte]) for byte in range(256))  # for bytes.translate
+BYTES = VISIBLE + sorted(set(range(256)) - set(VISIBLE))  # by id: "!" is 0, "Ġ" is 220
+ALPHABET = [chr(byte) for byte in VISIBLE] + [chr(256 + i) for i in range(256 - len(VISIBLE))]
+ID_OF_BYTE = bytes(map(BYTES.index, range(256)))  # for bytes.translate
+BYTE_OF_CHAR = dict(zip(map(ord, ALPHABET), BYTES))  # for str.translate
 
 
 def token_bytes(token):
     """The bytes of a token in byte characters: "Ġcell" -> b" cell"."""
-    return token.translate(CHAR_BYTE).encode("latin-1")
+    return token.translate(BYTE_OF_CHAR).encode("latin-1")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -91,11 +89,9 @@ def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size {vocab_size} is below 257 (256 bytes, end-of-text): use more")
-    if min_frequency < 1:
-        raise ValueError(f"min_frequency {min_frequency} is below 1: BioMedLM's is 2")
     # A word is a str with the character chr(id) for each symbol: str.split finds a pair, str.join
     # writes its merge, and pairs, which are strs of two characters, sort as (id, id) does.
-    words = [piece.encode().translate(BYTE_ID).decode("latin-1") for piece in counts]
+    words = [piece.encode().translate(ID_OF_BYTE).decode("latin-1") for piece in counts]
     word_counts = list(counts.values())
     where = defaultdict(list)  # pair -> indices of words, one an occurrence, some outdated
     for i, word in enumerate(words):
@@ -143,27 +139,22 @@ def merge_pair(pair, merged, words, indices):
     Yields (new pair, old pair it replaces, indices of words, one an occurrence). In "then", "he"
     becomes X: "tX" replaces "th", and "Xn" replaces "en". In "hehe" "XX" replaces "eh".
     """
-    lefts = defaultdict(list)
-    rights = defaultdict(list)
-    doubles = []
+    found = defaultdict(list)
     for i in dict.fromkeys(indices):  # a word once, however often it has the pair
         parts = words[i].split(pair)  # "hehe" -> "", "", ""; one part if the pair is gone
         words[i] = merged.join(parts)
         before = parts[0]
         for after in parts[1:]:
             if before:
-                lefts[before[-1]].append(i)
+                found[before[-1] + merged].append(i)
             if after:
-                rights[after[0]].append(i)
+                found[merged + after[0]].append(i)
             before = after
         for between in parts[1:-1]:
             if not between:
-                doubles.append(i)
-    for char, found in lefts.items():
-        yield char + merged, char + pair[0], found
-    for char, found in rights.items():
-        yield merged + char, pair[1] + char, found
-    yield merged + merged, pair[1] + pair[0], doubles
+                found[merged + merged].append(i)
+    for new, indices in found.items():
+        yield new, new[0].replace(merged, pair[1]) + new[1].replace(merged, pair[0]), indices
 
 
 # ---------------------------------------------------------------------------------------------
@@ -178,27 +169,21 @@ class Tokenizer:
     """
 
     def __init__(self, vocab, merges, added=()):
-        if not vocab.keys() >= set(ALPHABET):
-            raise ValueError("the vocabulary lacks some of the 256 bytes: not byte-level BPE")
         ranks, made = usable_ranks(vocab, merges)
         self._bpe = tiktoken.Encoding("bpe", pat_str=SAFE_PATTERN, mergeable_ranks=ranks,
                                       special_tokens={})
         self.vocab = vocab
         self.merges = merges
-        # tiktoken gives ranks: bytes first, then merges. They are the ids in our own vocabularies.
-        self._id_of_rank = [vocab[token] for token in (*ALPHABET, *map("".join, merges))]
-        self._ranks_are_ids = self._id_of_rank == list(range(len(self._id_of_rank)))
+        # tiktoken gives ranks: bytes first, then merges. In most vocabularies these are the ids.
+        ids = [vocab[token] for token in (*ALPHABET, *map("".join, merges))]
+        self._id_of_rank = None if ids == list(range(len(ids))) else ids
         self.special = {token: i for token, i in vocab.items() if token not in made} | dict(added)
         for token in self.special:
             if not re.fullmatch(r"<.*>|\[.*\]", token) and token not in added:
-                raise ValueError(f"no merge makes {token!r}: the merges are cut short, copy them")
-        if END_OF_TEXT not in self.special:
-            raise ValueError(f"there is no {END_OF_TEXT}: not GPT-2's or BioMedLM's kind")
+                raise ValueError(f"no merge makes {token!r}")
         self.eot_id = self.special[END_OF_TEXT]
         self._bytes = {vocab[token]: token_bytes(token) for token in made}
         self._bytes |= {i: token.encode() for token, i in self.special.items()}
-        if len(self._bytes) < len(made) + len(self.special):
-            raise ValueError("two tokens share an id: copy the vocabulary again")
 
     @classmethod
     def from_merges(cls, merges):
@@ -221,26 +206,15 @@ class Tokenizer:
 
     def encode(self, text, allow_special=False):
         """Ids (list of int) of text. Special strings in it are plain text unless allow_special."""
-        if allow_special:
-            return self._encode_special(text)
-        ranks = self._bpe.encode_ordinary(text)
-        return ranks if self._ranks_are_ids else [self._id_of_rank[rank] for rank in ranks]
-
-    def _encode_special(self, text):
+        if not allow_special:
+            ranks = self._bpe.encode_ordinary(text)
+            return [self._id_of_rank[rank] for rank in ranks] if self._id_of_rank else ranks
         longest_first = sorted(self.special, key=len, reverse=True)
         ids = []
-        # re.split keeps what a group matched: plain text, a special token, plain text, ...
-        for n, part in enumerate(re.split(f"({'|'.join(map(re.escape, longest_first))})", text)):
-            if n % 2:
-                ids.append(self.special[part])
-            else:
-                ids += self.encode(part)
+        # a group in the pattern: re.split returns the special strings too, in their places
+        for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text):
+            ids += [self.special[part]] if part in self.special else self.encode(part)
         return ids
-
-    def encode_batch(self, texts, num_threads=None):
-        """Ids of each text, on num_threads threads (None: all cores)."""
-        with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-            return list(pool.map(self.encode, texts))
 
     def decode_bytes(self, ids):
         """Bytes of ids (ints); ValueError for an id that is not in the vocabulary."""
@@ -287,8 +261,9 @@ class Tokenizer:
                     return cls(*read_files(folder / vocab, folder / merges))
             if (folder / "tokenizer.json").is_file():
                 return cls(*read_tokenizer_json(folder / "tokenizer.json"))
-        except ValueError as e:
-            raise ValueError(f"{folder}: {e}") from e
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"{folder}: its vocabulary and merges are damaged, or do not belong "
+                             f"together ({e}): copy them again") from e
         raise FileNotFoundError(f"{folder} has no vocab.json + merges.txt: make them with python "
                                 f"tokenizer.py train --input TEXT --out {folder}; for gpt2, set "
                                 "TIKTOKEN_CACHE_DIR to the folder where tiktoken keeps its files")
@@ -307,13 +282,10 @@ def usable_ranks(vocab, merges):
     made = set(ALPHABET)
     rules = {}  # pair of symbols -> (rank, pair, the symbol it becomes)
     for rank, parts in enumerate(merges, len(ALPHABET)):
-        token = "".join(parts)
-        pair = "".join([symbol.get(part, "") for part in parts])
-        if len(parts) != 2 or not made.issuperset(parts) or token not in vocab or pair in rules:
-            raise ValueError(f"merge {rank - 255}, {' '.join(parts)!r}, is no pair, is there twice "
-                             "or holds an unknown token: copy the vocabulary and the merges again")
-        rules[pair] = rank, pair, symbol[token]
-        made.add(token)
+        left, right = parts
+        pair = symbol[left] + symbol[right]
+        rules[pair] = rank, pair, symbol[left + right]
+        made.add(left + right)
     ranks = {token_bytes(char): rank for rank, char in enumerate(ALPHABET)}
     for rank, parts in enumerate(merges, len(ALPHABET)):
         # HF's way with this token's own text: the first of the merges that fits, until none does
@@ -330,7 +302,7 @@ def usable_ranks(vocab, merges):
 # ---------------------------------------------------------------------------------------------
 # counting pre-tokens: streamed in bounded memory, over processes
 
-BATCH_CHARACTERS = 1 << 22
+BATCH_DOCUMENTS = 500
 SPACE = re.compile(r" (?=\S)")  # a space before anything visible always starts a pre-token
 
 
@@ -339,33 +311,21 @@ def count_pretokens(inputs, workers=1, progress=False):
 
     This process reads, the workers count; some two batches a worker are in memory.
     """
+    documents = read_documents(inputs, progress)
+    batches = iter(lambda: list(islice(documents, BATCH_DOCUMENTS)), [])
     counts = Counter()
-    batches = read_batches(read_documents(inputs, progress))
     for counted in in_processes(count_batch, batches, workers):
         counts.update(counted)
     return counts
 
 
-def read_batches(documents):
-    """Texts of some BATCH_CHARACTERS each: whole documents, each ended by one "\\n"."""
-    batch = []
-    size = 0
-    for _, text in documents:
-        batch.append(text.removesuffix("\n") + "\n")
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield "".join(batch)
-            batch = []
-            size = 0
-    yield "".join(batch)
-
-
-def count_batch(text):
-    """Counter of the pre-tokens of a text.
+def count_batch(documents):
+    """Counter of the pre-tokens of (id, text) documents.
 
     GPT-2's pattern is slow. So the text is cut at spaces first, and the pattern runs once on each
-    distinct chunk: "(myocardium)," comes often and is cut once.
+    distinct chunk: " (myocardium)," comes often and is cut once.
     """
+    text = "".join(text.removesuffix("\n") + "\n" for _, text in documents)
     first, *chunks = SPACE.split(text)
     counts = Counter(LINE_PATTERN.findall(first))
     for chunk, count in Counter(chunks).items():
@@ -403,27 +363,22 @@ def read_files(vocab, merges):
     return read_json(vocab), pairs, read_json(added) if added.is_file() else {}
 
 
+def read_json(path):
+    return json.loads(path.read_bytes())
+
+
 def read_tokenizer_json(path):
     """Arguments of Tokenizer from Hugging Face's single file."""
     top = read_json(path)
-    model = top.get("model", {})
-    pre = top.get("pre_tokenizer") or {}
-    cuts_as_gpt2 = (pre.get("type") == "ByteLevel" and pre.get("use_regex", True)
-                    and not pre.get("add_prefix_space") and not top.get("normalizer"))
-    if not cuts_as_gpt2 or "merges" not in model:
+    cut = {"use_regex": True} | (top["pre_tokenizer"] or {})
+    as_gpt2 = cut.get("type") == "ByteLevel" and cut["use_regex"] and not cut["add_prefix_space"]
+    if top["model"]["type"] != "BPE" or top["normalizer"] or not as_gpt2:
         raise ValueError("tokenizer.json is not GPT-2's kind: BPE, ByteLevel, no prefix space, "
                          "normalizer")
     # a merge is "t h" in older files and ["t", "h"] in newer ones
-    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-    added = {token["content"]: token["id"] for token in top.get("added_tokens", [])}
-    return model["vocab"], merges, added
-
-
-def read_json(path):
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as e:
-        raise ValueError(f"{path.name} is not JSON, perhaps cut short ({e}): copy it again") from e
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in top["model"]["merges"]]
+    added = {token["content"]: token["id"] for token in top["added_tokens"]}
+    return top["model"]["vocab"], merges, added
 
 
 # ---------------------------------------------------------------------------------------------
@@ -448,11 +403,10 @@ def text_files(paths):
     Of a folder, those directly in it. FileNotFoundError where a path gives none.
     """
     files = []
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        path = Path(path)
-        inside = path.iterdir() if path.is_dir() else [path]
-        found = [file for file in inside if re.search(r"\.(jsonl|txt)(\.gz)?$", file.name)]
-        if not found or not path.exists():
+    for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
+        found = [file for file in [path, *path.glob("*")]
+                 if re.search(r"\.(jsonl|txt)(\.gz)?$", file.name) and file.is_file()]
+        if not found:
             raise FileNotFoundError(f"{path}: no .jsonl or .txt (.gz): run python data.py extract")
         files += found
     return sorted(files, key=natural)
@@ -472,18 +426,16 @@ def json_lines(path):
     """Yield (line number, object) of a file whose lines end at "\\n" only."""
     with open_input(path) as f:
         for number, line in enumerate(iter(lambda: f.readline(LONGEST_LINE), b""), 1):
-            if line.strip():
-                yield number, json_object(line, f"{path}: line {number}")
-
-
-def json_object(line, where):
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is no JSON object or exceeds 64 MiB: get the file anew")
-    return value
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}: line {number} is no JSON object or exceeds 64 MiB: get "
+                                 "the file anew")
+            yield number, value
 
 
 def read_documents(paths, progress=False):
@@ -500,41 +452,23 @@ def read_records(path):
     A .txt is cut into documents of some 4,000 characters, so that a split has some to hold out;
     their ids are hashes of their texts. ValueError for a .txt above 64 MiB.
     """
-    if is_txt(path):
+    if str(path).removesuffix(".gz").endswith(".txt"):
         yield from cut_txt(path)
-        return
-    for number, value in json_lines(path):
-        yield record_of(value, f"{path}: line {number}")
+    else:
+        for number, value in json_lines(path):
+            yield record_of(value, f"{path}: line {number}")
 
 
 def read_records_backwards(path):
-    """Yield the records of read_records, the last one first, in bounded memory.
-
-    The file is mapped, not read; of a .gz, its unpacked copy in a temporary file ($TMPDIR).
-    """
-    if is_txt(path):
-        yield from reversed(list(cut_txt(path)))
-        return
-    with open_input(path) as f, tempfile.TemporaryFile() as copy:
-        if str(path).endswith(".gz"):
-            shutil.copyfileobj(f, copy, MIB)
-            copy.flush()
-            f = copy
-        end = os.fstat(f.fileno()).st_size
-        if end == 0:  # which mmap refuses
-            return
-        with mmap.mmap(f.fileno(), end, access=mmap.ACCESS_READ) as lines:
-            while end > 0:
-                start = lines.rfind(b"\n", 0, end - 1) + 1
-                line = lines[start : min(end, start + LONGEST_LINE)]
-                if line.strip():
-                    where = f"{path}: the line at byte {start}"
-                    yield record_of(json_object(line, where), where)
-                end = start
-
-
-def is_txt(path):
-    return str(path).removesuffix(".gz").endswith(".txt")
+    """Yield the records of read_records, the last one first, through a temporary file ($TMPDIR)."""
+    starts = []
+    with tempfile.TemporaryFile() as copy:
+        for record in read_records(path):
+            starts.append(copy.tell())
+            pickle.dump(record, copy)
+        for start in reversed(starts):
+            copy.seek(start)
+            yield pickle.load(copy)
 
 
 def cut_txt(path):
@@ -543,21 +477,24 @@ def cut_txt(path):
     if len(raw) == LONGEST_LINE:
         raise ValueError(f"{path} is longer than 64 MiB: cut it, or use JSON lines")
     for piece in PIECE.findall(raw.decode("utf-8-sig", "replace")):
-        if piece := piece.strip("\n"):
-            yield f"{hash64(piece):016x}", piece
+        if text := piece.strip("\n"):
+            yield f"{hash64(text):016x}", text
 
 
 def record_of(value, where):
     """(id, text or None) of a record's JSON object."""
-    ident = value.get("id")
-    text = value.get("text")
-    deleted = bool(value.get("deleted"))
-    if not isinstance(ident, str) or not (deleted or isinstance(text, str)):
-        raise ValueError(f'{where} lacks "id" or "text": run python data.py extract')
-    if deleted:
-        return ident, None
-    # JSON can spell half a surrogate pair, which is no character: U+FFFD, as tiktoken has it
-    return ident, text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        ident = whole_characters(value["id"])
+        if value.get("deleted"):
+            return ident, None
+        return ident, whole_characters(value["text"])
+    except (KeyError, AttributeError):
+        raise ValueError(f'{where} lacks "id" or "text": run python data.py extract') from None
+
+
+def whole_characters(text):
+    """JSON can spell half a surrogate pair, which is no character: U+FFFD, as tiktoken has it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def hash64(text):
@@ -634,7 +571,7 @@ def run_command(main):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
     sub = commands.add_parser("train", help="learn a vocabulary from text")
     sub.add_argument("--input", nargs="+", required=True, metavar="PATH",
                      help="folders or files of text: .jsonl or .txt, plain or .gz (required)")
@@ -643,17 +580,13 @@ def main():
     sub.add_argument("--out", required=True, help="folder for the files written (required)")
     sub.add_argument("--workers", type=int, default=os.cpu_count(),
                      help="counting processes (default: all cores)")
+    sub.set_defaults(function=train)
     sub = commands.add_parser("show", help="print the pieces and ids of a text")
     sub.add_argument("text", help="the text to cut")
     sub.add_argument("--tokenizer", required=True, help="folder of a tokenizer, or gpt2 (required)")
-    sub.add_argument("--against", help="folder of a second one, or gpt2 (default: none)")
+    sub.set_defaults(function=show)
     args = parser.parse_args()
-    if args.command == "train":
-        train(args)
-        return
-    show(args.tokenizer, args.text)
-    if args.against:
-        show(args.against, args.text)
+    args.function(args)
 
 
 def train(args):
@@ -662,19 +595,17 @@ def train(args):
         raise ValueError("the input holds no text: give --input a folder with documents")
     tokenizer = Tokenizer.from_merges(train_bpe(counts, args.vocab_size, progress=True))
     tokenizer.save(args.out)
-    if tokenizer.vocab_size < args.vocab_size:
-        print(f"no pair is left that occurs twice: the vocabulary ends before {args.vocab_size:,}; "
-              "more text would fill it")
     print(f"{args.out}: {tokenizer.vocab_size:,} tokens, {END_OF_TEXT} is {tokenizer.eot_id}")
+    if tokenizer.vocab_size < args.vocab_size:
+        print("no pair is left that occurs twice: more text would fill the vocabulary")
 
 
-def show(name, text):
-    """Print the pieces of text and their ids."""
-    tokenizer = load_named(name)
-    ids = tokenizer.encode(text)
-    pieces = [tokenizer.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids]
-    print(f"{name}: {len(ids)} tokens, {len(text.encode()) / max(1, len(ids)):.2f} bytes a token")
-    print("|".join(pieces))
+def show(args):
+    """Print the pieces of a text and their ids."""
+    tokenizer = load_named(args.tokenizer)
+    ids = tokenizer.encode(args.text)
+    print(f"{len(ids)} tokens of {len(args.text.encode())} bytes")
+    print("|".join(tokenizer.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids))
     print(*ids)
 
 

@@ -16,8 +16,9 @@ import regex
 from conftest import run
 
 import tokenizer as bpe
-from tokenizer import ALPHABET, BYTE_CHAR, PATTERN, Tokenizer, count_pretokens, train_bpe
+from tokenizer import ALPHABET, PATTERN, Tokenizer, count_pretokens, train_bpe
 
+BYTE_CHAR = dict(zip(bpe.BYTES, ALPHABET))
 FIXTURE = json.loads((Path(__file__).parent / "fixtures/hf_bpe.json").read_text())
 
 
