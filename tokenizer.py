@@ -73,11 +73,11 @@ def token_bytes(token):
 #     hug 10 times, pug 5, hugs 5     the pre-tokens, each symbol still a byte
 #     u+g 20 times                    the commonest pair -> "ug":   h ug, p ug, h ug s
 #     h+ug 15 times                   now the commonest  -> "hug":  hug, p ug, hug s
-#     p+ug and hug+s 5 times each     a tie: the smaller ids win, those of hug come later
+#     p+ug and hug+s 5 times each     a tie: the smaller ids win, and p is a byte -> "pug"
 #
-# A merge changes only the pairs beside it. So the words of each pair are remembered, and their
-# counts corrected, in place of counting all anew. A new pair holds the new token: no pair's count
-# ever rises after its first count.
+# Counting all pairs anew after each merge would take days. But a merge changes only the pairs that
+# touch it: so each pair keeps a list of its words, and counts are corrected. A merge makes pairs
+# that hold its new token, and takes from all others: after its first count a pair only gets rarer.
 
 
 def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
@@ -93,7 +93,7 @@ def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
     # writes its merge, and pairs, which are strs of two characters, sort as (id, id) does.
     words = [piece.encode().translate(ID_OF_BYTE).decode("latin-1") for piece in counts]
     word_counts = list(counts.values())
-    where = defaultdict(list)  # pair -> indices of words, one an occurrence, some outdated
+    where = defaultdict(list)  # pair -> indices of words, an entry an occurrence, some outdated
     for i, word in enumerate(words):
         for pair in map(add, word, word[1:]):
             where[pair].append(i)
@@ -102,7 +102,7 @@ def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
 
     def remember(pair, indices):
         count = sum(map(word_counts.__getitem__, indices))
-        if count >= min_frequency:  # a rarer pair can only get rarer
+        if count >= min_frequency:  # else it never will be: forget it
             pair_counts[pair] = count
             where[pair] = indices
             heapq.heappush(heap, (-count, pair))
@@ -281,14 +281,13 @@ def usable_ranks(vocab, merges):
     symbol = {token: chr(i) for i, token in enumerate(vocab)}
     made = set(ALPHABET)
     rules = {}  # pair of symbols -> (rank, pair, the symbol it becomes)
-    for rank, parts in enumerate(merges, len(ALPHABET)):
-        left, right = parts
+    for rank, (left, right) in enumerate(merges, len(ALPHABET)):
         pair = symbol[left] + symbol[right]
         rules[pair] = rank, pair, symbol[left + right]
         made.add(left + right)
     ranks = {token_bytes(char): rank for rank, char in enumerate(ALPHABET)}
     for rank, parts in enumerate(merges, len(ALPHABET)):
-        # HF's way with this token's own text: the first of the merges that fits, until none does
+        # what HF does with this token's own text: apply the earliest merge, until none applies
         word = "".join([symbol[char] for char in "".join(parts)])
         last = None
         while found := [rules[pair] for pair in map(add, word, word[1:]) if pair in rules]:
@@ -384,7 +383,7 @@ def read_tokenizer_json(path):
 # ---------------------------------------------------------------------------------------------
 # text files
 
-LONGEST_LINE = 64 * MIB  # and the longest .txt: here a gzip bomb ends
+LONGEST_LINE = 64 * MIB  # and the longest .txt
 # A .txt is cut at a blank line where 4,000 to 8,000 characters allow, else at a line's end, else
 # after 8,000.
 PIECE = re.compile(r"(?s).{4000,8000}?\n\s*\n|.{4000,8000}?\n|.{1,8000}")
@@ -425,6 +424,7 @@ def open_input(path):
 def json_lines(path):
     """Yield (line number, object) of a file whose lines end at "\\n" only."""
     with open_input(path) as f:
+        # readline with a limit, since a gzip bomb may be one endless line
         for number, line in enumerate(iter(lambda: f.readline(LONGEST_LINE), b""), 1):
             if not line.strip():
                 continue
@@ -460,7 +460,10 @@ def read_records(path):
 
 
 def read_records_backwards(path):
-    """Yield the records of read_records, the last one first, through a temporary file ($TMPDIR)."""
+    """Yield the records of read_records, the last one first.
+
+    They go through a temporary file (in $TMPDIR, as large as the text): memory holds one record.
+    """
     starts = []
     with tempfile.TemporaryFile() as copy:
         for record in read_records(path):
@@ -476,7 +479,7 @@ def cut_txt(path):
         raw = f.read(LONGEST_LINE)
     if len(raw) == LONGEST_LINE:
         raise ValueError(f"{path} is longer than 64 MiB: cut it, or use JSON lines")
-    for piece in PIECE.findall(raw.decode("utf-8-sig", "replace")):
+    for piece in PIECE.findall(raw.decode("utf-8-sig", "replace")):  # they lose no character
         if text := piece.strip("\n"):
             yield f"{hash64(text):016x}", text
 
