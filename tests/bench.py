@@ -11,7 +11,6 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -234,8 +233,7 @@ def static_table():
                 "kernel": kernel.__name__, "target": target,
                 "dropout": arguments.get("DROPOUT"), "warps": compiled.metadata.num_warps,
                 "registers": registers, "stack": stack,
-                "shared_kb": compiled.metadata.shared / 1024,
-                "wgmma": "wgmma.mma_async" in compiled.asm["ptx"]}))
+                "shared_kb": compiled.metadata.shared / 1024}))
     return rows
 
 
@@ -452,8 +450,7 @@ def measure_train(args, process, settings):
         steps_per_s = statistics.median(rate for rate, _ in measured)
         tokens_per_s = steps_per_s * settings["accumulation"] * x.numel()
         rows.append(show({
-            "variant": name, "shape": args.shape, "compile": args.compile,
-            "dropout": settings["dropout"], "micro_batch": settings["micro_batch"],
+            "variant": name, "dropout": settings["dropout"], "micro_batch": settings["micro_batch"],
             "tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak if peak else None,
             "memory_gib": measured[-1][1]}))
     ratios = [ours / plain for (ours, _), (plain, _) in zip(segments["ours"], segments["plain"])]
@@ -742,14 +739,14 @@ def measure_tokenize(folder):
             "tokenize, 2 workers over 1": seconds[1] / seconds[2]}, text_mb
 
 
-def measure_loader(arrays, n_batches=5000):
+def measure_loader(arrays):
     """Million tokens a second of one process, batches of 8 x 1024."""
     batches = data.train_batches(arrays, 1024, 8, seed=0)
     next(batches)
     start = time.perf_counter()
-    for _ in range(n_batches):
+    for _ in range(5000):
         next(batches)
-    return n_batches * 8 * 1024 / (time.perf_counter() - start) / 1e6
+    return 5000 * 8 * 1024 / (time.perf_counter() - start) / 1e6
 
 
 # ---------------------------------------------------------------------------------------------
@@ -820,7 +817,7 @@ GENERATE_CHILD = """
 import re, sys, time
 start = time.perf_counter()
 import torch
-who, folder, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+who, folder, n = sys.argv[1], sys.argv[2], 16
 idx = torch.tensor([[1]])
 if who == "ours":
     from model import GPT
@@ -848,7 +845,6 @@ def bench_generate(rest):
     parser.add_argument("--shape", default="biomedlm",
                         help="preset of model.py (default: biomedlm)")
     parser.add_argument("--hf_python", help="a python that has transformers (default: ours alone)")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens a turn (default: 16)")
     args = parser.parse_args(rest)
     pythons = {"ours": sys.executable}
     if args.hf_python:
@@ -859,7 +855,7 @@ def bench_generate(rest):
     with tempfile.TemporaryDirectory() as folder:
         n_bytes = random_folder(args.shape, folder)
         for who, python in pythons.items():  # one after the other: each load has the machine
-            command = [python, "-c", GENERATE_CHILD, who, folder, str(args.tokens)]
+            command = [python, "-c", GENERATE_CHILD, who, folder]
             children[who] = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE,
                                              stdout=subprocess.PIPE)
             load_s[who] = float(children[who].stdout.readline())
@@ -869,7 +865,7 @@ def bench_generate(rest):
                 print("go", file=child.stdin, flush=True)
                 seconds, peak_gb[who] = map(float, child.stdout.readline().split())
                 if turn > 0:  # the first one touches the mapped file
-                    speeds[who].append(args.tokens / seconds)
+                    speeds[who].append(16 / seconds)
         for child in children.values():
             child.communicate()
     floor = statistics.median(rates) / n_bytes
@@ -890,20 +886,17 @@ def random_folder(shape, folder):
     with torch.device("meta"):
         model = GPT(GPTConfig.preset(shape)).to(torch.bfloat16)
     model.to_empty(device="cpu")
-    for name, weight in model.named_parameters():
-        if weight.dim() > 1:
-            weight.data.normal_(0.0, 0.02)
-        else:
-            weight.data.fill_("ln" in name)
+    for weight in model.parameters():
+        weight.data.normal_(0.0, 0.02)
     model.save_pretrained(folder)
     wpe = model.transformer.wpe.weight.numel()  # one row of it is read; wte whole, as the head
     return 2 * (model.n_params() - wpe)
 
 
-def read_rate(n_bytes=2**30):
+def read_rate():
     """Bytes a second that torch reads from memory, on all its threads."""
-    block = torch.ones(n_bytes // 8, dtype=torch.int64)
-    return n_bytes / interleave({"sum": block.sum}, 5)["sum"]
+    block = torch.ones(2**27, dtype=torch.int64)
+    return 2**30 / interleave({"sum": block.sum}, 5)["sum"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -921,8 +914,7 @@ def main():
     args, rest = parser.parse_known_args()
     rows = PARTS[args.part](rest)
     if args.json:
-        machine = {"python": platform.python_version(), "machine": platform.processor()}
-        Path(args.json).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+        Path(args.json).write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
