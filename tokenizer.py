@@ -98,7 +98,9 @@ def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
         for pair in map(add, word, word[1:]):
             where[pair].append(i)
     pair_counts = {}
-    heap = []  # (-count, pair), perhaps outdated
+    # The heap holds (-count, pair), so that the commonest pair comes out first. Its counts may be
+    # outdated: then the pair goes back with the true one, which can only be lower.
+    heap = []
 
     def remember(pair, indices):
         count = sum(map(word_counts.__getitem__, indices))
@@ -114,16 +116,18 @@ def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
     bar = tqdm(total=vocab_size - 257, desc="merging", unit="merge", disable=not progress)
     while heap and len(merges) < vocab_size - 257:
         count, pair = heapq.heappop(heap)
-        if pair_counts[pair] < -count:  # outdated: back with the true count
+        if pair_counts[pair] < -count:
             heapq.heappush(heap, (-pair_counts[pair], pair))
             continue
         if -count < min_frequency:
             break
+        # The commonest pair becomes a token with the next id.
         del pair_counts[pair]
         left, right = pair
         merges.append((tokens[ord(left)], tokens[ord(right)]))
         merged = chr(len(tokens))
         tokens.append("".join(merges[-1]))
+        # Its neighbours have new pairs; the pairs that these replace have become rarer.
         for new, old, indices in merge_pair(pair, merged, words, where.pop(pair)):
             if old in pair_counts:
                 pair_counts[old] -= sum(map(word_counts.__getitem__, indices))
@@ -174,10 +178,12 @@ class Tokenizer:
                                       special_tokens={})
         self.vocab = vocab
         self.merges = merges
-        # tiktoken gives ranks: bytes first, then merges. In most vocabularies these are the ids.
+        # tiktoken gives ranks: bytes first, then merges. In most vocabularies these are the ids:
+        # None saves the look-up.
         ids = [vocab[token] for token in (*ALPHABET, *map("".join, merges))]
         self._id_of_rank = None if ids == list(range(len(ids))) else ids
         self.special = {token: i for token, i in vocab.items() if token not in made} | dict(added)
+        # What is neither byte nor merge must look special, or else the merges were cut short.
         for token in self.special:
             if not re.fullmatch(r"<.*>|\[.*\]", token) and token not in added:
                 raise ValueError(f"no merge makes {token!r}")
