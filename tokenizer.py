@@ -369,7 +369,11 @@ def read_files(vocab, merges):
 
 
 def read_json(path):
-    return json.loads(path.read_bytes())
+    """The content of a whole JSON file."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON, perhaps cut short ({e}): get it again") from None
 
 
 def read_tokenizer_json(path):

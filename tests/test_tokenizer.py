@@ -356,7 +356,7 @@ def test_gpt2(shared, monkeypatch):
 def test_audit(trained, tmp_path):
     """eval.py's tables: pieces, words or bytes miscounted, a term list that shrank below 200."""
     trained.save(tmp_path / "t")
-    text = "thrombin and thrombin (aspirin).\n"
+    text = "thrombin and thrombin (aspirin)."
     (tmp_path / "x.txt").write_text(text)
     done = run("eval.py", "tokenizer", "--tokenizer", tmp_path / "t", "--text", tmp_path / "x.txt")
     assert done.returncode == 0, done.stderr
