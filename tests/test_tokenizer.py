@@ -356,7 +356,7 @@ def test_gpt2(shared, monkeypatch):
 def test_audit(trained, tmp_path):
     """eval.py's tables: pieces, words or bytes miscounted, a term list that shrank below 200."""
     trained.save(tmp_path / "t")
-    text = "thrombin and thrombin (aspirin)."
+    text = "thrombin and thrombin (aspirin).\n"
     (tmp_path / "x.txt").write_text(text)
     done = run("eval.py", "tokenizer", "--tokenizer", tmp_path / "t", "--text", tmp_path / "x.txt")
     assert done.returncode == 0, done.stderr
@@ -365,7 +365,7 @@ def test_audit(trained, tmp_path):
     pieces = [trained.decode([i]).strip() for i in trained.encode(" thrombin")]
     assert ["thrombin", "/".join(pieces)] in rows
     n = len(trained.encode(text))
-    assert ["t", "4", str(n), f"{n / 4:.3f}", f"{len(text) / n:.3f}"] in rows
+    assert [str(tmp_path / "t"), "4", str(n), f"{n / 4:.4g}", f"{len(text) / n:.4g}"] in rows
     assert next(int(row[1]) for row in rows if row[0] == "the ten together") >= 200
     assert ["1 to 9", "1"] in [row[:2] for row in rows]  # aspirin is listed, thrombin is not
 
