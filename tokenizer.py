@@ -1,11 +1,13 @@
 """Byte-level BPE as GPT-2 and BioMedLM have it: training, encoding, Hugging Face's files.
 
     python tokenizer.py train --input data/pubmed/text --vocab_size 28896 --out data/pubmed/tok
+    python tokenizer.py show --tokenizer data/pubmed/tok "acute myocardial infarction"
 
-Reads text (.jsonl with a document {"id", "text"} a line, or .txt; plain or .gz; files or folders),
-writes vocab.json + merges.txt, to the last line those of Hugging Face's BpeTrainer. Encodes through
-tiktoken. Bytes that are no UTF-8, and half surrogate pairs, are read as U+FFFD. Left out:
-normalisers, prefix spaces, dropout, and special tokens in plain text (only when asked for).
+Reads text: .jsonl with a document {"id", "text"} a line, or .txt; plain or .gz; files or folders.
+Writes vocab.json and merges.txt, the same bytes as Hugging Face's BpeTrainer. Encodes with
+tiktoken. Bytes that are not UTF-8, and half surrogate pairs, are read as U+FFFD. Left out:
+normalisers, prefix spaces, dropout. Special tokens in a text are plain text unless asked for.
+The second half of the file reads and writes text files; data.py, train.py and eval.py use it too.
 """
 
 import argparse
@@ -13,15 +15,21 @@ import gzip
 import hashlib
 import heapq
 import json
+import multiprocessing
 import os
+import pickle
 import re
 import signal
 import sys
 import tempfile
+import threading
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import islice
 from operator import add
 from pathlib import Path
 
@@ -29,8 +37,14 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
+MIB = 2**20
+
 # ---------------------------------------------------------------------------------------------
 # the byte alphabet and GPT-2's pattern
+#
+# A text is cut into pre-tokens, a word with the space before it, a number, a run of signs: "12 mg
+# of aspirin." -> "12", " mg", " of", " aspirin", ".". No token crosses their ends. A pre-token
+# becomes its UTF-8 bytes, 256 symbols that any text can be written in.
 
 END_OF_TEXT = "<|endoftext|>"
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -39,243 +53,147 @@ LINE_PATTERN = regex.compile(PATTERN.replace(r"\s+(?!\S)|\s+", r"[^\S\n]*\n|[^\S
 # The same pieces, long white space in steps of 100: tiktoken 0.14 panics after a million steps.
 SAFE_PATTERN = PATTERN.replace(r"\s+(?!\S)", r"(?:\s{100}(?=\s\s))*+\s+(?!\S)")
 
-# GPT-2 writes a byte as a visible character: itself, or one of chr(256), ...; " " becomes "Ġ".
+# GPT-2 writes a byte as a visible character: itself, or else one of chr(256), chr(257), ... in
+# turn. So " " is "Ġ", "\n" is "Ċ", and the two bytes of "é" are "Ã©".
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-HIDDEN = sorted(set(range(256)) - set(VISIBLE))
-BYTE_CHAR = {byte: chr(byte) for byte in VISIBLE} | {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
-CHAR_BYTE = {ord(char): byte for byte, char in BYTE_CHAR.items()}
-ALPHABET = sorted(BYTE_CHAR.values())  # the ids 0-255: "!" is 0, "Ġ" is 220
-BYTE_ID = bytes(ALPHABET.index(BYTE_CHAR[byte]) for byte in range(256))  # for bytes.translate
+BYTES = VISIBLE + sorted(set(range(256)) - set(VISIBLE))  # by id: "!" is 0, "Ġ" is 220
+ALPHABET = [chr(byte) for byte in VISIBLE] + [chr(256 + i) for i in range(256 - len(VISIBLE))]
+ID_OF_BYTE = bytes(map(BYTES.index, range(256)))  # for bytes.translate
+BYTE_OF_CHAR = dict(zip(map(ord, ALPHABET), BYTES))  # for str.translate
 
 
 def token_bytes(token):
-    """From byte characters: "Ġcell" -> b" cell"."""
-    return token.translate(CHAR_BYTE).encode("latin-1")
+    """The bytes of a token in byte characters: "Ġcell" -> b" cell"."""
+    return token.translate(BYTE_OF_CHAR).encode("latin-1")
 
 
 # ---------------------------------------------------------------------------------------------
-# counting pre-tokens: streamed in bounded memory, over processes
-
-BLOCK_BYTES = 1 << 22
-SPACE = re.compile(r" (?=\S)")  # a space before anything visible always starts a pre-token
-
-
-def input_files(inputs):
-    """The files among inputs; of a folder, the text files directly in it, in name order."""
-    files = []
-    for path in map(Path, inputs):
-        inside = path.iterdir() if path.is_dir() else [path]
-        found = sorted(f for f in inside if re.search(r"\.(jsonl|txt)(\.gz)?$", f.name))
-        if not found or not path.exists():
-            raise FileNotFoundError(f"{path}: no .jsonl or .txt (.gz): run python data.py extract")
-        files += found
-    return files
-
-
-def read_blocks(files, progress=False):
-    """Yield (file name, bytes): whole lines, ended by "\\n" alone, about BLOCK_BYTES of them."""
-    total, done = sum(path.stat().st_size for path in files), 0
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=not progress)
-    for path in files:
-        with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as stream:
-            try:
-                while lines := stream.readlines(BLOCK_BYTES):
-                    bar.update(done + raw.tell() - bar.n)
-                    yield path.name, b"".join(lines)
-            except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-                raise ValueError(f"{path} is truncated or damaged ({e}): fetch it again") from e
-        done += path.stat().st_size
-    bar.close()
-
-
-def block_text(name, block):
-    """A block's text: as it is, or the documents in its JSON lines; a last line gets its "\\n"."""
-    text, documents = block.decode("utf-8", "replace"), []
-    if ".jsonl" not in name:
-        return text.removesuffix("\n") + "\n"
-    for line in filter(str.strip, text.split("\n")):
-        try:
-            record = json.loads(line)
-            if not record.get("deleted"):
-                documents.append(record["text"].removesuffix("\n") + "\n")
-        except (ValueError, KeyError, AttributeError) as e:
-            raise ValueError(f'{name}: {line[:60]!r} is no document {{"id", "text"}}: '
-                             "python data.py extract makes them") from e
-    # JSON can spell half a surrogate pair, which is no character: U+FFFD, as tiktoken has it.
-    return "".join(documents).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-@lru_cache(maxsize=1 << 18)
-def cut_chunk(chunk):
-    return LINE_PATTERN.findall(" " + chunk)
-
-
-def count_block(named_block):
-    """Counter of pre-tokens. Text is cut at spaces first, which is cheap; GPT-2's pattern, which is
-    not, then runs once on each distinct chunk: "(myocardium)," comes often and is cut once."""
-    first, *chunks = SPACE.split(block_text(*named_block))
-    counts = Counter(LINE_PATTERN.findall(first))
-    for chunk, count in Counter(chunks).items():
-        for piece in cut_chunk(chunk):
-            counts[piece] += count
-    return counts
-
-
-def count_pretokens(inputs, workers=1, progress=False):
-    """Counter of the pre-tokens in files or folders, the same for every number of processes. This
-    process reads and unpacks, the workers count; about two blocks each are in memory."""
-    counts, blocks, running = Counter(), read_blocks(input_files(inputs), progress), deque()
-    if workers == 1:
-        for block in blocks:
-            counts.update(count_block(block))
-        return counts
-    no_ctrl_c = (signal.SIGINT, signal.SIG_IGN)  # the parent answers it
-    try:
-        with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=no_ctrl_c) as pool:
-            for block in blocks:
-                running.append(pool.submit(count_block, block))
-                if len(running) > 2 * workers:
-                    counts.update(running.popleft().result())
-            for future in running:
-                counts.update(future.result())
-    except BrokenExecutor as e:
-        raise OSError("a counting process was killed (memory?): use fewer --workers") from e
-    return counts
-
-
-# ---------------------------------------------------------------------------------------------
-# merging
+# training: the commonest pair of neighbours becomes a token, again and again
+#
+#     hug 10 times, pug 5, hugs 5     the pre-tokens, each symbol still a byte
+#     u+g 20 times                    the commonest pair -> "ug":   h ug, p ug, h ug s
+#     h+ug 15 times                   now the commonest  -> "hug":  hug, p ug, hug s
+#     p+ug and hug+s 5 times each     a tie: the smaller ids win, and p is a byte -> "pug"
+#
+# Counting all pairs anew after each merge would take days. But a merge changes only the pairs that
+# touch it: so each pair keeps a list of its words, and counts are corrected. A merge makes pairs
+# that hold its new token, and takes from all others: after its first count a pair only gets rarer.
 
 
 def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
-    """Merges [("t", "h"), ("Ġ", "th"), ...] in byte characters from {pre-token: count}: vocab_size
-    - 257 of them (256 bytes, end-of-text), fewer when no pair is left with min_frequency.
+    """Learn merges from {pre-token: count}: pairs in byte characters, [("t", "h"), ("Ġ", "th")].
 
-    HF's rule: the pair with the highest count wins, a tie goes to the smaller (id, id); it is
-    merged left to right. A word is a str with a character chr(id) for each symbol: str.split finds
-    a pair, str.join writes its merge, and pairs, two-character strs, sort as (id, id) does.
+    There are vocab_size - 257 of them (256 bytes, end-of-text), or fewer when no pair is left that
+    occurs min_frequency times. The rule is HF's: the pair with the highest count wins, a tie goes
+    to the smaller (id, id), and a word is merged from left to right.
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size {vocab_size} is below 257 (256 bytes, end-of-text): use more")
-    if min_frequency < 1:
-        raise ValueError(f"min_frequency {min_frequency} is below 1: BioMedLM's is 2")
-    words = [piece.encode().translate(BYTE_ID).decode("latin-1") for piece in counts]
-    freqs = list(counts.values())
-    where = defaultdict(list)  # pair -> indices of words, one per occurrence, maybe outdated
+    # A word is a str with the character chr(id) for each symbol: str.split finds a pair, str.join
+    # writes its merge, and pairs, which are strs of two characters, sort as (id, id) does.
+    words = [piece.encode().translate(ID_OF_BYTE).decode("latin-1") for piece in counts]
+    word_counts = list(counts.values())
+    where = defaultdict(list)  # pair -> indices of words, an entry an occurrence, some outdated
     for i, word in enumerate(words):
         for pair in map(add, word, word[1:]):
             where[pair].append(i)
-    pair_counts = {pair: sum(map(freqs.__getitem__, found)) for pair, found in where.items()}
-    heap = [(-count, pair) for pair, count in pair_counts.items() if count >= min_frequency]
-    heapq.heapify(heap)
-    tokens, merges = list(ALPHABET), []
+    pair_counts = {}
+    # The heap holds (-count, pair), so that the commonest pair comes out first. Its counts may be
+    # outdated: then the pair goes back with the true one, which can only be lower.
+    heap = []
+
+    def remember(pair, indices):
+        count = sum(map(word_counts.__getitem__, indices))
+        if count >= min_frequency:  # else it never will be: forget it
+            pair_counts[pair] = count
+            where[pair] = indices
+            heapq.heappush(heap, (-count, pair))
+
+    for pair, indices in where.items():
+        remember(pair, indices)
+    tokens = list(ALPHABET)
+    merges = []
     bar = tqdm(total=vocab_size - 257, desc="merging", unit="merge", disable=not progress)
     while heap and len(merges) < vocab_size - 257:
         count, pair = heapq.heappop(heap)
-        now = pair_counts[pair]
-        if now != -count:  # counts only fall: an outdated entry goes back with its true count
-            if now >= min_frequency:
-                heapq.heappush(heap, (-now, pair))
+        if pair_counts[pair] < -count:
+            heapq.heappush(heap, (-pair_counts[pair], pair))
             continue
+        if -count < min_frequency:
+            break
+        # The commonest pair becomes a token with the next id.
         del pair_counts[pair]
-        merges.append((tokens[ord(pair[0])], tokens[ord(pair[1])]))
+        left, right = pair
+        merges.append((tokens[ord(left)], tokens[ord(right)]))
         merged = chr(len(tokens))
         tokens.append("".join(merges[-1]))
-        for new, old, found in merge_pair(pair, merged, words, where.pop(pair)):
-            count = sum(map(freqs.__getitem__, found))
+        # Its neighbours have new pairs; the pairs that these replace have become rarer.
+        for new, old, indices in merge_pair(pair, merged, words, where.pop(pair)):
             if old in pair_counts:
-                pair_counts[old] -= count
-            if count >= min_frequency:  # a rarer pair can only get rarer: forget it
-                pair_counts[new], where[new] = count, found
-                heapq.heappush(heap, (-count, new))
+                pair_counts[old] -= sum(map(word_counts.__getitem__, indices))
+            remember(new, indices)
         bar.update()
     bar.close()
     return merges
 
 
 def merge_pair(pair, merged, words, indices):
-    """Merge pair in words[i] for i in indices. Yields (new pair, old pair it replaces, indices of
-    words, one per occurrence): merging "he" to "X" in "then", "tX" for "th" and "Xn" for "en"."""
-    lefts, rights, doubles = defaultdict(list), defaultdict(list), []
-    for i in indices:
-        before, *others = parts = words[i].split(pair)
-        if not others:
-            continue  # done at the word's first occurrence, or taken apart by an earlier merge
+    """Write `merged` for `pair` in words[i] of all indices, and yield what that changes.
+
+    Yields (new pair, old pair it replaces, indices of words, one an occurrence). In "then", "he"
+    becomes X: "tX" replaces "th", and "Xn" replaces "en". In "hehe" "XX" replaces "eh".
+    """
+    found = defaultdict(list)
+    for i in dict.fromkeys(indices):  # a word once, however often it has the pair
+        parts = words[i].split(pair)  # "hehe" -> "", "", ""; one part if the pair is gone
         words[i] = merged.join(parts)
-        doubles += [i] * parts[1:-1].count("")  # two side by side: "hehe" -> "XX"
-        for after in others:
+        before = parts[0]
+        for after in parts[1:]:
             if before:
-                lefts[before[-1]].append(i)
+                found[before[-1] + merged].append(i)
             if after:
-                rights[after[0]].append(i)
+                found[merged + after[0]].append(i)
             before = after
-    yield merged + merged, pair[1] + pair[0], doubles
-    for char, found in lefts.items():
-        yield char + merged, char + pair[0], found
-    for char, found in rights.items():
-        yield merged + char, pair[1] + char, found
+        for between in parts[1:-1]:
+            if not between:
+                found[merged + merged].append(i)
+    for new, indices in found.items():
+        yield new, new[0].replace(merged, pair[1]) + new[1].replace(merged, pair[0]), indices
 
 
 # ---------------------------------------------------------------------------------------------
 # the tokenizer
 
 
-def usable_ranks(vocab, merges):
-    """tiktoken's {bytes: rank} that gives HF's tokens, and the set of all tokens that merges make.
-
-    tiktoken joins any neighbours whose bytes together are a token, HF only the pairs of merges.txt.
-    In trained merges this is the same: wherever no merge crosses the ends of a token's bytes, they
-    go through the same merges and arrive at the same pair. In other files a token may be out of
-    reach ("a b", "b c", "a bc": "abc" stops at "ab" + "c"): HF never gives it, so it gets no rank.
-    """
-    symbol = {token: chr(i) for i, token in enumerate(vocab)}
-    rules, made = {}, set(ALPHABET)  # pair of symbols -> (rank, pair, the symbol it becomes)
-    for rank, parts in enumerate(merges, len(ALPHABET)):
-        pair, token = "".join([symbol.get(part, "") for part in parts]), "".join(parts)
-        if len(parts) != 2 or not made.issuperset(parts) or token not in vocab or pair in rules:
-            raise ValueError(f"merge {rank - 255}, {' '.join(parts)!r}, is no pair, is there twice "
-                             "or holds an unknown token: copy the vocabulary and the merges again")
-        rules[pair] = rank, pair, symbol[token]
-        made.add(token)
-    ranks = {token_bytes(char): rank for rank, char in enumerate(ALPHABET)}
-    for rank, token in enumerate(map("".join, merges), len(ALPHABET)):
-        word = "".join([symbol[char] for char in token])
-        while found := [rules[pair] for pair in map(add, word, word[1:]) if pair in rules]:
-            last, pair, merged = min(found)
-            word = word.replace(pair, merged)
-        if len(word) == 1 and last == rank:  # of several pairs that spell a token, one is reached
-            ranks[token_bytes(token)] = rank
-    return ranks, made
-
-
 class Tokenizer:
-    """vocab: {token in byte characters, or special string: id}; merges: pairs in order; added:
-    {special string: id} beyond vocab. ValueError where these do not fit each other."""
+    """Encodes text to ids and decodes ids, as Hugging Face's GPT2TokenizerFast does.
+
+    vocab: {token in byte characters, or special string: id}; merges: pairs in order; added:
+    {special string: id} beyond vocab. ValueError where these do not fit each other.
+    """
 
     def __init__(self, vocab, merges, added=()):
-        if not vocab.keys() >= set(ALPHABET):
-            raise ValueError("the vocabulary lacks some of the 256 bytes: not byte-level BPE")
         ranks, made = usable_ranks(vocab, merges)
         self._bpe = tiktoken.Encoding("bpe", pat_str=SAFE_PATTERN, mergeable_ranks=ranks,
                                       special_tokens={})
+        self.vocab = vocab
+        self.merges = merges
+        # tiktoken gives ranks: bytes first, then merges. In most vocabularies these are the ids:
+        # None saves the look-up.
         ids = [vocab[token] for token in (*ALPHABET, *map("".join, merges))]
-        self._id_of_rank = None if ids == list(range(len(ids))) else ids  # None: they are the same
-        self.vocab, self.merges = vocab, merges
+        self._id_of_rank = None if ids == list(range(len(ids))) else ids
         self.special = {token: i for token, i in vocab.items() if token not in made} | dict(added)
+        # What is neither byte nor merge must look special, or else the merges were cut short.
         for token in self.special:
             if not re.fullmatch(r"<.*>|\[.*\]", token) and token not in added:
-                raise ValueError(f"no merge makes {token!r}: the merges are cut short, copy them")
-        if END_OF_TEXT not in self.special:
-            raise ValueError(f"there is no {END_OF_TEXT}: not GPT-2's or BioMedLM's kind")
+                raise ValueError(f"no merge makes {token!r}")
         self.eot_id = self.special[END_OF_TEXT]
         self._bytes = {vocab[token]: token_bytes(token) for token in made}
         self._bytes |= {i: token.encode() for token, i in self.special.items()}
-        if len(self._bytes) < len(made) + len(self.special):
-            raise ValueError("two tokens share an id: copy the vocabulary again")
 
     @classmethod
     def from_merges(cls, merges):
-        """The vocabulary of merges learned by train_bpe, end-of-text last."""
+        """The tokenizer of merges learned by train_bpe, end-of-text last."""
         tokens = [*ALPHABET, *map("".join, merges), END_OF_TEXT]
         return cls({token: i for i, token in enumerate(tokens)}, merges)
 
@@ -295,23 +213,17 @@ class Tokenizer:
     def encode(self, text, allow_special=False):
         """Ids (list of int) of text. Special strings in it are plain text unless allow_special."""
         if not allow_special:
-            return self._encode(text)
-        longest_first = "|".join(map(re.escape, sorted(self.special, key=len, reverse=True)))
+            ranks = self._bpe.encode_ordinary(text)
+            return [self._id_of_rank[rank] for rank in ranks] if self._id_of_rank else ranks
+        longest_first = sorted(self.special, key=len, reverse=True)
         ids = []
-        for n, part in enumerate(re.split(f"({longest_first})", text)):  # plain, special, ...
-            ids += [self.special[part]] if n % 2 else self._encode(part)
+        # a group in the pattern: re.split returns the special strings too, in their places
+        for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text):
+            ids += [self.special[part]] if part in self.special else self.encode(part)
         return ids
 
-    def encode_batch(self, texts, num_threads=None):
-        """Ids of each text, on num_threads threads (None: all cores)."""
-        with ThreadPoolExecutor(num_threads or os.cpu_count()) as pool:
-            return list(pool.map(self._encode, texts))
-
-    def _encode(self, text):
-        ranks = self._bpe.encode_ordinary(text)
-        return [self._id_of_rank[rank] for rank in ranks] if self._id_of_rank else ranks
-
     def decode_bytes(self, ids):
+        """Bytes of ids (ints); ValueError for an id that is not in the vocabulary."""
         try:
             return b"".join([self._bytes[i] for i in ids])
         except KeyError as e:
@@ -319,11 +231,11 @@ class Tokenizer:
                              "come from another tokenizer") from None
 
     def decode(self, ids):
-        """Text of ids (ints); bytes that are no UTF-8, as half a character, become U+FFFD."""
+        """Text of ids (ints); bytes that are not UTF-8, as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def files(self):
-        """{file name: bytes} as saved, byte for byte as HF saves them."""
+        """{file name: bytes} of vocab.json and merges.txt, byte for byte as HF saves them."""
         by_id = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
         vocab = json.dumps(by_id, ensure_ascii=False, separators=(",", ":"))
         merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges)
@@ -331,25 +243,19 @@ class Tokenizer:
 
     @property
     def fingerprint(self):
-        """sha256 (hex) over vocab.json and merges.txt as saved; added tokens don't count."""
+        """sha256 (hex) over vocab.json and merges.txt as saved; added tokens do not count."""
         return hashlib.sha256(b"".join(self.files().values())).hexdigest()
 
     def save(self, folder):
         """Write vocab.json, merges.txt and, if tokens were added, added_tokens.json; each whole."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         files = self.files()
-        if added := {token: i for token, i in self.special.items() if token not in self.vocab}:
+        added = {token: i for token, i in self.special.items() if token not in self.vocab}
+        if added:
             files["added_tokens.json"] = json.dumps(added).encode()
         for name, content in files.items():
-            part = Path(folder, f"{name}.part")
-            try:
-                with open(part, "wb") as f:
-                    f.write(content)
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.replace(part, Path(folder, name))
-            finally:
-                part.unlink(missing_ok=True)
+            with replacing(Path(folder, name)) as f:
+                f.write(content)
 
     @classmethod
     def load(cls, folder):
@@ -361,11 +267,81 @@ class Tokenizer:
                     return cls(*read_files(folder / vocab, folder / merges))
             if (folder / "tokenizer.json").is_file():
                 return cls(*read_tokenizer_json(folder / "tokenizer.json"))
-        except ValueError as e:
-            raise ValueError(f"{folder}: {e}") from e
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"{folder}: its vocabulary and merges are damaged, or do not belong "
+                             f"together ({e}): copy them again") from e
         raise FileNotFoundError(f"{folder} has no vocab.json + merges.txt: make them with python "
                                 f"tokenizer.py train --input TEXT --out {folder}; for gpt2, set "
                                 "TIKTOKEN_CACHE_DIR to the folder where tiktoken keeps its files")
+
+
+def usable_ranks(vocab, merges):
+    """tiktoken's {bytes: rank} that gives HF's tokens, and the set of all tokens that merges make.
+
+    tiktoken joins any neighbours whose bytes together are a token, HF only the pairs of merges.txt.
+    In trained merges this is the same: wherever no merge crosses the ends of a token's bytes, they
+    go through the same merges and arrive at the same pair. In other files a token may be out of
+    reach: with the merges a+b, b+c, a+bc the text "abc" stops at ab, c. HF never gives "abc", so
+    it gets no rank.
+    """
+    symbol = {token: chr(i) for i, token in enumerate(vocab)}
+    made = set(ALPHABET)
+    rules = {}  # pair of symbols -> (rank, pair, the symbol it becomes)
+    for rank, (left, right) in enumerate(merges, len(ALPHABET)):
+        pair = symbol[left] + symbol[right]
+        rules[pair] = rank, pair, symbol[left + right]
+        made.add(left + right)
+    ranks = {token_bytes(char): rank for rank, char in enumerate(ALPHABET)}
+    for rank, parts in enumerate(merges, len(ALPHABET)):
+        # what HF does with this token's own text: apply the earliest merge, until none applies
+        word = "".join([symbol[char] for char in "".join(parts)])
+        last = None
+        while found := [rules[pair] for pair in map(add, word, word[1:]) if pair in rules]:
+            last, pair, merged = min(found)
+            word = word.replace(pair, merged)
+        if len(word) == 1 and last == rank:  # of several pairs that spell a token, one is reached
+            ranks[token_bytes("".join(parts))] = rank
+    return ranks, made
+
+
+# ---------------------------------------------------------------------------------------------
+# counting pre-tokens: streamed in bounded memory, over processes
+
+BATCH_DOCUMENTS = 500
+SPACE = re.compile(r" (?=\S)")  # a space before anything visible always starts a pre-token
+
+
+def count_pretokens(inputs, workers=1, progress=False):
+    """Counter of the pre-tokens in files or folders, the same for every number of processes.
+
+    This process reads, the workers count; some two batches a worker are in memory.
+    """
+    documents = read_documents(inputs, progress)
+    batches = iter(lambda: list(islice(documents, BATCH_DOCUMENTS)), [])
+    counts = Counter()
+    for counted in in_processes(count_batch, batches, workers):
+        counts.update(counted)
+    return counts
+
+
+def count_batch(documents):
+    """Counter of the pre-tokens of (id, text) documents.
+
+    GPT-2's pattern is slow. So the text is cut at spaces first, and the pattern runs once on each
+    distinct chunk: " (myocardium)," comes often and is cut once.
+    """
+    text = "".join(text.removesuffix("\n") + "\n" for _, text in documents)
+    first, *chunks = SPACE.split(text)
+    counts = Counter(LINE_PATTERN.findall(first))
+    for chunk, count in Counter(chunks).items():
+        for piece in cut_chunk(chunk):
+            counts[piece] += count
+    return counts
+
+
+@lru_cache(maxsize=1 << 18)
+def cut_chunk(chunk):
+    return LINE_PATTERN.findall(" " + chunk)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -377,11 +353,11 @@ FILE_NAMES = [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"),
                "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")]
 
 
-def read_json(path):
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as e:
-        raise ValueError(f"{path.name} is not JSON, perhaps cut short ({e}): copy it again") from e
+def load_named(name):
+    """A tokenizer's folder, or "gpt2" from the files that tiktoken caches."""
+    if name == "gpt2":
+        name = os.environ.get("TIKTOKEN_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
+    return Tokenizer.load(name)
 
 
 def read_files(vocab, merges):
@@ -392,79 +368,259 @@ def read_files(vocab, merges):
     return read_json(vocab), pairs, read_json(added) if added.is_file() else {}
 
 
+def read_json(path):
+    """The content of a whole JSON file."""
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path} is not JSON, perhaps cut short ({e}): get it again") from None
+
+
 def read_tokenizer_json(path):
+    """Arguments of Tokenizer from Hugging Face's single file."""
     top = read_json(path)
-    model, pre = top.get("model", {}), top.get("pre_tokenizer") or {}
-    plain = pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space")
-    plain = plain and pre.get("use_regex", True) and not top.get("normalizer")
-    if not plain or "merges" not in model:
+    cut = {"use_regex": True} | (top["pre_tokenizer"] or {})
+    as_gpt2 = cut.get("type") == "ByteLevel" and cut["use_regex"] and not cut["add_prefix_space"]
+    if top["model"]["type"] != "BPE" or top["normalizer"] or not as_gpt2:
         raise ValueError("tokenizer.json is not GPT-2's kind: BPE, ByteLevel, no prefix space, "
                          "normalizer")
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    return model["vocab"], merges, {t["content"]: t["id"] for t in top.get("added_tokens", [])}
+    # a merge is "t h" in older files and ["t", "h"] in newer ones
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in top["model"]["merges"]]
+    added = {token["content"]: token["id"] for token in top["added_tokens"]}
+    return top["model"]["vocab"], merges, added
 
 
-def load_named(name):
-    """A tokenizer's folder, or "gpt2" from the files that tiktoken caches."""
-    if name == "gpt2":
-        name = os.environ.get("TIKTOKEN_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
-    return Tokenizer.load(name)
+# ---------------------------------------------------------------------------------------------
+# text files
+
+LONGEST_LINE = 64 * MIB  # and the longest .txt
+# A .txt is cut at a blank line where 4,000 to 8,000 characters allow, else at a line's end, else
+# after 8,000.
+PIECE = re.compile(r"(?s).{4000,8000}?\n\s*\n|.{4000,8000}?\n|.{1,8000}")
+
+
+def natural(path):
+    """Sort key of a file's name: pubmed26n999 comes before pubmed26n1000."""
+    parts = re.split(r"(\d+)", Path(path).name)  # text, digits, text, ...
+    parts[1::2] = map(int, parts[1::2])
+    return parts, str(path)
+
+
+def text_files(paths):
+    """The .jsonl and .txt files, plain or .gz, among paths (one or a list), in natural order.
+
+    Of a folder, those directly in it. FileNotFoundError where a path gives none.
+    """
+    files = []
+    for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
+        found = [file for file in [path, *path.glob("*")]
+                 if re.search(r"\.(jsonl|txt)(\.gz)?$", file.name) and file.is_file()]
+        if not found:
+            raise FileNotFoundError(f"{path}: no .jsonl or .txt (.gz): run python data.py extract")
+        files += found
+    return sorted(files, key=natural)
+
+
+@contextmanager
+def open_input(path):
+    """A binary file, plain or .gz; what gzip raises on damage becomes one clear ValueError."""
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+            yield f
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ValueError(f"{path}: damaged gzip ({e}): download or make it again") from None
+
+
+def json_lines(path):
+    """Yield (line number, object) of a file whose lines end at "\\n" only."""
+    with open_input(path) as f:
+        # readline with a limit, since a gzip bomb may be one endless line
+        for number, line in enumerate(iter(lambda: f.readline(LONGEST_LINE), b""), 1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}: line {number} is no JSON object or exceeds 64 MiB: get "
+                                 "the file anew")
+            yield number, value
+
+
+def read_documents(paths, progress=False):
+    """Yield (id, text) of every document in text files or folders; deletions are left out."""
+    for path in tqdm(text_files(paths), "reading", unit="file", disable=not progress):
+        for ident, text in read_records(path):
+            if text is not None:
+                yield ident, text
+
+
+def read_records(path):
+    """Yield (id, text) of a text file in its order; text is None where the id is deleted.
+
+    A .txt is cut into documents of some 4,000 characters, so that a split has some to hold out;
+    their ids are hashes of their texts. ValueError for a .txt above 64 MiB.
+    """
+    if str(path).removesuffix(".gz").endswith(".txt"):
+        yield from cut_txt(path)
+    else:
+        for number, value in json_lines(path):
+            yield record_of(value, f"{path}: line {number}")
+
+
+def read_records_backwards(path):
+    """Yield the records of read_records, the last one first.
+
+    They go through a temporary file (in $TMPDIR, as large as the text): memory holds one record.
+    """
+    starts = []
+    with tempfile.TemporaryFile() as copy:
+        for record in read_records(path):
+            starts.append(copy.tell())
+            pickle.dump(record, copy)
+        for start in reversed(starts):
+            copy.seek(start)
+            yield pickle.load(copy)
+
+
+def cut_txt(path):
+    with open_input(path) as f:
+        raw = f.read(LONGEST_LINE)
+    if len(raw) == LONGEST_LINE:
+        raise ValueError(f"{path} is longer than 64 MiB: cut it, or use JSON lines")
+    for piece in PIECE.findall(raw.decode("utf-8-sig", "replace")):  # they lose no character
+        if text := piece.strip("\n"):
+            yield f"{hash64(text):016x}", text
+
+
+def record_of(value, where):
+    """(id, text or None) of a record's JSON object."""
+    try:
+        ident = whole_characters(value["id"])
+        if value.get("deleted"):
+            return ident, None
+        return ident, whole_characters(value["text"])
+    except (KeyError, AttributeError):
+        raise ValueError(f'{where} lacks "id" or "text": run python data.py extract') from None
+
+
+def whole_characters(text):
+    """JSON can spell half a surrogate pair, which is no character: U+FFFD, as tiktoken has it."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def hash64(text):
+    """64-bit hash of a str. Among 40 million documents a clash has a probability of 4e-5."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+# ---------------------------------------------------------------------------------------------
+# writing, processes, commands
+
+
+@contextmanager
+def replacing(path):
+    """A binary file that appears under `path` whole and on disk, or not at all."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def in_processes(function, tasks, workers):
+    """Yield function(task) for tasks, any iterable, in its order, from `workers` processes.
+
+    At most 2 * workers tasks are taken ahead, so that memory stays bounded. One worker: no process.
+    """
+    if workers == 1:
+        yield from map(function, tasks)
+        return
+    running = deque()
+    # spawn: a fork would copy locks that the caller's threads (torch's, tqdm's) may hold
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=start_worker) as pool:
+        try:
+            for task in tasks:
+                running.append(pool.submit(function, task))
+                if len(running) > 2 * workers:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        except BrokenProcessPool:
+            raise OSError("a worker process was killed, by lack of memory perhaps: use fewer "
+                          "--workers") from None
+
+
+def start_worker():
+    """The parent answers Ctrl-C; a killed parent takes its workers along."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def run_command(main):
+    """Run a script's main: a user's mistake ends in one line with its mend, without a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 # ---------------------------------------------------------------------------------------------
 # the command line
 
 
-def show(name, text):
-    """Print the pieces of text, coloured in turns on a terminal, and their ids."""
-    tokenizer = load_named(name)
-    ids = tokenizer.encode(text)
-    pieces = [tokenizer.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids]
-    print(f"{name}: {len(ids)} tokens, {len(text.encode()) / max(1, len(ids)):.2f} bytes a token")
-    if sys.stdout.isatty():
-        print("".join(f"\033[30;{42 + n % 5}m{piece}\033[0m" for n, piece in enumerate(pieces)))
-    else:
-        print("|".join(pieces))
-    print(*ids)
-
-
-def train(args):
-    counts = count_pretokens(args.input, args.workers or os.cpu_count(), progress=True)
-    if not counts:
-        raise ValueError("the input holds no text: give --input a folder with documents")
-    tokenizer = Tokenizer.from_merges(train_bpe(counts, args.vocab_size, progress=True))
-    tokenizer.save(args.out)
-    if tokenizer.vocab_size < args.vocab_size:
-        print(f"no pair is left that occurs twice: the vocabulary ends before {args.vocab_size:,}; "
-              "more text would fill it")
-    print(f"{args.out}: {tokenizer.vocab_size:,} tokens, {END_OF_TEXT} is {tokenizer.eot_id}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
     sub = commands.add_parser("train", help="learn a vocabulary from text")
     sub.add_argument("--input", nargs="+", required=True, metavar="PATH",
                      help="folders or files of text: .jsonl or .txt, plain or .gz (required)")
     sub.add_argument("--vocab_size", type=int, default=28896,
                      help="tokens, the 256 bytes and end-of-text included (default: 28896)")
     sub.add_argument("--out", required=True, help="folder for the files written (required)")
-    sub.add_argument("--workers", type=int, help="counting processes (default: all cores)")
+    sub.add_argument("--workers", type=int, default=os.cpu_count(),
+                     help="counting processes (default: all cores)")
+    sub.set_defaults(function=train)
     sub = commands.add_parser("show", help="print the pieces and ids of a text")
     sub.add_argument("text", help="the text to cut")
     sub.add_argument("--tokenizer", required=True, help="folder of a tokenizer, or gpt2 (required)")
-    sub.add_argument("--against", help="folder of a second one, or gpt2 (default: none)")
+    sub.set_defaults(function=show)
     args = parser.parse_args()
-    if args.command == "train":
-        return train(args)
-    for name in filter(None, (args.tokenizer, args.against)):
-        show(name, args.text)
+    args.function(args)
+
+
+def train(args):
+    counts = count_pretokens(args.input, args.workers, progress=True)
+    if not counts:
+        raise ValueError("the input holds no text: give --input a folder with documents")
+    tokenizer = Tokenizer.from_merges(train_bpe(counts, args.vocab_size, progress=True))
+    tokenizer.save(args.out)
+    print(f"{args.out}: {tokenizer.vocab_size:,} tokens, {END_OF_TEXT} is {tokenizer.eot_id}")
+    if tokenizer.vocab_size < args.vocab_size:
+        print("no pair is left that occurs twice: more text would fill the vocabulary")
+
+
+def show(args):
+    """Print the pieces of a text and their ids."""
+    tokenizer = load_named(args.tokenizer)
+    ids = tokenizer.encode(args.text)
+    print(f"{len(ids)} tokens of {len(args.text.encode())} bytes")
+    print("|".join(tokenizer.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids))
+    print(*ids)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:  # a user's mistake: one line with its mend, no traceback
-        sys.exit(f"tokenizer.py: error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)
