@@ -98,7 +98,8 @@ def train_batches(data_dir, seq_len, micro_batch, seed, start=0, rank=0, world_s
             # 64 steps at once, since a permutation of few rows takes as long as one of many.
             samples = first + step * np.arange(64)[:, None] + mine  # (64, micro_batch)
             # Opened anew: pages that a long-lived memmap has touched count as resident memory.
-            array = np.memmap(path, np.uint16, "r")
+            # asarray: slices of a memmap proper are slow to make.
+            array = np.asarray(np.memmap(path, np.uint16, "r"))
             for rows in rows_of_samples(samples, n_rows, seed):
                 yield read_rows(array, rows, (micro_batch, seq_len), eot_id, device)
 
@@ -121,6 +122,7 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
     eot_id = meta["eot_id"] if ignore_eot else None
     step = world_size * micro_batch
     for first in range(0, len(order), step):
+        # Ranks take turns row by row; the last ones may get fewer rows, or none.
         rows = order[first + rank : first + step : world_size]
         array = np.memmap(Path(data_dir) / "val.bin", np.uint16, "r")
         yield read_rows(array, rows, (micro_batch, seq_len), eot_id, device)
@@ -136,7 +138,7 @@ def read_rows(array, rows, shape, eot_id, device):
 
     seq_len = shape[1]
     x = np.zeros(shape, np.int64)
-    y = np.full(shape, -100, np.int64)
+    y = np.full(shape, -100, np.int64)  # -100: ignored by the loss
     for i, row in enumerate(rows):
         tokens = array[row * seq_len : (row + 1) * seq_len]
         x[i, : len(tokens)] = tokens
@@ -168,11 +170,12 @@ def permute(index, n, seed, epoch):
     and mixes it into the other. Since a round can be undone, no two positions get the same row. A
     row beyond n is shuffled again until it falls inside (cycle walking, under 4 times on average).
     """
+    # half of the bits of n - 1, rounded up
     half = ((n - 1).bit_length() + 1) // 2
     mask = (1 << half) - 1
     keys = [hash64(f"{seed} {epoch} {r}") for r in range(6)]
     out = np.array(index, np.uint64)
-    beyond = np.ones(out.shape, bool)
+    beyond = np.ones(out.shape, bool)  # those still to be shuffled: at first all
     while beyond.any():
         left = out[beyond] >> half
         right = out[beyond] & mask
@@ -203,6 +206,7 @@ def load_meta(data_dir, verify=False):
             raise FileNotFoundError(f"{folder / name} is missing; {again}")
     meta = json.loads((folder / "meta.json").read_text())
     for split in ("train", "val"):
+        # uint16: two bytes a token
         path = folder / f"{split}.bin"
         n_bytes = 2 * meta[split]["tokens"]
         if path.stat().st_size != n_bytes:
@@ -274,10 +278,12 @@ def newest_documents(files):
 
     A later record replaces an earlier one of its id, or deletes it. So files are read from the end:
     the first record met of an id decides. Of equal texts the first one met stays. The sets hold
-    64-bit hashes, MEASURED bytes each: some N GB for all of PubMed (38M ids, 26M texts).
+    64-bit hashes, at 75 to 80 bytes each as measured: 5 GB for all of PubMed (38 million ids, 26
+    million texts).
     """
     ids = set()
     texts = set()
+    # disable=None: no bar where the output is no terminal
     for path in tqdm(files[::-1], "tokenize", unit="file", disable=None):
         for ident, text in read_records_backwards(path):
             id_hash = hash64(ident)
@@ -298,11 +304,11 @@ def split_documents(documents, val_fraction):
     Both sides get at least one, however few there are: the lowest hash of all validates, and the
     highest trains. Only the end tells which they are, so the two at hand are held back until then.
     """
-    held = []
+    held = []  # the lowest and the highest so far, in this order
     for document in documents:
         held = sorted([*held, document])
         if len(held) == 3:
-            id_hash, text = held.pop(1)
+            id_hash, text = held.pop(1)  # the one between
             yield "val" if id_hash < val_fraction * 2**64 else "train", text
     if len(held) < 2:
         raise ValueError(f"{len(held)} documents in all: two are needed, one to validate on")
@@ -321,14 +327,14 @@ def batch_texts(documents):
             yield split, texts[split]
             texts[split] = []
             sizes[split] = 0
-    yield from texts.items()
+    yield from texts.items()  # what is left
 
 
 def encode_texts(tokenizer_name, fingerprint, eot, batch):
     """(split, texts) -> (split, ids as an array of uint16, {"tokens", "documents", "bytes"})."""
     tokenizer = load_once(tokenizer_name, fingerprint)
     split, texts = batch
-    ids = array("H")
+    ids = array("H")  # uint16
     for text in texts:
         ids.extend(tokenizer.encode(text))
         if eot:
@@ -339,14 +345,18 @@ def encode_texts(tokenizer_name, fingerprint, eot, batch):
 
 @lru_cache(1)
 def load_once(tokenizer_name, fingerprint):
-    """A process's tokenizer; another fingerprint means that the folder holds another one now."""
+    """A process's tokenizer, loaded at its first batch only. `fingerprint` tells one tokenizer from
+    another that stood in the same folder before, as in tests."""
     return load_named(tokenizer_name)
 
 
 # ---------------------------------------------------------------------------------------------
 # questions: every task's official files -> one dataclass
 #
-# A new question set is a reader here and a row in TASKS, below the readers.
+# A question set's files differ in format, in how they count answers and in who makes the splits. A
+# reader hides that: it takes a folder and a split, and yields Questions in the official order. To
+# add a set, write its reader here and its row in TASKS, below the readers. finetune.py and eval.py
+# then know it by its name.
 
 PUBMEDQA_LABELS = ("maybe", "no", "yes")  # alphabetical (BioMedLM)
 BIOASQ_LABELS = ("no", "yes")
@@ -356,7 +366,11 @@ MMLU_SUBJECTS = ("clinical_knowledge", "professional_medicine", "college_biology
 
 @dataclass(frozen=True)
 class Question:
-    """One item of a question set, whatever its task."""
+    """One item of a question set, whatever its task.
+
+    Multiple choice has options and an answer; PubMedQA and BioASQ have a context too, and their
+    labels as options; text has a target.
+    """
 
     id: str
     question: str
@@ -419,16 +433,19 @@ def find_file(folder, name):
 
 
 def read_lines(path):
+    """Lines end at "\\n" only: str.splitlines would cut at others too."""
     return path.read_text("utf-8-sig").removesuffix("\n").split("\n")
 
 
 def index_of(label, labels, ident):
+    """Where the label of question `ident` stands among labels."""
     if label not in labels:
         raise ValueError(f"question {ident}: label {label!r} is none of {[*labels]}")
     return labels.index(label)
 
 
 def load_medqa(folder, split):
+    """A JSON object a line: question, options {"A": text, ...}, answer_idx "A"."""
     path = find_file(folder, f"phrases_no_exclude_{split}.jsonl")
     for number, (_, row) in enumerate(json_lines(path)):
         ident = f"{split}-{number}"
@@ -485,7 +502,7 @@ def load_pubmedqa(folder, split):
         answer = index_of(item["final_decision"], PUBMEDQA_LABELS, ident)
         questions.append(Question(ident, item["QUESTION"], " ".join(item["CONTEXTS"]),
                                   PUBMEDQA_LABELS, answer, target=item.get("LONG_ANSWER", "")))
-    rng = random.Random(0)
+    rng = random.Random(0)  # draws what the script's random.seed(0) does
     cross, test = cut_by_label(questions, 2, rng)
     folds = cut_by_label(cross, 10, rng)
     if len(folds[9]) != len(folds[0]):  # the last one is short: the others give it a question each
@@ -497,7 +514,10 @@ def load_pubmedqa(folder, split):
 
 
 def cut_by_label(questions, n_parts, rng):
-    """Parts with equal shares of each label; the order of labels is the official script's."""
+    """n_parts parts with equal shares of each label; the last may be short.
+
+    The order of labels is the official script's, since each shuffle moves the stream on.
+    """
     parts = [[] for _ in range(n_parts)]
     for label in ("yes", "no", "maybe"):
         group = [q for q in questions if q.options[q.answer] == label]
@@ -593,6 +613,10 @@ TASKS = {  # reader, kind, special tokens, length, epochs, lr
 
 # ---------------------------------------------------------------------------------------------
 # the demo: an invented corpus, small enough to learn on a laptop
+#
+# A world of 64 drugs is drawn first: which disease a drug treats, which protein it inhibits, and so
+# on. The corpus tells these facts again and again in different words, the questions ask for them.
+# All draws come from one seeded stream, so the order of the calls below is part of the result.
 
 SYLLABLES = (
     "ba cor dal fen gu hel ira jo kar lum mer nox or pel qui ros sil tar ul vor wex xan yl zem"
@@ -645,15 +669,18 @@ def make_demo(out):
     rng = random.Random(17)
     facts, objects = demo_facts(rng)
     drugs = sorted(facts)
+    # The corpus tells the facts of all drugs.
     documents = [{"id": f"demo{i}", "text": demo_document(rng, drugs, facts)}
                  for i in range(16_000)]
     text = demo_lines(documents).encode()
     (work / "text/demo.jsonl.gz").write_bytes(gzip.compress(text, mtime=0))
+    # The questions of a drug are all in one split: nothing about a drug of the test is trained on.
     rng.shuffle(drugs)
     for split, part in (("train", drugs[:32]), ("dev", drugs[32:40]), ("test", drugs[40:])):
         questions = demo_multiple_choice(rng, part, facts, objects)
         (medqa / f"phrases_no_exclude_{split}.jsonl").write_text(demo_lines(questions))
     (pubmedqa / "ori_pqal.json").write_text(json.dumps(demo_yes_no_maybe(rng, facts), indent=1))
+    # From here on the demo is treated as any corpus is.
     merges = train_bpe(count_pretokens([work / "text"]), 2048)
     Tokenizer.from_merges(merges).save(work / "tokenizer")
     tokenize(work / "text", work / "tokenizer", work, val_fraction=0.01)
@@ -661,6 +688,7 @@ def make_demo(out):
 
 
 def demo_lines(rows):
+    """JSON lines."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
