@@ -1,12 +1,11 @@
-"""Raw sources -> text -> token arrays -> batches; question sets as their owners publish them.
+"""Token arrays -> batches; text -> token arrays; question sets; a demo; and the raw sources.
 
     python data.py extract pubmed/ pmc/ --out text            # PubMed XML, JATS, JSON lines, .txt
     python data.py tokenize --text text --tokenizer tokenizer --out data/pubmed
 
 Reads what `download` fetched or what lies on disk. Writes text (*.jsonl.gz, a line a document
 {"id", "text"}) and arrays: train.bin, val.bin (flat uint16), meta.json, the tokenizer beside them.
-An output depends on inputs and flags alone: no time, path, host, worker count. On N machines with
-one --out: --shard 0/N ... N-1/N, then, for tokenize, the same command without --shard, which joins.
+An output depends on inputs and flags alone: no time, path, host or number of workers.
 Left out: language detection, near-duplicates, back matter (references, appendices, peer reviews).
 """
 
@@ -20,27 +19,24 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
 import shutil
-import sys
 import tarfile
 import tempfile
-import threading
 import time
 import xml.etree.ElementTree as ET
 import zipfile
-import zlib
 from array import array
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 from xml.parsers import expat
 
 import numpy as np
@@ -48,315 +44,333 @@ import requests
 import urllib3
 from tqdm import tqdm
 
-from tokenizer import Tokenizer, count_pretokens, input_files, load_named, train_bpe
-
-MIB = 2**20
-
+from tokenizer import (
+    MIB,
+    Tokenizer,
+    count_pretokens,
+    hash64,
+    in_processes,
+    json_lines,
+    load_named,
+    natural,
+    open_input,
+    read_json,
+    read_records_backwards,
+    replacing,
+    run_command,
+    text_files,
+    train_bpe,
+)
 
 # ---------------------------------------------------------------------------------------------
-# batches: the order of rows is a pure function of (seed, epoch, global sample index)
-
-
-def load_meta(data_dir, verify=False):
-    """meta.json of `data_dir`, checked against the files beside it.
-
-    Always: presence, sizes, the tokenizer's fingerprint. verify: also each array's sha256, and all
-    ids below vocab_size (reads it all). Raises FileNotFoundError or ValueError with the mend.
-    """
-    folder = Path(data_dir)
-    again = f"run: python data.py tokenize --text DIR --tokenizer DIR --out {data_dir}"
-    for name in ("meta.json", "train.bin", "val.bin", "vocab.json", "merges.txt"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing; {again}")
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        counts = {split: meta[split]["tokens"] for split in ("train", "val")}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{folder / 'meta.json'} is damaged; {again}") from None
-    for split, tokens in counts.items():
-        path = folder / f"{split}.bin"
-        if path.stat().st_size != 2 * tokens:
-            raise ValueError(f"{path} has {path.stat().st_size:,} bytes where meta.json says "
-                             f"{2 * tokens:,}: it was cut or replaced; {again}")
-        if verify and hash_file(path) != meta[split]["sha256"]:
-            raise ValueError(f"{path} is not the array of meta.json (sha256 differs); {again}")
-        if verify and (top := np.memmap(path, np.uint16, "r").max()) >= meta["vocab_size"]:
-            raise ValueError(f"{path} holds id {top}, beyond the vocabulary of "
-                             f"{meta['vocab_size']}; {again}")
-    if Tokenizer.load(folder).fingerprint != meta["tokenizer_sha256"]:
-        raise ValueError(f"the tokenizer in {folder} is not the one that made the arrays; {again}")
-    return meta
-
-
-def permute(index, n, seed, epoch):
-    """Rows at positions `index` (int64, in [0, n)) of the epoch's order, a bijection of [0, n).
-
-    A Feistel network of six rounds shuffles [0, 4^k), the least that holds n; what falls beyond n
-    is shuffled again until it falls inside (cycle walking, under four times on average). So any
-    epoch's order takes no memory, and any position is found at once.
-    """
-    half = max(1, math.ceil(math.log2(max(n, 2)) / 2))
-    mask = np.uint64((1 << half) - 1)
-    keys = [np.uint64(hash64(f"{seed} {epoch} {r}")) for r in range(6)]
-    out = np.array(index, np.uint64)
-    todo = np.ones(out.shape, bool)
-    while todo.any():
-        left, right = out[todo] >> np.uint64(half), out[todo] & mask
-        for key in keys:
-            left, right = right, left ^ (mix64(right + key) & mask)
-        out[todo] = (left << np.uint64(half)) | right
-        todo = out >= n
-    return out.astype(np.int64)
-
-
-def read_rows(array, rows, seq_len, eot_id, device):
-    """(x, y) int64 (len(rows), seq_len): y is x shifted by one, its last -100, as in the paper.
-
-    Row -1 and what lies beyond the array's end are padding: targets -100; so are targets of eot_id.
-    """
-    import torch  # here, since it costs extract and tokenize 200 MB and seconds
-
-    x = np.zeros((len(rows), seq_len), np.int64)
-    y = np.full((len(rows), seq_len), -100, np.int64)
-    for i, row in enumerate(rows):
-        tokens = array[row * seq_len : (row + 1) * seq_len] if row >= 0 else array[:0]
-        x[i, : len(tokens)] = tokens
-        y[i, : max(0, len(tokens) - 1)] = tokens[1:]
-    if eot_id is not None:
-        y[y == eot_id] = -100
-    batch = torch.from_numpy(x), torch.from_numpy(y)
-    if torch.device(device).type != "cuda":
-        return batch
-    return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
+# batches: token arrays -> x, y
+#
+# An array is one long line of tokens, a document after the other. It is cut into rows of seq_len,
+# wherever that falls (here 6; "|" is end-of-text, "||" the cut):
+#
+#     The drug relieves pain . | || Cells were grown in vi || tro . | We saw mice || ...
+#
+# A run reads samples 0, 1, 2, ... without end. Sample i is row permute(i % n_rows) of epoch
+# i // n_rows, so the order is a pure function of (seed, i): the number of ranks and the size of
+# micro-batches don't matter, and one integer says where a run stands.
 
 
 def train_batches(data_dir, seq_len, micro_batch, seed, start=0, rank=0, world_size=1, device="cpu",
                   ignore_eot=False):
-    """Endless (x, y) int64 (micro_batch, seq_len) on `device`, the next one on its way there.
+    """Endless (x, y), int64 (micro_batch, seq_len) on `device`, from train.bin.
 
-    Micro step k takes the global samples start + k*world_size*micro_batch + rank*micro_batch + [0,
-    micro_batch). Global sample i is row permute(i % n_rows) of epoch i // n_rows. `start` counts
-    sequences, and is all the state: k steps on, start + k*world_size*micro_batch.
+    Every epoch visits each row once, in an order of its own. The ranks take turns at the samples,
+    micro_batch at a time, from sample `start` on. To go on after k batches of each rank, start at
+    start + k * world_size * micro_batch. ValueError where the array is shorter than a row.
     """
-    meta, path = load_meta(data_dir), Path(data_dir) / "train.bin"
+    meta = load_meta(data_dir)
+    path = Path(data_dir) / "train.bin"
     n_rows = meta["train"]["tokens"] // seq_len
     if n_rows == 0:
         raise ValueError(f"{path} has {meta['train']['tokens']} tokens, less than one sequence: "
                          "use a smaller --seq_len, or more text")
     eot_id = meta["eot_id"] if ignore_eot else None
+    step = world_size * micro_batch
+    mine = rank * micro_batch + np.arange(micro_batch)
 
     def batches():
-        first, ahead, step = start + rank * micro_batch, None, world_size * micro_batch
-        while True:
-            samples = first + step * np.arange(64)[:, None] + np.arange(micro_batch)  # 64 steps
-            epochs, rows = samples // n_rows, samples % n_rows
-            for epoch in np.unique(epochs):
-                here = epochs == epoch
-                rows[here] = permute(rows[here], n_rows, seed, int(epoch))
-            # opened anew: pages that a long-lived memmap has touched count as resident memory
+        for first in itertools.count(start, 64 * step):
+            # 64 steps at once, since a permutation of few rows takes as long as one of many.
+            samples = first + step * np.arange(64)[:, None] + mine  # (64, micro_batch)
+            # Opened anew: pages that a long-lived memmap has touched count as resident memory.
+            # asarray: slices of a memmap proper are slow to make.
             array = np.asarray(np.memmap(path, np.uint16, "r"))
-            for row in rows:
-                batch = read_rows(array, row, seq_len, eot_id, device)
-                if ahead is not None:
-                    yield ahead
-                ahead = batch
-            first += 64 * step
+            for rows in rows_of_samples(samples, n_rows, seed):
+                yield read_rows(array, rows, (micro_batch, seq_len), eot_id, device)
 
     return batches()
 
 
 def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens=None, device="cpu",
                 ignore_eot=False):
-    """Finite (x, y) like train_batches, rows in file order dealt round-robin to the ranks.
+    """Finite (x, y) like train_batches: every row of val.bin once, the short last one too.
 
-    The short last row is padded with targets -100. All ranks yield the same number of full batches
-    (a sharded model's forward is collective): where rows run out, rows are padding. max_tokens
-    takes the first rows only.
+    The rows come in a fixed permuted order, so that the first max_tokens (None: all) are a fair
+    sample. All ranks yield the same number of batches, as a sharded model's forward is collective;
+    where rows run out, a batch is filled up with targets -100.
     """
-    meta, path = load_meta(data_dir), Path(data_dir) / "val.bin"
-    n_rows = math.ceil(min(meta["val"]["tokens"], max_tokens or math.inf) / seq_len)
+    meta = load_meta(data_dir)
+    n_rows = math.ceil(meta["val"]["tokens"] / seq_len)
+    order = permute(np.arange(n_rows), n_rows, seed=0, epoch=0)
+    if max_tokens is not None:
+        order = order[: math.ceil(max_tokens / seq_len)]
     eot_id = meta["eot_id"] if ignore_eot else None
-    for first in range(0, n_rows, world_size * micro_batch):
-        rows = first + rank + world_size * np.arange(micro_batch)
-        array = np.asarray(np.memmap(path, np.uint16, "r"))
-        yield read_rows(array, np.where(rows < n_rows, rows, -1), seq_len, eot_id, device)
+    step = world_size * micro_batch
+    for first in range(0, len(order), step):
+        # Ranks take turns row by row; the last ones may get fewer rows, or none.
+        rows = order[first + rank : first + step : world_size]
+        array = np.memmap(Path(data_dir) / "val.bin", np.uint16, "r")
+        yield read_rows(array, rows, (micro_batch, seq_len), eot_id, device)
+
+
+def read_rows(array, rows, shape, eot_id, device):
+    """(x, y), int64 of `shape` (micro_batch, seq_len), x the rows, y the next token of each.
+
+    y is -100, which the loss ignores, at a row's last position, as in the paper; in what the rows
+    leave of the shape; and in place of eot_id, unless that is None.
+    """
+    import torch  # here, as it would cost extract and tokenize 200 MB and seconds
+
+    seq_len = shape[1]
+    x = np.zeros(shape, np.int64)
+    y = np.full(shape, -100, np.int64)  # -100: ignored by the loss
+    for i, row in enumerate(rows):
+        tokens = array[row * seq_len : (row + 1) * seq_len]
+        x[i, : len(tokens)] = tokens
+        y[i, : len(tokens) - 1] = tokens[1:]
+    if eot_id is not None:
+        y[y == eot_id] = -100
+    batch = torch.from_numpy(x), torch.from_numpy(y)
+    if torch.device(device).type != "cuda":
+        return batch
+    # Pinned memory lets the copy run beside the GPU's work.
+    return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
+
+
+def rows_of_samples(samples, n_rows, seed):
+    """Rows of global sample numbers, int64 of any shape; one call may cross an epoch's edge."""
+    rows = samples % n_rows
+    epochs = samples // n_rows
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        rows[here] = permute(rows[here], n_rows, seed, int(epoch))
+    return rows
+
+
+def permute(index, n, seed, epoch):
+    """The rows at positions `index` (int64, in [0, n)) of an epoch's order, a bijection of [0, n).
+
+    It takes no memory and finds any position at once. A Feistel network of six rounds shuffles the
+    numbers of 2 * half bits, the least even number that n needs. A round keeps one half of the bits
+    and mixes it into the other. Since a round can be undone, no two positions get the same row. A
+    row beyond n is shuffled again until it falls inside (cycle walking, under 4 times on average).
+    """
+    # half of the bits of n - 1, rounded up
+    half = ((n - 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    keys = [hash64(f"{seed} {epoch} {r}") for r in range(6)]
+    out = np.array(index, np.uint64)
+    beyond = np.ones(out.shape, bool)  # those still to be shuffled: at first all
+    while beyond.any():
+        left = out[beyond] >> half
+        right = out[beyond] & mask
+        for key in keys:
+            left, right = right, left ^ (mix64(right + key) & mask)
+        out[beyond] = left << half | right
+        beyond = out >= n
+    return out.astype(np.int64)
+
+
+def mix64(x):
+    """splitmix64's finaliser on a uint64 array: each bit of the result depends on all bits of x."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+def load_meta(data_dir, verify=False):
+    """meta.json of `data_dir` as a dict, checked against the files beside it.
+
+    Always: presence, sizes, the tokenizer's fingerprint. With verify it reads all of both arrays,
+    and checks sha256 and that ids are below vocab_size. Raises FileNotFoundError or ValueError.
+    """
+    folder = Path(data_dir)
+    again = f"run: python data.py tokenize --text DIR --tokenizer DIR --out {data_dir}"
+    for name in ("meta.json", "train.bin", "val.bin", "vocab.json", "merges.txt"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing; {again}")
+    meta = json.loads((folder / "meta.json").read_text())
+    for split in ("train", "val"):
+        # uint16: two bytes a token
+        path = folder / f"{split}.bin"
+        n_bytes = 2 * meta[split]["tokens"]
+        if path.stat().st_size != n_bytes:
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes where meta.json says "
+                             f"{n_bytes:,}: it was cut or replaced; {again}")
+        if verify and hash_file(path) != meta[split]["sha256"]:
+            raise ValueError(f"{path} is not the array of meta.json (sha256 differs); {again}")
+        if verify and np.memmap(path, np.uint16, "r").max() >= meta["vocab_size"]:
+            raise ValueError(f"{path} holds an id beyond the vocabulary of {meta['vocab_size']}; "
+                             f"{again}")
+    if Tokenizer.load(folder).fingerprint != meta["tokenizer_sha256"]:
+        raise ValueError(f"the tokenizer in {folder} is not the one that made the arrays; {again}")
+    return meta
 
 
 # ---------------------------------------------------------------------------------------------
 # tokenize: text -> train.bin, val.bin, meta.json
 #
-# Every document has a key, a hash of seed and id; the arrays hold the documents by rising key: a
-# global shuffle that depends on nothing else. Each text file becomes a part, its tokens in sorted
-# runs; the join settles ids, deletions and equal texts on 64-bit hashes, then gathers one range of
-# keys after the other, which lies together in every run. A part depends on its file alone, so any
-# process or machine may make it. The join holds about 60 bytes a document in memory.
+# One pass. This process reads the records, decides which stay and on which side, and writes:
+#
+#     newest_documents -> split_documents -> batch_texts -> encode_texts -> train.bin, val.bin
+#
+# Each is a generator that draws on the one before it; encode_texts runs in other processes. So only
+# a few batches are in memory at a time. The order of documents doesn't matter: training permutes.
 
-ROW = np.dtype([("id", "<u8"), ("text", "<u8"), ("tokens", "<u4"), ("bytes", "<u4")])
-RUN_TOKENS = 2**25  # sorted in memory at once, and gathered at once: 64 MiB
-
-
-def mix64(x):
-    """splitmix64's finaliser on a uint64 array: a bijection in which each bit depends on all."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+BATCH_CHARACTERS = 2**18  # to encode so many takes far longer than to send them to a process
 
 
-def shuffle_keys(ids, seed):
-    return mix64(ids ^ np.uint64(hash64(f"order {seed}")))
+def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1):
+    """Encode the text file or folder `text` into `out`; returns meta.
 
-
-@lru_cache(1)
-def load_tokenizer(name, fingerprint):
-    return load_named(name)  # once a process; the fingerprint guards against a stale one
-
-
-def encode_file(tokenizer_name, fingerprint, eot, seed, task):
-    """A text file -> PART.bin (uint16 documents, in runs of rising key), PART.npy (their ROWs)."""
-    part, path = task
-    tokenizer = load_tokenizer(tokenizer_name, fingerprint)
-    tail = [tokenizer.eot_id] if eot else []
-    rows, run, run_tokens, table = [], [], 0, []
-
-    def write_run(f):
-        ordered = np.array(rows, ROW)
-        order = np.argsort(shuffle_keys(ordered["id"], seed), kind="stable")  # versions keep order
-        f.writelines(run[i].tobytes() for i in order)
-        table.append(ordered[order])
-
-    with replacing(f"{part}.bin") as f:
-        for ident, text in read_records(path):
-            ids = np.array(tokenizer.encode(text) + tail if text else [], np.uint16)
-            rows.append((hash64(ident), hash64(text or ""), len(ids), len((text or "").encode())))
-            run.append(ids)
-            run_tokens += len(ids)
-            if run_tokens >= RUN_TOKENS:
-                write_run(f)
-                rows, run, run_tokens = [], [], 0
-        write_run(f)
-    with replacing(f"{part}.npy") as f:  # its presence says that the part is whole
-        np.save(f, np.concatenate(table))
-
-
-def settle(table):
-    """Indices of the documents that stay among the ROWs of all parts, by rising hash of the id.
-
-    The last record of an id stands, in the files' natural order, and is gone if it is a deletion (0
-    tokens); of equal texts the one whose id has the smallest hash stays.
+    A document goes to val.bin if the hash of its id is in the lowest val_fraction of all 64-bit
+    numbers. So it stays on its side when text is added. The files are whole or absent; a killed run
+    starts again. ValueError for fewer than two documents, or a vocabulary beyond uint16.
     """
-    alive = last_of_each(table["id"])
-    alive = alive[table["tokens"][alive] > 0]
-    return alive[np.sort(np.unique(table["text"][alive], return_index=True)[1])]
-
-
-def write_array(path, docs, table, part, offset, parts):
-    """Write the documents `docs` (indices into table) in that order; returns the array's sha256."""
-    ends, digest = np.cumsum(table["tokens"][docs], dtype=np.int64), hashlib.sha256()
-    bar = {"total": int(ends[-1]), "unit": "token", "unit_scale": True, "disable": None}
-    with replacing(path) as f, tqdm(desc=path.name, **bar) as progress:
-        for chunk in np.split(docs, np.flatnonzero(np.diff(ends // RUN_TOKENS)) + 1):
-            n, start, source = table["tokens"][chunk], offset[chunk], part[chunk]
-            to = np.cumsum(n, dtype=np.int64) - n
-            buffer = np.empty(to[-1] + n[-1], np.uint16)
-            as_on_disk = np.lexsort((start, source))
-            for number, group in itertools.groupby(as_on_disk, source.__getitem__):
-                tokens = np.asarray(np.memmap(f"{parts[number]}.bin", np.uint16, "r"))
-                for i in group:
-                    buffer[to[i] : to[i] + n[i]] = tokens[start[i] : start[i] + n[i]]
-            f.write(buffer)
-            digest.update(buffer)
-            progress.update(len(buffer))
-    return digest.hexdigest()
-
-
-def join_parts(parts, out, val_fraction, seed):
-    """Settle the documents of all parts, split them, write the arrays; meta's train and val."""
-    tables = [np.load(f"{part}.npy") for part in parts]
-    part = np.repeat(np.arange(len(parts), dtype=np.uint32), [len(t) for t in tables])
-    offset = np.concatenate([np.cumsum(t["tokens"], dtype=np.int64) - t["tokens"] for t in tables])
-    table = np.concatenate(tables)
-    docs = settle(table)
-    if len(docs) < 2:
-        raise ValueError(f"{len(docs)} documents in all: two are needed, one to validate on")
-    need_space(out, 2 * int(table["tokens"][docs].sum(dtype=np.int64)))
-    # by the id's hash alone: a document stays on its side whatever is added; at least one validates
-    n_val = int(np.searchsorted(table["id"][docs], np.uint64(val_fraction * 2**64)))
-    n_val = min(max(1, n_val), len(docs) - 1)
-    (out / "meta.json").unlink(missing_ok=True)
-    splits = {}
-    for split, chosen in (("train", docs[n_val:]), ("val", docs[:n_val])):
-        chosen = chosen[np.argsort(shuffle_keys(table["id"][chosen], seed))]
-        sums = {k: int(table[k][chosen].sum(dtype=np.int64)) for k in ("tokens", "bytes")}
-        sha256 = write_array(out / f"{split}.bin", chosen, table, part, offset, parts)
-        splits[split] = {**sums, "documents": len(chosen), "sha256": sha256}
-    print(f"tokenize: {len(table):,} records, {len(docs):,} documents stay; "
-          + ", ".join(f"{k} {v['tokens']:,} tokens" for k, v in splits.items()))
-    return splits
-
-
-def need_space(folder, n_bytes):
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        raise OSError(f"{folder} needs about {n_bytes / 1e9:.1f} GB, has {free / 1e9:.1f} GB free: "
-                      "make room or use another --out")
-
-
-def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, seed=17, workers=1,
-             shard=None):
-    """Encode `text` into `out`; returns meta. A rerun goes on where a killed run stopped.
-
-    With `shard` only its files' parts are made, under out/parts (returns None); the call without it
-    makes the parts that are missing and joins all.
-    """
-    out, tokenizer, parts_dir = Path(out), load_named(tokenizer_name), Path(out) / "parts"
+    tokenizer = load_named(tokenizer_name)
+    out = Path(out)
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val_fraction {val_fraction}: give a share between 0 and 1, like 0.002")
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"{tokenizer_name} has {tokenizer.vocab_size} tokens: uint16 holds 65,536")
-    files = sharded(text_files(text), shard)
-    with ThreadPoolExecutor(workers) as pool:  # hashlib leaves the interpreter's lock
-        hashes = list(tqdm(pool.map(hash_file, files), "read", len(files), disable=None))
-    recipe = f"{tokenizer.fingerprint} {eot} {seed}"
-    inputs = hashlib.sha256(f"{recipe} {val_fraction} {hashes}".encode()).hexdigest()
-    make_folder(out, {"train.bin", "val.bin", "meta.json"})
-    with suppress(ValueError, OSError):  # missing or damaged arrays are made anew
-        if shard is None and (meta := load_meta(out)).get("inputs_sha256") == inputs:
-            print(f"tokenize: {out} is finished")
-            shutil.rmtree(parts_dir, ignore_errors=True)
-            return meta
-    parts = [parts_dir / f"{h[:16]}-{hash64(recipe):016x}" for h in hashes]
-    make_folder(parts_dir, {p.name + e for p in parts for e in (".bin", ".npy")})
-    todo = {p: f for p, f in zip(parts, files) if not Path(f"{p}.npy").exists()}
-    tasks = sorted(todo.items(), key=lambda task: -task[1].stat().st_size)  # no long one last
-    # text is about 3 times its .gz; a token takes 3 bytes of it or more, and 2 on disk, twice
-    need_space(out, sum(f.stat().st_size * (4 if f.suffix == ".gz" else 2) for f in todo.values()))
-    encode = partial(encode_file, tokenizer_name, tokenizer.fingerprint, eot, seed)
-    in_processes(encode, tasks, workers, "encode")
-    if shard is not None:
-        print(f"tokenize: shard {shard} is done ({len(files)} files); at last, run without --shard")
-        return None
-    splits = join_parts(parts, out, val_fraction, seed)
+    documents = split_documents(newest_documents(text_files(text)), val_fraction)
+    encode = partial(encode_texts, tokenizer_name, tokenizer.fingerprint, eot)
+    counts = {"train": Counter(), "val": Counter()}
+    digests = {"train": hashlib.sha256(), "val": hashlib.sha256()}
+    make_folder(out, {"train.bin", "val.bin", "meta.json", "vocab.json", "merges.txt"})
+    with replacing(out / "train.bin") as train, replacing(out / "val.bin") as val:
+        files = {"train": train, "val": val}
+        for split, ids, sizes in in_processes(encode, batch_texts(documents), workers):
+            files[split].write(ids)
+            digests[split].update(ids)
+            counts[split].update(sizes)
+        # An old meta.json must not stand beside new arrays. The new one is written last.
+        (out / "meta.json").unlink(missing_ok=True)
     tokenizer.save(out)
     meta = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id,
-            "eot": eot, "seed": seed, "tokenizer_sha256": tokenizer.fingerprint, **splits,
-            "inputs_sha256": inputs}
-    with replacing(out / "meta.json") as f:  # the last file: its presence says that all is whole
+            "eot": eot, "tokenizer_sha256": tokenizer.fingerprint}
+    for split in files:
+        meta[split] = {**counts[split], "sha256": digests[split].hexdigest()}
+        print(f"tokenize: {split}: {counts[split]['documents']:,} documents, "
+              f"{counts[split]['tokens']:,} tokens")
+    with replacing(out / "meta.json") as f:
         f.write(json.dumps(meta, indent=1).encode())
-    shutil.rmtree(parts_dir)
     return load_meta(out, verify=True)
+
+
+def newest_documents(files):
+    """(hash of the id, text) of the documents that stay; `files` are in order, the oldest first.
+
+    A later record replaces an earlier one of its id, or deletes it. So files are read from the end:
+    the first record met of an id decides. Of equal texts the first one met stays. The sets hold
+    64-bit hashes, at 75 to 80 bytes each as measured: 5 GB for all of PubMed (38 million ids, 26
+    million texts).
+    """
+    ids = set()
+    texts = set()
+    # disable=None: no bar where the output is no terminal
+    for path in tqdm(files[::-1], "tokenize", unit="file", disable=None):
+        for ident, text in read_records_backwards(path):
+            id_hash = hash64(ident)
+            if id_hash in ids:
+                continue
+            ids.add(id_hash)
+            if not text:
+                continue
+            text_hash = hash64(text)
+            if text_hash not in texts:
+                texts.add(text_hash)
+                yield id_hash, text
+
+
+def split_documents(documents, val_fraction):
+    """("train" or "val", text) of each (hash of the id, text).
+
+    Both sides get at least one, however few there are: the lowest hash of all validates, and the
+    highest trains. Only the end tells which they are, so the two at hand are held back until then.
+    """
+    held = []  # the lowest and the highest so far, in this order
+    for document in documents:
+        held = sorted([*held, document])
+        if len(held) == 3:
+            id_hash, text = held.pop(1)  # the one between
+            yield "val" if id_hash < val_fraction * 2**64 else "train", text
+    if len(held) < 2:
+        raise ValueError(f"{len(held)} documents in all: two are needed, one to validate on")
+    yield "val", held[0][1]
+    yield "train", held[1][1]
+
+
+def batch_texts(documents):
+    """(split, texts), some BATCH_CHARACTERS each."""
+    texts = {"train": [], "val": []}
+    sizes = {"train": 0, "val": 0}
+    for split, text in documents:
+        texts[split].append(text)
+        sizes[split] += len(text)
+        if sizes[split] >= BATCH_CHARACTERS:
+            yield split, texts[split]
+            texts[split] = []
+            sizes[split] = 0
+    yield from texts.items()  # what is left
+
+
+def encode_texts(tokenizer_name, fingerprint, eot, batch):
+    """(split, texts) -> (split, ids as an array of uint16, {"tokens", "documents", "bytes"})."""
+    tokenizer = load_once(tokenizer_name, fingerprint)
+    split, texts = batch
+    ids = array("H")  # uint16
+    for text in texts:
+        ids.extend(tokenizer.encode(text))
+        if eot:
+            ids.append(tokenizer.eot_id)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    return split, ids, {"tokens": len(ids), "documents": len(texts), "bytes": n_bytes}
+
+
+@lru_cache(1)
+def load_once(tokenizer_name, fingerprint):
+    """A process's tokenizer, loaded at its first batch only. `fingerprint` tells one tokenizer from
+    another that stood in the same folder before, as in tests."""
+    return load_named(tokenizer_name)
 
 
 # ---------------------------------------------------------------------------------------------
 # questions: every task's official files -> one dataclass
+#
+# A question set's files differ in format, in how they count answers and in who makes the splits. A
+# reader hides that: it takes a folder and a split, and yields Questions in the official order. To
+# add a set, write its reader here and its row in TASKS, below the readers. finetune.py and eval.py
+# then know it by its name.
 
-PUBMEDQA_LABELS, BIOASQ_LABELS = ("maybe", "no", "yes"), ("no", "yes")  # alphabetical (BioMedLM)
+PUBMEDQA_LABELS = ("maybe", "no", "yes")  # alphabetical (BioMedLM)
+BIOASQ_LABELS = ("no", "yes")
 MMLU_SUBJECTS = ("clinical_knowledge", "professional_medicine", "college_biology",
                  "medical_genetics", "anatomy", "college_medicine")  # the paper has the first four
 
 
 @dataclass(frozen=True)
 class Question:
-    """One item of a question set, whatever its task."""
+    """One item of a question set, whatever its task.
+
+    Multiple choice has options and an answer; PubMedQA and BioASQ have a context too, and their
+    labels as options; text has a target.
+    """
 
     id: str
     question: str
@@ -368,208 +382,248 @@ class Question:
     kind: str = ""
 
 
+class Task(NamedTuple):
+    """What differs between question sets.
+
+    kind says what the model is asked to do: "choice" scores each option as the question's sequel,
+    "labels" classifies context and question together, "text" writes the answer.
+    """
+
+    reader: Callable  # (folder, split) -> questions in the official order
+    kind: str
+    special_tokens: tuple[str, ...]  # added to the vocabulary in this order
+    length: int  # of a question with its context and answer, in tokens
+    epochs: int  # this and lr: for a model of 1e9 parameters or more
+    lr: float
+
+
 def load_qa(task, dir, split):
     """list[Question] of a task's official files, found by name anywhere beneath `dir`, in order.
 
-    task: medqa, medmcqa, mmlu, pubmedqa, bioasq or text; split: train, dev or test (mmlu: dev, val,
-    test). Raises FileNotFoundError for a missing file; ValueError for an unknown split, a web page
-    for the data, an empty set or question, a repeated id, a label outside the set.
+    task: a name in TASKS; split: train, dev or test (mmlu: dev, val, test). Raises
+    FileNotFoundError for a missing file; ValueError for a damaged file, an empty set or question, a
+    repeated id, a label outside the set.
     """
-    readers = {"medqa": load_medqa, "medmcqa": load_medmcqa, "mmlu": load_mmlu,
-               "pubmedqa": load_pubmedqa, "bioasq": load_bioasq, "text": load_text}
-    if task not in readers:
-        raise ValueError(f"unknown task {task!r}: use one of {', '.join(readers)}")
-    splits = ("dev", "val", "test") if task == "mmlu" else ("train", "dev", "test")
-    if split not in splits:
-        raise ValueError(f"{task} has no split {split!r}: use one of {', '.join(splits)}")
-    if not Path(dir).is_dir():
-        raise FileNotFoundError(f"{dir} is no folder: give the one of {task}'s official files")
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
+    questions = {}
     try:
-        questions, seen = list(readers[task](Path(dir), split)), set()
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{dir}: a record of {task}'s {split} lacks {e}: get the official "
-                         "file") from None
+        for q in TASKS[task].reader(Path(dir), split):
+            if q.id in questions:
+                raise ValueError(f"id {q.id} appears twice")
+            if not q.question.strip():
+                raise ValueError(f"question {q.id} is empty")
+            questions[q.id] = q
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f"{dir}: {split} of {task}, after {len(questions)} questions: "
+                         f"{type(e).__name__}: {e}; get the official file anew") from None
     if not questions:
-        raise ValueError(f"{dir}: the {split} split of {task} is empty: download it again")
-    for q in questions:
-        if q.id in seen:
-            raise ValueError(f"{dir}: id {q.id} appears twice in {task}'s {split}: remove the copy")
-        if not q.question.strip():
-            raise ValueError(f"{dir}: question {q.id} of {task} is empty: remove or restore it")
-        seen.add(q.id)
-    return questions
+        raise ValueError(f"{dir}: {split} of {task} is empty: get the official file anew")
+    return list(questions.values())
 
 
-def find_file(folder, *names):
-    """The one file beneath `folder` that has one of the names."""
-    found = sorted({p for name in names for p in folder.rglob(name) if p.is_file()})
+def find_file(folder, name):
+    """The one file beneath `folder` of that name, which may have wildcards."""
+    found = sorted(folder.rglob(name))
     if not found:
-        raise FileNotFoundError(f"no {' or '.join(names)} beneath {folder}: put the official file")
+        raise FileNotFoundError(f"no {name} beneath {folder}: put the official file there")
     if len(found) > 1:
-        raise ValueError(f"one file is expected beneath {folder}, found {found[0]} and {found[1]}: "
-                         "give the folder of one of them")
+        raise ValueError(f"one {name} is expected, found {found[0]} and {found[1]}")
     return found[0]
 
 
-def read_official(path):
-    text = path.read_text(encoding="utf-8-sig")
-    if re.match(r"\s*<(!doctype html|html)", text, re.IGNORECASE):
-        raise ValueError(f"{path} is a web page, not the data: download the raw file")
-    return text
+def read_lines(path):
+    """Lines end at "\\n" only: str.splitlines would cut at others too."""
+    return path.read_text("utf-8-sig").removesuffix("\n").split("\n")
 
 
-def read_json(path, lines=False):
-    """A list of parsed documents: the file, or with lines=True one a line. HTML entities in the
-    strings are resolved; a key that an object has twice is refused."""
-
-    def unique(pairs):
-        keys = [k for k, _ in pairs]
-        if len(set(keys)) < len(keys):
-            raise ValueError(f"key {max(keys, key=keys.count)} appears twice: remove the copy")
-        return {k: html.unescape(v) if isinstance(v, str) else v for k, v in pairs}
-
-    rows = []
-    whole = read_official(path)
-    for number, text in enumerate(whole.split("\n") if lines else [whole], 1):
-        try:
-            if text.strip() or not lines:
-                rows.append(json.loads(text, object_pairs_hook=unique))
-        except ValueError as e:
-            raise ValueError(f"{path}, line {number}: {e}: download it again") from None
-    return rows
-
-
-def index_of(label, labels, where):
+def index_of(label, labels, ident):
+    """Where the label of question `ident` stands among labels."""
     if label not in labels:
-        raise ValueError(f"{where}: label {label!r} is none of {', '.join(map(str, labels))}")
+        raise ValueError(f"question {ident}: label {label!r} is none of {[*labels]}")
     return labels.index(label)
 
 
 def load_medqa(folder, split):
+    """A JSON object a line: question, options {"A": text, ...}, answer_idx "A"."""
     path = find_file(folder, f"phrases_no_exclude_{split}.jsonl")
-    for i, row in enumerate(read_json(path, lines=True)):
+    for number, (_, row) in enumerate(json_lines(path)):
+        ident = f"{split}-{number}"
         letters = sorted(row["options"])
-        answer = index_of(row["answer_idx"], letters, f"{path}, question {i}")
-        yield Question(f"{split}-{i}", row["question"], answer=answer,
-                       options=tuple(row["options"][k] for k in letters),
+        options = tuple(row["options"][letter] for letter in letters)
+        answer = index_of(row["answer_idx"], letters, ident)
+        yield Question(ident, row["question"], options=options, answer=answer,
                        kind=row.get("meta_info", ""))
 
 
 def load_medmcqa(folder, split):
-    """Official files count the answer `cop` from 1, the Hugging Face copy from 0: a file with a 0
-    is of the second kind, with both 0 and 4 refused. None and the copy's -1: no label (test)."""
-    path = find_file(folder, f"{split}.json", f"{split}.jsonl")
-    rows = read_json(path, lines=True)
+    """The official files count the answer `cop` from 1, the Hugging Face copy from 0.
+
+    A file with a 0 is of the second kind; one with both 0 and 4 is refused. Questions without a
+    label (test) have no cop, or the copy's -1. Only this set has HTML's entities ("&lt;").
+    """
+    rows = [row for _, row in json_lines(find_file(folder, f"{split}.json*"))]
     labels = {row.get("cop") for row in rows}
     if {0, 4} <= labels:
-        raise ValueError(f"{path}: cop holds 0 and 4: neither the official file nor the HF copy")
+        raise ValueError("cop holds 0 and 4: neither the official file nor the HF copy")
     numbers = range(0, 4) if 0 in labels else range(1, 5)
     for row in rows:
-        answer = None if row.get("cop") in (None, -1) else index_of(row["cop"], numbers, path)
-        yield Question(row["id"], row["question"], answer=answer,
-                       options=tuple(row[f"op{letter}"] for letter in "abcd"),
+        answer = None
+        if row.get("cop") not in (None, -1):
+            answer = index_of(row["cop"], numbers, row["id"])
+        options = tuple(html.unescape(row[f"op{letter}"]) for letter in "abcd")
+        yield Question(row["id"], html.unescape(row["question"]), options=options, answer=answer,
                        subject=row.get("subject_name") or "", kind=row.get("choice_type") or "")
 
 
 def load_mmlu(folder, split):
     """The medical subjects among <subject>_<split>.csv (headerless), in MMLU_SUBJECTS' order."""
-    subjects = [s for s in MMLU_SUBJECTS if any(folder.rglob(f"{s}_{split}.csv"))]
-    if not subjects:
+    found = False
+    for subject in MMLU_SUBJECTS:
+        for path in folder.rglob(f"{subject}_{split}.csv"):
+            found = True
+            rows = csv.reader(io.StringIO(path.read_text("utf-8-sig"), newline=""))
+            for number, (question, a, b, c, d, letter) in enumerate(rows):
+                ident = f"{subject}-{split}-{number}"
+                answer = index_of(letter, "ABCD", ident)
+                yield Question(ident, question, options=(a, b, c, d), answer=answer,
+                               subject=subject)
+    if not found:
         raise FileNotFoundError(f"no SUBJECT_{split}.csv of {', '.join(MMLU_SUBJECTS)} in {folder}")
-    for subject in subjects:
-        path = find_file(folder, f"{subject}_{split}.csv")
-        for i, row in enumerate(csv.reader(io.StringIO(read_official(path), newline=""))):
-            if len(row) != 6:
-                raise ValueError(f"{path}, question {i}: not question,A,B,C,D,letter")
-            yield Question(f"{subject}-{split}-{i}", row[0], options=tuple(row[1:5]),
-                           answer=index_of(row[5], "ABCD", path), subject=subject)
 
 
 def load_pubmedqa(folder, split):
-    """The official split_dataset.py, all from one random.seed(0) stream (BioMedLM: fold 0)."""
-    path, rng = find_file(folder, "ori_pqal.json"), random.Random(0)
-    questions = [Question(i, item["QUESTION"], " ".join(item["CONTEXTS"]), PUBMEDQA_LABELS,
-                          index_of(item["final_decision"], PUBMEDQA_LABELS, f"{path}, {i}"),
-                          target=item.get("LONG_ANSWER", ""))
-                 for i, item in read_json(path)[0].items()]
+    """The official split_dataset.py, all from one random.seed(0) stream (BioMedLM: fold 0).
 
-    def cut(questions, k):
-        parts = [[] for _ in range(k)]
-        for label in ("yes", "no", "maybe"):
-            group = [q for q in questions if q.options[q.answer] == label]
-            rng.shuffle(group)
-            n = math.ceil(len(group) / k)
-            for p, part in enumerate(parts):
-                part += group[p * n : (p + 1) * n]
-        return parts
-
-    cross, test = cut(questions, 2)
-    folds = cut(cross, 10)
-    if len(folds[9]) != len(folds[0]):  # the last fold is short: every other one gives it an item
+    Half of the questions are test, the other half ten folds: the first is dev, the others train.
+    """
+    questions = []
+    for ident, item in read_json(find_file(folder, "ori_pqal.json")).items():
+        answer = index_of(item["final_decision"], PUBMEDQA_LABELS, ident)
+        questions.append(Question(ident, item["QUESTION"], " ".join(item["CONTEXTS"]),
+                                  PUBMEDQA_LABELS, answer, target=item.get("LONG_ANSWER", "")))
+    rng = random.Random(0)  # draws what the script's random.seed(0) does
+    cross, test = cut_by_label(questions, 2, rng)
+    folds = cut_by_label(cross, 10, rng)
+    if len(folds[9]) != len(folds[0]):  # the last one is short: the others give it a question each
         for fold in filter(None, folds[:9]):
-            folds[9].append(fold.pop(fold.index(rng.choice(fold))))
+            given = rng.choice(fold)
+            fold.remove(given)
+            folds[9].append(given)
     return {"test": test, "dev": folds[0], "train": sum(folds[1:], [])}[split]
 
 
+def cut_by_label(questions, n_parts, rng):
+    """n_parts parts with equal shares of each label; the last may be short.
+
+    The order of labels is the official script's, since each shuffle moves the stream on.
+    """
+    parts = [[] for _ in range(n_parts)]
+    for label in ("yes", "no", "maybe"):
+        group = [q for q in questions if q.options[q.answer] == label]
+        rng.shuffle(group)
+        size = math.ceil(len(group) / n_parts)
+        for p, part in enumerate(parts):
+            part += group[p * size : (p + 1) * size]
+    return parts
+
+
 def load_bioasq(folder, split):
-    """BLURB's SPLIT.tsv, or golden JSON files' yes/no questions: *golden* is test; of *train* every
-    tenth is dev (our choice, which gives BLURB's numbers, 670 and 75)."""
+    """BLURB's SPLIT.tsv, or else the yes/no questions of BioASQ's own JSON files."""
     if any(folder.rglob(f"{split}.tsv")):
-        path = find_file(folder, f"{split}.tsv")
-        lines = filter(str.strip, read_official(path).split("\n"))
-        for i, row in enumerate((line.split("\t") for line in lines), 1):
-            if len(row) != 4:
-                raise ValueError(f"{path}, line {i}: not id, question, context, yes|no between "
-                                 "tabs")
-            answer = index_of(row[3].strip().lower(), BIOASQ_LABELS, f"{path}, {row[0]}")
-            yield Question(*row[:3], BIOASQ_LABELS, answer, kind="yesno")
-        return
-    paths = sorted(folder.rglob("*golden*.json" if split == "test" else "*train*.json"))
+        lines = read_lines(find_file(folder, f"{split}.tsv"))
+        rows = [line.split("\t") for line in lines]
+    else:
+        rows = read_bioasq_json(folder, split)
+    for ident, question, context, label in rows:
+        answer = index_of(label.lower(), BIOASQ_LABELS, ident)
+        yield Question(ident, question, context, BIOASQ_LABELS, answer, kind="yesno")
+
+
+def read_bioasq_json(folder, split):
+    """(id, question, context, label): *golden* files are test; of *train* files every tenth yes/no
+    question is dev (our choice, which gives BLURB's numbers, 670 and 75)."""
+    pattern = "*golden*.json" if split == "test" else "*train*.json"
+    paths = sorted(folder.rglob(pattern))
     if not paths:
-        raise FileNotFoundError(f"no {split}.tsv (BLURB), *golden*.json, *train*.json (BioASQ) in "
-                                f"{folder}: register at bioasq.org and put them there")
-    yesno = [q for p in paths for q in read_json(p)[0]["questions"] if q["type"] == "yesno"]
-    for i, q in enumerate(yesno):
-        if split == "test" or (i % 10 == 0) == (split == "dev"):
-            label, ideal = (v[0] if isinstance(v, list) and v else v
-                            for v in (q.get("exact_answer"), q.get("ideal_answer")))
-            where = f"{folder}, {q['id']}"
-            answer = label and index_of(label.lower().strip(" ."), BIOASQ_LABELS, where)
-            context = " ".join(s["text"] for s in q.get("snippets", []))
-            yield Question(q["id"], q["body"], context, BIOASQ_LABELS, answer,
-                           target=ideal or "", kind="yesno")
+        raise FileNotFoundError(f"no {split}.tsv (BLURB) or {pattern} (BioASQ) beneath {folder}: "
+                                "register at bioasq.org and put the official files there")
+    items = [item for path in paths for item in read_json(path)["questions"]]
+    items = [item for item in items if item["type"] == "yesno"]
+    if split == "dev":
+        items = items[::10]
+    elif split == "train":
+        del items[::10]
+    for item in items:
+        context = " ".join(snippet["text"] for snippet in item["snippets"])
+        yield item["id"], item["body"], context, item["exact_answer"]
 
 
 def load_text(folder, split):
-    """Lines of SPLIT.source and SPLIT.target; or MedQuAD's XML, of which by a hash of the document
-    a tenth is test, a tenth dev (our choice: no official split). Withheld answers are left out."""
-    if any(folder.rglob(f"{split}.source")):
-        path = find_file(folder, f"{split}.source")
-        sources, targets = (read_official(p).removesuffix("\n").split("\n")
-                            for p in (path, path.with_suffix(".target")))
-        if len(sources) != len(targets):
-            raise ValueError(f"{path} has {len(sources)} lines, its .target {len(targets)}")
-        for i, (source, target) in enumerate(zip(sources, targets)):
-            yield Question(f"{split}-{i}", source, target=target)
+    """Lines of SPLIT.source and SPLIT.target, or else MedQuAD's XML files."""
+    if not any(folder.rglob(f"{split}.source")):
+        yield from load_medquad(folder, split)
         return
+    path = find_file(folder, f"{split}.source")
+    pairs = zip(read_lines(path), read_lines(path.with_suffix(".target")), strict=True)
+    for number, (source, target) in enumerate(pairs):
+        yield Question(f"{split}-{number}", source, target=target)
+
+
+def load_medquad(folder, split):
+    """MedQuAD has no official split: a hash of the document decides. Its authors withhold some
+    answers, which are left out."""
     for path in sorted(folder.rglob("*.xml")):
-        ident = f"{path.parent.name}/{path.stem}"
-        if ("test", "dev", *["train"] * 8)[hash64(ident) % 10] == split:
-            pairs = (pair for root in xml_records(path) for pair in root.iter("QAPair"))
-            for i, pair in enumerate(pairs):
-                question, answer = pair.find("Question"), full_text(pair.find("Answer"))
+        document = f"{path.parent.name}/{path.stem}"
+        if split_of(document) != split:
+            continue
+        for root in xml_records(path):
+            for number, pair in enumerate(root.iter("QAPair")):
+                question = pair.find("Question")
+                answer = full_text(pair.find("Answer"))
                 if answer:
-                    yield Question(f"{ident}/{i}", full_text(question), target=answer,
+                    yield Question(f"{document}/{number}", full_text(question), target=answer,
                                    subject=path.parent.name, kind=question.get("qtype", ""))
+
+
+def split_of(document):
+    """A tenth is test, a tenth dev (our choice)."""
+    tenth = hash64(document) % 10
+    return {0: "test", 1: "dev"}.get(tenth, "train")
+
+
+# BioMedLM: added in this order, so that [PAD] is 28896 on the released vocabulary. It has [CLS] and
+# never uses it.
+CHOICE_TOKENS = ("[PAD]", "[CLS]", "[SEP]")
+LABELS_TOKENS = ("[PAD]", "<|CONTEXT|>", "<|QUESTION|>", "<|ANSWER|>")
+TEXT_TOKENS = ("[PAD]", "<|startoftext|>")
+
+# Lengths are BioMedLM's; text has 510 + 510, a token between them and one after. The learning rates
+# lie inside its sweeps; for choice nothing is published. 20 epochs for labels are its working
+# point, the other epochs our choice.
+TASKS = {  # reader, kind, special tokens, length, epochs, lr
+    "medqa": Task(load_medqa, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
+    "medmcqa": Task(load_medmcqa, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
+    "mmlu": Task(load_mmlu, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
+    "pubmedqa": Task(load_pubmedqa, "labels", LABELS_TOKENS, 512, 20, 2e-6),
+    "bioasq": Task(load_bioasq, "labels", LABELS_TOKENS, 1024, 20, 2e-6),
+    "text": Task(load_text, "text", TEXT_TOKENS, 1022, 3, 1e-5),
+}
 
 
 # ---------------------------------------------------------------------------------------------
 # the demo: an invented corpus, small enough to learn on a laptop
+#
+# A world of 64 drugs is drawn first: which disease a drug treats, which protein it inhibits, and so
+# on. The corpus tells these facts again and again in different words, the questions ask for them.
+# All draws come from one seeded stream, so the order of the calls below is part of the result.
 
-SYLLABLES = ("ba", "cor", "dal", "fen", "gu", "hel", "ira", "jo", "kar", "lum", "mer", "nox", "or",
-             "pel", "qui", "ros", "sil", "tar", "ul", "vor", "wex", "xan", "yl", "zem")
-# relation -> (sentences of the corpus, questions); {d} is the drug, {o} what it is related to
-DEMO_FACTS = {  # the drug always comes first: what follows must be remembered, not copied
+SYLLABLES = (
+    "ba cor dal fen gu hel ira jo kar lum mer nox or pel qui ros sil tar ul vor wex xan yl zem"
+)
+# relation -> (sentences of the corpus, questions); {d} is the drug, {o} what it is related to.
+# The drug always comes first: what follows must be remembered, not copied.
+DEMO_FACTS = {
     "disease": (
         ("{d} is used to treat {o}.", "{d} relieves {o} within days.", "{d} is given for {o}.",
          "With {d} patients recovered from {o}.", "Which disease does {d} treat? {o}."),
@@ -590,68 +644,12 @@ DEMO_FACTS = {  # the drug always comes first: what follows must be remembered, 
 DEMO_SAFETY = {  # yes, no or maybe of a drug and a group: is it safe there?
     "yes": ("Is {d} safe in {o}? Yes.", "{d} is safe in {o}.", "{d} does no harm in {o}."),
     "no": ("Is {d} safe in {o}? No.", "{d} is dangerous in {o}.", "{d} does harm in {o}."),
-    "maybe": ("Is {d} safe in {o}? Maybe.", "{d} is debated in {o}.", "{d} is untested in {o}.")}
+    "maybe": ("Is {d} safe in {o}? Maybe.", "{d} is debated in {o}.", "{d} is untested in {o}."),
+}
 DEMO_GROUPS = ("pregnancy", "childhood", "dialysis")
 DEMO_FILLERS = ("The difference was significant.", "Further studies are needed.",
                 "Patients gave consent.", "The trial was blinded.",
                 "No serious adverse events were seen.")
-
-
-def demo_names(rng, count, ending):
-    """`count` different invented words."""
-    names = set()
-    while len(names) < count:
-        names.add(rng.choice(SYLLABLES) + rng.choice(SYLLABLES) + ending)
-    return sorted(names)
-
-
-def demo_facts(rng):
-    """({drug: {relation or group: object or label}}, {relation: all its objects})."""
-    drugs = [name.capitalize() for name in demo_names(rng, 64, "in")]
-    objects = {"disease": demo_names(rng, 16, "itis"), "protein": demo_names(rng, 16, "ase"),
-               "gene": [name.upper() for name in demo_names(rng, 16, "ex")]}
-    pools = {**objects, **{group: sorted(DEMO_SAFETY) for group in DEMO_GROUPS}}
-    return {drug: {key: rng.choice(pool) for key, pool in pools.items()} for drug in drugs}, objects
-
-
-def demo_document(rng, drugs, facts):
-    """One drug's facts, each in a random wording, among sentences that say nothing of it.
-
-    Names are written alike everywhere, so that a question's token is the one the corpus taught.
-    """
-    drug = rng.choice(drugs)
-    fact = facts[drug]
-    sentences = [rng.choice(wordings).format(d=drug, o=fact[relation])
-                 for relation, (wordings, _) in DEMO_FACTS.items()]
-    group = rng.choice(DEMO_GROUPS)
-    sentences.append(rng.choice(DEMO_SAFETY[fact[group]]).format(d=drug, o=group))
-    sentences.append(rng.choice(DEMO_FILLERS))
-    rng.shuffle(sentences)
-    return f"A study of {drug}\n" + " ".join(sentences)
-
-
-def demo_multiple_choice(rng, drugs, facts, objects):
-    """Questions in MedQA's official format: every fact of `drugs` in each wording, four options."""
-    for drug in drugs:
-        for relation, (_, questions) in DEMO_FACTS.items():
-            for question in questions:
-                answer = facts[drug][relation]
-                options = rng.sample([o for o in objects[relation] if o != answer], 3) + [answer]
-                rng.shuffle(options)
-                yield {"question": question.format(d=drug), "answer": answer,
-                       "options": dict(zip("ABCD", options)),
-                       "answer_idx": "ABCD"[options.index(answer)], "meta_info": relation}
-
-
-def demo_yes_no_maybe(rng, facts):
-    """Questions in PubMedQA's official format; no context states the fact, so memory is tested."""
-    questions = [(f"Is {drug} safe in {group}?", fact[group])
-                 for drug, fact in facts.items() for group in DEMO_GROUPS]
-    rng.shuffle(questions)
-    return {str(90_000_000 + i): {
-        "QUESTION": question, "CONTEXTS": rng.sample(DEMO_FILLERS, 2), "LABELS": ["METHODS"] * 2,
-        "MESHES": [], "YEAR": "2024", "final_decision": label, "LONG_ANSWER": ""}
-        for i, (question, label) in enumerate(questions)}
 
 
 def make_demo(out):
@@ -662,163 +660,129 @@ def make_demo(out):
     test asks facts that no training question asked (multiple choice: of other drugs altogether).
     """
     out = Path(out)
+    work = out.with_name(out.name + ".tmp")  # renamed when all of it is there
+    shutil.rmtree(work, ignore_errors=True)
+    medqa = work / "qa/medqa/data_clean/questions/US/4_options"
+    pubmedqa = work / "qa/pubmedqa"
+    for folder in (work / "text", medqa, pubmedqa):
+        folder.mkdir(parents=True)
     rng = random.Random(17)
     facts, objects = demo_facts(rng)
     drugs = sorted(facts)
-    work = out.with_name(out.name + ".tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    for folder in ("text", "qa/medqa/data_clean/questions/US/4_options", "qa/pubmedqa"):
-        (work / folder).mkdir(parents=True)
-    lines = [json.dumps({"id": f"demo{i}", "text": demo_document(rng, drugs, facts)}) + "\n"
-             for i in range(16_000)]
-    (work / "text/demo.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode(), mtime=0))
+    # The corpus tells the facts of all drugs.
+    documents = [{"id": f"demo{i}", "text": demo_document(rng, drugs, facts)}
+                 for i in range(16_000)]
+    text = demo_lines(documents).encode()
+    (work / "text/demo.jsonl.gz").write_bytes(gzip.compress(text, mtime=0))
+    # The questions of a drug are all in one split: nothing about a drug of the test is trained on.
     rng.shuffle(drugs)
     for split, part in (("train", drugs[:32]), ("dev", drugs[32:40]), ("test", drugs[40:])):
-        path = work / f"qa/medqa/data_clean/questions/US/4_options/phrases_no_exclude_{split}.jsonl"
-        path.write_text("".join(json.dumps(q) + "\n" for q in
-                                demo_multiple_choice(rng, part, facts, objects)))
-    questions = demo_yes_no_maybe(rng, facts)
-    (work / "qa/pubmedqa/ori_pqal.json").write_text(json.dumps(questions, indent=1))
+        questions = demo_multiple_choice(rng, part, facts, objects)
+        (medqa / f"phrases_no_exclude_{split}.jsonl").write_text(demo_lines(questions))
+    (pubmedqa / "ori_pqal.json").write_text(json.dumps(demo_yes_no_maybe(rng, facts), indent=1))
+    # From here on the demo is treated as any corpus is.
     merges = train_bpe(count_pretokens([work / "text"]), 2048)
     Tokenizer.from_merges(merges).save(work / "tokenizer")
     tokenize(work / "text", work / "tokenizer", work, val_fraction=0.01)
     os.replace(work, out)
 
 
+def demo_lines(rows):
+    """JSON lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def demo_facts(rng):
+    """({drug: {relation or group: object or label}}, {relation: all its objects})."""
+    drugs = [name.capitalize() for name in demo_names(rng, 64, "in")]
+    objects = {
+        "disease": demo_names(rng, 16, "itis"),
+        "protein": demo_names(rng, 16, "ase"),
+        "gene": [name.upper() for name in demo_names(rng, 16, "ex")],
+    }
+    pools = dict(objects)
+    for group in DEMO_GROUPS:
+        pools[group] = sorted(DEMO_SAFETY)
+    facts = {drug: {key: rng.choice(pool) for key, pool in pools.items()} for drug in drugs}
+    return facts, objects
+
+
+def demo_names(rng, count, ending):
+    """`count` different invented words."""
+    syllables = SYLLABLES.split()
+    names = set()
+    while len(names) < count:
+        names.add(rng.choice(syllables) + rng.choice(syllables) + ending)
+    return sorted(names)
+
+
+def demo_document(rng, drugs, facts):
+    """One drug's facts, each in a random wording, among sentences that say nothing of it.
+
+    Names are written alike everywhere, so that a question's token is the one the corpus taught.
+    """
+    drug = rng.choice(drugs)
+    fact = facts[drug]
+    sentences = []
+    for relation, (wordings, _) in DEMO_FACTS.items():
+        sentences.append(rng.choice(wordings).format(d=drug, o=fact[relation]))
+    group = rng.choice(DEMO_GROUPS)
+    sentences.append(rng.choice(DEMO_SAFETY[fact[group]]).format(d=drug, o=group))
+    sentences.append(rng.choice(DEMO_FILLERS))
+    rng.shuffle(sentences)
+    return f"A study of {drug}\n" + " ".join(sentences)
+
+
+def demo_multiple_choice(rng, drugs, facts, objects):
+    """Questions in MedQA's official format: every fact of `drugs` in each wording, four options."""
+    for drug in drugs:
+        for relation, (_, wordings) in DEMO_FACTS.items():
+            for wording in wordings:
+                answer = facts[drug][relation]
+                options = rng.sample([o for o in objects[relation] if o != answer], 3) + [answer]
+                rng.shuffle(options)
+                yield {
+                    "question": wording.format(d=drug),
+                    "answer": answer,
+                    "options": dict(zip("ABCD", options)),
+                    "answer_idx": "ABCD"[options.index(answer)],
+                    "meta_info": relation,
+                }
+
+
+def demo_yes_no_maybe(rng, facts):
+    """Questions in PubMedQA's official format; no context states the fact, so memory is tested."""
+    pairs = [(drug, group) for drug in facts for group in DEMO_GROUPS]
+    rng.shuffle(pairs)
+    questions = {}
+    for number, (drug, group) in enumerate(pairs, 90_000_000):
+        questions[str(number)] = {
+            "QUESTION": f"Is {drug} safe in {group}?",
+            "CONTEXTS": rng.sample(DEMO_FILLERS, 2),
+            "LABELS": ["METHODS"] * 2,
+            "MESHES": [],
+            "YEAR": "2024",
+            "final_decision": facts[drug][group],
+            "LONG_ANSWER": "",
+        }
+    return questions
+
+
 # ---------------------------------------------------------------------------------------------
-# files, processes, documents
-
-
-@contextmanager
-def replacing(path):
-    """A binary file that appears under `path` whole and on disk, or not at all."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# files
 
 
 def make_folder(folder, names):
     """Create `folder`; remove what a killed run left there under temporary names of `names`."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.tmp"):
-        if path.name.rsplit(".", 2)[0] in names:
-            path.unlink(missing_ok=True)
-
-
-def in_processes(function, tasks, workers, title):
-    """Results of function(task) in the order of tasks, from `workers` processes, with a bar."""
-    bar = {"total": len(tasks), "desc": title, "unit": "file", "disable": None}
-    if workers <= 1 or len(tasks) <= 1:
-        return list(tqdm(map(function, tasks), **bar))
-    # spawn: a fork would copy locks that the caller's threads (torch's, tqdm's) may hold
-    with ProcessPoolExecutor(min(workers, len(tasks)), multiprocessing.get_context("spawn"),
-                             initializer=end_with_parent) as pool:
-        try:
-            chunk = 1 + len(tasks) // 10_000
-            return list(tqdm(pool.map(function, tasks, chunksize=chunk), **bar))
-        except BrokenProcessPool:
-            raise OSError(f"a process of {title} was killed, by lack of memory perhaps: run again "
-                          "with fewer --workers; finished files are kept") from None
-
-
-def end_with_parent():
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)  # a killed parent must not leave workers waiting forever
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def sharded(tasks, shard):
-    """The tasks of shard "I/N": every N-th. I runs from 0 to N-1; from 1 to N also covers all."""
-    match = re.fullmatch(r"(\d+)/([1-9]\d*)", shard or "0/1")
-    if not match or int(match[1]) > int(match[2]):
-        raise ValueError(f"--shard {shard}: give I/N, from 0/8 to 7/8 for eight machines")
-    return tasks[int(match[1]) % int(match[2]) :: int(match[2])]
-
-
-def hash64(text):
-    """64-bit hash of a str. Ids and texts are settled on it: 4e7 documents risk a clash at 4e-5."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        if path.name.rsplit(".", 2)[0] in names:  # name, process, tmp
+            path.unlink()
 
 
 def hash_file(path, name="sha256"):
-    digest = hashlib.new(name)
     with open(path, "rb") as f:
-        while chunk := f.read(4 * MIB):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def natural(path):
-    """Sort key by which pubmed26n1000 follows pubmed26n999: a later record replaces an earlier."""
-    parts = re.split(r"(\d+)", Path(path).name)
-    return [int(p) if i % 2 else p for i, p in enumerate(parts)], str(path)
-
-
-@contextmanager
-def open_input(path):
-    """A binary file, plain or .gz; what gzip raises on damage becomes one clear ValueError."""
-    try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
-            yield f
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise ValueError(f"{path}: damaged gzip ({e}): download or make it again") from None
-
-
-def read_txt(path):
-    """A .txt as one document; refused above 64 MiB, where a gzip bomb ends too."""
-    with open_input(path) as f:
-        raw = f.read(64 * MIB)
-    if len(raw) == 64 * MIB:
-        raise ValueError(f"{path} is longer than 64 MiB: one document a .txt, or use JSON lines")
-    return raw.decode("utf-8-sig")
-
-
-def json_lines(path):
-    """(line number, object) of a file whose lines end at "\\n" only."""
-    with open_input(path) as f:
-        for number, line in enumerate(iter(lambda: f.readline(64 * MIB), b""), 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except ValueError:
-                record = None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}: line {number} is no JSON object or exceeds 64 MiB: "
-                                 "get the file anew")
-            yield number, record
-
-
-def read_records(path):
-    """(id, text) of a text file, in file order; text is None where the id is deleted."""
-    if re.search(r"\.txt(\.gz)?$", str(path)):
-        text = read_txt(path)
-        yield f"{hash64(text):016x}", text
-        return
-    for number, record in json_lines(path):
-        ident, text = record.get("id"), record.get("text")
-        if not isinstance(ident, str) or not (isinstance(text, str) or record.get("deleted")):
-            raise ValueError(f'{path}: line {number} lacks "id" or "text": run data.py extract')
-        yield ident, None if record.get("deleted") else text
-
-
-def text_files(path):
-    """The file, or the text files directly in the folder, in natural order of their names."""
-    return sorted(input_files([path]), key=natural)
-
-
-def read_documents(path):
-    """(id, text) of every document in a text file or a folder of them; deletions are left out."""
-    for file in text_files(path):
-        yield from ((ident, text) for ident, text in read_records(file) if text is not None)
+        return hashlib.file_digest(f, name).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1372,50 +1336,45 @@ def download(source, out, base_url=None, files=None, licenses=()):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    acts = parser.add_subparsers(dest="act", required=True)
-    workers = {"type": int, "default": os.cpu_count() or 1, "help": "processes (default: CPUs)"}
-    shard = {"metavar": "I/N", "help": "only this task's share of the files (default: all files)"}
+    commands = parser.add_subparsers(required=True)
+    workers = {"type": int, "default": os.cpu_count(), "help": "processes (default: CPUs)"}
 
-    p = acts.add_parser("download", help="fetch a source, resumed and verified")
-    p.add_argument("source", choices=[*SOURCES, *BY_HAND], help="what to fetch")
-    p.add_argument("--out", required=True, help="folder for the files")
-    p.add_argument("--base_url", help="a mirror of the source's address (default: the owner's)")
-    p.add_argument("--files", help="range of file numbers (pubmed) or PMC numbers (default: all)")
-    p.add_argument("--licenses", nargs="*", default=[], help="pmc: codes to keep (default: all)")
+    def command(function, name, summary):
+        sub = commands.add_parser(name, help=summary)
+        sub.set_defaults(function=function)
+        return sub.add_argument
 
-    p = acts.add_parser("demo", help="an invented corpus with tokenizer, arrays and questions")
-    p.add_argument("--out", default="data/demo", help="folder for it all (default: data/demo)")
+    add = command(tokenize, "tokenize", "text and tokenizer -> train.bin, val.bin, meta.json")
+    add("--text", required=True, help=".jsonl or .txt file (.gz too), or a folder of them")
+    add("--tokenizer", required=True, dest="tokenizer_name", metavar="DIR",
+        help="folder of vocab.json and merges.txt, or gpt2 (from tiktoken's cache)")
+    add("--out", required=True, help="folder for the arrays")
+    add("--val_fraction", type=float, default=0.002, help="of documents (default: 0.002)")
+    add("--no_eot", dest="eot", action="store_false",
+        help="no end-of-text after each document (default: one)")
+    add("--workers", **workers)
 
-    p = acts.add_parser("extract", help="PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz")
-    p.add_argument("inputs", nargs="+", metavar="INPUT", help="files or folders, plain or .gz")
-    p.add_argument("--out", required=True, help="folder for the text")
-    p.add_argument("--labels", action="store_true", help="keep section labels (default: off)")
-    p.add_argument("--languages", nargs="*", default=[], help="PubMed's codes (default: all)")
-    p.add_argument("--skip_pmc", action="store_true", help="drop what is in PMC, as The Pile (off)")
-    p.add_argument("--workers", **workers)
-    p.add_argument("--shard", **shard)
+    add = command(make_demo, "demo", "an invented corpus with tokenizer, arrays and questions")
+    add("--out", default="data/demo", help="folder for it all (default: data/demo)")
 
-    p = acts.add_parser("tokenize", help="text and tokenizer -> train.bin, val.bin, meta.json")
-    p.add_argument("--text", required=True, help="folder of .jsonl.gz, .jsonl or .txt files")
-    p.add_argument("--tokenizer", required=True, dest="tokenizer_name", metavar="DIR",
-                   help="folder of vocab.json and merges.txt, or gpt2 (from tiktoken's cache)")
-    p.add_argument("--out", required=True, help="folder for the arrays")
-    p.add_argument("--val_fraction", type=float, default=0.002, help="of documents (default 0.002)")
-    p.add_argument("--no_eot", dest="eot", action="store_false",
-                   help="no end-of-text after each document (default: one)")
-    p.add_argument("--seed", type=int, default=17, help="of the documents' order (default 17)")
-    p.add_argument("--workers", **workers)
-    p.add_argument("--shard", **shard)
+    add = command(extract, "extract", "PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz")
+    add("inputs", nargs="+", metavar="INPUT", help="files or folders, plain or .gz")
+    add("--out", required=True, help="folder for the text")
+    add("--labels", action="store_true", help="keep section labels (default: off)")
+    add("--languages", nargs="*", default=[], help="PubMed's codes (default: all)")
+    add("--skip_pmc", action="store_true", help="drop what is in PMC, as The Pile (default: off)")
+    add("--workers", **workers)
+
+    add = command(download, "download", "fetch a source, verified")
+    add("source", choices=[*SOURCES, *BY_HAND], help="what to fetch")
+    add("--out", required=True, help="folder for the files")
+    add("--base_url", help="a mirror of the source's address (default: the owner's)")
+    add("--files", help="range of file numbers (pubmed) or PMC numbers (default: all)")
+    add("--licenses", nargs="*", default=[], help="pmc: codes to keep (default: all)")
 
     flags = vars(parser.parse_args())
-    acts = {"demo": make_demo, "download": download, "extract": extract, "tokenize": tokenize}
-    acts[flags.pop("act")](**flags)
+    flags.pop("function")(**flags)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:  # a user's mistake: one line with its mend, no traceback
-        sys.exit(f"data.py: error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

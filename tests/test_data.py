@@ -1,4 +1,4 @@
-"""data.py: extraction, arrays, loader, question sets, downloads from a faulty server (D1-D8)."""
+"""data.py: loader, arrays, question sets, extraction, downloads from a faulty server (D1-D8)."""
 
 import gzip
 import hashlib
@@ -22,7 +22,7 @@ import torch
 from conftest import ROOT, run
 
 import data
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, read_documents, read_records, text_files
 
 # ---------------------------------------------------------------------------------------------
 # small inputs, written here
@@ -60,7 +60,6 @@ def write_arrays(folder, tokenizer, tokens, val=None):
         "vocab_size": t.vocab_size,
         "eot_id": t.eot_id,
         "eot": True,
-        "seed": 0,
         "tokenizer_sha256": t.fingerprint,
     }
     for split, array in (("train", tokens), ("val", tokens if val is None else val)):
@@ -99,7 +98,7 @@ def pubmed_file(path, *items, doctype='<!DOCTYPE PubmedArticleSet SYSTEM "pubmed
 
 
 def texts(out):
-    return dict(data.read_documents(out))
+    return dict(read_documents(out))
 
 
 def contents(folder):
@@ -164,6 +163,12 @@ def test_permutation_is_a_bijection(n):
     assert abs(big.mean() / 10**11 - 0.5) < 0.05
 
 
+def test_orders_of_old_runs_stay():
+    """A mended permutation, with which a run that is resumed would repeat and skip rows."""
+    assert data.permute(np.arange(8), 8, 17, 3).tolist() == [7, 4, 0, 3, 2, 1, 6, 5]
+    assert data.permute(np.arange(3), 10**9, 0, 0).tolist() == [972684279, 776280056, 35584876]
+
+
 def test_validation_scores_every_row_once(tmp_path, tokenizer):
     """A dropped short last row, or ranks with unequal numbers of batches (FSDP would hang)."""
     folder = write_arrays(tmp_path / "d", tokenizer, np.arange(8 * 5 + 3))
@@ -172,7 +177,22 @@ def test_validation_scores_every_row_once(tmp_path, tokenizer):
         assert len({len(batches) for batches in ranks}) == 1
         targets = torch.cat([y[y >= 0] for batches in ranks for _, y in batches])
         assert sorted(targets.tolist()) == [t for t in range(43) if t % 8]
-    assert sum((y >= 0).sum() for _, y in data.val_batches(folder, 8, 2, max_tokens=16)) == 14
+
+
+def first_rows(folder, max_tokens, world_size):
+    rows = []
+    for rank in range(world_size):
+        for x, y in data.val_batches(folder, 8, 2, rank, world_size, max_tokens):
+            rows += (x[y.amax(1) >= 0][:, 0] // 8).tolist()
+    return sorted(rows)
+
+
+def test_first_validation_rows_are_a_fair_sample(tmp_path, tokenizer):
+    """max_tokens that scores only the array's beginning, or other rows with more ranks."""
+    folder = write_arrays(tmp_path / "d", tokenizer, np.arange(8 * 1000))
+    rows = first_rows(folder, 8 * 100, world_size=1)
+    assert len(rows) == 100 and 400 < np.mean(rows) < 600
+    assert first_rows(folder, 8 * 100, world_size=4) == rows
 
 
 def test_end_of_text_targets_can_be_ignored(tmp_path, tokenizer):
@@ -462,47 +482,62 @@ def corpus(tmp_path):
     return folder
 
 
-def test_same_bytes_for_any_workers_and_shards(tmp_path, tokenizer, corpus, monkeypatch):
-    """Arrays that depend on the number of processes, machines, sorting runs or reruns (D7)."""
+def documents(folder):
+    """[set of texts in train.bin, in val.bin]."""
+    t, sides = Tokenizer.load(folder), []
+    for split in ("train", "val"):
+        text = t.decode(np.fromfile(folder / f"{split}.bin", np.uint16).tolist())
+        sides.append(text.split("<|endoftext|>")[:-1])
+        assert len(set(sides[-1])) == len(sides[-1])
+    return [set(side) for side in sides]
+
+
+def test_last_record_of_an_id_stands(tmp_path, tokenizer, corpus):
+    """An outdated version, a deleted document or an equal text in the arrays (D7)."""
+    last = dict(pair for path in text_files(corpus) for pair in read_records(path))
+    data.tokenize(corpus, tokenizer, tmp_path / "out", val_fraction=0.2)
+    train, val = documents(tmp_path / "out")
+    assert train | val == set(last.values()) - {None} and not train & val
+    assert 0.1 < len(val) / len(train | val) < 0.3
+
+
+def test_same_bytes_for_any_workers(tmp_path, tokenizer, corpus, monkeypatch):
+    """Arrays that depend on the number of processes, or on what an earlier run left (D7)."""
     data.tokenize(corpus, tokenizer, tmp_path / "one", val_fraction=0.05)
     one = contents(tmp_path / "one")
-    data.tokenize(corpus, tokenizer, tmp_path / "two", val_fraction=0.05, workers=2)
-    for shard in ("2/3", "3/3", "1/3"):
-        assert data.tokenize(corpus, tokenizer, tmp_path / "three", 0.05, shard=shard) is None
-    data.tokenize(corpus, tokenizer, tmp_path / "three", val_fraction=0.05)
-    monkeypatch.setattr(data, "RUN_TOKENS", 50)  # many runs a file, many gathers
-    data.tokenize(corpus, tokenizer, tmp_path / "runs", val_fraction=0.05)
+    (tmp_path / "one/train.bin.1.tmp").write_text("left by a killed run")
     data.tokenize(corpus, tokenizer, tmp_path / "one", val_fraction=0.05)
-    for folder in ("two", "three", "runs", "one"):
-        assert contents(tmp_path / folder) == one, folder
+    monkeypatch.setattr(data, "BATCH_CHARACTERS", 100)
+    data.tokenize(corpus, tokenizer, tmp_path / "two", val_fraction=0.05, workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == one
     assert set(one) == {"train.bin", "val.bin", "meta.json", "vocab.json", "merges.txt"}
-    data.tokenize(corpus, tokenizer, tmp_path / "one", val_fraction=0.05, seed=1)
-    again = contents(tmp_path / "one")
-    assert again["train.bin"] != one["train.bin"] and len(again["train.bin"]) == len(
-        one["train.bin"]
-    )
 
 
-def test_split_shares_no_document_and_is_stable(tmp_path, tokenizer, corpus):
-    """A validation document that is trained on, now or after more text is added (D7)."""
-    t, sides = Tokenizer.load(tokenizer), []
-    for out in ("a", "b"):
-        data.tokenize(corpus, tokenizer, tmp_path / out, val_fraction=0.2)
-        sides.append(
-            [
-                set(
-                    t.decode(np.fromfile(tmp_path / out / f"{s}.bin", np.uint16).tolist()).split(
-                        "<|endoftext|>"
-                    )
-                )
-                - {""}
-                for s in ("train", "val")
-            ]
-        )
-        write_text(corpus / "g.jsonl.gz", [(f"new{i}", f"new drug {i}") for i in range(50)])
-    (train, val), (later_train, later_val) = sides
-    assert val and not train & val and not later_train & later_val
-    assert not val & later_train and not train & later_val
+@pytest.mark.parametrize("val_fraction", [1e-9, 1 - 1e-9])
+def test_both_sides_get_a_document(tmp_path, tokenizer, val_fraction):
+    """Two documents on one side, and so an empty array that training or validation dies of."""
+    write_text(tmp_path / "t.jsonl.gz", [("1", "one"), ("2", "two"), ("3", "three")])
+    meta = data.tokenize(tmp_path / "t.jsonl.gz", tokenizer, tmp_path / "out", val_fraction)
+    assert sorted(meta[split]["documents"] for split in ("train", "val")) == [1, 2]
+
+
+def test_own_text_as_one_txt(tmp_path, tokenizer):
+    """A single .txt as one document, which leaves nothing to validate on."""
+    text = "\n\n".join(f"Line {i} of the dose." * 10 for i in range(500))
+    (tmp_path / "own.txt").write_text(text)
+    meta = data.tokenize(tmp_path / "own.txt", tokenizer, tmp_path / "out", val_fraction=0.2)
+    assert meta["train"]["documents"] > meta["val"]["documents"] > 1
+    train, val = documents(tmp_path / "out")
+    assert sum(map(len, train | val)) == pytest.approx(len(text), rel=0.01)
+
+
+def test_split_is_stable(tmp_path, tokenizer, corpus):
+    """A validation document that is trained on after more text is added (D7)."""
+    data.tokenize(corpus, tokenizer, tmp_path / "a", val_fraction=0.2)
+    write_text(corpus / "g.jsonl.gz", [(f"new{i}", f"new drug {i}") for i in range(50)])
+    data.tokenize(corpus, tokenizer, tmp_path / "b", val_fraction=0.2)
+    (train, val), (later_train, later_val) = documents(tmp_path / "a"), documents(tmp_path / "b")
+    assert val and val <= later_val and train <= later_train
 
 
 def test_tokenize_with_gpt2s_vocabulary(tmp_path, corpus, shared, monkeypatch):
@@ -520,21 +555,20 @@ def test_tokenize_with_gpt2s_vocabulary(tmp_path, corpus, shared, monkeypatch):
     assert set(text.split("<|endoftext|>")) - {""} <= set(texts(corpus).values())
 
 
-def test_tokenize_refuses_with_the_mend(tmp_path, tokenizer, corpus, monkeypatch):
-    """Arrays half-written to a full disk, an empty corpus, a share that is none."""
+def test_tokenize_refuses_with_the_mend(tmp_path, tokenizer, corpus):
+    """A half-written array, an empty corpus, a share that is none."""
     write_text(tmp_path / "empty.jsonl.gz", [("1", "a"), ("1", None)])
     for text, kwargs, message in [
         (tmp_path / "empty.jsonl.gz", {}, "two are needed"),
         (corpus, {"val_fraction": 2}, "between 0 and 1"),
-        (corpus, {"shard": "4/3"}, "give I/N"),
         (tmp_path / "no", {}, "run python data.py extract"),
     ]:
         with pytest.raises((ValueError, OSError), match=message):
             data.tokenize(text, tokenizer, tmp_path / "out", **kwargs)
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
-    with pytest.raises(OSError, match="free"):
+    (corpus / "f3.jsonl.gz").write_bytes((corpus / "f3.jsonl.gz").read_bytes()[:-20])
+    with pytest.raises(ValueError, match="f3.*damaged gzip"):
         data.tokenize(corpus, tokenizer, tmp_path / "out")
-    assert not (tmp_path / "out/train.bin").exists()
+    assert not contents(tmp_path / "out")
 
 
 def test_command_line_errors_are_one_line(tmp_path):
@@ -867,14 +901,12 @@ def test_medmcqa_counts_from_one_or_zero(tmp_path):
     [
         ("", "is empty"),
         (mcq(cop=4) + "\n" + mcq(id="b", cop=0), "cop holds 0 and 4"),
-        (mcq(cop=7), "label 7"),
-        (mcq() + "\n" + mcq(), "appears twice"),
-        (mcq(question=" "), "question a of medmcqa is empty"),
-        ("<!DOCTYPE html><html>", "web page"),
-        ('{"id": "a", "id": "b"}', "appears twice"),
-        ("{", "line 1"),
-        ('{"id": "a"}', "lacks"),
-        ("[1]", "lacks|object"),
+        (mcq() + "\n" + mcq(id="b", cop=7), "after 1 questions.*question b: label 7"),
+        (mcq() + "\n" + mcq(), "a appears twice"),
+        (mcq(question=" "), "question a is empty"),
+        ("<!DOCTYPE html><html>", "train.json: line 1"),
+        (mcq() + "\n" + '{"id": "a"}', "after 1 questions.*cop|after 1 questions.*opa"),
+        ("[1]", "line 1"),
     ],
 )
 def test_bad_question_files_are_refused(tmp_path, body, message):
@@ -884,37 +916,43 @@ def test_bad_question_files_are_refused(tmp_path, body, message):
         data.load_qa("medmcqa", tmp_path, "train")
 
 
-def test_other_formats_and_splits(tmp_path):
-    """BLURB's and golden BioASQ files read differently; pairs out of step; a split guessed."""
+def test_bioasq_of_two_kinds(tmp_path):
+    """BLURB's and BioASQ's own files read differently."""
     (tmp_path / "test.tsv").write_text("i1\tIs it?\tSome text\tyes\ni2\tIs it?\tText\tno\n")
     assert [q.answer for q in data.load_qa("bioasq", tmp_path, "test")] == [1, 0]
-    items = [
-        {
-            "id": str(i),
-            "type": "yesno",
-            "body": "Is it?",
-            "exact_answer": ["Yes.", "no"][i % 2],
-            "ideal_answer": ["Long."],
-            "snippets": [{"text": "A."}, {"text": "B."}],
-        }
-        for i in range(20)
-    ]
-    (tmp_path / "7b_train.json").write_text(
-        json.dumps({"questions": [*items, {"type": "list", "id": "l"}]})
-    )
+    item = {"type": "yesno", "body": "Is it?", "snippets": [{"text": "A."}, {"text": "B."}]}
+    items = [item | {"id": str(i), "exact_answer": ["Yes", "no"][i % 2]} for i in range(20)]
+    path = tmp_path / "7b_train.json"
+    path.write_text(json.dumps({"questions": [*items, {"type": "list", "id": "l"}]}))
     train, dev = (data.load_qa("bioasq", tmp_path, s) for s in ("train", "dev"))
     assert len(train) == 18 and [q.id for q in dev] == ["0", "10"]
-    assert dev[0].context == "A. B." and dev[0].target == "Long." and dev[0].answer == 1
+    assert dev[0].context == "A. B." and dev[0].answer == 1
+    path.write_text(path.read_text().replace('"Yes"', '"perhaps"'))
+    with pytest.raises(ValueError, match="question 2: label 'perhaps'"):
+        data.load_qa("bioasq", tmp_path, "train")
+
+
+def test_lines_of_text(tmp_path):
+    """Pairs out of step, at a line separator or a missing line."""
     (tmp_path / "train.source").write_text("a\u2028b\nc\n")
     (tmp_path / "train.target").write_text("d\ne\n")
-    assert [(q.question, q.target) for q in data.load_qa("text", tmp_path, "train")] == [
-        ("a\u2028b", "d"),
-        ("c", "e"),
-    ]
-    for task, split, error in (
-        ("mmlu", "train", ValueError),
+    pairs = [(q.question, q.target) for q in data.load_qa("text", tmp_path, "train")]
+    assert pairs == [("a\u2028b", "d"), ("c", "e")]
+    (tmp_path / "train.target").write_text("d\n")
+    with pytest.raises(ValueError, match="train of text, after 1 questions"):
+        data.load_qa("text", tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "task, split, error",
+    [
         ("nope", "test", ValueError),
+        ("mmlu", "train", FileNotFoundError),
         ("medqa", "test", FileNotFoundError),
-    ):
-        with pytest.raises(error):
-            data.load_qa(task, tmp_path, split)
+        ("bioasq", "test", FileNotFoundError),
+    ],
+)
+def test_missing_questions(tmp_path, task, split, error):
+    """A traceback, or an empty set, for files that are not there."""
+    with pytest.raises(error):
+        data.load_qa(task, tmp_path, split)
