@@ -53,8 +53,9 @@ def main():
         examples[name] = encode_all(labeled(questions[name], args.limit), args.task, tokenizer,
                                     settings)
         if not examples[name] and name in ("train", split):
-            raise ValueError(f"no labeled {name} questions of {args.task} in {args.data}: put the "
-                             "official file there, or add a --data folder that has some")
+            raise ValueError(f"no labeled {name} questions of {args.task} in "
+                             f"{' '.join(args.data)}: put the official file there, or add a "
+                             "--data folder that has some")
     train_set, reported = examples["train"], examples[split]
     dev_set = examples["dev"] if split == "test" else []
     if settings["kind"] == "labels":
