@@ -44,18 +44,18 @@ def main():
     settings, tokenizer = resolve(args)
     out = Path(args.out)
 
-    # Questions: train teaches, dev chooses the epoch and the seed, and what is reported chooses
-    # nothing. MedMCQA's test has no answers, so its dev is reported, and nothing can choose.
+    # Questions: those of train teach, dev chooses the epoch and the seed, test is reported and
+    # chooses nothing. MedMCQA's test has no answers: there dev is reported, and nothing chooses.
     questions = read_questions(args.task, args.data)
     split = "test" if labeled(questions["test"]) else "dev"
     examples = {}
     for name in ("train", "dev", "test"):
-        examples[name] = encode_all(labeled(questions[name], args.limit), args.task, tokenizer,
-                                    settings)
-        if not examples[name] and name in ("train", split):
+        some = labeled(questions[name], args.limit)
+        if not some and name in ("train", split):
             raise ValueError(f"no labeled {name} questions of {args.task} in "
                              f"{' '.join(args.data)}: put the official file there, or add a "
                              "--data folder that has some")
+        examples[name] = encode_all(some, args.task, tokenizer, settings)
     train_set, reported = examples["train"], examples[split]
     dev_set = examples["dev"] if split == "test" else []
     if settings["kind"] == "labels":
@@ -63,26 +63,26 @@ def main():
     row = train_set[0].rows[0]
     process.print(f"{settings}\nprompt: {tokenizer.decode(row.prefix + row.suffixes[0])}")
 
-    # A run each seed: the same weights but for the new rows and the head, another order.
+    # A run each seed: new tokens' rows, the head and the order differ.
     log, seeds = [], []
     for seed in args.seeds:
         model = build(settings, tokenizer, seed).to(process.device)
         dev = train(model, train_set, dev_set, settings, seed, process, log)
         scores = score_examples(model, reported, process)
-        # Save the seed that is best on dev; the first of equals, or where there is no dev.
+        score = quality(scores, reported)
+        process.print(f"seed {seed}: dev {dev}, {split} {score}")
+        # Save the seed that is best on dev: the first of equals, or where there is no dev.
         if not seeds or (dev is not None and dev > max(row["dev"] for row in seeds)):
             saved_seed = seed
-            guesses = predictions(scores, reported)
-            process.on_rank_0(partial(save, out, model, tokenizer, settings, guesses))
-        score = quality(scores, reported)
+            answers = predictions(scores, reported)
+            process.on_rank_0(partial(save, out, model, tokenizer, settings, answers))
         seeds.append({"seed": seed, "dev": dev, "score": score})
-        process.print(f"seed {seed}: dev {dev}, {split} {score}")
 
     # Report: the mean over seeds.
-    result = summarise(args.task, split, len(questions[split]), reported,
-                       [row["score"] for row in seeds])
+    scores = [row["score"] for row in seeds]
+    result = summarise(args.task, split, len(questions[split]), reported, scores)
     result |= {"seeds": seeds, "saved_seed": saved_seed}
-    process.on_rank_0(lambda: write_lines(out / "log.jsonl", [*log, result]))
+    process.on_rank_0(partial(write_lines, out / "log.jsonl", [*log, result]))
     if args.json and process.rank == 0:
         Path(args.json).write_text(json.dumps(result, indent=1))
     process.print(f"{describe(result, len(seeds))}\nsaved: seed {saved_seed} in {out}")
@@ -97,32 +97,38 @@ def train(task_model, train_set, dev_set, settings, seed, process, log):
     model = task_model
     if process.world_size > 1:
         model = DistributedDataParallel(task_model)
-    # BioMedLM: betas 0.9 and 0.999 and eps 1e-8, which are torch's own
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0,
-                                  fused=process.device.type == "cuda")
+    # BioMedLM: betas 0.9 and 0.999 and eps 1e-8, which are torch's own.
+    on_gpu = process.device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=on_gpu)
     batch_size, epochs = settings["batch_size"], settings["epochs"]
     total_steps = epochs * math.ceil(len(train_set) / batch_size)
     torch.manual_seed(1000 * seed + process.rank)  # dropout differs between ranks
+    choosing = bool(dev_set) and not settings["last"]
     best, kept = -math.inf, None
     step = 0
     for epoch in range(epochs):
+        # One pass over the questions, in an order of its own.
         model.train()
         loss = 0.0
         batches = epoch_order(len(train_set), seed, epoch).split(batch_size)
         for batch in tqdm(batches, f"epoch {epoch + 1}", disable=process.rank > 0, leave=False):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, total_steps, settings["lr"])
+            lr = learning_rate(step, total_steps, settings["lr"])
+            optimizer.param_groups[0]["lr"] = lr
             examples = [train_set[i] for i in batch.tolist()]
             loss += train_step(model, examples, optimizer, process, settings["micro_batch"])
             step += 1
         loss = sum(process.gather(loss.item())) / len(batches)
+
+        # Score it on dev, and keep the weights if they are the best so far.
         score = quality(score_examples(task_model, dev_set, process), dev_set)
-        log.append({"seed": seed, "epoch": epoch + 1, "loss": loss, "dev": score})
         process.print(f"seed {seed}, epoch {epoch + 1}: loss {loss:.4f}, dev {score}")
-        chooses = score is not None and not settings["last"]
-        if chooses and score >= best:  # the last of equals: trained longest
+        log.append({"seed": seed, "epoch": epoch + 1, "loss": loss, "dev": score})
+        if choosing and score >= best:  # the last of equals: it has trained longest
             best = score
-            kept = {name: t.to("cpu", copy=True) for name, t in task_model.state_dict().items()}
-    if kept is None:
+            kept = {}  # copies, on the CPU: a GPU may have no room for them
+            for name, tensor in task_model.state_dict().items():
+                kept[name] = tensor.to("cpu", copy=True)
+    if not choosing:
         return score
     task_model.load_state_dict(kept)
     return best
@@ -139,20 +145,21 @@ def train_step(model, examples, optimizer, process, micro_batch=None):
     # A rank without a question must still join the sum of gradients: it adds one of weight 0.
     weight = 1 if share else 0
     chunks = list(micro_batches(share or examples[:1], micro_batch))
-    summed = 0.0
+    loss_of_share = 0.0
     for i, chunk in enumerate(chunks):
-        # DDP exchanges gradients in backward; once a step is enough, with the last micro-batch.
+        # DDP exchanges gradients in backward; once is enough, with the last micro-batch. It must
+        # be told before forward.
         model.require_backward_grad_sync = i == len(chunks) - 1
         with process.autocast():
             loss = weight * loss_sum(model, collate(chunk, process.device)) / total
         (loss * process.world_size).backward()  # DDP takes the mean over ranks, we want the sum
-        summed += loss.detach()
+        loss_of_share += loss.detach()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # BioMedLM
     if not torch.isfinite(norm):  # the same on every rank
-        raise ValueError(f"the gradient's norm is {norm}, of a loss of {summed}: lower --lr")
+        raise ValueError(f"the loss is {loss_of_share}, its gradient's norm {norm}: lower --lr")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return summed
+    return loss_of_share
 
 
 def learning_rate(step, total_steps, peak):
@@ -216,7 +223,10 @@ def load_splits(task, folder):
 
 def labeled(questions, limit=None):
     """Those with an answer; `limit` of them evenly spaced, as some files are sorted by label."""
-    questions = [q for q in questions if (q.answer is not None if q.options else q.target)]
+    def has_answer(q):
+        return q.answer is not None if q.options else q.target != ""
+
+    questions = [q for q in questions if has_answer(q)]
     n = len(questions)
     limit = min(limit or n, n)
     return [questions[i * n // limit] for i in range(limit)]
@@ -232,8 +242,8 @@ class Row(NamedTuple):
     prefix: list
     suffixes: list
 
-    def length(self):
-        return len(self.prefix) + sum(map(len, self.suffixes))
+    def ids(self):
+        return sum(self.suffixes, self.prefix)
 
 
 class Example(NamedTuple):
@@ -245,7 +255,7 @@ class Example(NamedTuple):
     n_targets: int = 0  # text: tokens that carry loss, all of the row's suffix
 
     def length(self):
-        return max(row.length() for row in self.rows)
+        return max(len(row.ids()) for row in self.rows)
 
 
 # BioMedLM: the released script adds these and uses none; the paper's are in data.TASKS.
@@ -351,28 +361,33 @@ def collate(examples, device="cpu"):
     rows = [row for e in examples for row in e.rows]
     ids, segments = [], []
     for row in rows:
-        parts = [row.prefix, *row.suffixes]
-        sizes = torch.tensor([len(part) for part in parts])
-        ids.append(torch.tensor(sum(parts, [])))
-        segments.append(torch.arange(len(parts)).repeat_interleave(sizes))
+        sizes = torch.tensor([len(row.prefix), *map(len, row.suffixes)])
+        ids.append(torch.tensor(row.ids()))
+        segments.append(torch.arange(len(sizes)).repeat_interleave(sizes))
     idx = pad_sequence(ids, batch_first=True).to(device)  # (B, T)
     segment = pad_sequence(segments, batch_first=True, padding_value=-1).to(device)
+
+    # An option ends where the next token is of another segment.
     following = F.pad(segment[:, 1:], (0, 1), value=-1)
-    ends = ((segment > 0) & (segment != following)).nonzero().t()  # in the options' order
+    ends = (segment > 0) & (segment != following)
+
+    # Segments that share a row need the mask; alone in it, a causal row is right and faster.
     positions = mask = targets = answers = n_options = None
     if any(len(row.suffixes) > 1 for row in rows):
         same = segment[:, :, None] == segment[:, None, :]  # (B, T) -> (B, T, T)
-        sees = (same | (segment[:, None, :] == 0)).tril()
+        of_prefix = segment[:, None, :] == 0
+        sees = (same | of_prefix).tril()
         positions = sees.sum(-1) - 1  # how many others a token sees
         positions[segment < 0] = 0  # padding sees what may be more than the context
         mask = sees[:, None]  # (B, T, T) -> (B, 1, T, T)
+
     if examples[0].n_targets:  # text: the model sees all but the last token
         targets = idx.masked_fill(segment != 1, -100)[:, 1:]
         idx = idx[:, :-1]
     else:
         n_options = [len(e.question.options) for e in examples]
         answers = torch.tensor([e.question.answer for e in examples], device=device)
-    return Batch(idx, positions, mask, ends, n_options, answers, targets)
+    return Batch(idx, positions, mask, ends.nonzero().t(), n_options, answers, targets)
 
 
 def micro_batches(examples, micro_batch=None, max_tokens=4096):
@@ -444,14 +459,16 @@ def build(settings, tokenizer, seed):
     if settings["random_init"]:
         gpt = GPT(gpt.config)
     gpt.activation_checkpointing = settings["activation_checkpointing"]
-    return TaskModel(adapt(gpt, tokenizer.vocab_size), settings["kind"], len(settings["labels"]))
+    adapt(gpt, tokenizer.vocab_size)
+    return TaskModel(gpt, settings["kind"], len(settings["labels"]))
 
 
 def adapt(gpt, vocab_size):
     """Give gpt rows N(0, 0.02) for added tokens, in place. Returns gpt."""
     wte = gpt.transformer.wte.weight.detach()
-    vocab_size = max(vocab_size, len(wte))
-    added = torch.empty(vocab_size - len(wte), wte.size(1)).normal_(std=NEW_ROW_STD)
+    vocab_size = max(vocab_size, len(wte))  # a folder may have more rows than tokens
+    added = torch.empty(vocab_size - len(wte), wte.size(1))
+    added.normal_(std=NEW_ROW_STD)
     gpt.transformer.wte = nn.Embedding.from_pretrained(torch.cat([wte, added]), freeze=False)
     gpt.config = dataclasses.replace(gpt.config, vocab_size=vocab_size)
     return gpt
@@ -509,17 +526,20 @@ def summarise(task, split, available, examples, values):
     the split's commonest answer.
     """
     mean = statistics.fmean(values)
-    row = {"task": task, "split": split, "available": available, "n": len(examples),
-           "accuracy": None, "ci95": None, "truncated": sum(e.truncated for e in examples)}
+    row = {
+        "task": task, "split": split, "available": available, "n": len(examples),
+        "accuracy": None, "ci95": None,
+        "truncated": sum(e.truncated for e in examples)}
     if task == "text":
         return row | {"loss": -mean}
     answers = [e.question.answer for e in examples]
+    commonest = statistics.mode(answers)
     return row | {
         "accuracy": mean,
         "ci95": wilson(mean, len(examples)),
         "std": statistics.stdev(values) if len(values) > 1 else None,
         "chance": statistics.fmean(1 / len(e.question.options) for e in examples),
-        "majority": answers.count(statistics.mode(answers)) / len(answers)}
+        "majority": answers.count(commonest) / len(answers)}
 
 
 def describe(row, n_seeds=1):
@@ -535,15 +555,18 @@ def describe(row, n_seeds=1):
 
 def predictions(scores, examples):
     """Rows of predictions.jsonl."""
-    return [{"id": e.question.id, "answer": e.question.answer, "prediction": s.index(max(s)),
-             "scores": s} for s, e in zip(scores, examples)]
+    rows = []
+    for s, e in zip(scores, examples):
+        rows.append({"id": e.question.id, "answer": e.question.answer,
+                     "prediction": s.index(max(s)), "scores": s})
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------
 # the folder: a Hugging Face GPT-2, a head, and the settings that eval.py must load it with
 
 
-def save(out, model, tokenizer, settings, guesses):
+def save(out, model, tokenizer, settings, answers):
     """A folder that `transformers` loads, and beside it what load_finetuned needs."""
     model.gpt.save_pretrained(out)
     tokenizer.save(out)
@@ -552,7 +575,7 @@ def save(out, model, tokenizer, settings, guesses):
     with replacing(out / "run.json") as file:
         file.write(json.dumps(settings, indent=1).encode())
     if settings["task"] != "text":
-        write_lines(out / "predictions.jsonl", guesses)
+        write_lines(out / "predictions.jsonl", answers)
 
 
 def write_lines(path, rows):
@@ -573,12 +596,15 @@ def load_finetuned(folder, task, device="cpu"):
     Encode questions with settings["length"] and settings["markers"], as in training. A head for
     multiple choice serves any such task, another one only the task it was trained on.
     """
-    settings, kind = read_run(folder), TASKS[task].kind
-    if settings.get("task") != task and not settings.get("kind") == kind == "choice":
+    settings = read_run(folder)
+    kind = TASKS[task].kind
+    any_choice = settings.get("kind") == kind == "choice"
+    if settings.get("task") != task and not any_choice:
         raise ValueError(f"{folder} has no head for {task}: run finetune.py --task {task} on it "
                          "first, or give --zero_shot")
     model = TaskModel(GPT.from_pretrained(folder), kind, len(settings["labels"]))
-    model.head.load_state_dict(torch.load(Path(folder) / "head.pt", weights_only=True))
+    head = torch.load(Path(folder) / "head.pt", weights_only=True)
+    model.head.load_state_dict(head)
     return model.to(device).eval(), Tokenizer.load(folder), settings
 
 
@@ -606,10 +632,13 @@ def resolve(args):
         lr = 3e-4
         if task.kind == "choice":
             epochs = 10
-    settings = vars(args) | {"kind": task.kind, "labels": (), "torch": torch.__version__}
-    settings["lr"] = args.lr or lr
-    settings["epochs"] = args.epochs or epochs
-    settings["length"] = min(args.length or task.length, config.n_positions)
+    settings = vars(args) | {
+        "kind": task.kind,
+        "labels": (),
+        "lr": args.lr or lr,
+        "epochs": args.epochs or epochs,
+        "length": min(args.length or task.length, config.n_positions),
+        "torch": torch.__version__}
     if args.dropout is None:
         settings["dropout"] = config.dropout
     return settings, tokenizer

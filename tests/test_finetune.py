@@ -171,7 +171,7 @@ def test_padding_gets_no_gradient(choice):
     model.gpt.transformer.wte.register_forward_hook(
         lambda module, args, out: embedded.append(out) or out.retain_grad())
     loss_sum(model, collate(examples)).backward()
-    n_real = [row.length() for e in examples for row in e.rows]
+    n_real = [len(row.ids()) for e in examples for row in e.rows]
     for row, n in zip(embedded[0].grad.abs().sum(-1), n_real, strict=True):
         assert (row[:n] > 0).all() and (row[n:] == 0).all()
 
