@@ -111,7 +111,8 @@ def train(task_model, train_set, dev_set, settings, seed, process, log):
         model.train()
         loss = 0.0
         batches = epoch_order(len(train_set), seed, epoch).split(batch_size)
-        for batch in tqdm(batches, f"epoch {epoch + 1}", disable=process.rank > 0, leave=False):
+        bar = tqdm(batches, f"epoch {epoch + 1}", disable=process.rank > 0, leave=False)
+        for batch in bar:
             lr = learning_rate(step, total_steps, settings["lr"])
             optimizer.param_groups[0]["lr"] = lr
             examples = [train_set[i] for i in batch.tolist()]
@@ -122,7 +123,8 @@ def train(task_model, train_set, dev_set, settings, seed, process, log):
         # Score it on dev, and keep the weights if they are the best so far.
         score = quality(score_examples(task_model, dev_set, process), dev_set)
         process.print(f"seed {seed}, epoch {epoch + 1}: loss {loss:.4f}, dev {score}")
-        log.append({"seed": seed, "epoch": epoch + 1, "loss": loss, "dev": score})
+        row = {"seed": seed, "epoch": epoch + 1, "loss": loss, "dev": score}
+        log.append(row)
         if choosing and score >= best:  # the last of equals: it has trained longest
             best = score
             kept = {}  # copies, on the CPU: a GPU may have no room for them
@@ -192,8 +194,10 @@ def read_questions(task, folders):
     questions = {"train": [], "dev": [], "test": []}
     for folder in folders:
         found = load_splits(task, folder)
+        # No file of this task: take the training questions of another one, whose head is the same.
         for other in TASKS:
-            if not found and TASKS[other].kind == TASKS[task].kind == "choice":
+            both_choice = TASKS[other].kind == TASKS[task].kind == "choice"
+            if not found and both_choice:
                 train = load_splits(other, folder).get("train")
                 found = {"train": train} if train else {}
         if not found:
@@ -201,6 +205,7 @@ def read_questions(task, folders):
         for split in found:
             questions[split] += found[split]
 
+    # An unlabeled question is held out, too: another folder may hold its answer.
     def content(q):
         return q.question, q.context, q.options, q.target
 
@@ -234,6 +239,11 @@ def labeled(questions, limit=None):
 
 # ---------------------------------------------------------------------------------------------
 # questions -> token ids
+#
+#     kind     one row                                     what is scored
+#     choice   question [SEP] | option [SEP] | option ...  the last token of each option
+#     labels   context question                            the last token, once a label
+#     text     question <|startoftext|> | answer           every token of the answer
 
 
 class Row(NamedTuple):
@@ -243,6 +253,7 @@ class Row(NamedTuple):
     suffixes: list
 
     def ids(self):
+        """All tokens in order."""
         return sum(self.suffixes, self.prefix)
 
 
@@ -255,6 +266,7 @@ class Example(NamedTuple):
     n_targets: int = 0  # text: tokens that carry loss, all of the row's suffix
 
     def length(self):
+        """Tokens of the longest row."""
         return max(len(row.ids()) for row in self.rows)
 
 
@@ -271,12 +283,17 @@ def encode_all(questions, task, tokenizer, settings):
     if kind == "labels" and not settings["markers"]:
         names = UNUSED_MARKERS
     special = dict(zip(names, tokenizer.add_special_tokens(names)))
-    encode = {"choice": encode_choice, "labels": encode_labels, "text": encode_text}[kind]
+    encode = {"choice": encode_choice,
+              "labels": encode_labels,
+              "text": encode_text}[kind]
     return [encode(q, tokenizer, special, settings["length"]) for q in questions]
 
 
 def fit(long, short, room):
-    """(long, short, whether any was cut): long gives way first, short only when alone too long."""
+    """(long, short, whether any was cut): long gives way, short only where it alone is too long.
+
+    room 6: aaaaa bb -> aaaa bb; a bbbbbbbb -> (nothing) bbbbbb.
+    """
     short_kept = short[:room]
     long_kept = long[:room - len(short_kept)]
     return long_kept, short_kept, len(long) + len(short) > room
@@ -292,12 +309,14 @@ def encode_choice(question, tokenizer, special, length):
     text = tokenizer.encode(question.question)
     rows, truncated = [], False
     for option in question.options:
-        head, tail, cut = fit(text, tokenizer.encode(" " + option), length - 2)
+        ids = tokenizer.encode(" " + option)
+        head, tail, cut = fit(text, ids, length - 2)
         rows.append(Row(head + sep, [tail + sep]))
         truncated |= cut
     prefix = rows[0].prefix
     if all(row.prefix == prefix for row in rows):
-        rows = [Row(prefix, [row.suffixes[0] for row in rows])]
+        suffixes = [row.suffixes[0] for row in rows]
+        rows = [Row(prefix, suffixes)]
     return Example(question, rows, truncated)
 
 
@@ -310,11 +329,13 @@ def encode_labels(question, tokenizer, special, length):
     """
     markers = "<|QUESTION|>" in special  # the script's are QUESTION1 and QUESTION2
     room = length - 3 if markers else length
-    context, text, cut = fit(tokenizer.encode(question.context),
-                             tokenizer.encode(question.question), room)
+    context = tokenizer.encode(question.context)
+    text = tokenizer.encode(question.question)
+    context, text, cut = fit(context, text, room)
     ids = context + text
     if markers:
-        ids = [special["<|CONTEXT|>"], *context, special["<|QUESTION|>"], *text,
+        ids = [special["<|CONTEXT|>"], *context,
+               special["<|QUESTION|>"], *text,
                special["<|ANSWER|>"]]
     return Example(question, [Row([], [ids])], cut)
 
@@ -326,8 +347,8 @@ def encode_text(question, tokenizer, special, length):
     target = tokenizer.encode(question.target)
     truncated = max(len(source), len(target)) > half
     target = [*target[:half], tokenizer.eot_id]
-    row = Row([*source[:half], special["<|startoftext|>"]], [target])
-    return Example(question, [row], truncated, len(target))
+    prefix = [*source[:half], special["<|startoftext|>"]]
+    return Example(question, [Row(prefix, [target])], truncated, len(target))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -347,6 +368,8 @@ def encode_text(question, tokenizer, special, length):
 
 
 class Batch(NamedTuple):
+    """What TaskModel reads, of several questions."""
+
     idx: torch.Tensor  # (B, T) int64, padded on the right, after every scored position
     positions: torch.Tensor | None  # (B, T) int64; None: 0, 1, ...
     mask: torch.Tensor | None  # (B, 1, T, T) bool, who sees whom; None: causal
@@ -394,8 +417,9 @@ def micro_batches(examples, micro_batch=None, max_tokens=4096):
     """Cut examples, sorted by length, before rows padded to the longest pass max_tokens."""
     chunk, n_rows = [], 0
     for e in sorted(examples, key=Example.length):
-        too_many = (n_rows + len(e.rows)) * e.length() > max_tokens
-        if chunk and (too_many or len(chunk) == micro_batch):
+        # Sorted, e is the longest so far: all rows are padded to it.
+        n_tokens = (n_rows + len(e.rows)) * e.length()
+        if chunk and (n_tokens > max_tokens or len(chunk) == micro_batch):
             yield chunk
             chunk, n_rows = [], 0
         chunk.append(e)
@@ -423,7 +447,8 @@ class TaskModel(nn.Module):
         self.kind = kind
         self.head = nn.Identity()
         if kind != "text":
-            self.head = nn.Linear(gpt.config.n_embd, n_labels or 1, bias=kind == "choice")
+            width = gpt.config.n_embd
+            self.head = nn.Linear(width, n_labels or 1, bias=kind == "choice")
             nn.init.normal_(self.head.weight, std=NEW_ROW_STD)
         if kind == "choice":
             nn.init.zeros_(self.head.bias)
@@ -488,18 +513,25 @@ def score_examples(model, examples, process, max_tokens=8192):
     for chunk in micro_batches(share, at_once, max_tokens):
         with process.autocast():
             scores = model(collate(chunk, process.device))
-        for e, row in zip(chunk, scores.view(len(chunk), -1).tolist()):
+        rows = scores.view(len(chunk), -1).tolist()
+        for e, row in zip(chunk, rows):
             found[id(e)] = row[:len(e.question.options) or 1]  # without -inf of missing options
     # Rank r scored examples r, r + world_size, …: put all ranks' scores back in that order.
     ordered = [None] * len(examples)
-    for rank, part in enumerate(process.gather([found[id(e)] for e in share])):
+    parts = process.gather([found[id(e)] for e in share])
+    for rank, part in enumerate(parts):
         ordered[rank::process.world_size] = part
     return ordered
 
 
+def chosen(scores):
+    """Index of the answer given: the best score, the first of equals."""
+    return scores.index(max(scores))
+
+
 def correct(scores, examples):
-    """1 or 0 per example; the first of equal scores is the answer given."""
-    return [int(s.index(max(s)) == e.question.answer) for s, e in zip(scores, examples)]
+    """1 or 0 per example."""
+    return [int(chosen(s) == e.question.answer) for s, e in zip(scores, examples)]
 
 
 def quality(scores, examples):
@@ -507,12 +539,14 @@ def quality(scores, examples):
     if not examples:
         return None
     if examples[0].n_targets:
-        return -sum(s[0] for s in scores) / sum(e.n_targets for e in examples)
+        nats = sum(s[0] for s in scores)
+        return -nats / sum(e.n_targets for e in examples)
     return statistics.fmean(correct(scores, examples))
 
 
 def wilson(share, n, z=1.96):
     """95% interval of a share of n questions (Wilson's score interval)."""
+    # Not the share ± z standard errors: near 0 and 1 that leaves [0, 1].
     spread = z * z / n
     centre = share + spread / 2
     half = math.sqrt(spread * share * (1 - share) + spread * spread / 4)
@@ -558,7 +592,7 @@ def predictions(scores, examples):
     rows = []
     for s, e in zip(scores, examples):
         rows.append({"id": e.question.id, "answer": e.question.answer,
-                     "prediction": s.index(max(s)), "scores": s})
+                     "prediction": chosen(s), "scores": s})
     return rows
 
 
@@ -572,13 +606,14 @@ def save(out, model, tokenizer, settings, answers):
     tokenizer.save(out)
     with replacing(out / "head.pt") as file:
         torch.save(model.head.state_dict(), file)
-    with replacing(out / "run.json") as file:
-        file.write(json.dumps(settings, indent=1).encode())
     if settings["task"] != "text":
         write_lines(out / "predictions.jsonl", answers)
+    with replacing(out / "run.json") as file:  # the last: what stands beside it is whole
+        file.write(json.dumps(settings, indent=1).encode())
 
 
 def write_lines(path, rows):
+    """A JSON line a row."""
     with replacing(path) as file:
         for row in rows:
             file.write(json.dumps(row).encode() + b"\n")
@@ -587,7 +622,9 @@ def write_lines(path, rows):
 def read_run(folder):
     """The settings that a run of train.py or finetune.py left, {} where there are none."""
     path = Path(folder) / "run.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text())
 
 
 def load_finetuned(folder, task, device="cpu"):
@@ -602,7 +639,8 @@ def load_finetuned(folder, task, device="cpu"):
     if settings.get("task") != task and not any_choice:
         raise ValueError(f"{folder} has no head for {task}: run finetune.py --task {task} on it "
                          "first, or give --zero_shot")
-    model = TaskModel(GPT.from_pretrained(folder), kind, len(settings["labels"]))
+    gpt = GPT.from_pretrained(folder)
+    model = TaskModel(gpt, kind, len(settings["labels"]))
     head = torch.load(Path(folder) / "head.pt", weights_only=True)
     model.head.load_state_dict(head)
     return model.to(device).eval(), Tokenizer.load(folder), settings
@@ -615,7 +653,8 @@ def load_finetuned(folder, task, device="cpu"):
 def resolve(args):
     """(settings: the flags, defaults by task and model size where none is given; tokenizer)."""
     out, init = Path(args.out), Path(args.init)
-    if list(out.glob("checkpoint_*.pt")) or out.resolve() == init.resolve():
+    checkpoints = list(out.glob("checkpoint_*.pt"))
+    if checkpoints or out.resolve() == init.resolve():
         raise ValueError(f"{out} holds the model to start from, or another run of train.py: give "
                          "--out a folder of its own")
     task, config = TASKS[args.task], GPT.config_of(init)
@@ -625,10 +664,11 @@ def resolve(args):
                          f"{config.vocab_size:,}: copy the tokenizer it was trained with")
     with torch.device("meta"):
         n_params = GPT(config).n_params()
+    # A small model takes larger steps, and more of them: our choice.
     lr, epochs = task.lr, task.epochs
-    if n_params < 1e9:  # our choice
+    if n_params < 1e9:
         lr = 5e-5
-    if n_params < 50e6:  # our choice
+    if n_params < 50e6:
         lr = 3e-4
         if task.kind == "choice":
             epochs = 10
@@ -645,27 +685,34 @@ def resolve(args):
 
 
 def positive(text):
+    """argparse's type of a count."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return int(text)
 
 
 def positives(text):
+    """From "1,2,3" to [1, 2, 3]."""
     return [positive(part) for part in text.split(",")]
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--task", required=True, choices=sorted(TASKS), help="which question set --data holds")
+    add("--task", required=True, choices=sorted(TASKS),
+        help="which question set --data holds")
     add("--data", required=True, nargs="+", metavar="DIR",
         help="folder with the official files; further ones add training questions")
-    add("--init", required=True, metavar="DIR", help="run of train.py or Hugging Face GPT-2 folder")
+    add("--init", required=True, metavar="DIR",
+        help="run of train.py or Hugging Face GPT-2 folder")
     add("--out", required=True, metavar="DIR", help="folder to write")
-    add("--random_init", action="store_true", help="fresh weights of --init's shape (default: off)")
-    add("--markers", action="store_true", help="pubmedqa, bioasq: the paper's prompt with marker "
-        "tokens (default: the released script's, context and question joined plainly)")
-    add("--seeds", type=positives, default=[1, 2, 3], help="a run each (default: 1,2,3)")
+    add("--random_init", action="store_true",
+        help="fresh weights of --init's shape (default: off)")
+    add("--markers", action="store_true",
+        help="pubmedqa, bioasq: the paper's prompt with marker tokens (default: the released "
+        "script's, context and question joined plainly)")
+    add("--seeds", type=positives, default=[1, 2, 3],
+        help="a run each (default: 1,2,3)")
     add("--lr", type=float, help="peak learning rate (default: by task and size)")
     add("--batch_size", type=positive, default=16, help="questions a step (default: 16)")
     add("--epochs", type=positive, help="passes over the training questions (default: by task)")
