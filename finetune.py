@@ -111,7 +111,8 @@ def train(task_model, train_set, dev_set, settings, seed, process, log):
         model.train()
         loss = 0.0
         batches = epoch_order(len(train_set), seed, epoch).split(batch_size)
-        bar = tqdm(batches, f"epoch {epoch + 1}", disable=process.rank > 0, leave=False)
+        bar = tqdm(batches, f"epoch {epoch + 1}", leave=False,
+                   disable=process.rank > 0 or None)  # None: only on a terminal
         for batch in bar:
             lr = learning_rate(step, total_steps, settings["lr"])
             optimizer.param_groups[0]["lr"] = lr
