@@ -104,11 +104,9 @@ def test_choice_prompt_is_the_papers():
     """Catches a missing space, a lost separator, ids out of order, "[SEP]" read in a question."""
     q = Question(id="1", question="Which [SEP] helps?", options=("aspirin", "heparin"), answer=0)
     (e,), tokenizer = encode([q], "medqa")
-    assert len(e.rows) == 1  # one row: the prefix is shared
-    texts = [tokenizer.decode(e.rows[0].prefix + s) for s in e.rows[0].suffixes]
-    assert texts == ["Which [SEP] helps?[SEP] aspirin[SEP]", "Which [SEP] helps?[SEP] heparin[SEP]"]
     assert [tokenizer.special[t] for t in ("[PAD]", "[CLS]", "[SEP]")] == [300, 301, 302]
-    assert e.rows[0].prefix == tokenizer.encode(q.question) + [302]
+    options = [tokenizer.encode(text) + [302] for text in (" aspirin", " heparin")]
+    assert e.rows == [Row(tokenizer.encode(q.question) + [302], options)]
 
 
 def test_label_and_text_prompts_are_the_papers():
@@ -138,7 +136,9 @@ def test_truncation_keeps_option_and_separator(limit):
             assert len(prefix) + len(suffix) <= limit
             assert prefix[-1] == suffix[-1] == tokenizer.special["[SEP]"]
             assert suffix[:-1] == tokenizer.encode(" " + option)[:limit - 2]
-    assert any(e.truncated for e in examples) == (limit < 64)
+        whole = [len(tokenizer.encode(e.question.question) + tokenizer.encode(" " + option)) + 2
+                 for option in e.question.options]
+        assert e.truncated == (max(whole) > limit)
     q = Question(id="1", question="the trial", context=TEXT, options=("no", "yes"), answer=1)
     for markers, end in (False, "the trial"), (True, "<|QUESTION|>the trial<|ANSWER|>"):
         (e,), tokenizer = encode([q], "bioasq", 16 + limit, markers)
@@ -179,6 +179,9 @@ def test_shared_prefix_equals_options_alone(choice):
             scores = [torch.tensor(s) for s in score_examples(model, examples, CPU)]
             found.append((scores, [p.grad.clone() for p in model.parameters()]))
         torch.testing.assert_close(*found, atol=2e-5, rtol=1e-3)
+    long, short = Row([1] * 30, [[2] * 30] * 4), Row([1] * 50, [[2], [3]])
+    batch = collate([Example(examples[0].question, [row]) for row in (long, short)])
+    assert batch.positions.max() == 59  # padding, too, stays within the context of 64
 
 
 def test_heads_equal_transformers():
@@ -345,9 +348,8 @@ def test_micro_batches_hold_every_example_once_within_the_budget(choice):
     """Catches a dropped last chunk, and a budget that ignores padding."""
     _, examples = choice
     chunks = list(micro_batches(examples * 3, max_tokens=120))
-    assert sorted(e.question.id for c in chunks for e in c) == sorted(
-        e.question.id for e in examples * 3)
-    assert all(collate(c).idx.numel() <= 120 or len(c) == 1 for c in chunks) and len(chunks) < 21
+    assert sum(map(len, chunks)) == 21 > len(chunks)
+    assert all(collate(chunk).idx.numel() <= 120 or len(chunk) == 1 for chunk in chunks)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -451,14 +453,13 @@ def test_command_trains_saves_and_eval_agrees(tmp_path, init, monkeypatch, task,
 @pytest.mark.parametrize("split, saved", [("test", 1), ("dev", 3)])
 def test_dev_chooses_and_test_is_reported(tmp_path, init, monkeypatch, split, saved):
     """Catches a seed or an epoch chosen on what is reported, another seed's weights or predictions
-    saved, training questions of dev, defaults that aren't the task's."""
+    saved, training questions of dev."""
     write_medqa(tmp_path / "qa")
     if split == "dev":
         (tmp_path / "qa/4_options/phrases_no_exclude_test.jsonl").unlink()
 
     def fake_train(model, train_set, dev_set, settings, seed, process, log):
         assert len(train_set) == 5 and len(dev_set) == (12 if split == "test" else 0)
-        assert (settings["lr"], settings["epochs"], settings["length"]) == (3e-4, 10, 64)
         model.head.bias.data.fill_(seed)
         return {3: 0.5, 1: 0.9, 2: 0.9}[seed] if dev_set else None
 
@@ -471,6 +472,21 @@ def test_dev_chooses_and_test_is_reported(tmp_path, init, monkeypatch, split, sa
     assert (result["split"], result["saved_seed"]) == (split, saved)
     assert load_finetuned(tmp_path / "out", "medqa")[0].head.bias.item() == saved
     assert lines(tmp_path / "out/predictions.jsonl")[0]["scores"][1] == saved
+
+
+def test_flags_and_defaults_reach_the_settings(init, monkeypatch):
+    """Catches a flag that changes nothing, a default of another size, a row past the context."""
+    def settings(*flags):
+        monkeypatch.setattr(sys, "argv", ["finetune.py", "--task", "medqa", "--data", "x", "--init",
+                                          str(init), "--out", "y", *flags])
+        found, _ = finetune.resolve(finetune.parse_args())
+        return [found[name] for name in ("lr", "epochs", "dropout", "length")]
+
+    given = settings("--lr", "1", "--epochs", "2", "--dropout", "0.5", "--length", "9")
+    assert given == [1, 2, 0.5, 9]
+    for n_params, expected in (2e9, [1e-5, 5]), (6e7, [5e-5, 5]), (1e6, [3e-4, 10]):
+        monkeypatch.setattr(GPT, "n_params", lambda model, n=n_params: n)
+        assert settings() == [*expected, 0.0, 64]
 
 
 def test_mistakes_are_one_line(tmp_path, init, monkeypatch):
