@@ -344,9 +344,9 @@ def test_training_learns_its_questions_and_scores_without_dropout(choice):
     assert scores == score_examples(model, examples, CPU) and quality(scores, examples) == 1.0
 
 
-def test_micro_batches_hold_every_example_once_within_the_budget(choice):
-    """Catches a dropped last chunk, and a budget that ignores padding."""
-    _, examples = choice
+def test_micro_batches_hold_every_example_once_within_the_budget():
+    """Catches a dropped last chunk, and a budget that ignores padding or a question's rows."""
+    examples, _ = encode(questions(), "medqa", 24)
     chunks = list(micro_batches(examples * 3, max_tokens=120))
     assert sum(map(len, chunks)) == 21 > len(chunks)
     assert all(collate(chunk).idx.numel() <= 120 or len(chunk) == 1 for chunk in chunks)
@@ -434,11 +434,12 @@ def test_command_trains_saves_and_eval_agrees(tmp_path, init, monkeypatch, task,
         rows = [f"{split}{i}\tthe {split} {i}\t{TEXT[i:i + 20]}\t{['no', 'yes'][i % 2]}\n"
                 for i in range(12)]
         (tmp_path / f"qa/{split}.tsv").write_text("".join(rows))
-    given = ("--task", task, "--data", tmp_path / "qa")
+    given = ("--task", task, "--data", tmp_path / "qa", "--limit", 8)
     command(monkeypatch, finetune, *given, "--init", init, "--out", tmp_path / "out", "--epochs", 2,
             "--seeds", "1,2", "--lr", 1e-2, "--length", 16, "--json", tmp_path / "a.json", *flags)
     row = json.loads((tmp_path / "a.json").read_text())
     assert row["accuracy"] == pytest.approx(sum(s["score"] for s in row["seeds"]) / 2)
+    assert (row["n"], row["available"]) == (8, 12)
     command(monkeypatch, evaluate, "qa", *given, "--init", tmp_path / "out", "--json",
             tmp_path / "b.json", "--predictions", tmp_path / "p.jsonl")
     saved = next(s for s in row["seeds"] if s["seed"] == row["saved_seed"])
