@@ -1,7 +1,8 @@
-"""finetune.py: prompts, truncation, shared prefixes, the loss, splits."""
+"""finetune.py: prompts, truncation, shared prefixes, the loss, the loop, splits, the folder."""
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -9,37 +10,40 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT
 from test_model import waves
 
+import eval as evaluate
 import finetune
-from data import Question, load_qa
+from data import TASKS, Question
 from finetune import (
-    KINDS,
-    SPECIAL_TOKENS,
-    Env,
     Example,
     Row,
     TaskModel,
     adapt,
+    build,
     collate,
-    correct,
     encode_all,
     epoch_order,
+    labeled,
     learning_rate,
+    load_finetuned,
     loss_sum,
     micro_batches,
     quality,
     read_questions,
     score_examples,
+    summarise,
     train_step,
     wilson,
 )
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, train_bpe
+from train import start_process
 
 TEXT = ("A patient with fever and a stiff neck. Which drug helps? aspirin ceftriaxone heparin no "
         "yes maybe the trial of insulin in rats showed less sugar in the blood of the group ")
+CPU = start_process("cpu")
 
 
 def small_tokenizer():
@@ -61,17 +65,35 @@ def questions(n=7):
                      answer=i % 2) for i in range(n)]
 
 
-def choice_model(tokenizer, **how):
-    model = TaskModel(adapt(small_gpt(300, **how), tokenizer.vocab_size), "choice")
-    torch.nn.init.normal_(model.head.weight)
+def encode(qs, task, length=64, markers=False):
+    """(examples, their tokenizer)."""
+    tokenizer = small_tokenizer()
+    return encode_all(qs, task, tokenizer, {"length": length, "markers": markers}), tokenizer
+
+
+def task_model(kind, n_labels=0, **how):
+    model = TaskModel(adapt(small_gpt(300, **how), 305), kind, n_labels)
+    for parameter in model.head.parameters():
+        torch.nn.init.normal_(parameter)
     return model.eval()
 
 
 @pytest.fixture
 def choice():
-    tokenizer = small_tokenizer()
-    examples = encode_all(questions(), "medqa", tokenizer, 64)
-    return choice_model(tokenizer), examples, tokenizer
+    return task_model("choice"), encode(questions(), "medqa")[0]
+
+
+def alone(examples):
+    """The same questions, a row an option."""
+    return [Example(e.question, [Row(row.prefix, [s]) for row in e.rows for s in row.suffixes])
+            for e in examples]
+
+
+def rank_of(world_size, rank, gather=lambda value: [value]):
+    """A process among others, which are not there."""
+    process = start_process("cpu")
+    process.rank, process.world_size, process.gather = rank, world_size, gather
+    return process
 
 
 # ---------------------------------------------------------------------------------------------
@@ -79,149 +101,87 @@ def choice():
 
 
 def test_choice_prompt_is_the_papers():
-    """Catches a missing space before the option, a lost separator, or ids out of order."""
-    tokenizer = small_tokenizer()
-    q = Question(id="1", question="Which drug helps?", options=("aspirin", "heparin"), answer=0)
-    (e,) = encode_all([q], "medqa", tokenizer, 64)
-    assert len(e.rows) == 1  # one row: the prefix is shared
-    texts = [tokenizer.decode(e.rows[0].prefix + s) for s in e.rows[0].suffixes]
-    assert texts == ["Which drug helps?[SEP] aspirin[SEP]", "Which drug helps?[SEP] heparin[SEP]"]
-    assert [tokenizer.special[t] for t in SPECIAL_TOKENS["choice"]] == [300, 301, 302]
-    assert e.rows[0].prefix[:-1] == tokenizer.encode("Which drug helps?")
+    """Catches a missing space, a lost separator, ids out of order, "[SEP]" read in a question."""
+    q = Question(id="1", question="Which [SEP] helps?", options=("aspirin", "heparin"), answer=0)
+    (e,), tokenizer = encode([q], "medqa")
+    assert [tokenizer.special[t] for t in ("[PAD]", "[CLS]", "[SEP]")] == [300, 301, 302]
+    options = [tokenizer.encode(text) + [302] for text in (" aspirin", " heparin")]
+    assert e.rows == [Row(tokenizer.encode(q.question) + [302], options)]
 
 
 def test_label_and_text_prompts_are_the_papers():
-    """Catches question-first order, stray spaces, and a text target without its end-of-text."""
-    tokenizer = small_tokenizer()
+    """Catches question-first order, stray spaces, ids that move, a target without end-of-text."""
     q = Question(id="1", question="the trial", context="in rats", options=("no", "yes"), answer=1,
                  target="less sugar")
-    (labels,) = encode_all([q], "bioasq", tokenizer, 64)
-    ids = labels.rows[0].suffixes[0]
-    assert tokenizer.decode(ids) == "<|CONTEXT|>in rats<|QUESTION|>the trial<|ANSWER|>"
-    tokenizer = small_tokenizer()
-    (text,) = encode_all([q], "text", tokenizer, 64)
-    ids = text.rows[0].suffixes[0]
-    assert tokenizer.decode(ids) == "the trial<|startoftext|>less sugar<|endoftext|>"
-    assert ids[-text.n_targets:] == tokenizer.encode("less sugar") + [tokenizer.eot_id]
-
-
-def test_special_strings_in_a_question_stay_text():
-    """Catches a question that contains "[SEP]" and so moves its own separator."""
-    tokenizer = small_tokenizer()
-    q = Question(id="1", question="a [SEP] b", options=("x", "y"), answer=0)
-    (e,) = encode_all([q], "medqa", tokenizer, 64)
-    assert e.rows[0].prefix.count(tokenizer.special["[SEP]"]) == 1
+    parts = [small_tokenizer().encode(text) for text in (q.context, q.question, q.target)]
+    for markers, names, ids in (
+            (False, "CONTEXT QUESTION1 QUESTION2 ANSWER", parts[0] + parts[1]),
+            (True, "CONTEXT QUESTION ANSWER", [301, *parts[0], 302, *parts[1], 303])):
+        (e,), tokenizer = encode([q], "bioasq", markers=markers)
+        assert e.rows == [Row([], [ids])]
+        added = ["[PAD]", *(f"<|{name}|>" for name in names.split())]
+        assert [tokenizer.special[name] for name in added] == [*range(300, tokenizer.vocab_size)]
+    (e,), tokenizer = encode([q], "text")
+    assert e.rows == [Row(parts[1] + [301], [parts[2] + [tokenizer.eot_id]])]
+    assert e.n_targets == len(parts[2]) + 1
 
 
 @pytest.mark.parametrize("limit", [8, 12, 20, 64])
 def test_truncation_keeps_option_and_separator(limit):
     """F4: catches cutting from the row's end, which drops the answer or the final separator."""
-    tokenizer = small_tokenizer()
-    cut = 0
-    for e in encode_all(questions(), "medqa", tokenizer, limit):
-        cut += e.truncated
+    examples, tokenizer = encode(questions(), "medqa", limit)
+    for e in examples:
         rows = [(row.prefix, s) for row in e.rows for s in row.suffixes]
         for (prefix, suffix), option in zip(rows, e.question.options, strict=True):
-            whole = tokenizer.encode(" " + option)
             assert len(prefix) + len(suffix) <= limit
             assert prefix[-1] == suffix[-1] == tokenizer.special["[SEP]"]
-            assert suffix[:-1] == whole[:limit - 2]
-    assert (cut > 0) == (limit < 64)
+            assert suffix[:-1] == tokenizer.encode(" " + option)[:limit - 2]
+        whole = [len(tokenizer.encode(e.question.question) + tokenizer.encode(" " + option)) + 2
+                 for option in e.question.options]
+        assert e.truncated == (max(whole) > limit)
     q = Question(id="1", question="the trial", context=TEXT, options=("no", "yes"), answer=1)
-    (e,) = encode_all([q], "bioasq", tokenizer, 30)
-    decoded = tokenizer.decode(e.rows[0].suffixes[0])
-    assert e.truncated and len(e.rows[0].suffixes[0]) == 30
-    assert decoded.endswith("<|QUESTION|>the trial<|ANSWER|>")
+    for markers, end in (False, "the trial"), (True, "<|QUESTION|>the trial<|ANSWER|>"):
+        (e,), tokenizer = encode([q], "bioasq", 16 + limit, markers)
+        assert e.truncated and e.length() == 16 + limit
+        assert tokenizer.decode(e.rows[0].suffixes[0]).endswith(end)
+    (e,), _ = encode([Question(id="1", question=TEXT, target=TEXT)], "text", limit)
+    assert e.truncated and e.n_targets == limit // 2 and e.length() == limit
 
 
 # ---------------------------------------------------------------------------------------------
 # the model
 
 
-def test_only_the_last_token_is_scored_and_padding_gets_no_gradient(choice):
-    """F1: catches a loss on prompt tokens, or attention to padding: their gradient must be zero."""
-    model, examples, tokenizer = choice
-    tokenizer = small_tokenizer()
+def test_only_targets_carry_loss():
+    """F1: catches a loss on prompt or padding, or one shifted by a token."""
     q = Question(id="1", question="the trial in rats", target="less sugar")
-    (e,) = encode_all([q], "text", tokenizer, 64)
-    batch = collate([e, Example(q, [Row([], [[5] * 40])], n_targets=1)])
-    ids = e.rows[0].suffixes[0]
-    assert batch.targets[0].tolist() == (
-        [-100] * (len(ids) - 1 - e.n_targets) + ids[-e.n_targets:] + [-100] * (39 - len(ids) + 1))
-    text = TaskModel(adapt(small_gpt(300), tokenizer.vocab_size), "text")
-    hidden = []
-    text.gpt.hidden = lambda *a, _h=text.gpt.hidden, **k: hidden.append(_h(*a, **k)) or hidden[0]
-    loss = loss_sum(text, batch)
-    (gradient,) = torch.autograd.grad(loss, hidden[0])
-    assert ((gradient.abs().sum(-1) > 0) == (batch.targets != -100)).all()
-    model.train()
-    batch = collate(examples)
-    embedded = []
-    model.gpt.transformer.wte.register_forward_hook(
-        lambda module, args, out: embedded.append(out) or out.retain_grad())
-    loss_sum(model, batch).backward()
-    n_real = [row.length() for x in examples for row in x.rows]
-    for row, n in zip(embedded[0].grad.abs().sum(-1), n_real):
-        assert (row[:n] > 0).all() and (row[n:] == 0).all()
+    (e,), _ = encode([q], "text")
+    source, (target,) = e.rows[0]
+    batch = collate([e, Example(q, [Row([5] * 39, [[5]])], n_targets=1)])
+    padding = [-100] * (40 - len(source) - len(target))
+    assert batch.targets[0].tolist() == [-100] * (len(source) - 1) + target + padding
+    assert batch.idx[0, :len(source)].tolist() == source
+    assert batch.targets[1].tolist() == [-100] * 38 + [5]
 
 
-def test_shared_prefix_scores_equal_options_alone(choice):
-    """F3: catches an option that sees another one, or positions that count the other options."""
-    model, _, tokenizer = choice
+def test_shared_prefix_equals_options_alone(choice):
+    """F3: catches an option that sees another one, positions that count the other options; and a
+    prefix cut from the graph, when scores look right."""
+    model, _ = choice
     for limit in (64, 24):  # 24: truncation leaves some questions another prefix an option
-        shared = encode_all(questions(), "medqa", tokenizer, limit)
-        alone = encode_all(questions(), "medqa", tokenizer, limit, shared=False)
+        shared, _ = encode(questions(), "medqa", limit)
         assert any(len(e.rows) == 1 for e in shared)
         assert any(len(e.rows) > 1 for e in shared) == (limit == 24)
-        together = score_examples(model, shared, Env("cpu"))
-        for e, scores in zip(alone, together):
-            for row, score in zip(e.rows, scores, strict=True):
-                with torch.no_grad():
-                    ids = torch.tensor([row.prefix + row.suffixes[0]])
-                    expected = model.head(model.gpt.hidden(ids)[:, -1]).item()
-                assert score == pytest.approx(expected, abs=1e-5)
-
-
-def test_shared_prefix_gradients_equal_options_alone(choice):
-    """Catches a prefix whose keys and values are cut from the graph: forward alone looks right."""
-    model, examples, tokenizer = choice
-    alone = encode_all(questions(), "medqa", tokenizer, 64, shared=False)
-    grads = []
-    for batch in (collate(examples), collate(alone)):
-        model.zero_grad()
-        loss_sum(model, batch).backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
-
-
-def test_batch_size_and_padding_side_change_no_score(choice):
-    """F6: catches scores read at the padded end, or positions that count padding."""
-    model, examples, tokenizer = choice
-    env = Env("cpu")
-    expected = torch.cat([torch.tensor(s) for s in score_examples(model, examples, env)])
-    for max_tokens in (1, 300):
-        got = score_examples(model, examples, env, max_tokens=max_tokens)
-        torch.testing.assert_close(torch.cat([torch.tensor(s) for s in got]), expected,
-                                   atol=1e-5, rtol=1e-5)
-    row = collate(examples[:1]).idx[0][:12]
-    left = torch.cat([torch.full((5,), 7), row])[None]
-    real = torch.arange(17) >= 5
-    mask = (real[None, :] | torch.eye(17, dtype=torch.bool)).tril()
-    with torch.no_grad():
-        padded = model.gpt.hidden(left, positions=(torch.arange(17) - 5).clamp(min=0)[None],
-                                  mask=mask)[:, 5:]
-        torch.testing.assert_close(padded, model.gpt.hidden(row[None]), atol=1e-5, rtol=1e-5)
-
-
-def test_added_rows_leave_old_logits(choice):
-    """Catches a resize that reinitialises learned rows, or an end-of-text id that moves."""
-    gpt = small_gpt(300)
-    before = gpt.transformer.wte.weight.detach().clone()
-    adapt(gpt, 304)
-    assert torch.equal(gpt.transformer.wte.weight[:300], before)
-    assert gpt.config.vocab_size == 304 and gpt.config.eot_id == 299
-    assert 0.01 < gpt.transformer.wte.weight[300:].std() < 0.03
+        found = []
+        for examples in (shared, alone(shared)):
+            model.zero_grad()
+            loss_sum(model, collate(examples)).backward()
+            scores = [torch.tensor(s) for s in score_examples(model, examples, CPU)]
+            found.append((scores, [p.grad.clone() for p in model.parameters()]))
+        torch.testing.assert_close(*found, atol=2e-5, rtol=1e-3)
+    long, short = Row([1] * 30, [[2] * 30] * 4), Row([1] * 50, [[2], [3]])
+    batch = collate([Example(examples[0].question, [row]) for row in (long, short)])
+    assert batch.positions.max() == 59  # padding, too, stays within the context of 64
 
 
 def test_heads_equal_transformers():
@@ -229,7 +189,6 @@ def test_heads_equal_transformers():
     with pad_token_id, and Linear(C, 1) on GPT2Model; transformers 5.23, made once by us)."""
     fixture = json.loads((Path(__file__).parent / "fixtures/hf_heads.json").read_text())
     for task, kind, n_labels in ("medqa", "choice", 0), ("pubmedqa", "labels", 3):
-        tokenizer = small_tokenizer()
         config = GPTConfig(n_layer=3, n_head=2, n_embd=32, n_positions=64, vocab_size=304,
                            dropout=0.0, eot_id=299)
         model = TaskModel(waves(GPT(config)), kind, n_labels)
@@ -237,13 +196,34 @@ def test_heads_equal_transformers():
         model.head.weight.data = torch.sin(torch.arange(n).double() * 0.37).float().view(-1, 32)
         if kind == "choice":
             model.head.bias.data.fill_(0.25)
-        examples = encode_all([Question(id="", answer=0, **q) for q in fixture["questions"]],
-                              task, tokenizer, 64)
+        qs = [Question(id="", answer=0, **q) for q in fixture["questions"]]
+        examples, _ = encode(qs, task, markers=True)
         ids = [[row.prefix + s for row in e.rows for s in row.suffixes] for e in examples]
         assert fixture[f"{kind}_ids"] == (ids if kind == "choice" else [i[0] for i in ids])
-        for got, expected in zip(score_examples(model, examples, Env("cpu")),
-                                 fixture[f"{kind}_scores"], strict=True):
+        scores = score_examples(model, examples, CPU)
+        for got, expected in zip(scores, fixture[f"{kind}_scores"], strict=True):
             assert got == pytest.approx(expected[:len(got)], abs=1e-5)
+
+
+def test_weights_of_a_seed(init):
+    """Catches --random_init that keeps learned weights, a resize that changes learned rows, seeds
+    that share a head, dropout lost."""
+    tokenizer = Tokenizer.load(init)
+    tokenizer.add_special_tokens(["[PAD]", "[SEP]"])
+    settings = {"init": init, "random_init": False, "dropout": 0.3, "kind": "labels",
+                "activation_checkpointing": True, "labels": ["no", "yes"]}
+    one, two = build(settings, tokenizer, 1), build(settings, tokenizer, 2)
+    fresh = build(settings | {"random_init": True}, tokenizer, 1)
+    learned = GPT.from_pretrained(init).transformer
+    for model in (one, fresh):
+        wte, config = model.gpt.transformer.wte.weight, model.gpt.config
+        assert torch.equal(wte[:300], learned.wte.weight) == (model is one)
+        assert torch.equal(model.gpt.transformer.wpe.weight, learned.wpe.weight) == (model is one)
+        assert 0.01 < wte[300:].std() < 0.03 and model.gpt.activation_checkpointing
+        assert (config.vocab_size, config.eot_id, config.dropout) == (302, 299, 0.3)
+    assert not torch.equal(one.head.weight, two.head.weight)
+    assert torch.equal(one.head.weight, build(settings, tokenizer, 1).head.weight)
+    assert one.head.weight.shape == (2, 32) and 0.01 < one.head.weight.std() < 0.03
 
 
 # ---------------------------------------------------------------------------------------------
@@ -251,68 +231,146 @@ def test_heads_equal_transformers():
 
 
 @pytest.mark.parametrize("task", ["medqa", "pubmedqa", "text"])
-def test_loss_and_gradient_do_not_depend_on_the_micro_batch(task):
-    """F2: catches a mean per micro-batch, wrong once lengths or numbers of targets differ."""
-    tokenizer = small_tokenizer()
-    qs = [dataclasses.replace(q, target=" ".join(q.options), options=q.options[:2]
-                              if task == "pubmedqa" else q.options) for q in questions(4)]
-    examples = encode_all(qs, task, tokenizer, 64)
-    results = []
-    for micro_batch in (4, 1, 3):
-        model = TaskModel(adapt(small_gpt(300), tokenizer.vocab_size), KINDS[task],
-                          2 if task == "pubmedqa" else 0)
-        torch.manual_seed(1)
-        if model.head is not None:
-            torch.nn.init.normal_(model.head.weight)
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        loss = train_step(model, examples, optimizer, Env("cpu"), micro_batch)
-        results.append((loss, [p.detach().clone() for p in model.parameters()]))
-    for loss, params in results[1:]:
-        torch.testing.assert_close(loss, results[0][0])
-        torch.testing.assert_close(params, results[0][1], atol=1e-6, rtol=1e-4)
+def test_loss_gradient_and_scores_do_not_depend_on_the_cut(task, monkeypatch):
+    """F2, F6: catches a mean per micro-batch or rank, wrong once lengths differ; a wrong stride of
+    ranks, a lost order; a rank without a question that adds one."""
+    qs = [dataclasses.replace(q, target=" ".join(q.options), options={
+        "medqa": q.options, "pubmedqa": q.options[:2], "text": ()}[task]) for q in questions()]
+    examples, _ = encode(qs, task)
+    model = task_model(TASKS[task].kind, 2)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.zero_grad = lambda **_: None
+    found = []
+    for world_size, micro_batch, max_tokens in (1, None, 8192), (1, 3, 1), (2, 2, 90), (8, 1, 90):
+        loss, parts = 0.0, []
+        model.zero_grad()
+        for rank in range(world_size):
+            process = rank_of(world_size, rank, lambda value: parts.append(value) or [])  # noqa: B023
+            loss += train_step(model, examples, optimizer, process, micro_batch)
+            score_examples(model, examples, process, max_tokens)
+        everyone = rank_of(world_size, 0, lambda value: parts)  # noqa: B023
+        scores = score_examples(model, examples, everyone, max_tokens)
+        grads = [p.grad / world_size for p in model.parameters()]  # DDP's mean
+        found.append((loss, grads, [torch.tensor(s) for s in scores]))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=2e-5, rtol=1e-4)
+    if task == "text":
+        assert loss.item() == pytest.approx(-quality(scores, examples), rel=1e-4)
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e-3, math.nan])
+def test_gradients_are_clipped_and_must_be_finite(choice, factor):
+    """Catches a loop without clipping, one that scales small gradients up, and NaN weights."""
+    model, examples = choice
+    model.head.register_full_backward_hook(lambda module, grads, out: (grads[0] * factor,))
+    model.head.requires_grad_(False)
+    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    if math.isnan(factor):
+        with pytest.raises(ValueError, match="lower --lr"):
+            train_step(model, examples, optimizer, CPU)
+    else:
+        train_step(model, examples, optimizer, CPU)
+        assert all(p.grad is None for p in model.parameters())  # no sum with the next step's
+    moved = (torch.nn.utils.parameters_to_vector(model.parameters()) - before).norm().item()
+    if factor > 1:
+        assert moved == pytest.approx(1.0, rel=1e-3)
+    else:
+        assert moved < 0.9
 
 
 def test_learning_rates():
-    """Catches a warm-up of fixed length, or a decay that does not reach zero one step late."""
+    """Catches a warm-up of fixed length or rounded down, a decay that ends one step late."""
     assert [learning_rate(s, 8, 4.0) for s in range(8)] == [0, 1, 2, 3, 4, 3, 2, 1]
-    assert learning_rate(0, 1, 4.0) == 4.0
+    assert [learning_rate(s, 5, 6.0) for s in range(5)] == [0, 2, 4, 6, 3]
 
 
-def test_epoch_order_is_a_permutation_of_seed_and_epoch():
-    """Catches an order that repeats between epochs or seeds."""
-    orders = [epoch_order(50, seed, epoch) for seed in (1, 2) for epoch in (0, 1)]
-    assert all(sorted(o) == list(range(50)) for o in orders)
-    assert len({tuple(o) for o in orders}) == 4
+SETTINGS = {"batch_size": 3, "epochs": 4, "lr": 0.1, "micro_batch": None, "last": False}
 
 
-def test_micro_batches_hold_every_example_once_within_the_budget(choice):
-    """Catches a dropped last chunk, and a budget that ignores padding."""
-    _, examples, _ = choice
-    chunks = list(micro_batches(examples * 3, max_tokens=120))
-    assert sorted(e.question.id for c in chunks for e in c) == sorted(
-        e.question.id for e in examples * 3)
-    assert all(collate(c).idx.numel() <= 120 or len(c) == 1 for c in chunks)
+@pytest.mark.parametrize("last, chosen", [(False, 3), (True, 4)])
+def test_the_best_epochs_weights_are_kept(choice, monkeypatch, last, chosen):
+    """Catches reporting the last epoch, the first of equals, or weights that went on training; a
+    lost last batch; an order, rate, decay or mode that isn't the recipe's."""
+    model, examples = choice
+    batches, rates, after, log = [], [], [], []
+
+    def fake_step(model, batch, optimizer, process, micro_batch):
+        assert model.training and optimizer.defaults["weight_decay"] == 0
+        batches.append([e.question.id for e in batch])
+        rates.append(optimizer.param_groups[0]["lr"])
+        model.head.bias.data += 1
+        return torch.tensor(0.5)
+
+    def fake_scores(model, dev_set, process):
+        assert dev_set == examples[:2]
+        model.eval()
+        after.append(model.head.bias.item())
+
+    monkeypatch.setattr(finetune, "train_step", fake_step)
+    monkeypatch.setattr(finetune, "score_examples", fake_scores)
+    monkeypatch.setattr(finetune, "quality", lambda *_: [0.2, 0.7, 0.7, 0.1][len(after) - 1])
+    settings = SETTINGS | {"last": last}
+    score = finetune.train(model, examples, examples[:2], settings, 5, CPU, log)
+    assert (score, model.head.bias.item()) == (0.1 if last else 0.7, after[chosen - 1])
+    assert [row["loss"] for row in log] == [0.5] * 4 and log[1]["dev"] == 0.7
+    assert rates == [learning_rate(i, 12, 0.1) for i in range(12)]
+    assert [len(batch) for batch in batches] == [3, 3, 1] * 4
+    orders = [[str(i) for i in epoch_order(7, 5, epoch).tolist()] for epoch in range(4)]
+    assert [sum(batches[i:i + 3], []) for i in range(0, 12, 3)] == orders
+    assert all(sorted(order) == list("0123456") for order in orders)
+    assert len({tuple(epoch_order(50, s, e).tolist()) for s in (1, 2) for e in (0, 1)}) == 4
 
 
-def test_a_model_learns_its_questions(choice):
-    """Catches a loss that goes down without the answers' scores going up."""
-    model, examples, _ = choice
+def test_dropout_differs_between_ranks_and_seeds(choice, monkeypatch):
+    """Catches masks that all ranks share, or that a seed doesn't change."""
+    drawn = []
+    monkeypatch.setattr(finetune, "train_step", lambda *_: drawn.append(torch.rand(1).item())
+                        or torch.zeros(()))
+    for seed, rank in (1, 0), (1, 1), (2, 0), (1, 0):
+        finetune.train(*choice, [], SETTINGS | {"epochs": 1}, seed, rank_of(1, rank), [])
+    assert len(set(drawn[::3])) == 3 and drawn[0] == drawn[9]
+
+
+def test_training_learns_its_questions_and_scores_without_dropout(choice):
+    """Catches a loss that goes down without the answers' scores going up; dropout in scoring."""
+    _, examples = choice
+    model = task_model("choice", dropout=0.1)
+    settings = SETTINGS | {"batch_size": 7, "epochs": 40, "lr": 5e-3}
+    assert finetune.train(model, examples, examples, settings, 1, CPU, []) == 1.0
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    for _ in range(60):
-        train_step(model, examples, optimizer, Env("cpu"))
-    scores = score_examples(model, examples, Env("cpu"))
-    assert quality(scores, examples) == 1.0 and sum(correct(scores, examples)) == 7
+    scores = score_examples(model, examples, CPU)
+    assert scores == score_examples(model, examples, CPU) and quality(scores, examples) == 1.0
+
+
+def test_micro_batches_hold_every_example_once_within_the_budget():
+    """Catches a dropped last chunk, and a budget that ignores padding or a question's rows."""
+    examples, _ = encode(questions(), "medqa", 24)
+    chunks = list(micro_batches(examples * 3, max_tokens=120))
+    assert sum(map(len, chunks)) == 21 > len(chunks)
+    assert all(collate(chunk).idx.numel() <= 120 or len(chunk) == 1 for chunk in chunks)
 
 
 # ---------------------------------------------------------------------------------------------
-# questions and the command line
+# questions, results and the command line
 
 
 def test_wilson_against_published_values():
     """Catches the normal interval, which leaves [0, 1]: Newcombe 1998, table I, and 0 of 20."""
     assert wilson(81 / 263, 263) == pytest.approx([0.2553, 0.3662], abs=1e-4)
     assert wilson(0, 20) == pytest.approx([0, 0.1611], abs=1e-4)
+
+
+def test_summary():
+    """Catches an interval over seeds x questions, and a chance or majority of something else."""
+    options = [("a", "b"), ("a", "b", "c", "d")]
+    examples = [Example(Question("", "?", options=options[i % 2], answer=i // 3), [], i < 2)
+                for i in range(4)]
+    row = summarise("medqa", "test", 9, examples, [0.5, 1.0])
+    assert row["ci95"] == wilson(0.75, 4)
+    assert [row[key] for key in ("accuracy", "n", "available", "truncated", "chance", "majority")
+            ] == [0.75, 4, 9, 2, 0.375, 0.75]
 
 
 def write_medqa(folder, n=12):
@@ -327,26 +385,28 @@ def write_medqa(folder, n=12):
         path.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
-def test_questions_of_dev_and_test_leave_train(tmp_path):
-    """F7: catches a question that stands in train and in dev."""
-    write_medqa(tmp_path)
-    sets = read_questions("medqa", [tmp_path])
-    assert {k: len(v) for k, v in sets.items()} == {"train": 5, "dev": 12, "test": 12}
-    texts = {k: {q.question for q in v} for k, v in sets.items()}
-    assert not texts["train"] & (texts["dev"] | texts["test"])
+def test_questions_of_dev_and_test_leave_train(monkeypatch):
+    """F7: catches a question in train that stands in dev or test, unlabeled or from another set;
+    MMLU's five examples a subject as dev; another set's labels."""
+    files = {("mmlu", "a", "val"): "1", ("mmlu", "a", "test"): "23", ("mmlu", "a", "dev"): "9",
+             ("medmcqa", "b", "test"): "4", ("medmcqa", "b", "train"): "5123",
+             ("bioasq", "c", "train"): "6"}
 
+    def fake(*key):
+        if key not in files:
+            raise FileNotFoundError(f"no {key[2]} in {key[1]}")
+        return [Question(id=text, question=text, options=("x", "y"), answer=None if key == (
+            "mmlu", "a", "test") and text == "3" else 0) for text in files[key]]
 
-def test_official_files(shared):
-    """F5, F7: catches another shuffle of PubMedQA, or readers that lose questions."""
-    qa = shared / "qa"
-    sets = {s: load_qa("pubmedqa", qa / "pubmedqa", s) for s in ("train", "dev", "test")}
-    assert [len(v) for v in sets.values()] == [450, 50, 500]
-    truth = json.loads((qa / "pubmedqa/test_ground_truth.json").read_text())
-    assert [q.id for q in sets["test"]] == list(truth)
-    ids = {s: {q.id for q in v} for s, v in sets.items()}
-    assert not ids["train"] & (ids["dev"] | ids["test"]) and not ids["dev"] & ids["test"]
-    sets = read_questions("medqa", [qa / "medqa"])
-    assert [len(v) for v in sets.values()] == [1030, 1272, 0]
+    monkeypatch.setattr(finetune, "load_qa", fake)
+    sets = read_questions("mmlu", ["a", "b"])
+    assert {split: "".join(q.id for q in found) for split, found in sets.items()} == {
+        "train": "5", "dev": "1", "test": "23"}
+    assert [q.id for q in labeled(sets["test"])] == ["2"]
+    assert [q.id for q in labeled(fake("medmcqa", "b", "train"), 2)] == ["5", "2"]
+    for task, folders in ("mmlu", ["a", "c"]), ("pubmedqa", ["c"]):
+        with pytest.raises(FileNotFoundError, match="no test in c"):
+            read_questions(task, folders)
 
 
 @pytest.fixture
@@ -356,28 +416,78 @@ def init(tmp_path):
     return tmp_path / "init"
 
 
-def test_command_trains_saves_and_eval_agrees(tmp_path, init):
-    """Catches a saved folder whose scores differ from those of the run that reported them."""
+def command(monkeypatch, script, *flags):
+    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, flags)])
+    script.main()
+
+
+def lines(path):
+    return [json.loads(line) for line in path.open()]
+
+
+@pytest.mark.parametrize("task, flags", [("medqa", []), ("bioasq", []), ("bioasq", ["--markers"])])
+def test_command_trains_saves_and_eval_agrees(tmp_path, init, monkeypatch, task, flags):
+    """Catches a saved folder whose scores differ from those of the run that reported them: another
+    head, tokenizer, length, or prompt."""
     write_medqa(tmp_path / "qa")
-    result = run("finetune.py", "--task", "medqa", "--data", tmp_path / "qa", "--init", init,
-                 "--out", tmp_path / "out", "--epochs", "2", "--seeds", "1,2", "--lr", "1e-3,1e-2",
-                 "--json", tmp_path / "a.json")
-    assert result.returncode == 0, result.stderr
+    for split in ("train", "dev", "test"):
+        rows = [f"{split}{i}\tthe {split} {i}\t{TEXT[i:i + 20]}\t{['no', 'yes'][i % 2]}\n"
+                for i in range(12)]
+        (tmp_path / f"qa/{split}.tsv").write_text("".join(rows))
+    given = ("--task", task, "--data", tmp_path / "qa", "--limit", 8)
+    command(monkeypatch, finetune, *given, "--init", init, "--out", tmp_path / "out", "--epochs", 2,
+            "--seeds", "1,2", "--lr", 1e-2, "--length", 16, "--json", tmp_path / "a.json", *flags)
     row = json.loads((tmp_path / "a.json").read_text())
-    assert row["task"], row["split"] == ("medqa", "test")
-    assert row["n"] == row["available"] == 12 and len(row["seeds"]) == 2
-    assert row["accuracy"] == pytest.approx(sum(s["accuracy"] for s in row["seeds"]) / 2)
-    result = run("eval.py", "qa", "--task", "medqa", "--data", tmp_path / "qa", "--init",
-                 tmp_path / "out", "--json", tmp_path / "b.json", "--predictions",
-                 tmp_path / "p.jsonl")
-    assert result.returncode == 0, result.stderr
+    assert row["accuracy"] == pytest.approx(sum(s["score"] for s in row["seeds"]) / 2)
+    assert (row["n"], row["available"]) == (8, 12)
+    command(monkeypatch, evaluate, "qa", *given, "--init", tmp_path / "out", "--json",
+            tmp_path / "b.json", "--predictions", tmp_path / "p.jsonl")
     saved = next(s for s in row["seeds"] if s["seed"] == row["saved_seed"])
-    assert json.loads((tmp_path / "b.json").read_text())["accuracy"] == saved["accuracy"]
-    ours = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").open()]
-    theirs = [json.loads(line) for line in (tmp_path / "p.jsonl").open()]
-    assert [p["prediction"] for p in ours] == [p["prediction"] for p in theirs]
+    assert json.loads((tmp_path / "b.json").read_text())["accuracy"] == saved["score"]
+    ours, theirs = lines(tmp_path / "out/predictions.jsonl"), lines(tmp_path / "p.jsonl")
     for a, b in zip(ours, theirs, strict=True):
         assert a["scores"] == pytest.approx(b["scores"], abs=1e-5)
+    with pytest.raises(ValueError, match="finetune.py --task pubmedqa"):
+        load_finetuned(tmp_path / "out", "pubmedqa")
+
+
+@pytest.mark.parametrize("split, saved", [("test", 1), ("dev", 3)])
+def test_dev_chooses_and_test_is_reported(tmp_path, init, monkeypatch, split, saved):
+    """Catches a seed or an epoch chosen on what is reported, another seed's weights or predictions
+    saved, training questions of dev."""
+    write_medqa(tmp_path / "qa")
+    if split == "dev":
+        (tmp_path / "qa/4_options/phrases_no_exclude_test.jsonl").unlink()
+
+    def fake_train(model, train_set, dev_set, settings, seed, process, log):
+        assert len(train_set) == 5 and len(dev_set) == (12 if split == "test" else 0)
+        model.head.bias.data.fill_(seed)
+        return {3: 0.5, 1: 0.9, 2: 0.9}[seed] if dev_set else None
+
+    monkeypatch.setattr(finetune, "train", fake_train)
+    monkeypatch.setattr(finetune, "score_examples", lambda model, examples, process: [
+        [0, model.head.bias.item(), 0, 0]] * len(examples))
+    command(monkeypatch, finetune, "--task", "medqa", "--data", tmp_path / "qa", "--init", init,
+            "--out", tmp_path / "out", "--seeds", "3,1,2", "--json", tmp_path / "a.json")
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert (result["split"], result["saved_seed"]) == (split, saved)
+    assert load_finetuned(tmp_path / "out", "medqa")[0].head.bias.item() == saved
+    assert lines(tmp_path / "out/predictions.jsonl")[0]["scores"][1] == saved
+
+
+def test_flags_and_defaults_reach_the_settings(init, monkeypatch):
+    """Catches a flag that changes nothing, a default of another size, a row past the context."""
+    def settings(*flags):
+        monkeypatch.setattr(sys, "argv", ["finetune.py", "--task", "medqa", "--data", "x", "--init",
+                                          str(init), "--out", "y", *flags])
+        found, _ = finetune.resolve(finetune.parse_args())
+        return [found[name] for name in ("lr", "epochs", "dropout", "length")]
+
+    given = settings("--lr", "1", "--epochs", "2", "--dropout", "0.5", "--length", "9")
+    assert given == [1, 2, 0.5, 9]
+    for n_params, expected in (2e9, [1e-5, 5]), (6e7, [5e-5, 5]), (1e6, [3e-4, 10]):
+        monkeypatch.setattr(GPT, "n_params", lambda model, n=n_params: n)
+        assert settings() == [*expected, 0.0, 64]
 
 
 def test_mistakes_are_one_line(tmp_path, init, monkeypatch):
@@ -389,10 +499,9 @@ def test_mistakes_are_one_line(tmp_path, init, monkeypatch):
                         (["--init", "stanford-crfm/BioMedLM"], "data.py download"),
                         (["--init", init, "--data", tmp_path / "init"], "put the official file")):
         out = tmp_path / ("out" if needs.endswith("own") else "new")
-        args = ["--task", "medqa", "--data", tmp_path / "qa", "--out", out, *more]
-        monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, args)])
         with pytest.raises((ValueError, OSError), match=needs):
-            finetune.main()
+            command(monkeypatch, finetune, "--task", "medqa", "--data", tmp_path / "qa", "--out",
+                    out, *more)
 
 
 @pytest.mark.slow
@@ -405,11 +514,9 @@ def test_two_processes_equal_one(tmp_path, init):
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}",
                    "--master_port=29617", ROOT / "finetune.py", "--task", "medqa", "--data",
                    tmp_path / "qa", "--init", init, "--out", out, "--epochs", "2", "--seeds", "1",
-                   "--batch_size", "4"]
+                   "--batch_size", "4", "--micro_batch", "1"]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        rows.append([json.loads(line) for line in (out / "log.jsonl").open()])
+        rows.append([row for row in lines(out / "log.jsonl") if "epoch" in row])
     for one, two in zip(*rows, strict=True):
-        for key in one:
-            if key != "questions_per_s":
-                assert two[key] == pytest.approx(one[key], rel=1e-4), key
+        assert two == pytest.approx(one, rel=1e-4)
