@@ -1,11 +1,15 @@
-"""Measure a model: perplexity, question answering, generation, audits, curves.
+"""Measure a model: how well it predicts text, answers questions and writes.
 
     python eval.py perplexity --init out/demo --data data/demo
     python eval.py qa --task pubmedqa --data data/demo/qa/pubmedqa --init out/demo-pubmedqa
     python eval.py generate --init out/demo --prompt "The drug"
 
-Reads a run of train.py or finetune.py, or a Hugging Face GPT-2 folder (--init); prints tables, and
-with --json writes them. Leaves out training and several GPUs: one process, one device.
+Reads a run of train.py or finetune.py, or a Hugging Face GPT-2 folder (--init). Prints tables, and
+writes the same figures with --json FILE. Three commands more: numbers (does the model make up
+numbers?), tokenizer (how do medical words break?), curves (pictures of training).
+Leaves out training and several GPUs: one process, one device.
+
+Dimensions: B rows, T time, C width, V vocabulary.
 """
 
 import argparse
@@ -14,425 +18,429 @@ import json
 import math
 import random
 import re
-import statistics
-import sys
-import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
+from statistics import fmean
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import finetune
-from data import load_meta, load_qa, read_documents, val_batches
+from data import TASKS, load_meta, load_qa, val_batches
 from model import GPT
-from tokenizer import Tokenizer, block_text, input_files, load_named, read_blocks
-from train import memory_gib
+from tokenizer import Tokenizer, json_lines, load_named, read_documents, run_command
+from train import start_process
 
 # ---------------------------------------------------------------------------------------------
-# perplexity
+# perplexity: how well does the model predict text?
+#
+# The loss is the mean of -ln p over all tokens, in nats a token; its exponential is the perplexity.
+# Two tokenizers cut a text into unlike numbers of tokens, and a long token is harder to guess than
+# a short one. So losses compare models of one tokenizer only.
+#
+# Bits a byte compare any two models on the same text: how many bits does a byte of it cost, if the
+# model's guesses are used to compress it? The text costs loss × tokens nats in all, a nat is
+# 1 / ln 2 = 1.44 bits, and the text's length is counted in bytes of UTF-8:
+#
+#     bits_per_byte = loss × tokens / ln 2 / bytes
+#
+# Example: 3 nats a token are 4.33 bits; at 4.5 bytes a token that is 0.96 bits a byte.
 
 
-def windows(text, tokenizer, context):
-    """Rows of one document, as examples: every token a target once, the first after end-of-text.
+def perplexity(args):
+    """The perplexity command: {loss, bits_per_byte, tokens, bytes} of val.bin, or of a text.
 
-    A document longer than the context is cut without overlap, so later pieces start with less
-    context than they could have: an upper bound on the loss.
+    tokens: how many were predicted. In arrays a row's first token is not: nothing stands before it.
+    Bits a byte count it at the mean of the others.
     """
-    ids = [tokenizer.eot_id, *tokenizer.encode(text)]
-    for at in range(0, len(ids) - 1, context):
-        row = ids[at:at + context + 1]
-        yield finetune.Example(None, [finetune.Row([], [row])], n_targets=len(row) - 1)
-
-
-@torch.no_grad()
-def score_text(gpt, texts, tokenizer, env):
-    """(sum of nats, number of tokens) of each text, given nothing but itself."""
-    model, totals = finetune.TaskModel(gpt, "text"), []
-    for text in texts:
-        nats = n_tokens = 0
-        rows = list(windows(text, tokenizer, gpt.config.n_positions))
-        for chunk in finetune.micro_batches(rows, max_tokens=8192):
-            with env.autocast():
-                nats += model(finetune.collate(chunk, env.device)).item()
-            n_tokens += sum(e.n_targets for e in chunk)
-        totals.append((nats, n_tokens))
-    return totals
-
-
-@torch.no_grad()
-def score_arrays(gpt, data, env):
-    """(sum of nats, number of targets) of val.bin, in rows of the context as in training."""
-    context, nats, count = gpt.config.n_positions, 0.0, 0
-    for x, y in val_batches(data, context, max(1, 8192 // context), device=env.device):
-        n = int((y != -100).sum())
-        with env.autocast():
-            nats, count = nats + gpt(x, y)[1].item() * n, count + n
-    return nats, count
-
-
-def perplexity(args, env):
-    """{loss (nats a token), bits_per_byte, tokens, bytes} of arrays' val.bin, or of text.
-
-    A row of an array has no target at its first token: bits a byte count that token at the mean.
-    """
-    gpt, tokenizer = GPT.from_pretrained(args.init, device=env.device), Tokenizer.load(args.init)
+    process = start_process(args.device, args.dtype)
+    gpt = GPT.from_pretrained(args.init, device=process.device)
+    tokenizer = Tokenizer.load(args.init)
+    nats = n_scored = 0
     if (Path(args.data) / "meta.json").exists():
         meta = load_meta(args.data)
         if meta["tokenizer_sha256"] != tokenizer.fingerprint:
             raise ValueError(f"{args.data} was tokenized with another tokenizer than the model's: "
                              "tokenize with the model's, or give --data the text itself")
-        nats, count = score_arrays(gpt, args.data, env)
-        tokens, n_bytes = meta["val"]["tokens"], meta["val"]["bytes"]
+        context = gpt.config.n_positions  # rows as in training
+        for x, y in val_batches(args.data, context, max(1, 8192 // context), device=process.device):
+            loss, count = summed_loss(gpt, x, y, process)
+            nats += loss
+            n_scored += count
+        n_tokens = meta["val"]["tokens"]
+        n_bytes = meta["val"]["bytes"]
     else:
-        texts = [text for _, text in itertools.islice(read_documents(args.data), args.limit)]
-        totals = score_text(gpt, tqdm(texts, unit="document", leave=False), tokenizer, env)
-        nats, count = map(sum, zip(*totals))
-        tokens, n_bytes = count, sum(len(text.encode()) for text in texts)
-    if not count:
+        n_bytes = 0
+        for _, text in progress(itertools.islice(read_documents(args.data), args.limit)):
+            loss, count = text_loss(gpt, text, tokenizer, process)
+            nats += loss
+            n_scored += count
+            n_bytes += len(text.encode())
+        n_tokens = n_scored
+    if not n_scored:
         raise ValueError(f"{args.data} holds no token to score: give a folder with text")
-    loss = nats / count
-    result = dict(loss=loss, bits_per_byte=tokens / n_bytes * loss / math.log(2), tokens=count,
-                  bytes=n_bytes)
-    table([result])
+    loss = nats / n_scored
+    bits_per_byte = loss * n_tokens / math.log(2) / n_bytes
+    result = dict(loss=loss, bits_per_byte=bits_per_byte, tokens=n_scored, bytes=n_bytes)
+    print_table([result])
     return result
 
 
-# ---------------------------------------------------------------------------------------------
-# question answering: a fine-tuned head, or likelihood
-
-
-def plain_prompt(question):
-    return f"{question.context}\nQuestion: {question.question}\nAnswer:".lstrip()  # our choice
-
-
-def zero_shot_examples(questions, tokenizer, limit):
-    """Rows of a plain prompt and " " + option, for a model without a head."""
-    examples = []
-    for q in questions:
-        options = [tokenizer.encode(" " + o)[:limit - 1] for o in q.options]
-        ids = tokenizer.encode(plain_prompt(q))
-        room = limit - max(map(len, options))
-        # cut at the start: the question stands at the end
-        examples.append(finetune.Example(q, [finetune.Row(ids[-room:], options)], len(ids) > room))
-    return examples
-
-
 @torch.no_grad()
-def log_likelihoods(gpt, batch, examples):
-    """Summed log-probability of each option's tokens, a list an example."""
-    hidden = gpt.hidden(batch.idx, positions=batch.positions, mask=batch.mask)
-    found = []
-    for b, e in enumerate(examples):
-        row, at, scores = e.rows[0], len(e.rows[0].prefix), []
-        for ids in row.suffixes:
-            before = [len(row.prefix) - 1, *range(at, at + len(ids) - 1)]
-            logits = F.linear(hidden[b, before], gpt.transformer.wte.weight).float()
-            scores.append(logits.log_softmax(-1)[range(len(ids)), ids].sum().item())
-            at += len(ids)
-        found.append(scores)
-    return found
+def summed_loss(gpt, x, y, process):
+    """(sum of the loss in nats, number of targets) of a batch.
+
+    x, y: (B, T) int64 ids, y one place ahead of x, -100 = no target. The model returns the mean
+    over targets. Batches hold unlike numbers of them, so their means can't be averaged. Sums can be
+    added.
+    """
+    with process.autocast():
+        mean = gpt(x, y)[1].item()
+    count = (y != -100).sum().item()
+    return mean * count, count
 
 
-def zero_shot(gpt, tokenizer, questions, env):
-    """(examples, {"sum", "per token", "per byte": scores an example})."""
-    examples = zero_shot_examples(questions, tokenizer, gpt.config.n_positions)
-    total = {}
-    for chunk in tqdm(list(finetune.micro_batches(examples, max_tokens=8192)), leave=False):
-        with env.autocast():
-            scores = log_likelihoods(gpt, finetune.collate(chunk, env.device), chunk)
-        total |= {id(e): s for e, s in zip(chunk, scores)}
-    total = [total[id(e)] for e in examples]
-    n_tokens = [[len(ids) for ids in e.rows[0].suffixes] for e in examples]
-    n_bytes = [[len(o.encode()) + 1 for o in e.question.options] for e in examples]
-    divide = lambda by: [[s / n for s, n in zip(*pair)] for pair in zip(total, by)]  # noqa: E731
-    return examples, {"sum": total, "per token": divide(n_tokens), "per byte": divide(n_bytes)}
+def log_likelihood(gpt, prompt, ids, process):
+    """Summed log-probability, in nats, of token ids that follow a prompt of one token or more.
+
+    prompt [a, b], ids [c, d]:  x  a     b  c
+                                y  -100  c  d
+    """
+    row = torch.tensor([prompt + ids], device=process.device)  # (1, T)
+    targets = row[:, 1:].clone()
+    targets[:, :len(prompt) - 1] = -100  # the prompt itself is given
+    return -summed_loss(gpt, row[:, :-1], targets, process)[0]
 
 
-def breakdown(examples, hits):
-    """Accuracy by subject, kind of question and length: (name, n, accuracy, interval) rows."""
-    groups = {}
-    for e, hit in zip(examples, hits):
-        length = max(len(r.prefix) + max(map(len, r.suffixes)) for r in e.rows)
-        bucket = 2 ** math.ceil(math.log2(max(length, 16)))
-        for name in (f"length <= {bucket}", e.question.subject and f"subject {e.question.subject}",
-                     e.question.kind and f"kind {e.question.kind}"):
-            if name:
-                groups.setdefault(name, []).append(hit)
-    natural = lambda pair: (pair[0].split()[0], len(pair[0]), pair[0])  # noqa: E731
-    return [dict(group=name, n=len(hits), accuracy=statistics.fmean(hits),
-                 ci95=finetune.wilson(statistics.fmean(hits), len(hits)))
-            for name, hits in sorted(groups.items(), key=natural)]
+def text_loss(gpt, text, tokenizer, process):
+    """(sum of the loss in nats, number of tokens) of one document, given nothing but itself.
+
+    End-of-text stands before it, so that its first token is predicted too. A document longer than
+    the context is cut without overlap. Each later piece sees less than it could, so the loss is an
+    upper bound.
+    """
+    ids = [tokenizer.eot_id, *tokenizer.encode(text)]
+    context = gpt.config.n_positions
+    nats = 0.0
+    for start in range(0, len(ids) - 1, context):
+        piece = ids[start:start + context + 1]
+        nats -= log_likelihood(gpt, piece[:1], piece[1:], process)
+    return nats, len(ids) - 1
 
 
-def answer_questions(args, env):
-    """The qa command: a fine-tuned head, or with --zero_shot three ways to score by likelihood."""
-    split, official = find_split(args)
-    questions = finetune.labeled(official, args.limit)
-    if not questions:
-        raise ValueError(f"the {split} split of {args.task} has no labels: use --split dev")
-    if args.zero_shot:
-        gpt = GPT.from_pretrained(args.init, device=env.device)
-        print("note: the base model was not made to answer questions; this is its likelihood")
-        examples, scores = zero_shot(gpt, Tokenizer.load(args.init), questions, env)
-    else:
-        model, tokenizer, limit = finetune.load_finetuned(args.init, args.task, env.device)
-        examples = finetune.encode_all(questions, args.task, tokenizer, limit)
-        scores = {"head": finetune.score_examples(model, examples, env)}
-    results = []
-    for how, given in scores.items():
-        hits = finetune.correct(given, examples)
-        results.append(finetune.summarise(args.task, split, len(official), examples,
-                                          [statistics.fmean(hits)]) | dict(scored_by=how))
-        print(f"{how}: {finetune.describe(results[-1])}")
-    groups = breakdown(examples, finetune.correct(next(iter(scores.values())), examples))
-    table(groups)
-    if args.predictions:
-        rows = finetune.predictions(next(iter(scores.values())), examples)
-        finetune.write_lines(args.predictions, rows)
-    return results[0] | dict(groups=groups, others=results[1:])
+def progress(items):
+    """A bar on a terminal, gone when the work is done."""
+    return tqdm(items, leave=False, disable=None)
 
 
-def find_split(args):
-    """(name, questions) of --split, else of test, or of dev where test is missing or unlabeled."""
-    for split in [args.split] if args.split else ["test", "dev"]:
-        try:
-            questions = load_qa(args.task, args.data, split)
-        except FileNotFoundError:
-            if split == args.split or split == "dev":
-                raise
-            continue
-        if args.split or finetune.labeled(questions):
-            break
-    return split, questions
-
-
-def table(rows):
+def print_table(rows):
     """Print dictionaries of the same keys as aligned columns."""
-    def cell(value):
-        if isinstance(value, list):
-            return "-".join(map(cell, value))
-        return f"{value:.4g}" if isinstance(value, float) else str(value)
+    lines = [list(rows[0])]
+    lines += [list(map(cell, row.values())) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        print(" | ".join(map(str.ljust, line, widths)))
+    print()
 
-    cells = [list(rows[0]), *([cell(v) for v in row.values()] for row in rows)]
-    wide = [max(map(len, column)) for column in zip(*cells)]
-    for line in cells:
-        print("  ".join(c.ljust(w) for c, w in zip(line, wide)).rstrip())
+
+def cell(value):
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):  # an interval
+        return "-".join(map(cell, value))
+    return str(value)
+
+
+# ---------------------------------------------------------------------------------------------
+# question answering: a fine-tuned head, or the likelihood of each option
+#
+# Without fine-tuning (--zero_shot) the answer is the option that the model finds likeliest after
+# the question:
+#
+#     Question: Which drug helps?
+#     Answer: aspirin                 log p of " aspirin" -7.1, of " heparin" -9.4: aspirin it is
+
+
+def answer_questions(args):
+    """The qa command: accuracy of a fine-tuned head, or of likelihoods with --zero_shot.
+
+    Returns finetune.summarise's figures, with "groups" and, for likelihoods, "acc_norm".
+    """
+    process = start_process(args.device, args.dtype)
+    official = load_qa(args.task, args.data, args.split)
+    questions = finetune.labeled(official, args.limit)
+    if not questions:  # as MedMCQA's test
+        raise ValueError(f"the {args.split} split of {args.task} has no labels: use --split dev")
+    if args.zero_shot:
+        gpt = GPT.from_pretrained(args.init, device=process.device)
+        examples, scores = zero_shot(gpt, Tokenizer.load(args.init), questions, process)
+    else:
+        model, tokenizer, settings = finetune.load_finetuned(args.init, args.task, process.device)
+        examples = finetune.encode_all(questions, args.task, tokenizer, settings)
+        scores = finetune.score_examples(model, examples, process)
+    hits = finetune.correct(scores, examples)
+    accuracy = fmean(hits)
+    result = finetune.summarise(args.task, args.split, len(official), examples, [accuracy])
+    print(finetune.describe(result))
+    if args.zero_shot:
+        result["acc_norm"] = acc_norm(scores, examples)
+        print(f"by likelihood over length (acc_norm): {result['acc_norm']:.1%}")
+    result["groups"] = breakdown(questions, hits)
+    print_table(result["groups"])
+    if args.predictions:
+        finetune.write_lines(args.predictions, finetune.predictions(scores, examples))
+    return result
+
+
+def zero_shot(gpt, tokenizer, questions, process):
+    """(examples, scores: for each example a list of its options' log-likelihoods).
+
+    Options run one by one, so that equal ones score the same to the last bit and the first wins.
+    A prompt that is too long loses its start: the question stands at the end.
+    """
+    limit = gpt.config.n_positions
+    examples = []
+    scores = []
+    for q in progress(questions):
+        prompt = tokenizer.encode(zero_shot_prompt(q))
+        options = [tokenizer.encode(" " + option)[:limit - 1] for option in q.options]
+        room = limit - max(map(len, options))
+        row = finetune.Row(prompt[-room:], options)
+        examples.append(finetune.Example(q, [row], truncated=len(prompt) > room))
+        scores.append([log_likelihood(gpt, row.prefix, ids, process) for ids in options])
+    return examples, scores
+
+
+def zero_shot_prompt(question):
+    """The text that an option follows, after a space. The wording is our choice."""
+    if question.kind.startswith("cloze"):  # plain text to go on with, nothing is asked
+        return question.question
+    return f"{question.context}\nQuestion: {question.question}\nAnswer:".lstrip()
+
+
+def acc_norm(scores, examples):
+    """Accuracy when each log-likelihood is divided by its option's length in characters.
+
+    A long option has many tokens, so its sum is low. The name and the measure, which doesn't count
+    the space before the option, are those of EleutherAI's lm-evaluation-harness. Its "acc" takes
+    the sum itself, as our accuracy does.
+    """
+    by_length = []
+    for sums, example in zip(scores, examples):
+        lengths = [max(len(option), 1) for option in example.question.options]
+        by_length.append([score / length for score, length in zip(sums, lengths)])
+    return fmean(finetune.correct(by_length, examples))
+
+
+def breakdown(questions, hits):
+    """Rows of accuracy by the question's kind, its subject and its length in words."""
+    groups = defaultdict(list)
+    for q, hit in zip(questions, hits):
+        n_words = len(f"{q.context} {q.question}".split())
+        groups["kind", q.kind].append(hit)
+        groups["subject", q.subject].append(hit)
+        groups["words <", 2 ** n_words.bit_length()].append(hit)  # the next power of two
+    rows = []
+    for (what, value), hits in sorted(groups.items()):
+        if value:  # many sets name no kind or no subject
+            accuracy = fmean(hits)
+            rows.append(dict(group=f"{what} {value}", n=len(hits), accuracy=accuracy,
+                             ci95=finetune.wilson(accuracy, len(hits))))
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------
 # generation
 
-PAPER_DECODING = dict(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)  # BioMedLM
-PAPER_NEW_TOKENS = 400  # at most, after a question
+# BioMedLM: its decoding, for answers of at most 400 tokens
+PAPER_DECODING = dict(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)
 
 
-def continue_texts(gpt, tokenizer, prompts, env, max_new_tokens, batch_size=16, **how):
-    """Token ids that gpt adds to each prompt (lists of ids), end-of-text and after left out."""
-    order, found = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), {}
-    for at in tqdm(range(0, len(order), batch_size), disable=len(order) <= batch_size, leave=False):
-        chunk = order[at:at + batch_size]
-        T = max(len(prompts[i]) for i in chunk)
-        n_pad = [T - len(prompts[i]) for i in chunk]
-        idx = [[0] * n + prompts[i] for n, i in zip(n_pad, chunk)]
-        if any(n_pad):
-            how["n_pad"] = torch.tensor(n_pad, device=env.device)
-        with env.autocast():
-            out = gpt.generate(torch.tensor(idx, device=env.device), max_new_tokens,
-                               eot_id=tokenizer.eot_id, **how)[:, T:].tolist()
-        for i, ids in zip(chunk, out):
-            found[i] = ids[:ids.index(tokenizer.eot_id)] if tokenizer.eot_id in ids else ids
-    return [found[i] for i in range(len(prompts))]
+def generate(args):
+    """The generate command: prints each prompt with what the model adds, in one batch.
 
-
-def load_for_generation(init, env):
-    """(GPT with weights of env's dtype, tokenizer, ids that follow a prompt's)."""
-    GPT.config_of(init)  # first: says what to give in place of a folder that holds no model
-    tokenizer, dtype = Tokenizer.load(init), env.dtype
-    env.dtype = torch.float32  # the weights themselves have the dtype: no autocast
-    start = []
-    if finetune.read_run(init).get("task") == "text":
-        start = tokenizer.add_special_tokens(["<|startoftext|>"])
-    return GPT.from_pretrained(init, dtype=dtype, device=env.device), tokenizer, start
-
-
-def generate(args, env):
-    """The generate command: prompts as one batch, texts in their order."""
-    begin = time.perf_counter()
-    gpt, tokenizer, start = load_for_generation(args.init, env)
-    load_s, begin = time.perf_counter() - begin, time.perf_counter()
+    Returns {"texts": what was added to each prompt}.
+    """
+    process = start_process(args.device, args.dtype)
+    gpt, tokenizer, start = load_for_generation(args.init, process)
     prompts = [(tokenizer.encode(text) or [tokenizer.eot_id]) + start for text in args.prompt]
-    how = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-    if args.num_beams > 1:
-        how = dict(num_beams=args.num_beams, length_penalty=args.length_penalty)
-    outputs = continue_texts(gpt, tokenizer, prompts, env, args.max_new_tokens,
-                             **PAPER_DECODING if args.paper else how)
-    seconds = time.perf_counter() - begin
-    texts = [tokenizer.decode(ids) for ids in outputs]
+    decoding = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                    seed=args.seed, num_beams=args.num_beams, length_penalty=args.length_penalty)
+    if args.paper:
+        decoding = PAPER_DECODING
+    texts = continue_prompts(gpt, tokenizer, prompts, args.max_new_tokens, **decoding)
     for prompt, text in zip(args.prompt, texts):
-        print(f"{prompt}\033[1m{text}\033[0m" if sys.stdout.isatty() else prompt + text)
-    n_new = sum(map(len, outputs))
-    print(f"loaded in {load_s:.1f} s; {n_new} tokens in {seconds:.1f} s, {n_new / seconds:.1f} a "
-          f"second; peak memory {memory_gib(env.device):.2f} GiB", file=sys.stderr)
-    return dict(texts=texts, tokens=n_new, seconds=seconds, load_s=load_s,
-                peak_memory_gib=memory_gib(env.device))
+        print(prompt + text)
+    return dict(texts=texts)
+
+
+def load_for_generation(init, process):
+    """(GPT with weights of the process's dtype, tokenizer, ids that end every prompt).
+
+    A step of generation reads every weight for one token: weights of half the size take half the
+    time. So they are cast once here, not at each step by autocast.
+    """
+    gpt = GPT.from_pretrained(init, dtype=process.dtype, device=process.device)
+    process.dtype = torch.float32  # no autocast
+    tokenizer = Tokenizer.load(init)
+    start = []
+    if "<|startoftext|>" in tokenizer.special:  # fine-tuned to write an answer after it
+        start = [tokenizer.special["<|startoftext|>"]]
+    return gpt, tokenizer, start
+
+
+def continue_prompts(gpt, tokenizer, prompts, max_new_tokens, batch_size=16, **decoding):
+    """The text that gpt adds to each prompt (lists of ids), up to end-of-text.
+
+    A batch's prompts end at the same place, so that all go on together. Padding, which nothing
+    sees, stands before the shorter ones.
+    """
+    device = gpt.transformer.wte.weight.device
+    eot_id = tokenizer.eot_id
+    texts = []
+    for first in progress(range(0, len(prompts), batch_size)):
+        batch = prompts[first:first + batch_size]
+        T = max(map(len, batch))
+        n_pad = torch.tensor([T - len(ids) for ids in batch], device=device)
+        rows = [[eot_id] * (T - len(ids)) + ids for ids in batch]
+        idx = torch.tensor(rows, device=device)  # (B, T)
+        out = gpt.generate(idx, max_new_tokens, eot_id=eot_id,
+                           n_pad=n_pad if n_pad.any() else None, **decoding)
+        for ids in out[:, T:].tolist():
+            end = (ids + [eot_id]).index(eot_id)
+            texts.append(tokenizer.decode(ids[:end]))
+    return texts
 
 
 # ---------------------------------------------------------------------------------------------
-# audit: are the numbers of generated answers made up?
+# numbers: does the model make them up?
+#
+# A number of an answer counts as supported if the question, its context or the reference answer
+# has the same value and unit. This is a rough measure. It misses a rounded number and a sum, and a
+# right value about the wrong thing passes.
 
 UNITS = ("%|percent|mg/dl|mg/kg|mg|mcg|µg|μg|ug|kg|g/dl|g|ml|dl|l|mmol/l|mmol|iu|units?|mm ?hg|mm|"
          "cm|years?|months?|weeks?|days?|hours?|hrs?|minutes?|mins?|seconds?|times|cases|people|"
          "patients|calories|degrees")
-# not the 53 of p53, nor the 6 of IL-6
-NUMBER = re.compile(r"(?<![\w.])(?<![a-zA-Z]-)(\d+(?:,\d{3})*(?:\.\d+)?)"
-                    rf"(?:[ -]?({UNITS})(?![\w/]))?", re.IGNORECASE)
+SAME_UNIT = {"percent": "%", "mcg": "µg", "ug": "µg", "μg": "µg", "hr": "hour", "min": "minute"}
+NUMBER = re.compile(
+    r"(?<![\w.])(?<![a-zA-Z]-)"  # not the 53 of p53, nor the 6 of IL-6
+    r"(\d+(?:,\d{3})*(?:\.\d+)?)"  # 1,500.5
+    r"(?:( ?[×x*·] ?10|(?<=\b10))"  # × 10, or the number itself is 10; then its power:
+    r"(?:\^\(?|\()([+-]?\d+)\)?)?"  # ^5, ^(5), or (5) as MEDLINE writes it
+    rf"(?:[ -]?({UNITS})(?![\w/]))?", re.IGNORECASE)
+
+
+def audit_numbers(args):
+    """The numbers command: judge the numbers of generated answers by question and reference.
+
+    A control shows what chance does: references of other questions, as if they were answers. A
+    second test needs no generation: is a true text likelier than itself with one number changed?
+    """
+    process = start_process(args.device, args.dtype)
+    questions = finetune.labeled(load_qa(args.task, args.data, args.split), args.limit)
+    questions = [q for q in questions if q.target]
+    references = [q.target for q in questions]
+    changed = [perturb(text, seed) for seed, text in enumerate(references)]
+    if not any(changed):
+        raise ValueError(f"no reference answer of {args.data} holds a number: nothing to change")
+    gpt, tokenizer, start = load_for_generation(args.init, process)
+
+    room = gpt.config.n_positions - args.max_new_tokens - 1  # for start
+    prompts = []
+    for q in questions:
+        text = q.question if start else zero_shot_prompt(q)
+        prompts.append(tokenizer.encode(text)[-room:] + start)  # a long one loses its start
+    decoding = PAPER_DECODING if args.paper else dict(temperature=0.0)
+    answers = continue_prompts(gpt, tokenizer, prompts, args.max_new_tokens, **decoding)
+    asked = [f"{q.question}\n{q.context}" for q in questions]
+    sources = [f"{q.question}\n{q.context}\n{q.target}" for q in questions]
+    rows = [judge("generated", answers, sources),
+            judge("another question's reference", references[1:] + references[:1], sources),
+            judge("reference, against the question alone", references, asked)]
+    print_table(rows)
+
+    gaps = []
+    for true, false in progress(list(zip(references, changed))):
+        if false:
+            nats, _ = text_loss(gpt, true, tokenizer, process)
+            nats_changed, _ = text_loss(gpt, false, tokenizer, process)
+            gaps.append(nats_changed - nats)
+    preferred = fmean(gap > 0 for gap in gaps)
+    taste = dict(texts_with_numbers=len(gaps), true_preferred=preferred,
+                 ci95=finetune.wilson(preferred, len(gaps)), nats_gap=fmean(gaps))
+    print("a true text against itself with one number changed (chance 0.5):")
+    print_table([taste])
+    return dict(numbers=rows, perturbed=taste, answers=answers)
+
+
+def judge(name, answers, sources):
+    """Shares of verdicts over all numbers of answers, each against its own question's source."""
+    numbers = [numbers_in(answer) for answer in answers]
+    verdicts = []
+    for found, source in zip(numbers, sources):
+        known = numbers_in(source)
+        verdicts += [verdict(number, known) for number in found]
+    row = dict(answers=name, n=len(answers), with_numbers=sum(map(bool, numbers)),
+               numbers=len(verdicts))
+    for kind in ("supported", "contradicted", "unsupported"):
+        row[kind] = verdicts.count(kind) / len(verdicts) if verdicts else None
+    return row
 
 
 def numbers_in(text):
-    """[(value, unit or "")] of a text: "1,500 mg" is (1500.0, "mg"), "2 years" (2.0, "year")."""
-    same = {"percent": "%", "mcg": "µg", "ug": "µg", "μg": "µg", "hr": "hour", "min": "minute"}
+    """[(value, unit or "")] of a text.
+
+    "1,500 mg" is (1500.0, "mg"), "2 years" (2.0, "year"). "10^5", "10(5)" and "1 × 10^5" are all
+    (100000.0, "").
+    """
     found = []
-    for value, unit in NUMBER.findall(text):
+    for value, times_ten, power, unit in NUMBER.findall(text.replace("−", "-")):
+        if power and not times_ten:  # the 10 is the power's base
+            value = "1"
+        value = float(value.replace(",", "") + "e" + (power or "0"))
         unit = unit.lower().removesuffix("s")
-        found.append((float(value.replace(",", "")), same.get(unit, unit)))
+        found.append((value, SAME_UNIT.get(unit, unit)))
     return found
 
 
 def verdict(number, known):
-    """supported: known has the value (with its unit, or one side names none); contradicted: known
-    has that unit with other values only; unsupported: neither."""
+    """What the numbers that a source holds say about one.
+
+    supported: the source has its value with its unit, or one of both names no unit.
+    contradicted: the source has its unit, but with other values only. unsupported: neither.
+    """
     value, unit = number
-    if any(v == value and (u == unit or not u or not unit) for v, u in known):
-        return "supported"
-    return "contradicted" if unit and any(u == unit for _, u in known) else "unsupported"
+    for known_value, known_unit in known:
+        if known_value == value and (known_unit == unit or not known_unit or not unit):
+            return "supported"
+    if unit and any(known_unit == unit for _, known_unit in known):
+        return "contradicted"
+    return "unsupported"
 
 
 def perturb(text, seed):
-    """text with one of its numbers replaced by another of as many digits; None without numbers."""
+    """text with one of its numbers replaced by another of as many digits; None without numbers.
+
+    "7 of 40 patients" may become "7 of 93 patients". Decimals stay, as do the digits of p53.
+    """
     places = list(re.finditer(r"(?<![\w.,])\d+(?![\w.,]*\d)", text))
     if not places:
         return None
-    rng = random.Random(seed)
-    place = rng.choice(places)
+    chance = random.Random(seed)
+    place = chance.choice(places)
     other = place[0]
     while other == place[0]:
-        other = rng.choice("123456789") + "".join(rng.choices("0123456789", k=len(place[0]) - 1))
+        first = chance.choice("123456789")
+        other = first + "".join(chance.choices("0123456789", k=len(place[0]) - 1))
     return text[:place.start()] + other + text[place.end():]
 
 
-def audit_row(name, answers, sources):
-    """Counts over all numbers of answers, each judged by its own question's source."""
-    verdicts = [verdict(n, numbers_in(source)) for answer, source in zip(answers, sources)
-                for n in numbers_in(answer)]
-    shares = {k: verdicts.count(k) / len(verdicts) if verdicts else math.nan
-              for k in ("supported", "contradicted", "unsupported")}
-    return dict(answers=name, n=len(answers), with_numbers=sum(map(bool, map(numbers_in, answers))),
-                numbers=len(verdicts), **shares)
-
-
-def audit_numbers(args, env):
-    """Numbers of generated answers against question, context and reference; then the model's taste.
-
-    The second row is the control: answers to other questions, whose agreement is chance. The last
-    table needs no generation: how often a true text is likelier than with one number changed.
-    """
-    questions = load_qa(args.task, args.data, args.split or "test")
-    questions = [q for q in finetune.labeled(questions, args.limit) if q.target]
-    gpt, tokenizer, start = load_for_generation(args.init, env)
-    room = gpt.config.n_positions - args.max_new_tokens - 1
-    if room < 1:
-        raise ValueError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a question: "
-                         f"use less than {gpt.config.n_positions - 1}")
-    prompts = [tokenizer.encode(q.question if start else plain_prompt(q))[-room:] + start
-               for q in questions]
-    outputs = continue_texts(gpt, tokenizer, prompts, env, args.max_new_tokens,
-                             **PAPER_DECODING if args.paper else dict(temperature=0.0))
-    answers = [tokenizer.decode(ids) for ids in outputs]
-    sources = [f"{q.question}\n{q.context}\n{q.target}" for q in questions]
-    references = [q.target for q in questions]
-    contexts = [f"{q.question}\n{q.context}" for q in questions]
-    rows = [audit_row("generated", answers, sources),
-            audit_row("another question's reference", references[1:] + references[:1], sources),
-            audit_row("reference, against the question alone", references, contexts)]
-    table(rows)
-    pairs = [(r, p) for i, r in enumerate(references) if (p := perturb(r, i)) is not None]
-    if not pairs:
-        raise ValueError(f"no reference answer of {args.data} holds a number: nothing to perturb")
-    true, false = (score_text(gpt, texts, tokenizer, env) for texts in zip(*pairs))
-    wins = statistics.fmean(t[0] < f[0] for t, f in zip(true, false))
-    taste = dict(texts_with_numbers=len(pairs), true_preferred=wins,
-                 ci95=finetune.wilson(wins, len(pairs)),
-                 nats_gap=statistics.fmean(f[0] - t[0] for t, f in zip(true, false)))
-    print("a true text against itself with one number changed (chance 0.5):")
-    table([taste])
-    return dict(numbers=rows, perturbed=taste, answers=answers)
-
-
 # ---------------------------------------------------------------------------------------------
-# curves
-
-
-def read_log(run):
-    """Rows of a run's log.jsonl, as dictionaries."""
-    path = Path(run) / "log.jsonl"
-    if not path.exists():
-        raise FileNotFoundError(f"no {path}: give folders that train.py or finetune.py wrote")
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-PANELS = {"loss": "loss (nats a token), validation dashed", "val_bits_per_byte":
-          "validation, bits a byte", "lr": "learning rate", "grad_norm": "gradient norm",
-          "tokens_per_s": "tokens a second", "dev": "fine-tuning: accuracy on dev"}
-
-
-def curves(args, env):
-    """What log.jsonl holds of each run, by step (rows of finetune.py: by epoch), as a PNG.
-
-    Loss compares runs of one tokenizer only, bits a byte any. Needs matplotlib.
-    """
-    logs = {run: read_log(run) for run in args.runs}
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("curves needs: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    panels = {key: title for key, title in PANELS.items()
-              if key == "loss" or any(key in row for rows in logs.values() for row in rows)}
-    figure, axes = pyplot.subplots(math.ceil(len(panels) / 2), 2, figsize=(11, 7), dpi=100,
-                                   layout="constrained", squeeze=False)
-    last = {}
-
-    def draw(ax, rows, key, label, **style):
-        axis = "step" if any("step" in row for row in rows) else "epoch"
-        if axis == "epoch":  # several seeds pass the same epochs
-            style |= dict(marker=".", linestyle="")
-        points = [(row[axis], row[key]) for row in rows if axis in row and key in row]
-        if points:
-            ax.plot(*zip(*points), label=label, **style)
-            if "loss" in key:
-                last[label] = points[-1][1]
-
-    for ax, (key, title) in zip(axes.flat, panels.items()):
-        for i, (run, rows) in enumerate(logs.items()):
-            draw(ax, rows, key, run, color=f"C{i}", linewidth=1)
-            if key == "loss":
-                draw(ax, rows, "val_loss", f"{run}, validation", color=f"C{i}", linestyle="--",
-                     marker="o", markersize=3)
-        ax.set(title=title, xlabel="epoch" if key == "dev" else "step")
-        ax.grid(alpha=0.3)
-    for ax in axes.flat[len(panels):]:
-        ax.axis("off")
-    axes[0, 0].legend(fontsize="small")
-    figure.savefig(args.out, metadata={"Software": None})
-    table([dict(run=run, last_loss=loss) for run, loss in last.items()])
-    return dict(last=last)
-
-
-# ---------------------------------------------------------------------------------------------
-# tokenizer: fragmentation by specialty
+# tokenizer: how do medical words break?
+#
+# BioMedLM's tokenizer learned its merges from PubMed, so it keeps whole many words that GPT-2's
+# cuts. Terms of ten specialties and rare or new ones show where, and how far that goes.
 
 # BioMedLM: the words of the paper's table 3
 TABLE_3 = ["chromatography", "cytotoxicity", "ECG", "GATA", "Immunohistochemistry", "myocardium",
@@ -442,16 +450,15 @@ SPECIALTIES = {name: words.split() for name, words in {
     "oncology": """adenocarcinoma carcinoma lymphoma melanoma metastasis metastatic chemotherapy
         radiotherapy glioblastoma leukemia myeloma sarcoma neuroblastoma mesothelioma angiogenesis
         oncogene neoadjuvant cisplatin tumorigenesis cholangiocarcinoma retinoblastoma""",
-    "cardiology": """myocardial infarction arrhythmia tachycardia bradycardia fibrillation
-        stenosis atherosclerosis cardiomyopathy ischemia thrombosis angioplasty echocardiography
-        hypertension endocarditis pericarditis defibrillator troponin ventricular
-        electrocardiogram stent""",
+    "cardiology": """myocardial infarction arrhythmia tachycardia bradycardia fibrillation stenosis
+        atherosclerosis cardiomyopathy ischemia thrombosis angioplasty echocardiography hypertension
+        endocarditis pericarditis defibrillator troponin ventricular electrocardiogram stent""",
     "genetics": """genome genotype phenotype allele heterozygous homozygous polymorphism mutation
-        chromosome autosomal transcriptome methylation exome haplotype epigenetic microRNA
-        telomere aneuploidy missense penetrance mitochondrial""",
+        chromosome autosomal transcriptome methylation exome haplotype epigenetic microRNA telomere
+        aneuploidy missense penetrance mitochondrial""",
     "neurology": """epilepsy seizure dementia Parkinson Alzheimer neuropathy sclerosis
-        encephalopathy hippocampus cerebellum dopaminergic aphasia ataxia migraine meningitis
-        myelin neurotransmitter neurodegenerative dyskinesia astrocytes polyneuropathy""",
+        encephalopathy hippocampus cerebellum dopaminergic aphasia ataxia migraine meningitis myelin
+        neurotransmitter neurodegenerative dyskinesia astrocytes polyneuropathy""",
     "infectious disease": """tuberculosis malaria hepatitis influenza pneumonia sepsis bacteremia
         antimicrobial staphylococcus streptococcus pseudomonas candidiasis toxoplasmosis
         leishmaniasis dengue cytomegalovirus coronavirus helminth schistosomiasis brucellosis
@@ -476,116 +483,191 @@ SPECIALTIES = {name: words.split() for name, words in {
         fluorodeoxyglucose scintigraphy elastography radiotracer hypodense perfusion voxel
         cholangiopancreatography""",
     "rare and new terms": """onasemnogene elexacaftor nusinersen tisagenlecleucel sotorasib
-        inclisiran semaglutide tirzepatide remdesivir molnupiravir nirmatrelvir lecanemab
-        aducanumab teprotumumab zolgensma alkaptonuria ochronosis fibrodysplasia
-        mucopolysaccharidosis lymphangioleiomyomatosis pseudoxanthoma cystinosis
-        abetalipoproteinemia hidradenitis chikungunya melioidosis naegleria tularemia
-        trichothiodystrophy ehrlichiosis""",
+        inclisiran semaglutide tirzepatide remdesivir molnupiravir nirmatrelvir lecanemab aducanumab
+        teprotumumab zolgensma alkaptonuria ochronosis fibrodysplasia mucopolysaccharidosis
+        lymphangioleiomyomatosis pseudoxanthoma cystinosis abetalipoproteinemia hidradenitis
+        chikungunya melioidosis naegleria tularemia trichothiodystrophy ehrlichiosis""",
 }.items()}
 
+# how often a text has a term: the least count of each band
+BANDS = {"100 or more": 100, "10 to 99": 10, "1 to 9": 1, "never": 0}
 
-def pieces_of(tokenizer, word):
-    """A word's pieces inside a sentence, where a space stands before it (and is not shown)."""
+
+def tokenizer_tables(args):
+    """The tokenizer command: table 3 of the paper, and how the terms of a specialty break.
+
+    With --text also tokens a word and bytes a token there, and how terms break by their frequency.
+    """
+    tokenizers = {name: load_named(name) for name in [args.tokenizer, *args.against]}
+    words = []
+    for word in TABLE_3:
+        pieces = {name: "/".join(pieces_of(word, one)) for name, one in tokenizers.items()}
+        words.append(dict(word=word) | pieces)
+    *ten, _ = SPECIALTIES.values()  # rare and new terms stand last
+    groups = SPECIALTIES | {"the ten together": list(itertools.chain(*ten))}
+    tables = [words, fragmentation(groups, tokenizers)]
+    if args.text:
+        rows, times = read_text(args.text, tokenizers)
+        bands = defaultdict(list)
+        terms = itertools.chain(*SPECIALTIES.values())
+        for term in sorted(terms, key=lambda term: -times[term.lower()]):
+            band = next(name for name, least in BANDS.items() if times[term.lower()] >= least)
+            bands[band].append(term)
+        tables += [rows, fragmentation(bands, tokenizers)]
+    for rows in tables:
+        print_table(rows)
+    return tables
+
+
+def pieces_of(word, tokenizer):
+    """A word's pieces inside a sentence, where a space stands before it (and is not shown).
+
+    GPT-2's of "myocardium": ["my", "ocard", "ium"].
+    """
     pieces = [tokenizer.decode([i]) for i in tokenizer.encode(" " + word)]
-    return [piece for piece in (pieces[0].removeprefix(" "), *pieces[1:]) if piece]
+    pieces[0] = pieces[0].removeprefix(" ")
+    return list(filter(None, pieces))
 
 
-def markdown(header, rows):
-    print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
-    for row in rows:
-        print("| " + " | ".join(map(str, row)) + " |")
-
-
-def fragmentation_rows(groups, tokenizers):
-    """[group, terms, then whole, one or two pieces, mean pieces of each tokenizer] a group."""
-    for group, words in filter(lambda item: item[1], groups.items()):
-        row = [group, len(words)]
-        for tokenizer in tokenizers.values():
-            lengths = [len(pieces_of(tokenizer, word)) for word in words]
-            whole, two = (sum(n <= most for n in lengths) / len(words) for most in (1, 2))
-            row += [f"{whole:.0%}", f"{two:.0%}", f"{sum(lengths) / len(words):.2f}"]
-        yield row
+def fragmentation(groups, tokenizers):
+    """A row a group of words. Of each tokenizer: share of words kept whole, in at most two pieces,
+    and the mean number of pieces."""
+    rows = []
+    for group, words in groups.items():
+        row = dict(group=group, terms=len(words))
+        for name, tokenizer in tokenizers.items():
+            lengths = [len(pieces_of(word, tokenizer)) for word in words]
+            whole = fmean(n == 1 for n in lengths)
+            two = fmean(n <= 2 for n in lengths)
+            row[f"{name}: whole, ≤ 2, pieces"] = f"{whole:.0%}, {two:.0%}, {fmean(lengths):.2f}"
+        rows.append(row)
+    return rows
 
 
 def read_text(path, tokenizers):
-    """Words, bytes, {name: tokens} and the count of each listed term in the text at path."""
-    listed = {word.lower() for words in SPECIALTIES.values() for word in words}
-    n_words, n_bytes, tokens, seen = 0, 0, Counter(), Counter()
-    for block in read_blocks(input_files([path]), progress=True):
-        text = block_text(*block)
-        words = text.split()
-        n_words, n_bytes = n_words + len(words), n_bytes + len(text.encode())
-        seen.update(w for w in (word.lower().strip(".,;:()[]\"'") for word in words) if w in listed)
+    """(a row a tokenizer: tokens a word and bytes a token of the text, Counter of its words)."""
+    times = Counter()
+    n_tokens = Counter()
+    n_bytes = 0
+    for _, text in progress(read_documents(path)):
+        text += "\n"  # as when a tokenizer is trained
+        times.update(word.lower().strip(".,;:()[]\"'") for word in text.split())
+        n_bytes += len(text.encode())
         for name, tokenizer in tokenizers.items():
-            tokens[name] += len(tokenizer.encode(text))
-    return n_words, n_bytes, tokens, seen
-
-
-def fragmentation(args, _env):
-    """Print table 3 of the paper, how the listed terms break, and, with --text, tokens per word and
-    bytes per token there, and how terms break by how often the text has them."""
-    names = filter(None, (args.tokenizer, args.against))
-    tokenizers = {name.rstrip("/").split("/")[-1]: load_named(name) for name in names}
-    markdown(["word", *tokenizers],
-             ([word, *("/".join(pieces_of(one, word)) for one in tokenizers.values())]
-              for word in TABLE_3))
-    columns = [f"{name}: {head}" for name in tokenizers for head in ("whole", "≤ 2", "pieces")]
-    ten = [word for name, words in SPECIALTIES.items() if "rare" not in name for word in words]
-    groups = SPECIALTIES | {"the ten together": ten}
-    markdown(["specialty", "terms", *columns], fragmentation_rows(groups, tokenizers))
-    if not args.text:
-        return
-    n_words, n_bytes, tokens, seen = read_text(args.text, tokenizers)
-    markdown(["tokenizer", "words", "tokens", "tokens per word", "bytes per token"],
-             ([name, f"{n_words:,}", f"{tokens[name]:,}", f"{tokens[name] / n_words:.3f}",
-               f"{n_bytes / tokens[name]:.3f}"] for name in tokenizers))
-    groups = {}
-    for least, most, name in ((100, 1e9, "100 or more"), (10, 99, "10 to 99"), (1, 9, "1 to 9"),
-                              (0, 0, "never")):
-        groups[name] = [word for words in SPECIALTIES.values() for word in words
-                        if least <= seen[word.lower()] <= most]
-    markdown(["times in the text", "terms", *columns], fragmentation_rows(groups, tokenizers))
+            n_tokens[name] += len(tokenizer.encode(text))
+    n_words = times.total()
+    rows = []
+    for name, count in n_tokens.items():
+        rows.append({"tokenizer": name, "words": n_words, "tokens": count,
+                     "tokens per word": count / n_words, "bytes per token": n_bytes / count})
+    return rows, times
 
 
 # ---------------------------------------------------------------------------------------------
-# the command line
+# curves: pictures of training
+
+# what a row of log.jsonl may hold, and its title
+PANELS = {"loss": "training loss, nats a token", "val_loss": "validation loss, nats a token",
+          "val_bits_per_byte": "validation, bits a byte", "lr": "learning rate",
+          "grad_norm": "gradient norm", "tokens_per_s": "tokens a second",
+          "dev": "fine-tuning: accuracy on dev"}
+
+
+def curves(args):
+    """The curves command: what the runs' log.jsonl hold, as a picture, and their last values.
+
+    Runs of unlike tokenizers compare by bits a byte only. Needs matplotlib.
+    """
+    logs = {}
+    for run in args.runs:
+        logs[run] = [row for _, row in json_lines(Path(run) / "log.jsonl")]
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("curves needs: pip install matplotlib") from None
+    logged = set().union(*itertools.chain(*logs.values()))  # the names in any row
+    panels = [name for name in PANELS if name in logged]
+    height = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(11, 3 * height), dpi=100, layout="constrained")
+    axes = figure.subplots(height, 2, squeeze=False)
+    last = [dict(run=run) for run in logs]
+    for name, ax in zip(panels, axes.flat):
+        ax.set_title(PANELS[name])
+        ax.grid(alpha=0.3)
+        for row in last:
+            row[name] = draw(ax, logs[row["run"]], name, row["run"])
+    axes[0, 0].legend(fontsize="small")
+    figure.savefig(args.out)
+    print_table(last)
+    return dict(last=last)
+
+
+def draw(ax, rows, name, run):
+    """Draw one value of a log by step, or by epoch of finetune.py; returns the last, or None."""
+    by_epoch = any("epoch" in row for row in rows)
+    axis = "epoch" if by_epoch else "step"
+    rows = [row for row in rows if axis in row and name in row]
+    values = [row[name] for row in rows]
+    # Several seeds pass the same epochs, so no line joins those points.
+    ax.plot([row[axis] for row in rows], values, "." if by_epoch else ".-", markersize=3, label=run)
+    return values[-1] if values else None
+
+
+# ---------------------------------------------------------------------------------------------
+# the command line: each command's flags, and the function that runs it
+
+
+def new_file(text):
+    """A file to write, for argparse: refused before the work if its folder is missing."""
+    folder = Path(text).parent
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {folder}: make it first")
+    return Path(text)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     positive = finetune.positive
 
-    def command(name, text, init="run or Hugging Face GPT-2 folder"):
-        p = commands.add_parser(name, help=text, description=text)
-        p.add_argument("--json", metavar="FILE", help="also write the result here (default: none)")
-        if init:
-            p.add_argument("--init", required=True, metavar="DIR", help=init)
-            p.add_argument("--device", help="cpu, cuda, … (default: cuda where there is one)")
-            p.add_argument("--dtype", choices=["float32", "bfloat16"],
-                           help="(default: bfloat16 on cuda, float32 on a CPU)")
-        return p.add_argument
+    def command(name, function, sentence):
+        p = commands.add_parser(name, help=sentence, description=sentence)
+        p.set_defaults(command=function)
+        add = p.add_argument
+        add("--json", type=new_file, help="write the result here (default: none)")
+        return add
 
-    def questions(add, tasks):
-        add("--task", choices=tasks, required=len(tasks) > 2, default="text", help="which set")
-        add("--data", required=True, metavar="DIR", help="folder with the official files")
-        add("--split", choices=["train", "dev", "val", "test"], help="(default: test, else dev)")
+    def add_model(add):
+        add("--init", required=True,
+            help="run of train.py or finetune.py, or Hugging Face GPT-2 folder")
+        add("--device", help="cpu, cuda, … (default: cuda where there is one)")
+        add("--dtype", choices=["float32", "bfloat16"],
+            help="(default: bfloat16 on cuda, float32 on a CPU)")
+
+    def add_questions(add):
+        add("--data", required=True, help="folder with the official files")
+        add("--split", default="test",
+            help="train, dev or test; mmlu: dev, val or test (default: test)")
         add("--limit", type=positive, help="N questions, evenly over the split (default: all)")
 
-    add = command("perplexity", "nats a token and bits a byte")
-    add("--data", required=True, metavar="DIR_OR_TEXT",
+    add = command("perplexity", perplexity, "nats a token and bits a byte")
+    add_model(add)
+    add("--data", required=True,
         help="folder of arrays (its val.bin), or a text file or folder: each document on its own")
     add("--limit", type=positive, help="only the first N documents of text (default: all)")
-    add = command("qa", "accuracy on a question set", "folder of finetune.py; --zero_shot: any")
-    questions(add, sorted(set(finetune.KINDS) - {"text"}))
-    add("--zero_shot", action="store_true", help="score options by likelihood (default: off)")
-    add("--predictions", metavar="FILE", help="also write a JSON line a question (default: none)")
-    add = command("numbers", "audit of made-up numbers in generated answers")
-    questions(add, ["text", "pubmedqa"])
-    add("--max_new_tokens", type=positive, default=128, help="of an answer at most (default: 128)")
-    add("--paper", action="store_true", help="BioMedLM's beams (default: greedy)")
-    add = command("generate", "continue a text")
+
+    add = command("qa", answer_questions, "accuracy on a question set")
+    add_model(add)
+    add("--task", required=True, choices=[name for name in TASKS if name != "text"],
+        help="which set")
+    add_questions(add)
+    add("--zero_shot", action="store_true",
+        help="score options by likelihood, without a fine-tuned head (default: off)")
+    add("--predictions", type=new_file,
+        help="also write a JSON line a question (default: none)")
+
+    add = command("generate", generate, "continue a text")
+    add_model(add)
     add("--prompt", required=True, nargs="+", help="one or several texts")
     add("--max_new_tokens", type=positive, default=64, help="tokens to add at most (default: 64)")
     add("--temperature", type=float, default=0.8, help="0 = greedy (default: 0.8)")
@@ -596,30 +678,32 @@ def parse_args():
     add("--seed", type=int, default=1, help="of sampling (default: 1)")
     add("--paper", action="store_true",
         help="BioMedLM's decoding: 5 beams, no repeated 6-gram, length penalty -0.5 (default: off)")
-    add = command("curves", "loss, rate, gradient norm and speed of runs as a picture", init=None)
+
+    add = command("numbers", audit_numbers, "audit of made-up numbers in generated answers")
+    add_model(add)
+    add("--task", choices=["text", "pubmedqa"], default="text", help="which set (default: text)")
+    add_questions(add)
+    add("--max_new_tokens", type=positive, default=128, help="of an answer at most (default: 128)")
+    add("--paper", action="store_true", help="BioMedLM's beams (default: greedy)")
+
+    add = command("tokenizer", tokenizer_tables, "how biomedical words break")
+    add("--tokenizer", required=True, help="folder of a tokenizer, or gpt2")
+    add("--against", nargs="+", default=[], help="folders of others, or gpt2 (default: none)")
+    add("--text", help="file or folder of text to measure on (default: none)")
+
+    add = command("curves", curves, "loss, rate, gradient norm and speed of runs as a picture")
     add("runs", nargs="+", metavar="RUN", help="folders with log.jsonl")
-    add("--out", default="curves.png", help="picture to write (default: curves.png)")
-    add = command("tokenizer", "how biomedical words break, as Markdown tables", init=None)
-    add("--tokenizer", required=True, metavar="DIR", help="folder of a tokenizer, or gpt2")
-    add("--against", metavar="DIR", help="folder of a second one, or gpt2 (default: none)")
-    add("--text", metavar="PATH", help="file or folder of text to measure on (default: none)")
+    add("--out", type=new_file, default="curves.png",
+        help="picture to write (default: curves.png)")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    env = finetune.Env(getattr(args, "device", None), getattr(args, "dtype", None))
-    commands = dict(perplexity=perplexity, qa=answer_questions, numbers=audit_numbers,
-                    generate=generate, curves=curves, tokenizer=fragmentation)
-    result = commands[args.command](args, env)
+    result = args.command(args)
     if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1))
+        args.json.write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:  # a user's mistake: one line with its mend, no traceback
-        sys.exit(f"eval.py: error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)
