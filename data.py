@@ -831,9 +831,11 @@ def read_documents(path):
 # reviews, figures but not their captions.
 
 CONTAINERS = ("PubmedArticleSet", "PubmedBookArticleSet", "articles", "pmc-articleset")
+CHUNK = MIB // 16
 RECORD_LIMIT = 32 * MIB  # of XML between the ends of two records: several times any article
 OUTPUT_BYTES = 16 * MIB  # small files are gathered until they are this large together
 ENTITIES = {name[:-1]: text for name, text in html.entities.html5.items() if name.endswith(";")}
+NAMED = re.compile(rb"&(?!#|amp;|lt;|gt;|quot;|apos;)")  # an entity that XML itself lacks
 SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
 
 
@@ -848,19 +850,20 @@ def xml_records(path):
     builder = ET.TreeBuilder()
     top = builder.start("top", {})  # above the root, so that finished records can be taken away
     parser = ET.XMLParser(target=builder)  # a plain TreeBuilder: no Python call per element
-    parser.entity.update(ENTITIES)
     pending = 0
     try:
         with open_input(path) as f:
-            chunk = f.read(MIB)
+            chunk = f.read(CHUNK)
             # Entities are declared before the root. NUL: in UTF-16 the word would look different.
             if b"<!ENTITY" in chunk or b"\0" in chunk:
                 raise ValueError(f"{path} declares an entity: refused, it could grow endlessly")
             while chunk:
+                if NAMED.search(chunk):  # few files have any, and it costs as much as small files
+                    parser.entity.update(ENTITIES)
                 parser.feed(chunk)
                 pending += len(chunk)
                 if len(top) == 0:
-                    raise ValueError(f"{path}: no XML element in its first MiB: not an article")
+                    raise ValueError(f"{path}: no XML element in its first 64 KiB: no article")
                 if local(top[0]) in CONTAINERS and len(top[0]) > 1:
                     yield from top[0][:-1]  # the last one may still be open
                     del top[0][:-1]
@@ -868,7 +871,7 @@ def xml_records(path):
                 if pending > RECORD_LIMIT:
                     raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
                                      "article: remove the file or raise RECORD_LIMIT")
-                chunk = f.read(MIB // 16)
+                chunk = f.read(CHUNK)
             parser.close()
     except ET.ParseError as e:
         raise ValueError(f"{path}: malformed XML ({e}): download it again") from None
@@ -1176,21 +1179,35 @@ def plan_outputs(inputs, out):
         given = given.resolve()
         if not given.exists():
             raise FileNotFoundError(f"{given} does not exist: give files or folders")
-        found = [given] if given.is_file() else given.rglob("*")
-        found = {p for p in found if p.is_file() and SUFFIX.search(p.name) and out not in p.parents}
+        found = list(source_files(given, out))
         if not found:
             raise ValueError(f"nothing to extract in {given}: .xml, .nxml, .jsonl, .json, .txt, "
                              "plain or .gz, are read (unpack .zst and .tar first)")
         folder, size = None, 0
-        for path in sorted(found - planned, key=lambda p: (natural(p.parent), natural(p))):
-            size += path.stat().st_size
+        for path in found:
+            if path in planned:
+                continue
+            planned.add(path)
+            n_bytes = path.stat().st_size
+            size += n_bytes
             if path.parent != folder or size > OUTPUT_BYTES:
-                folder, size = path.parent, path.stat().st_size
+                folder, size = path.parent, n_bytes
                 name = "-".join(path.relative_to(given).parts) or path.name
                 files = plan[free_name(out, SUFFIX.sub("", name), plan)] = []
             files.append(path)
-        planned |= found
     return plan
+
+
+def source_files(given, out):
+    """The file, or the files in the folder, folder by folder in natural order; `out` left out."""
+    if given.is_file() and SUFFIX.search(given.name):
+        yield given
+    for folder, folders, names in os.walk(given):
+        folders.sort(key=natural)
+        if Path(folder) != out:
+            for name in sorted(names, key=natural):
+                if SUFFIX.search(name):
+                    yield Path(folder, name)
 
 
 def free_name(out, stem, plan):
@@ -1215,7 +1232,8 @@ def remove_changed(plan, out, options):
         raise ValueError(f"{out} was extracted with other options ({journal}): use another --out")
     old, new, given = made["outputs"], {}, set()
     for output, paths in plan.items():
-        state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        stats = [(path.name, path.stat()) for path in paths]
+        state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         new[output.name] = [str(paths[0]), f"{hash64(str(state)):016x}"]
         given.update(map(str, paths))
     for name, (first, _) in old.items():
