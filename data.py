@@ -787,12 +787,19 @@ def hash_file(path, name="sha256"):
 
 # ---------------------------------------------------------------------------------------------
 # extract: PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz
+#
+# Every record is passed on in its order, as {"id", "text"}, or {"id", "deleted": true} where it has
+# an id and no text to keep: so a later record that is dropped takes an earlier one's text along.
+# tokenize keeps the last record of each id. Of an article's pages these are left out: references,
+# superscript citations, footnotes, keywords, acknowledgements, appendices, supplements, peer
+# reviews, figures but not their captions.
 
-CONTAINERS = {"PubmedArticleSet", "PubmedBookArticleSet", "articles", "pmc-articleset"}
+CONTAINERS = ("PubmedArticleSet", "PubmedBookArticleSet", "articles", "pmc-articleset")
+CHUNK = MIB // 16
 RECORD_LIMIT = 32 * MIB  # of XML between the ends of two records: several times any article
+OUTPUT_BYTES = 16 * MIB  # small files are gathered until they are this large together
 ENTITIES = {name[:-1]: text for name, text in html.entities.html5.items() if name.endswith(";")}
-PILE_SETS = ("PubMed Abstracts", "PubMed Central")
-NOTICES = {"correction", "retraction", "partial-retraction", "expression-of-concern"}
+NAMED = re.compile(rb"&(?!#|amp;|lt;|gt;|quot;|apos;)")  # an entity that XML itself lacks
 SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
 
 
@@ -807,290 +814,425 @@ def xml_records(path):
     builder = ET.TreeBuilder()
     top = builder.start("top", {})  # above the root, so that finished records can be taken away
     parser = ET.XMLParser(target=builder)  # a plain TreeBuilder: no Python call per element
-    parser.entity.update(ENTITIES)
     pending = 0
     try:
         with open_input(path) as f:
-            check_prolog(chunk := f.read(MIB), path)
+            chunk = f.read(CHUNK)
+            # Entities are declared before the root. NUL: in UTF-16 the word would look different.
+            if b"<!ENTITY" in chunk or b"\0" in chunk:
+                raise ValueError(f"{path} declares an entity: refused, it could grow endlessly")
             while chunk:
+                if NAMED.search(chunk):  # few files have any, and it costs as much as small files
+                    parser.entity.update(ENTITIES)
                 parser.feed(chunk)
                 pending += len(chunk)
-                if len(top) and local(top[0]) in CONTAINERS and len(top[0]) > 1:
+                if len(top) == 0:
+                    raise ValueError(f"{path}: no XML element in its first 64 KiB: no article")
+                if local(top[0]) in CONTAINERS and len(top[0]) > 1:
                     yield from top[0][:-1]  # the last one may still be open
                     del top[0][:-1]
                     pending = 0
                 if pending > RECORD_LIMIT:
                     raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
                                      "article: remove the file or raise RECORD_LIMIT")
-                chunk = f.read(MIB // 16)
+                chunk = f.read(CHUNK)
             parser.close()
-    except (ET.ParseError, expat.ExpatError) as e:
+    except ET.ParseError as e:
         raise ValueError(f"{path}: malformed XML ({e}): download it again") from None
     yield from top[0] if local(top[0]) in CONTAINERS else top
 
 
-def check_prolog(head, path):
-    """Refuse entity declarations. XML allows them in the DOCTYPE only, before the root's start."""
-    roots = []
-
-    def refuse(name, *_):
-        raise ValueError(f"{path} declares an entity ({name}): refused, it could grow endlessly")
-
-    guard = expat.ParserCreate()
-    guard.EntityDeclHandler = refuse
-    guard.StartElementHandler = lambda tag, _: roots or roots.append(tag)
-    guard.Parse(head)
-    if not roots:
-        raise ValueError(f"{path}: no XML element in its first MiB: not an article file")
-
-
 def local(element):
+    """An element's name without its namespace."""
     return element.tag.rpartition("}")[2]
 
 
 def full_text(element):
-    """All text of an element, inline tags included, whitespace normalised; "" for None."""
-    return "" if element is None else " ".join("".join(element.itertext()).split())
+    """All text of an element, inline tags included, whitespace normalised."""
+    return " ".join("".join(element.itertext()).split())
 
 
-def pubmed_document(record, options):
-    """(id, text or None, why it was dropped or None) of a PubmedArticle or PubmedBookArticle.
-
-    The text is title + "\\n" + abstract without section labels, as The Pile has it.
-    """
-    citation = record.find("MedlineCitation")
-    book = record.find("BookDocument")
-    article = book if citation is None else citation.find("Article")
-    ident = (book if citation is None else citation).findtext("PMID").strip()
-    if options["languages"] and not any(e.text in options["languages"]
-                                        for e in article.findall("Language")):
-        return ident, None, "another language"
-    # not the references' ids, which lie deeper
-    ids = record.findall("PubmedData/ArticleIdList/ArticleId") if options["skip_pmc"] else ()
-    if any(e.get("IdType") == "pmc" for e in ids):
-        return ident, None, "in PMC"
-    parts = []
-    for part in article.findall("Abstract/AbstractText"):
-        if body := full_text(part):
-            label = part.get("Label") if options["labels"] else None
-            parts.append(f"{label}: {body}" if label else body)
-    if not parts:
-        return ident, None, "no abstract"
-    return ident, f"{full_text(article.find('ArticleTitle'))}\n{' '.join(parts)}".strip(), None
+# Marks that no XML text can hold. LINE ends a line, LABEL joins a label to the line that follows,
+# CELL ends a cell of a table, CITATION stands where a superscript citation was, OPEN and CLOSE are
+# brackets that go again around a single symbol.
+LINE, LABEL, CELL, CITATION, OPEN, CLOSE = "\1\2\3\4\5\6"
+SCRIPT = OPEN + "*" + CLOSE
+DROPPED = set("""ref-list graphic inline-graphic media supplementary-material fn fn-group object-id
+    permissions attrib alt-text long-desc annotation related-article""".split())
+BLOCKS = """title subtitle article-title p sec abstract list list-item disp-formula disp-quote
+    boxed-text caption fig table-wrap tr def-item statement verse-line speech""".split()
+# What stands around an element's children (*): before the first, between them, after the last.
+LAYOUT = dict.fromkeys(BLOCKS, LINE + "*" + LINE) | {
+    "label": "*" + LABEL, "term": "*: " + LABEL, "break": " *", "td": "*" + CELL, "th": "*" + CELL,
+    # MathML
+    "mfrac": "(*)/(*)", "msqrt": "sqrt(*)", "mroot": "(*)^(1/*)", "msup": "*^" + SCRIPT,
+    "msub": "*_" + SCRIPT, "munder": "*_" + SCRIPT, "msubsup": "*_" + SCRIPT + "^" + SCRIPT,
+    "munderover": "*_" + SCRIPT + "^" + SCRIPT, "mtd": "* ",
+}
+# Where an element and the character before it would be read as one number, and what parts them.
+JOINTS = {"sup": (r"\d\d|[\w)\]][+−–-]\d", "^"), "sub": (r"\d\d", "_"), "xref": (r"\d\d", ", ")}
 
 
-JATS_DROPPED = {"ref-list", "graphic", "inline-graphic", "media", "supplementary-material", "fn",
-                "object-id", "fn-group", "table-wrap-foot", "permissions", "attrib", "alt-text",
-                "long-desc", "annotation", "related-article"}
-JATS_BLOCKS = {"title", "subtitle", "article-title", "p", "sec", "abstract", "list", "list-item",
-               "disp-formula", "disp-quote", "boxed-text", "caption", "fig", "table-wrap", "tr",
-               "def-item", "statement", "verse-line", "speech"}
-AFTER = {"label": "\0", "td": " | ", "th": " | ", "term": ": ", **dict.fromkeys(JATS_BLOCKS, "\n")}
+def flatten(*elements):
+    """Text of elements in reading order, a line per block (heading, paragraph, caption, row ...).
 
-
-def jats_text(*elements):
-    """Text in reading order, a line per block (heading, paragraph, list item, caption, table row).
-
-    Kept: captions; tables as "cell | cell"; formulas as their TeX or the letters of their MathML.
-    Dropped: references, superscript citations (those in brackets stay), footnotes, supplements.
+    Tables are "cell | cell", with their notes; formulas are TeX, or (a)/(b), x^2, x_i, sqrt(x).
+    Numbers are never joined: 10<sup>5</sup> is "10^5", L<sup>-1</sup> "L^-1", two <xref> in a row
+    "15, 16"; m2, Ca2+, H2O stay as they are. ValueError for elements nested too deeply.
     """
     pieces = []
+    try:
+        for element in elements:
+            walk(element, pieces)
+    except RecursionError:
+        raise ValueError("elements nested too deeply for an article") from None
+    text = re.sub(f"{CITATION}([,;–-]?{CITATION})*", "", "".join(pieces))  # the commas between too
+    text = re.sub(f"{LABEL}[\\s{LINE}]*", " ", text)
+    text = re.sub(rf"{OPEN}([+−–-]?\s*[\d.,]+|[^\W\d]*|[^{OPEN}]){CLOSE}", r"\1", text)
+    text = text.replace(OPEN, "(").replace(CLOSE, ")")
+    text = re.sub(r"\^\s*[−–]\s*(?=\d)", "^-", text)  # one minus sign for all powers
+    return "\n".join(filter(None, map(tidy, text.split(LINE))))
 
-    def walk(e):
-        tag, children = local(e), list(e)
-        if tag in JATS_DROPPED or e.get("ref-type", "").endswith("fn") or \
-                e.get("sec-type") == "supplementary-material":
-            return
-        if tag in ("sup", "xref") and is_superscript_citation(e, tag, "".join(pieces[-6:])[-2:]):
-            pieces.append("\1")
-            return
-        if tag == "tex-math":  # the formula without LaTeX's preamble
-            text = re.sub(r"(?s).*\\begin\{document\}|\\end\{document\}.*", "", e.text or "")
-            pieces.append(" ".join(text.split()))
-            return
-        if tag == "alternatives":  # one formula or table, several times over
-            ranks = ["tex-math", "math", "table"]
-            ranked = sorted((ranks.index(local(c)), i) for i, c in enumerate(e)
-                            if local(c) in ranks)
-            children = [e[i] for _, i in ranked[:1]]
-        pieces.append("\n" if tag in JATS_BLOCKS else " " if tag == "break" else "")
-        pieces.append(re.sub(r"\s+", " ", e.text or ""))
-        for child in children:
-            walk(child)
-            pieces.append(re.sub(r"\s+", " ", child.tail or ""))
-        pieces.append(AFTER.get(tag, ""))
 
-    for element in elements:
-        walk(element)
-    # \1: a citation dropped, with the commas between; \0 ends a label: "Table 1" joins its caption
-    text = re.sub(r"\0\s*", " ", re.sub("\1(?:[,;–-]?\1)*", "", "".join(pieces)))
-    lines = (" ".join(line.split()).strip("| ") for line in text.split("\n"))
-    return "\n".join(line for line in lines if line)
+def walk(e, pieces):
+    """Append an element's text and marks to pieces, none of which is empty."""
+    tag = local(e)
+    ref_type = e.get("ref-type", "")
+    if tag in DROPPED or ref_type.endswith("fn") or e.get("sec-type") == "supplementary-material":
+        return
+    start = len(pieces)
+    before = "".join([" ", *pieces[-2:]])[-2:]
+    if tag in JOINTS and is_superscript_citation(e, tag, before):
+        pieces.append(CITATION)
+        return
+    layout = LAYOUT.get(tag, "*")
+    if tag == "mfenced":
+        layout = e.get("open", "(") + "*,*" + e.get("close", ")")
+    elif tag == "tex-math":  # the formula without LaTeX's preamble
+        e.text = re.sub(r"(?s).*\\begin\{document\}|\\end\{document\}.*", "", e.text or "")
+    first, *between, last = layout.split("*")
+    pieces += filter(None, [first, e.text])
+    for i, child in enumerate(shown(e, tag)):
+        if i and between:
+            pieces.append(between[min(i, len(between)) - 1])
+        walk(child, pieces)
+        pieces += filter(None, [child.tail])
+    pieces += filter(None, [last])
+    if tag in JOINTS:
+        pattern, mark = JOINTS[tag]
+        text = "".join(pieces[start:]).lstrip()
+        if re.match(pattern, before[-1] + text):
+            pieces[start:] = [mark + text]
+    elif tag in ("td", "th"):  # a cell's paragraphs stay in its row
+        pieces[start:] = ["".join(pieces[start:]).replace(LINE, " ")]
+
+
+def shown(e, tag):
+    """The children to read. Those of <alternatives> are one thing several times over."""
+    if tag == "table-wrap-foot":
+        for note in e.iter("fn"):
+            note.tag = "p"  # it explains the table, unlike other footnotes
+    if tag != "alternatives":
+        return e
+    for kind in ("tex-math", "math", "table"):
+        found = [child for child in e if local(child) == kind]
+        if found:
+            return found  # a table may come in several panels
+    return []
 
 
 def is_superscript_citation(e, tag, before):
     """<sup><xref>1</xref></sup>, <xref><sup>1</sup></xref>, or a number glued to the word."""
     if tag == "sup":
-        return bool(len(e)) and all(x.get("ref-type") == "bibr" for x in e)
-    glued = re.search("[a-z.)\\]”’%][,;]?$|\1[,;–-]?$", before, re.IGNORECASE)
+        return len(e) > 0 and all(x.get("ref-type") == "bibr" for x in e)
+    if e.get("ref-type") != "bibr":
+        return False
+    glued = re.search(rf"[a-z.)\]”’%][,;]?\Z|{CITATION}[,;–-]?\Z", before, re.IGNORECASE)
     number = re.fullmatch(r"[\d,;–-]+", full_text(e))
-    return e.get("ref-type") == "bibr" and bool(e.find("sup") is not None or glued and number)
+    return e.find("sup") is not None or bool(glued and number)
 
 
-def jats_document(article, name):
-    """(id or None, text or None, why it was dropped or None) of a JATS article."""
+def tidy(line):
+    """A line, whitespace normalised; of a table's row, the empty cells at the end are left out."""
+    cells = line.split(CELL)
+    while cells and not cells[-1].strip():
+        cells.pop()
+    return " ".join(" | ".join(cells).split())
+
+
+# Each reader gives [(id or None, text or None, why there is no text or None)] of a record.
+
+OLDER = "older version"
+
+
+def pubmed_documents(record, options):
+    """Of a PubmedArticle or PubmedBookArticle: its document and a deletion of each older version.
+
+    The text is title + "\n" + abstract without section labels, as The Pile has it.
+    """
+    citation = record.find("MedlineCitation")
+    if citation is None:
+        citation = article = record.find("BookDocument")
+    else:
+        article = citation.find("Article")
+    *older, ident = versions(citation.find("PMID"))
+    languages = [e.text for e in article.findall("Language")]
+    ids = record.findall("PubmedData/ArticleIdList/ArticleId")  # the references' ids lie deeper
+    abstract = pubmed_abstract(article, options["labels"])
+    text = reason = None
+    if options["languages"] and not set(languages) & set(options["languages"]):
+        reason = "another language"
+    elif options["skip_pmc"] and any(e.get("IdType") == "pmc" for e in ids):
+        reason = "in PMC"
+    elif abstract:
+        text = f"{pubmed_text(article.find('ArticleTitle'))}\n{abstract}".strip()
+    else:
+        reason = "no abstract"
+    return [(ident, text, reason), *((old, None, OLDER) for old in older)]
+
+
+def versions(pmid):
+    """Ids of a <PMID>'s versions up to its own: the bare PMID, then "123.2", "123.3" ..."""
+    number = int(pmid.get("Version", 1))
+    if not 1 <= number < 100:
+        raise ValueError(f"version {number} of a PMID")
+    first = pmid.text.strip()
+    return [first, *(f"{first}.{i}" for i in range(2, number + 1))]
+
+
+def pubmed_abstract(article, labels):
+    """The sections of an abstract in one line; "" if there is none."""
+    sections = []
+    for section in article.findall("Abstract/AbstractText"):
+        text = pubmed_text(section)
+        if labels and text and section.get("Label"):
+            text = f"{section.get('Label')}: {text}"
+        sections.append(text)
+    return " ".join(filter(None, sections))
+
+
+def pubmed_text(element):
+    """Text in one line of a title or a section; "" for None."""
+    if element is None:
+        return ""
+    if len(element):
+        return flatten(element).replace("\n", " ")
+    return " ".join((element.text or "").split())  # the same, faster: few have inline tags
+
+
+def jats_documents(article, path):
+    """Title, abstracts, body, floats and glossary of a JATS article."""
     for e in article.iter():
         e.tag = local(e)
-    meta = article.find("front/article-meta")
-    meta = ET.Element("article-meta") if meta is None else meta
-    ids = {e.get("pub-id-type"): (e.text or "").strip() for e in meta.findall("article-id")}
+    meta = "front/article-meta/"
+    ids = {e.get("pub-id-type"): (e.text or "").strip() for e in article.findall(meta + "article-id")}
     pmc = (ids.get("pmcid") or ids.get("pmc") or "").upper().removeprefix("PMC").split(".")[0]
-    ident = f"PMC{pmc}" if pmc else ids.get("pmid") or name
-    if article.get("article-type") in NOTICES:
-        return ident, None, "correction or retraction"
-    main = [a for a in meta.findall("abstract")
-            if a.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
+    name = re.match(r"PMC\d+", path.name)  # PMC123.1.xml
+    ident = f"PMC{pmc}" if pmc else ids.get("pmid") or name and name[0]
+    if article.get("article-type") in (
+            "correction", "retraction", "partial-retraction", "expression-of-concern"):
+        return [(ident, None, "correction or retraction")]
+    main = [e for e in article.findall(meta + "abstract")
+            if e.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
     main += article.findall("body")
-    if not any(full_text(e) for e in main):
-        return ident, None, "no abstract and no body"
-    title, floats = meta.findall("title-group/article-title"), article.findall("floats-group")
-    return ident, jats_text(*title, *main, *floats), None
+    if not any(map(full_text, main)):
+        return [(ident, None, "no abstract and no body")]
+    title = article.findall(meta + "title-group/article-title")
+    end = article.findall("floats-group") + article.findall("back/glossary")
+    return [(ident, flatten(*title, *main, *end), None)]
 
 
-def json_document(record, where):
+def json_documents(record):
     """Of {"text"}, {"title", "abstract"}, or The Pile's lines by their meta.pile_set_name."""
-    pile, ident = (record.get("meta") or {}).get("pile_set_name"), str(record.get("id") or "")
-    if pile and pile not in PILE_SETS:
-        return ident, None, "another part of The Pile"
-    if record.get("deleted"):
-        return ident, None, "deleted"
+    ident = str(record.get("id") or "") or None
     text = record.get("text")
-    if text is None and "title" in record:
-        if not record.get("abstract"):
-            return ident, None, "no abstract"
+    pile = (record.get("meta") or {}).get("pile_set_name", "PubMed Central")
+    if pile not in ("PubMed Abstracts", "PubMed Central"):
+        return [(ident, None, "another part of The Pile")]
+    if record.get("deleted"):
+        return [(ident, None, "deleted")]
+    if text is None and not record.get("abstract"):
+        return [(ident, None, "no abstract")]
+    if text is None:
         text = f"{record['title'].strip()}\n{record['abstract'].strip()}"
-    if not isinstance(text, str):
-        raise ValueError(f'{where} has neither "text" nor "title" and "abstract"')
-    return ident, text.strip(), None
+    return [(ident, text.strip(), None)]
 
 
-def documents(path, options):
-    """(id or None, text or None, why it was dropped, "deleted" or None) of each record of a file.
+def source_records(path):
+    """(number, record) of a file: XML elements, JSON objects by line, or a .txt's (id, text)."""
+    kind = SUFFIX.search(path.name)[1]
+    if kind in ("json", "jsonl"):
+        return json_lines(path)
+    return enumerate(read_records(path) if kind == "txt" else xml_records(path), 1)
 
-    Where an article has no id, the name of its file may tell: PMC123.1.xml.
-    """
-    stem, kind, *_ = SUFFIX.split(path.name)
-    name = re.fullmatch(r"(PMC\d+)(\.\d+)?", stem)
-    name = name and name[1]
-    if kind == "txt":
-        yield name, read_txt(path).strip(), None
-    elif kind in ("json", "jsonl"):
-        for number, record in json_lines(path):
-            yield json_document(record, f"{path}: line {number}")
+
+def documents(record, path, options):
+    """What a record of any kind holds."""
+    if isinstance(record, tuple):
+        return [(*record, None)]
+    if isinstance(record, dict):
+        return json_documents(record)
+    tag = local(record)
+    if tag in ("PubmedArticle", "PubmedBookArticle"):
+        return pubmed_documents(record, options)
+    if tag in ("DeleteCitation", "DeleteDocument"):
+        return [(versions(e)[-1], None, "deleted") for e in record.findall("PMID")]
+    if tag == "article":
+        return jats_documents(record, path)
+    raise ValueError(f"<{tag}> is no record of PubMed or JATS")
+
+
+def text_line(ident, text):
+    """The line of a document, or of a deletion; nothing where both id and text are missing."""
+    if text:
+        record = {"id": ident or f"{hash64(text):016x}", "text": text}
+    elif ident:
+        record = {"id": ident, "deleted": True}
     else:
-        for record in xml_records(path):
-            tag = local(record)
-            if tag == "DeleteCitation":
-                yield from ((e.text.strip(), None, "deleted") for e in record.findall("PMID"))
-            elif tag in ("PubmedArticle", "PubmedBookArticle"):
-                yield pubmed_document(record, options)
-            elif tag == "article":
-                yield jats_document(record, name)
-            else:
-                raise ValueError(f"{path}: <{tag}> is no record of PubMed or JATS: leave it out")
+        return b""
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode()
 
 
-def last_of_each(ids):
-    """Indices of the last occurrence of each id, by rising id."""
-    return len(ids) - 1 - np.unique(ids[::-1], return_index=True)[1]
+def extract_files(task):
+    """Write an output from its files, whole or not at all: (counts, records skipped, errors).
 
-
-def extract_file(task):
-    """One input -> one output, whole or absent; its counts, or a str that says what is wrong.
-
-    Of several records of one id the last stays, a deletion too: all go to a nameless draft first.
+    A bad record is skipped; more than one in a hundred are an error.
     """
-    path, output, options = task
-    counts, ids, sizes = Counter(), array("Q"), array("I")
+    output, paths, options = task
+    counts, skipped, older = Counter(), [], set()
     gc.disable()  # XML trees have no cycles, and looking for some takes a third of the time
     try:
-        with tempfile.TemporaryFile(dir=output.parent) as draft:
-            for ident, text, reason in documents(path, options):
-                if not text and reason != "deleted":
-                    counts[reason or "empty"] += 1
-                    continue
-                ident = ident or f"{hash64(text):016x}"
-                record = {"text": text} if text else {"deleted": True}
-                line = json.dumps({"id": ident, **record}, ensure_ascii=False) + "\n"
-                draft.write(line.encode())
-                ids.append(hash64(ident))
-                sizes.append(len((text or "").encode()))
-            keep = np.zeros(len(ids), bool)
-            keep[last_of_each(np.frombuffer(ids, np.uint64))] = True
-            draft.seek(0)
-            with replacing(output) as f, gzip.GzipFile("", "wb", 1, f, mtime=0) as gz:
-                gz.writelines(itertools.compress(draft, keep))
-    except RecursionError:
-        return f"{path}: elements nested too deeply for an article: leave the file out"
-    except (ValueError, OSError, AttributeError, KeyError) as e:
-        return str(e) if str(path) in str(e) else f"{path}: {e}: damaged, get it anew"
+        with replacing(output) as f, gzip.GzipFile("", "wb", 1, f, mtime=0) as gz:
+            for path in paths:
+                for number, record in source_records(path):
+                    counts["records"] += 1
+                    try:
+                        found = documents(record, path, options)
+                        lines = [text_line(ident, text) for ident, text, _ in found]
+                    except (ValueError, AttributeError, KeyError, TypeError) as e:
+                        skipped.append(f"{path}: record {number}: {e!r}")
+                        continue
+                    gz.writelines(lines)
+                    older.update(ident for ident, _, reason in found if reason == OLDER)
+                    counts.update("documents" if text else reason or "empty"
+                                  for _, text, reason in found)
+            # again at the end: a version 1 may stand after its version 2
+            gz.writelines(text_line(ident, None) for ident in sorted(older))
+            if 100 * len(skipped) > counts["records"]:
+                raise ValueError(f"{len(skipped)} of {counts['records']} records of {output.name} "
+                                 f"are bad, the first: {skipped[0]}")
+    except ValueError as e:
+        return Counter(), [], [str(e)]
+    except OSError as e:
+        return Counter(), [], [f"{paths[0]} -> {output}: {e}"]
     finally:
         gc.enable()
-    kept = np.frombuffer(sizes, np.uint32)[keep]
-    counts["documents"] = int(np.count_nonzero(kept))
-    counts["bytes"] = int(kept.sum(dtype=np.int64))
-    counts["deletions"] = len(kept) - counts["documents"]
-    counts["replaced in its file"] = len(keep) - len(kept)
-    return counts
+    counts["skipped"] = len(skipped)
+    return counts, skipped, []
 
 
-def name_outputs(inputs, out):
-    """(input, output) pairs. An output is named by the path beneath the folder given, "/" as "-"; a
-    name that an earlier input took gets -2, -3 …: none collide, the same inputs give the same."""
-    pairs, taken = {}, set()
+def plan_outputs(inputs, out):
+    """{output: its files}. An input that is a file makes an output of its own.
+
+    In a folder, neighbours in natural order are gathered while they have at most OUTPUT_BYTES. An
+    output is named by its first file's path beneath the folder given, "/" as "-"; a name that is
+    taken gets -2, -3 ...: the same inputs give the same names.
+    """
+    plan, planned = {}, set()
     for given in map(Path, inputs):
+        given = given.resolve()
         if not given.exists():
             raise FileNotFoundError(f"{given} does not exist: give files or folders")
-        found = [given] if given.is_file() else sorted(given.rglob("*"), key=natural)
-        found = [p for p in found if p.is_file() and SUFFIX.search(p.name) and out not in p.parents]
+        found = list(source_files(given, out))
         if not found:
             raise ValueError(f"nothing to extract in {given}: .xml, .nxml, .jsonl, .json, .txt, "
                              "plain or .gz, are read (unpack .zst and .tar first)")
+        folder, size = None, 0
         for path in found:
-            name = path.name if path == given else "-".join(path.relative_to(given).parts)
-            stem = name = SUFFIX.sub("", name)
-            copies = itertools.count(2)
-            while name in taken and path not in pairs:
-                name = f"{stem}-{next(copies)}"
-            taken.add(name)
-            pairs.setdefault(path, out / f"{name}.jsonl.gz")
-    return list(pairs.items())
+            if path in planned:
+                continue
+            planned.add(path)
+            n_bytes = path.stat().st_size
+            size += n_bytes
+            if path.parent != folder or size > OUTPUT_BYTES:
+                folder, size = path.parent, n_bytes
+                name = "-".join(path.relative_to(given).parts) or path.name
+                files = plan[free_name(out, SUFFIX.sub("", name), plan)] = []
+            files.append(path)
+    return plan
 
 
-def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1, shard=None):
-    """Extract every input file that has no output newer than itself; returns the summed counts."""
-    out = Path(out)
+def source_files(given, out):
+    """The file, or the files in the folder, folder by folder in natural order; `out` left out."""
+    if given.is_file() and SUFFIX.search(given.name):
+        yield given
+    for folder, folders, names in os.walk(given):
+        folders.sort(key=natural)
+        if Path(folder) != out:
+            for name in sorted(names, key=natural):
+                if SUFFIX.search(name):
+                    yield Path(folder, name)
+
+
+def free_name(out, stem, plan):
+    output = out / f"{stem}.jsonl.gz"
+    copies = itertools.count(2)
+    while output in plan:
+        output = out / f"{stem}-{next(copies)}.jsonl.gz"
+    return output
+
+
+def remove_changed(plan, out, options):
+    """Remove outputs whose files have changed; write down what each one is made of.
+
+    extract.json has for each output its first file and a hash of all names, sizes and times. It is
+    written before the outputs: those that are there are finished, after a kill too.
+    """
+    journal = out / "extract.json"
+    made = {"options": options, "outputs": {}}
+    if journal.exists():
+        made = json.loads(journal.read_text())
+    if made.get("options") != options:
+        raise ValueError(f"{out} was extracted with other options ({journal}): use another --out")
+    old, new, given = made["outputs"], {}, set()
+    for output, paths in plan.items():
+        stats = [(path.name, path.stat()) for path in paths]
+        state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        new[output.name] = [str(paths[0]), f"{hash64(str(state)):016x}"]
+        given.update(map(str, paths))
+    for name, (first, _) in old.items():
+        if name in new and first != new[name][0]:
+            raise ValueError(f"{out / name} holds the text of {first}, not of {new[name][0]}: "
+                             "give both in one command, or use another --out")
+        if name not in new and first not in given:  # made of other inputs: stays
+            new[name] = old[name]
+    for name in old.keys() | new.keys():
+        if old.get(name) != new.get(name):
+            (out / name).unlink(missing_ok=True)
+    with replacing(journal) as f:
+        made = {"options": options, "outputs": new}
+        f.write(json.dumps(made, indent=0, sort_keys=True).encode())
+
+
+def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1):
+    """Make every output that is missing or whose files have changed; returns the summed counts."""
+    out = Path(out).resolve()
     options = {"labels": labels, "languages": sorted(languages), "skip_pmc": skip_pmc}
-    pairs = sharded(name_outputs(inputs, out), shard)
-    settings = out / "extract.json"
-    own = {settings.name} if shard is None else set()  # another shard may be writing it
-    make_folder(out, {output.name for _, output in pairs} | own)
-    if settings.exists() and json.loads(settings.read_text()) != options:
-        raise ValueError(f"{out} was extracted with other options ({settings}): use another --out")
-    with replacing(settings) as f:
-        f.write(json.dumps(options).encode())
-    todo = [(path, output, options) for path, output in pairs
-            if not output.exists() or output.stat().st_mtime < path.stat().st_mtime]
-    results = in_processes(extract_file, todo, workers, "extract")
-    errors = [r for r in results if isinstance(r, str)]
-    total = sum((r for r in results if isinstance(r, Counter)), Counter())
-    dropped = sorted(total.keys() - {"documents", "bytes", "deletions"})
-    print(f"extract: {len(todo) - len(errors)} files written, {len(pairs) - len(todo)} finished "
-          f"before; {total['documents']:,} documents, {total['bytes']:,} bytes of text, "
-          f"{total['deletions']:,} deletions passed on; dropped: "
-          + (", ".join(f"{reason} {total[reason]:,}" for reason in dropped) or "none"))
+    plan = plan_outputs(inputs, out)
+    make_folder(out, {"extract.json", *(output.name for output in plan)})
+    remove_changed(plan, out, options)
+    tasks = [(output, paths, options) for output, paths in plan.items() if not output.exists()]
+    results = in_processes(extract_files, tasks, workers)
+    total, errors = Counter(), []
+    for counts, skipped, error in tqdm(results, "extract", len(tasks), disable=None):
+        total += counts
+        errors += error
+        for record in skipped:
+            tqdm.write(f"extract: skipped {record}")
+    print(f"extract: {len(tasks) - len(errors)} outputs written, {len(plan) - len(tasks)} finished "
+          "before; " + ", ".join(f"{name} {n:,}" for name, n in sorted(total.items())))
     if errors:
-        raise ValueError(f"{len(errors)} of {len(todo)} files failed, others are done; mend, "
+        raise ValueError(f"{len(errors)} of {len(tasks)} outputs failed, others are done; mend, "
                          "run again: " + "; ".join(errors[:5]))
     return total
 
@@ -1117,37 +1259,54 @@ BY_HAND = {
               "scripts make {train,dev,test}.tsv of them: put either",
 }
 AGENT = {"User-Agent": "biomedlm-data/1.0 (at most 4 connections)", "Accept-Encoding": "identity"}
-TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S = 7, 1.0, 4, (10, 30)
-SLOWEST_BYTES_PER_S, SLOW_AFTER_S = 1000, 30  # a slower connection is dropped, then resumed
+TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S = 5, 2.0, 4, (10, 30)
+SLOWEST_BYTES_PER_S, SLOW_AFTER_S = 1000, 30  # a slower connection is dropped
+PAGE_BYTES = 32 * MIB  # a listing of PubMed's baseline has 1 MB
 
 
 class Fault(Exception):
-    """A transfer that may succeed when tried again; args: what happened, seconds to wait."""
+    """A transfer that may succeed when it is tried again."""
 
 
 def retry(function, url):
-    """function() until it raises no Fault: TRIES times, 1, 2, 4 … 60 s apart, or as asked."""
+    """function() until it raises no Fault: TRIES times, 2, 4, 8 ... s apart."""
     for attempt in range(TRIES):
         try:
             return function()
         except Fault as e:
-            reason, *asked = e.args
-            if attempt < TRIES - 1:
-                time.sleep(min(60, max([BACKOFF_S * 2**attempt, *asked])))
+            reason = e
+            time.sleep(BACKOFF_S * 2**attempt)
     raise OSError(f"{url}: {reason}, {TRIES} times: try again later; files that are whole are kept")
 
 
-@contextmanager
-def opened(url, headers=()):
-    """A streamed response of status 200, 206 or 416; other 4xx raise OSError, all else Fault."""
+def receive(url, file, bar=None, limit=math.inf):
+    """Append what stands at url to an open file, going on where the file ends.
+
+    A server that doesn't go on there sends all of it: then the file starts anew. Fault for what may
+    pass, OSError for what won't.
+    """
+    start = file.tell()
+    headers = AGENT | ({"Range": f"bytes={start}-"} if start else {})
     try:
-        with requests.get(url, headers=AGENT | dict(headers), stream=True, timeout=TIMEOUT_S) as r:
-            if r.status_code == 429 or r.status_code >= 500:
-                after = r.headers.get("Retry-After", "")
-                raise Fault(f"status {r.status_code}", float(after) if after.isdecimal() else 0)
-            if r.status_code not in (200, 206, 416):
-                raise OSError(f"{url}: status {r.status_code}: check the address or --base_url")
-            yield r
+        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
+            status = response.status_code
+            if status != 206:
+                file.truncate(0)
+            if status in (416, 429) or status >= 500:
+                raise Fault(f"status {status}")
+            if status not in (200, 206):
+                raise OSError(f"{url}: status {status}: check the address or --base_url")
+            began, got = time.monotonic(), 0
+            while chunk := response.raw.read1(MIB):  # raises where the connection is cut
+                file.write(chunk)
+                got += len(chunk)
+                if got > limit:
+                    raise OSError(f"{url}: beyond {limit:,} bytes, so no listing: check --base_url")
+                if bar is not None:
+                    bar.update(len(chunk))
+                seconds = time.monotonic() - began
+                if seconds > SLOW_AFTER_S and got < SLOWEST_BYTES_PER_S * seconds:
+                    raise Fault("too slow")
     except (requests.RequestException, urllib3.exceptions.HTTPError) as e:
         raise Fault(f"connection failed ({type(e).__name__})") from None
 
@@ -1155,89 +1314,63 @@ def opened(url, headers=()):
 def page(url, pattern):
     """A small text (listing, checksum, metadata) in which `pattern` must occur."""
 
-    def whole():
-        with opened(url) as r:
-            text = r.content.decode(errors="replace")
+    def attempt():
+        file = io.BytesIO()
+        receive(url, file, limit=PAGE_BYTES)
+        text = file.getvalue().decode(errors="replace")
         if not re.search(pattern, text):
             raise Fault("not the expected content")
         return text
 
-    return retry(whole, url)
+    return retry(attempt, url)
 
 
-def transfer(url, part, bar):
-    """One connection: bring `part` to its full length; returns the sha256 if the server tells one.
+def fetch(url, path, bar, checksum=lambda: None):
+    """Download to `path`, renamed when it is whole.
 
-    Resumes only the very version that `part` began with: its ETag is kept beside it.
+    checksum() tells the published md5 or sha256. Only where there is one, what an earlier try left
+    is gone on with: nothing else would prove that both halves belong together.
     """
-    tag = Path(f"{part}.etag")
-    # one byte back: a file that a killed run left whole is answered like any other, not by a 416
-    have = max(0, part.stat().st_size - 1) if part.exists() and tag.exists() else 0
-    headers = {"Range": f"bytes={have}-", "If-Range": tag.read_text()} if have else {}
-    with opened(url, headers) as r:
-        resumed = r.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if r.status_code == 416 or r.status_code == 206 and not resumed:
-            part.unlink(missing_ok=True)
-            raise Fault("the partial file does not fit")
-        tag.unlink(missing_ok=True)
-        with open(part, "ab") as f:
-            f.truncate(have if resumed else 0)
-            version = r.headers.get("ETag") or r.headers.get("Last-Modified") or "W/"
-            if not version.startswith("W/"):  # a weak tag may stand for other bytes
-                tag.write_text(version)
-            start, got = time.monotonic(), 0
-            while chunk := r.raw.read1(MIB):  # raises where the connection is cut
-                f.write(chunk)
-                got += len(chunk)
-                bar.update(len(chunk))
-                seconds = time.monotonic() - start
-                if seconds > SLOW_AFTER_S and got < SLOWEST_BYTES_PER_S * seconds:
-                    raise Fault("too slow")
-        linked = (r.history or [r])[0].headers.get("X-Linked-ETag", "").strip('"')  # Hugging Face's
-        return linked if len(linked) == 64 else None
-
-
-def fetch(url, path, bar, md5=lambda: None):
-    """Download to `path`: resumed, verified by md5() where there is one, renamed when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(f"{path}.part")
 
     def attempt():
-        want, sha256 = md5(), transfer(url, part, bar)
-        with open(part, "rb+") as f:
+        want = checksum()
+        if not want:
+            part.unlink(missing_ok=True)
+        with open(part, "ab+") as f:
+            receive(url, f, bar)
             os.fsync(f.fileno())
-            head = f.read(512).lstrip().lower()
+            f.seek(0)
+            head = f.read(512)
         fault = None
-        if want and hash_file(part, "md5") != want:
-            fault = "md5 differs from the published one"
-        elif sha256 and hash_file(part) != sha256:
-            fault = "sha256 differs from the published one"
-        elif head.startswith((b"<!doctype html", b"<html")):
+        if want and hash_file(part, "md5" if len(want) == 32 else "sha256") != want:
+            fault = "the checksum differs from the published one"
+        elif not want and head.lstrip().startswith(b"<"):
             fault = "a web page in the file's place"
-        elif path.suffix == ".gz" and not head.startswith(b"\x1f\x8b"):
-            fault = "not a gzip file"
-        Path(f"{part}.etag").unlink(missing_ok=True)
         if fault:
             part.unlink()
             raise Fault(fault)
         os.replace(part, path)
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         retry(attempt, url)
 
 
 def fetch_pubmed(base, out, first, last, bar):
     """Jobs for the baseline, then the update files, of those numbered first to last."""
-
-    def citations(url):
-        md5 = lambda: page(url + ".md5", r"\b[0-9a-f]{32}\b").split("=")[-1].strip()
-        fetch(url, out / url.rsplit("/", 1)[1], bar, md5)
-
     for folder in ("baseline/", "updatefiles/"):
         listing = page(base + folder, r"<a href|pubmed\d+n\d+")
         for name in sorted(set(re.findall(r"\bpubmed\d+n\d+\.xml\.gz\b", listing)), key=natural):
+            url = base + folder + name
             if first <= int(re.search(r"n(\d+)", name)[1]) <= last:
-                yield partial(citations, base + folder + name)
+                yield partial(fetch, url, out / name, bar, partial(published, url + ".md5"))
+
+
+def published(url):
+    """The checksum in a small file: NLM's .md5, or Hugging Face's pointer to a large file."""
+    checksum = r"\b([0-9a-f]{64}|[0-9a-f]{32})\b"
+    return re.search(checksum, page(url, checksum))[0]
 
 
 def fetch_pmc(base, out, first, last, bar, licenses):
@@ -1255,20 +1388,26 @@ def fetch_pmc(base, out, first, last, bar, licenses):
                 if match := re.fullmatch(r"metadata/PMC(\d+)\.(\d+)\.json", key):
                     number, version = map(int, match.groups())
                     versions[number] = max(version, versions.get(number, 0))
+    for number in sorted(versions):
+        if first <= number <= last:
+            name = f"PMC{number}.{versions[number]}"
+            path = out / str(number // 10_000) / f"{name}.xml"  # not millions in one folder
+            yield partial(fetch_article, base, name, path, bar, licenses)
 
-    def article(number):
-        name = f"PMC{number}.{versions[number]}"
-        about = json.loads(page(f"{base}metadata/{name}.json", '"pmcid"'))
-        if about["is_retracted"] or not about["is_pmc_openaccess"]:
-            return
-        if licenses and about["license_code"] not in licenses:
-            return
+
+def fetch_article(base, name, path, bar, licenses):
+    """An article of PMC that its metadata allow; ValueError where they are odd."""
+    text = page(f"{base}metadata/{name}.json", '"pmcid"')
+    try:
+        about = json.loads(text)
+        wanted = about["is_pmc_openaccess"] and not about["is_retracted"]
+        license_code = about["license_code"]
         # https://HOST/PMC1.1/PMC1.1.xml?md5=HEX
-        key, _, md5 = about["xml_url"].split("/", 3)[3].partition("?md5=")
-        path = out / str(number // 10_000) / f"{name}.xml"  # not millions of files in one folder
+        key, md5 = re.fullmatch(r"https://[^/]+/(.+)\?md5=([0-9a-f]{32})", about["xml_url"]).groups()
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{name}.json: odd metadata ({e})") from None
+    if wanted and (not licenses or license_code in licenses):
         fetch(base + key, path, bar, lambda: md5)
-
-    yield from (partial(article, n) for n in sorted(versions) if first <= n <= last)
 
 
 def unpack(archive, folder):
@@ -1293,6 +1432,27 @@ def unpack(archive, folder):
     os.replace(draft, folder)
 
 
+def jobs_of(source, base, out, numbers, licenses, bar):
+    """Functions that fetch one file each."""
+    if source == "pubmed":
+        yield from fetch_pubmed(base, out, *numbers, bar)
+    elif source == "pmc":
+        yield from fetch_pmc(base, out, *numbers, bar, licenses)
+    for name in FILES.get(source, ()):
+        url = base + name
+        pointer = url.replace("/resolve/", "/raw/")  # differs at Hugging Face only
+        large = pointer != url and name.endswith(".bin")
+        yield partial(fetch, url, out / name, bar, *([partial(published, pointer)] if large else []))
+
+
+def outcome(job):
+    """None, or the error that ended the job."""
+    try:
+        job()
+    except (OSError, ValueError) as e:
+        return e
+
+
 def download(source, out, base_url=None, files=None, licenses=()):
     """Fetch a source into `out`, CONNECTIONS files at a time; a rerun fetches what is missing."""
     if source in BY_HAND:
@@ -1302,32 +1462,27 @@ def download(source, out, base_url=None, files=None, licenses=()):
         raise ValueError(f"--files {files}: give a number or a range, like 1-3")
     numbers, out = (int(match[1]), int(match[2] or match[1])), Path(out)
     base = (base_url or SOURCES[source]).rstrip("/") + "/"
-    results = []  # a job's error or None
-
-    def guarded(job):
-        try:
-            job()
-        except (OSError, ValueError, KeyError) as e:
-            return str(e)
-
+    results = []
     with tqdm(unit="B", unit_scale=True, desc=f"download {source}", disable=None) as bar, \
             ThreadPoolExecutor(CONNECTIONS) as pool:
-        jobs = fetch_pubmed(base, out, *numbers, bar) if source == "pubmed" else \
-            fetch_pmc(base, out, *numbers, bar, licenses) if source == "pmc" else \
-            (partial(fetch, base + name, out / name, bar) for name in FILES[source])
+        jobs = jobs_of(source, base, out, numbers, licenses, bar)
         try:
             while some := list(itertools.islice(jobs, 1000)):  # a few of millions at a time
-                results += pool.map(guarded, some)
+                results += pool.map(outcome, some)
         except KeyboardInterrupt:
-            os._exit(130)  # at once; partial files stay, to be resumed
-    if errors := [error for error in results if error]:
-        raise OSError(f"{len(errors)} of {len(results)} files failed, run again; the first: "
-                      + errors[0])
+            os._exit(130)  # at once
+    odd = [error for error in results if isinstance(error, ValueError)]
+    print("".join(f"download: skipped {error}\n" for error in odd), end="")
+    if failed := [error for error in results if isinstance(error, OSError)]:
+        raise OSError(f"{len(failed)} of {len(results)} files failed, run again; the first: "
+                      f"{failed[0]}")
+    if 100 * len(odd) > len(results):
+        raise ValueError(f"{len(odd)} of {len(results)} records are odd")
     if not results:
         raise ValueError(f"{base} lists no file numbered {files}: check --files")
     if source in ("mmlu", "medquad"):
         unpack(out / FILES[source][0], out / "unpacked")
-    print(f"download: {source} is whole in {out} ({len(results)} addresses)")
+    print(f"download: {source} is whole in {out} ({len(results)} addresses, {len(odd)} skipped)")
 
 
 # ---------------------------------------------------------------------------------------------

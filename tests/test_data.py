@@ -333,50 +333,169 @@ def test_jats_single_and_bulk(tmp_path):
     assert counts["correction or retraction"] == 1
 
 
-def test_versions_and_deletions(tmp_path, tokenizer):
-    """An outdated version or deleted citation in the arrays; equal texts trained on twice (D7)."""
-    pubmed_file(
-        tmp_path / "pubmed20n0999.xml.gz",
-        citation(1, "Old"),
-        citation(2, "Two"),
-        citation(1, "Newer"),
-        citation(5, "Five"),
-        citation(6, "Same"),
-        citation(7, "Same"),
+def inline(text):
+    """What text becomes in a PubMed abstract, and in a JATS paragraph."""
+    mml = text.replace("<m", "<mml:m").replace("</m", "</mml:m")
+    record = ET.fromstring(citation(1, abstract=f"<AbstractText xmlns:mml='m'>{mml}</AbstractText>"))
+    [(_, pubmed, _)] = data.pubmed_documents(record, {**OPTIONS})
+    body = ET.fromstring(f"<article xmlns:mml='m'><body><p>{mml}</p></body></article>")
+    [(_, jats, _)] = data.jats_documents(body, Path("a.xml"))
+    assert pubmed == "A title\n" + jats.replace("\n", " ")
+    return jats
+
+
+OPTIONS = {"labels": False, "languages": [], "skip_pmc": False}
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("10<sup>5</sup> and 10<sup>−6</sup>", "10^5 and 10^-6"),
+        ("11.0<sup>1</sup>, 10<i>2</i><sup>1.5</sup>", "11.0^1, 102^1.5"),
+        ("L<sup>-1</sup> (kg·d)<sup>–1</sup>", "L^-1 (kg·d)^-1"),
+        ("log2<sub>10</sub>", "log2_10"),
+        ("m<sup>2</sup> R<sup>2</sup> Ca<sup>2+</sup>", "m2 R2 Ca2+"),
+        ("H<sub>2</sub>O T<sub>max</sub> 2<sup>nd</sup>", "H2O Tmax 2nd"),
+        ("SO<sub>4</sub><sup>2−</sup>", "SO4^2−"),
+        ("<mfrac><mn>1</mn><mn>2</mn></mfrac>", "(1)/(2)"),
+        ("<msup><mn>10</mn><mrow><mo>−</mo><mn>3</mn></mrow></msup>", "10^-3"),
+        ("<msup><mi>e</mi><mrow><mi>k</mi><mi>t</mi></mrow></msup>", "e^kt"),
+        ("<msup><mn>2</mn><mrow><mi>n</mi><mo>+</mo><mn>1</mn></mrow></msup>", "2^(n+1)"),
+        ("<msqrt><mi>x</mi><mo>+</mo><mn>1</mn></msqrt>", "sqrt(x+1)"),
+        ("<mfenced open='['><mn>1</mn><mn>2</mn></mfenced>", "[1,2)"),
+        ("<munderover><mo>∑</mo><mn>1</mn><mn>10</mn></munderover>", "∑_1^10"),
+        ("[<xref ref-type='bibr'>15</xref><xref ref-type='bibr'>16</xref>]", "[15, 16]"),
+        ("5<sup><xref ref-type='fn'>1</xref></sup> mg", "5 mg"),
+    ],
+)
+def test_numbers_are_not_joined(text, expected):
+    """A power, fraction or citation that reads as another number: 10<sup>5</sup> as 105."""
+    assert inline(text) == expected
+
+
+def test_tables_keep_their_columns_panels_and_notes():
+    """A lost panel of a table, a header above the wrong column, a lost note or glossary."""
+    panel = "<table><tr><td/><th>{0}</th><td/></tr><tr><td><p>n</p></td><td>5</td></tr></table>"
+    text = (
+        f"<article><body><alternatives><graphic/>{panel.format('Drug')}{panel.format('Placebo')}"
+        "</alternatives><table-wrap-foot><fn><label>a</label><p>P &lt; 0.05</p></fn>"
+        "</table-wrap-foot><fn><p>FOOT</p></fn></body><back><ack><p>THANKS</p></ack><glossary>"
+        "<def-item><term>BMI</term><def><p>body mass index</p></def></def-item></glossary></back>"
+        "</article>"
     )
+    [(_, found, _)] = data.jats_documents(ET.fromstring(text), Path("a.xml"))
+    assert found.split("\n") == [
+        "| Drug",
+        "n | 5",
+        "| Placebo",
+        "n | 5",
+        "a P < 0.05",
+        "BMI: body mass index",
+    ]
+
+
+def test_dropped_records_take_earlier_texts_along(tmp_path):
+    """The baseline's text of a record that an update drops, of an old version, of a deleted one."""
+    in_pmc = '<ArticleId IdType="pmc">PMC4</ArticleId>'
+    dropped = [citation(1, ids=in_pmc), citation(2, abstract=""), citation(3)]
+    dropped[2] = dropped[2].replace("eng", "fre")
+    pubmed_file(tmp_path / "p20n0999.xml", *map(citation, range(9)), citation(9, "Two", version=2))
     pubmed_file(
-        tmp_path / "pubmed20n1000.xml.gz",
-        citation(1, "Newest"),
-        citation(9, "Nine"),
-        "<DeleteCitation><PMID>2</PMID><PMID>9</PMID></DeleteCitation>",
+        tmp_path / "p20n1000.xml",
+        *dropped,
+        citation(5, "Third", version=3),
+        citation(5, "First again"),
+        citation(6, "Second", version=2),
+        "<DeleteCitation><PMID>4</PMID><PMID Version='2'>6</PMID></DeleteCitation>",
+        "<DeleteDocument><PMID Version='1'>7</PMID><PMID Version='1'>9</PMID></DeleteDocument>",
     )
-    data.extract([tmp_path], tmp_path / "out")
-    first = list(data.read_records(tmp_path / "out/pubmed20n0999.jsonl.gz"))
-    assert [i for i, _ in first] == ["2", "1", "5", "6", "7"] and first[1][1].startswith("Newer")
-    assert ("9", None) in data.read_records(tmp_path / "out/pubmed20n1000.jsonl.gz")
-    meta = data.tokenize(tmp_path / "out", tokenizer, tmp_path / "arrays", val_fraction=0.3)
-    t, found = Tokenizer.load(tokenizer), []
-    for split in ("train", "val"):
-        text = t.decode(np.fromfile(tmp_path / f"arrays/{split}.bin", np.uint16).tolist())
-        found += [d.split("\n")[0] for d in text.split("<|endoftext|>") if d]
-    assert sorted(found) == ["Five", "Newest", "Same"]
-    assert meta["train"]["documents"] + meta["val"]["documents"] == 3
+    rows = [{"id": "8", "title": "T", "abstract": ""}, {"title": "no id"}]
+    (tmp_path / "p20n1001.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data.extract([tmp_path], tmp_path / "out", skip_pmc=True, languages=["eng"])
+    last = dict(read_records(tmp_path / "out/p20n0999.jsonl.gz"))
+    assert {ident: text.split("\n")[0] for ident, text in last.items() if text} == {
+        "0": "A title",
+        "5.3": "Third",
+        "9.2": "Two",
+    }
+
+
+def test_one_bad_record_is_skipped(tmp_path, capsys):
+    """A whole file lost for a record without PMID or with half a character; a bad file taken."""
+    bad = citation(1).replace("PMID", "ID")
+    pubmed_file(tmp_path / "a.xml", bad, *map(citation, range(2, 102)))
+    rows = [{"id": str(i), "text": "\ud800" if i == 150 else "T"} for i in range(200)]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pubmed_file(tmp_path / "c.xml", bad, *map(citation, range(2, 100)))
+    inputs = [tmp_path / "a.xml", tmp_path / "b.jsonl"]
+    assert data.extract(inputs, tmp_path / "out")["skipped"] == 2
+    assert len(texts(tmp_path / "out")) == 100 + 199 - 100
+    said = capsys.readouterr().out
+    assert "a.xml: record 1: " in said and "b.jsonl: record 151: " in said
+    with pytest.raises(ValueError, match="1 of 99 records.*c.xml: record 1: "):
+        data.extract([tmp_path / "c.xml"], tmp_path / "out")
+
+
+def outputs(out):
+    return sorted(path.name for path in out.glob("*.gz"))
 
 
 def test_names_never_collide(tmp_path):
     """Two inputs of one name, the second silently over the first."""
-    for i, name in enumerate(["a/x.xml", "b/x.xml.gz", "b/x.txt"]):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        pubmed_file(tmp_path / name, citation(i)) if "xml" in name else (
-            tmp_path / name
-        ).write_text("T")
-    data.extract([tmp_path / "a", tmp_path / "b", tmp_path / "a/x.xml"], tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").glob("*.gz")) == [
-        "x-2.jsonl.gz",
-        "x-3.jsonl.gz",
-        "x.jsonl.gz",
-    ]
+    inputs = [tmp_path / name for name in ("a/x.xml", "b/x.xml.gz", "b/x.txt")]
+    for path in inputs:
+        path.parent.mkdir(exist_ok=True)
+    pubmed_file(inputs[0], citation(0))
+    pubmed_file(inputs[1], citation(1))
+    inputs[2].write_text("T")
+    data.extract([*inputs, tmp_path / "a"], tmp_path / "out")
+    assert outputs(tmp_path / "out") == ["x-2.jsonl.gz", "x-3.jsonl.gz", "x.jsonl.gz"]
     assert len(texts(tmp_path / "out")) == 3
+
+
+def test_rerun_makes_what_changed(tmp_path):
+    """A replaced file with an older time, or a second input of an earlier one's name, skipped."""
+    raw, out = tmp_path / "a", tmp_path / "out"
+    for folder in (raw, tmp_path / "b"):
+        folder.mkdir()
+    first = pubmed_file(raw / "x.xml", citation(1))
+    data.extract([raw], out)
+    before = contents(out)
+    assert data.extract([raw], out) == {} and contents(out) == before
+    pubmed_file(first, citation(2))
+    os.utime(first, (1, 1))
+    data.extract([raw], out)
+    assert set(texts(out)) == {"2"}
+    with pytest.raises(ValueError, match="x.jsonl.gz holds the text of .*a/x.xml"):
+        data.extract([pubmed_file(tmp_path / "b/x.xml", citation(3))], out)
+    data.extract([pubmed_file(tmp_path / "b/y.xml", citation(3))], out)
+    assert set(texts(out)) == {"2", "3"}
+
+
+def test_small_files_share_an_output(tmp_path, monkeypatch):
+    """An output for each of millions of files; one that a new file has moved left twice."""
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    size = len(pubmed_file(raw / "1.xml", citation(1)).read_bytes())
+    monkeypatch.setattr(data, "OUTPUT_BYTES", 3 * size)
+    for i in (2, 3, 5, 6):
+        pubmed_file(raw / f"{i}.xml", citation(i))
+    pubmed_file(raw / "10.xml", *map(citation, range(10, 19)))  # larger than an output
+    data.extract([raw], out)
+    assert outputs(out) == ["1.jsonl.gz", "10.jsonl.gz", "5.jsonl.gz"]
+    pubmed_file(raw / "0.xml", citation(0))
+    data.extract([raw], out)
+    assert outputs(out) == ["0.jsonl.gz", "10.jsonl.gz", "3.jsonl.gz"]
+    assert [ident for ident, _ in read_records(out / "0.jsonl.gz")] == ["0", "1", "2"]
+    assert set(texts(out)) == {*map(str, [0, 1, 2, 3, 5, 6]), *map(str, range(10, 19))}
+
+
+def test_write_error_names_the_output(tmp_path, monkeypatch):
+    """A full disk reported as a damaged input, to be fetched anew."""
+    path = pubmed_file(tmp_path / "a.xml", citation(1))
+    monkeypatch.setattr(data, "replacing", lambda path: open("/dev/full", "wb", 0))
+    _, _, [error] = data.extract_files((tmp_path / "b.jsonl.gz", [path], OPTIONS))
+    assert re.fullmatch(r".*a.xml -> .*b.jsonl.gz: \[Errno 28\] No space left on device", error)
 
 
 def test_json_lines_and_txt(tmp_path):
@@ -388,11 +507,11 @@ def test_json_lines_and_txt(tmp_path):
         {"id": "8", "title": "T", "abstract": ""},
     ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "PMC77.txt").write_text("An article\u2028of one line\n")
+    (tmp_path / "own.txt").write_text("An article\u2028of one line\n")
     data.extract([tmp_path], tmp_path / "out")
     found = texts(tmp_path / "out")
     assert sorted(found.values()) == ["An article\u2028of one line", "Keep", "T\nA"]
-    assert found["9"] == "T\nA" and found["PMC77"].startswith("An article")
+    assert found["9"] == "T\nA"
 
 
 def bomb(path, record):
@@ -411,7 +530,9 @@ def bomb(path, record):
             lambda p: p.write_text("<html><body>404</body></html>"),
             "no record of PubMed or JATS",
         ),
-        ("a.xml", lambda p: p.write_text(""), "no (XML )?element"),
+        ("a.xml", lambda p: p.write_text(""), "no element"),
+        ("a.xml", lambda p: p.write_text("<a/>", "utf-16"), "declares an entity"),
+        ("a.xml", lambda p: p.write_text("<!-- -->" * 2**18 + "<a/>"), "no XML element"),
         (
             "a.xml.gz",
             lambda p: p.write_bytes(gzip.compress(b"<a/>" * 99)[:-9]),
@@ -450,8 +571,8 @@ def test_bad_input_is_one_clear_error(tmp_path, name, make, message):
         data.extract([tmp_path / name, tmp_path / "good.xml"], tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["extract.json", "good.jsonl.gz"]
     (tmp_path / name).unlink()
-    pubmed_file(tmp_path / name, citation(2)) if "xml" in name else make
     if "xml" in name:
+        pubmed_file(tmp_path / name, citation(2))
         data.extract([tmp_path / name, tmp_path / "good.xml"], tmp_path / "out")
         assert set(texts(tmp_path / "out")) == {"1", "2"}
 
@@ -657,8 +778,8 @@ class Faulty(http.server.BaseHTTPRequestHandler):
             body = b"<!DOCTYPE html><html>Please wait</html>"
         if fault == "wrong" and len(body) > 9:
             body = body[:9] + bytes([body[9] ^ 1]) + body[10:]
-        etag = f'"{hashlib.md5(body).hexdigest()}"'
-        if self.headers.get("Range") and self.headers.get("If-Range") == etag:
+        self.ranges.append(self.headers.get("Range"))
+        if self.headers.get("Range"):
             start = int(self.headers["Range"][6:].split("-")[0])
             status = 206 if start < len(body) else 416
         self.send_response(status)
@@ -669,7 +790,6 @@ class Faulty(http.server.BaseHTTPRequestHandler):
                 if status == 206
                 else f"bytes */{len(body)}",
             )
-        self.send_header("ETag", etag)
         rest = body[start:]
         self.send_header("Content-Length", len(rest))
         self.end_headers()
@@ -696,7 +816,13 @@ def serve(monkeypatch):
         handler = type(
             "Handler",
             (Faulty,),
-            {"files": files, "rate": rate, "faults": faults, "rng": random.Random(seed)},
+            {
+                "files": files,
+                "rate": rate,
+                "faults": faults,
+                "rng": random.Random(seed),
+                "ranges": start.ranges,
+            },
         )
         server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler)
         server.daemon_threads = True
@@ -704,6 +830,7 @@ def serve(monkeypatch):
         servers.append(server)
         return f"http://127.0.0.1:{server.server_address[1]}/"
 
+    start.ranges = []  # what the requests asked for
     yield start
     for server in servers:
         server.shutdown()
@@ -758,11 +885,16 @@ def test_download_errors_are_clear(serve, tmp_path, monkeypatch):
     """Endless retries of a 404 or a wrong md5, a drip that holds a connection for ever (D8)."""
     files = pubmed_site()
     url = serve({**files, "baseline/pubmed26n0001.xml.gz.md5": b"MD5(x)= " + b"0" * 32})
-    with pytest.raises(OSError, match="md5 differs"):
+    with pytest.raises(OSError, match="checksum differs"):
         data.download("pubmed", tmp_path / "a", url, files="1")
     assert not any(k.endswith("0001.xml.gz") for k in contents(tmp_path / "a"))
     with pytest.raises(OSError, match="404.*--base_url"):
         data.download("pubmedqa", tmp_path / "b", url)
+    monkeypatch.setattr(data, "PAGE_BYTES", 10)
+    with pytest.raises(OSError, match="beyond 10 bytes.*--base_url"):
+        data.download("pubmed", tmp_path / "b", url)
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "BACKOFF_S", 0.001)
     with pytest.raises(ValueError, match="Google Drive"):
         data.download("medqa", tmp_path / "c")
     with pytest.raises(ValueError, match="numbered 7-9"):
@@ -773,11 +905,48 @@ def test_download_errors_are_clear(serve, tmp_path, monkeypatch):
         data.download("pubmed", tmp_path / "e", serve(files, 1.0, faults=["drip"]), files="1")
 
 
-def test_download_pmc(serve, tmp_path):
-    """An outdated version, a retracted article or one of another licence is fetched."""
+def test_only_a_checksum_allows_to_resume(serve, tmp_path):
+    """Two versions' halves joined, where no checksum tells; a download that never goes on."""
+    files = pubmed_site()
+    name, body = "pubmed26n0001.xml.gz", files["baseline/pubmed26n0001.xml.gz"]
+    for i, part in enumerate([body[:1000], b"another version"[:1000], body, body + b"more"]):
+        out = tmp_path / str(i)
+        out.mkdir()
+        (out / f"{name}.part").write_bytes(part)
+        data.download("pubmed", out, serve(files), files="1")
+        assert contents(out) == {name: body}
+    assert "bytes=1000-" in serve.ranges
+    serve.ranges.clear()
+    (tmp_path / "qa").mkdir()
+    (tmp_path / "qa/ori_pqal.json.part").write_text("{")
+    data.download("pubmedqa", tmp_path / "qa", serve(dict.fromkeys(data.FILES["pubmedqa"], b"{}")))
+    assert set(serve.ranges) == {None} and set(contents(tmp_path / "qa").values()) == {b"{}"}
+
+
+def test_download_weights_by_their_pointer(serve, tmp_path):
+    """The released weights taken without a look at Hugging Face's sha256."""
+    files = {f"resolve/main/{name}": name.encode() for name in data.FILES["biomedlm"]}
+    weights = files["resolve/main/pytorch_model.bin"]
+    for sha256 in (hashlib.sha256(weights).hexdigest(), "0" * 64):
+        pointer = {"raw/main/pytorch_model.bin": f"version 1\noid sha256:{sha256}\n".encode()}
+        url = serve(files | pointer) + "resolve/main"
+        if set(sha256) == {"0"}:
+            with pytest.raises(OSError, match="pytorch_model.bin: the checksum differs"):
+                data.download("biomedlm", tmp_path / "b", url)
+        else:
+            data.download("biomedlm", tmp_path / "a", url)
+    assert len(contents(tmp_path / "a")) == 4 and len(contents(tmp_path / "b")) == 3
+
+
+def test_download_pmc(serve, tmp_path, capsys):
+    """An outdated version, a retracted article or one of another licence is fetched; odd metadata
+    of one article end the whole download."""
     prefix, files = "inventory-reports/pmc-oa-opendata/metadata/", {}
     rows = []
+    odd = [{"xml_url": value} for value in (None, "", "https://x/y", [], {})] + [[]]
     for name, about in {
+        **{f"PMC{i}.1": about for i, about in enumerate(odd, 5)},
+        **{f"PMC{i}.1": {"is_retracted": True} for i in range(100, 700)},
         "PMC1.1": {},
         "PMC1.2": {},
         "PMC2.1": {"is_retracted": True},
@@ -796,6 +965,8 @@ def test_download_pmc(serve, tmp_path):
                 "xml_url": url,
             }
             | about
+            if isinstance(about, dict)
+            else [{"pmcid": name}]
         ).encode()
         rows.append(f'"pmc-oa-opendata","metadata/{name}.json","2026-08-01","x"\n')
     files[prefix + "data/i.csv.gz"] = inventory = gzip.compress("".join(rows).encode())
@@ -811,6 +982,9 @@ def test_download_pmc(serve, tmp_path):
     ).encode()
     data.download("pmc", tmp_path, serve(files), licenses=["CC BY"])
     assert [p.name for p in tmp_path.rglob("*.xml")] == ["PMC1.2.xml"]
+    assert capsys.readouterr().out.count("odd metadata") == len(odd)
+    with pytest.raises(ValueError, match="6 of 9 records are odd"):
+        data.download("pmc", tmp_path, serve(files), files="2-10")
 
 
 def test_download_unpacks(serve, tmp_path):
