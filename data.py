@@ -55,6 +55,7 @@ from tokenizer import (
     natural,
     open_input,
     read_json,
+    read_records,
     read_records_backwards,
     replacing,
     run_command,
