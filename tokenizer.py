@@ -14,6 +14,7 @@ import argparse
 import gzip
 import hashlib
 import heapq
+import io
 import json
 import multiprocessing
 import os
@@ -53,11 +54,12 @@ LINE_PATTERN = regex.compile(PATTERN.replace(r"\s+(?!\S)|\s+", r"[^\S\n]*\n|[^\S
 # The same pieces, long white space in steps of 100: tiktoken 0.14 panics after a million steps.
 SAFE_PATTERN = PATTERN.replace(r"\s+(?!\S)", r"(?:\s{100}(?=\s\s))*+\s+(?!\S)")
 
-# GPT-2 writes a byte as a visible character: itself, or else one of chr(256), chr(257), ... in
-# turn. So " " is "Ġ", "\n" is "Ċ", and the two bytes of "é" are "Ã©".
+# GPT-2 writes a byte as a visible character. 188 bytes are visible in Latin-1 and stand for
+# themselves; the other 68 become chr(256), chr(257), ... in turn. So " " is "Ġ", "\n" is "Ċ", and
+# the two bytes of "é" are "Ã©". A byte's id is its place here: "!" has 0, "Ġ" has 220.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = VISIBLE + sorted(set(range(256)) - set(VISIBLE))  # by id: "!" is 0, "Ġ" is 220
-ALPHABET = [chr(byte) for byte in VISIBLE] + [chr(256 + i) for i in range(256 - len(VISIBLE))]
+BYTES = VISIBLE + sorted(set(range(256)) - set(VISIBLE))
+ALPHABET = [*map(chr, VISIBLE), *map(chr, range(256, 256 + 68))]
 ID_OF_BYTE = bytes(map(BYTES.index, range(256)))  # for bytes.translate
 BYTE_OF_CHAR = dict(zip(map(ord, ALPHABET), BYTES))  # for str.translate
 
@@ -80,7 +82,7 @@ def token_bytes(token):
 # that hold its new token, and takes from all others: after its first count a pair only gets rarer.
 
 
-def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
+def train_bpe(counts, vocab_size, min_frequency=2):
     """Learn merges from {pre-token: count}: pairs in byte characters, [("t", "h"), ("Ġ", "th")].
 
     There are vocab_size - 257 of them (256 bytes, end-of-text), or fewer when no pair is left that
@@ -113,27 +115,24 @@ def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
         remember(pair, indices)
     tokens = list(ALPHABET)
     merges = []
-    bar = tqdm(total=vocab_size - 257, desc="merging", unit="merge", disable=not progress)
-    while heap and len(merges) < vocab_size - 257:
+    for new_id in tqdm(range(256, vocab_size - 1), "merging", unit="merge", disable=None):
+        if not heap:
+            break
         count, pair = heapq.heappop(heap)
-        if pair_counts[pair] < -count:
-            heapq.heappush(heap, (-pair_counts[pair], pair))
-            continue
+        while pair_counts[pair] < -count:
+            count, pair = heapq.heappushpop(heap, (-pair_counts[pair], pair))
         if -count < min_frequency:
             break
-        # The commonest pair becomes a token with the next id.
+        # The commonest pair becomes a token.
         del pair_counts[pair]
         left, right = pair
         merges.append((tokens[ord(left)], tokens[ord(right)]))
-        merged = chr(len(tokens))
         tokens.append("".join(merges[-1]))
         # Its neighbours have new pairs; the pairs that these replace have become rarer.
-        for new, old, indices in merge_pair(pair, merged, words, where.pop(pair)):
+        for new, old, indices in merge_pair(pair, chr(new_id), words, where.pop(pair)):
             if old in pair_counts:
                 pair_counts[old] -= sum(map(word_counts.__getitem__, indices))
             remember(new, indices)
-        bar.update()
-    bar.close()
     return merges
 
 
@@ -147,13 +146,11 @@ def merge_pair(pair, merged, words, indices):
     for i in dict.fromkeys(indices):  # a word once, however often it has the pair
         parts = words[i].split(pair)  # "hehe" -> "", "", ""; one part if the pair is gone
         words[i] = merged.join(parts)
-        before = parts[0]
-        for after in parts[1:]:
+        for before, after in zip(parts, parts[1:]):
             if before:
                 found[before[-1] + merged].append(i)
             if after:
                 found[merged + after[0]].append(i)
-            before = after
         for between in parts[1:-1]:
             if not between:
                 found[merged + merged].append(i)
@@ -173,22 +170,21 @@ class Tokenizer:
     """
 
     def __init__(self, vocab, merges, added=()):
-        ranks, made = usable_ranks(vocab, merges)
-        self._bpe = tiktoken.Encoding("bpe", pat_str=SAFE_PATTERN, mergeable_ranks=ranks,
-                                      special_tokens={})
         self.vocab = vocab
         self.merges = merges
-        # tiktoken gives ranks: bytes first, then merges. In most vocabularies these are the ids:
-        # None saves the look-up.
-        ids = [vocab[token] for token in (*ALPHABET, *map("".join, merges))]
-        self._id_of_rank = None if ids == list(range(len(ids))) else ids
-        self.special = {token: i for token, i in vocab.items() if token not in made} | dict(added)
+        # tiktoken knows a token by its rank: bytes first, then merges in their order. In most
+        # vocabularies the rank is the id.
+        tokens = [*ALPHABET, *map("".join, merges)]
+        self._id_of_rank = [vocab[token] for token in tokens]
+        self._bpe = tiktoken.Encoding("bpe", pat_str=SAFE_PATTERN, special_tokens={},
+                                      mergeable_ranks=usable_ranks(tokens, merges))
+        self.special = {token: vocab[token] for token in vocab.keys() - tokens} | dict(added)
         # What is neither byte nor merge must look special, or else the merges were cut short.
-        for token in self.special:
-            if not re.fullmatch(r"<.*>|\[.*\]", token) and token not in added:
+        for token in self.special.keys() - added:
+            if not re.fullmatch(r"<.*>|\[.*\]", token):
                 raise ValueError(f"no merge makes {token!r}")
         self.eot_id = self.special[END_OF_TEXT]
-        self._bytes = {vocab[token]: token_bytes(token) for token in made}
+        self._bytes = {vocab[token]: token_bytes(token) for token in tokens}
         self._bytes |= {i: token.encode() for token, i in self.special.items()}
 
     @classmethod
@@ -210,17 +206,9 @@ class Tokenizer:
                 self._bytes[self.vocab_size] = token.encode()
         return [self.special[token] for token in tokens]
 
-    def encode(self, text, allow_special=False):
-        """Ids (list of int) of text. Special strings in it are plain text unless allow_special."""
-        if not allow_special:
-            ranks = self._bpe.encode_ordinary(text)
-            return [self._id_of_rank[rank] for rank in ranks] if self._id_of_rank else ranks
-        longest_first = sorted(self.special, key=len, reverse=True)
-        ids = []
-        # a group in the pattern: re.split returns the special strings too, in their places
-        for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text):
-            ids += [self.special[part]] if part in self.special else self.encode(part)
-        return ids
+    def encode(self, text):
+        """Ids (list of int) of text. Special strings in it are plain text."""
+        return [self._id_of_rank[rank] for rank in self._bpe.encode_ordinary(text)]
 
     def decode_bytes(self, ids):
         """Bytes of ids (ints); ValueError for an id that is not in the vocabulary."""
@@ -275,8 +263,8 @@ class Tokenizer:
                                 "TIKTOKEN_CACHE_DIR to the folder where tiktoken keeps its files")
 
 
-def usable_ranks(vocab, merges):
-    """tiktoken's {bytes: rank} that gives HF's tokens, and the set of all tokens that merges make.
+def usable_ranks(tokens, merges):
+    """tiktoken's {bytes: rank} that gives HF's tokens; `tokens` are bytes and merges, by rank.
 
     tiktoken joins any neighbours whose bytes together are a token, HF only the pairs of merges.txt.
     In trained merges this is the same: wherever no merge crosses the ends of a token's bytes, they
@@ -284,24 +272,21 @@ def usable_ranks(vocab, merges):
     reach: with the merges a+b, b+c, a+bc the text "abc" stops at ab, c. HF never gives "abc", so
     it gets no rank.
     """
-    symbol = {token: chr(i) for i, token in enumerate(vocab)}
-    made = set(ALPHABET)
+    symbol = {token: chr(rank) for rank, token in enumerate(tokens)}
     rules = {}  # pair of symbols -> (rank, pair, the symbol it becomes)
     for rank, (left, right) in enumerate(merges, len(ALPHABET)):
         pair = symbol[left] + symbol[right]
         rules[pair] = rank, pair, symbol[left + right]
-        made.add(left + right)
-    ranks = {token_bytes(char): rank for rank, char in enumerate(ALPHABET)}
-    for rank, parts in enumerate(merges, len(ALPHABET)):
+    ranks = {}
+    for rank, token in enumerate(tokens):
         # what HF does with this token's own text: apply the earliest merge, until none applies
-        word = "".join([symbol[char] for char in "".join(parts)])
-        last = None
+        word = "".join([symbol[char] for char in token])
         while found := [rules[pair] for pair in map(add, word, word[1:]) if pair in rules]:
-            last, pair, merged = min(found)
+            rank, pair, merged = min(found)
             word = word.replace(pair, merged)
-        if len(word) == 1 and last == rank:  # of several pairs that spell a token, one is reached
-            ranks[token_bytes("".join(parts))] = rank
-    return ranks, made
+        if len(word) == 1:
+            ranks[token_bytes(token)] = rank  # of the last merge: several may spell a token
+    return ranks
 
 
 # ---------------------------------------------------------------------------------------------
@@ -311,12 +296,13 @@ BATCH_DOCUMENTS = 500
 SPACE = re.compile(r" (?=\S)")  # a space before anything visible always starts a pre-token
 
 
-def count_pretokens(inputs, workers=1, progress=False):
+def count_pretokens(inputs, workers=1):
     """Counter of the pre-tokens in files or folders, the same for every number of processes.
 
     This process reads, the workers count; some two batches a worker are in memory.
     """
-    documents = read_documents(inputs, progress)
+    bar = tqdm(read_documents(inputs), "counting", unit=" documents", disable=None)
+    documents = iter(bar)
     batches = iter(lambda: list(islice(documents, BATCH_DOCUMENTS)), [])
     counts = Counter()
     for counted in in_processes(count_batch, batches, workers):
@@ -362,8 +348,8 @@ def load_named(name):
 
 def read_files(vocab, merges):
     """Arguments of Tokenizer from a JSON of ids, a merge a line, and added_tokens.json if any."""
-    lines = merges.read_text("utf-8", "replace").split("\n")
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    lines = merges.read_text("utf-8").rstrip("\n").split("\n")
+    pairs = [tuple(line.split(" ")) for line in lines[1:]]  # the first names a version
     added = vocab.with_name("added_tokens.json")
     return read_json(vocab), pairs, read_json(added) if added.is_file() else {}
 
@@ -372,16 +358,16 @@ def read_json(path):
     """The content of a whole JSON file."""
     try:
         return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise ValueError(f"{path} is not JSON, perhaps cut short ({e}): get it again") from None
 
 
 def read_tokenizer_json(path):
     """Arguments of Tokenizer from Hugging Face's single file."""
     top = read_json(path)
-    cut = {"use_regex": True} | (top["pre_tokenizer"] or {})
-    as_gpt2 = cut.get("type") == "ByteLevel" and cut["use_regex"] and not cut["add_prefix_space"]
-    if top["model"]["type"] != "BPE" or top["normalizer"] or not as_gpt2:
+    cut = top["pre_tokenizer"] or {}
+    kind = top["model"]["type"], top["normalizer"], cut.get("type"), cut.get("add_prefix_space")
+    if kind != ("BPE", None, "ByteLevel", False) or not cut.get("use_regex", True):
         raise ValueError("tokenizer.json is not GPT-2's kind: BPE, ByteLevel, no prefix space, "
                          "normalizer")
     # a merge is "t h" in older files and ["t", "h"] in newer ones
@@ -393,17 +379,11 @@ def read_tokenizer_json(path):
 # ---------------------------------------------------------------------------------------------
 # text files
 
-LONGEST_LINE = 64 * MIB  # and the longest .txt
-# A .txt is cut at a blank line where 4,000 to 8,000 characters allow, else at a line's end, else
-# after 8,000.
-PIECE = re.compile(r"(?s).{4000,8000}?\n\s*\n|.{4000,8000}?\n|.{1,8000}")
-
 
 def natural(path):
     """Sort key of a file's name: pubmed26n999 comes before pubmed26n1000."""
-    parts = re.split(r"(\d+)", Path(path).name)  # text, digits, text, ...
-    parts[1::2] = map(int, parts[1::2])
-    return parts, str(path)
+    padded = re.sub(r"\d+", lambda number: number[0].zfill(20), Path(path).name)
+    return padded, str(path)
 
 
 def text_files(paths):
@@ -434,23 +414,21 @@ def open_input(path):
 def json_lines(path):
     """Yield (line number, object) of a file whose lines end at "\\n" only."""
     with open_input(path) as f:
-        # readline with a limit, since a gzip bomb may be one endless line
-        for number, line in enumerate(iter(lambda: f.readline(LONGEST_LINE), b""), 1):
+        for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
                 value = json.loads(line)
-            except (ValueError, RecursionError):
+            except ValueError:
                 value = None
             if not isinstance(value, dict):
-                raise ValueError(f"{path}: line {number} is no JSON object or exceeds 64 MiB: get "
-                                 "the file anew")
+                raise ValueError(f"{path}: line {number} is no JSON object: get the file anew")
             yield number, value
 
 
-def read_documents(paths, progress=False):
+def read_documents(paths):
     """Yield (id, text) of every document in text files or folders; deletions are left out."""
-    for path in tqdm(text_files(paths), "reading", unit="file", disable=not progress):
+    for path in text_files(paths):
         for ident, text in read_records(path):
             if text is not None:
                 yield ident, text
@@ -459,14 +437,22 @@ def read_documents(paths, progress=False):
 def read_records(path):
     """Yield (id, text) of a text file in its order; text is None where the id is deleted.
 
-    A .txt is cut into documents of some 4,000 characters, so that a split has some to hold out;
-    their ids are hashes of their texts. ValueError for a .txt above 64 MiB.
+    A .txt is cut into documents, so that a split has some to hold out. Their ids are hashes of
+    their texts.
     """
     if str(path).removesuffix(".gz").endswith(".txt"):
-        yield from cut_txt(path)
-    else:
-        for number, value in json_lines(path):
-            yield record_of(value, f"{path}: line {number}")
+        for piece in cut_txt(path):
+            if text := piece.strip("\n"):
+                yield f"{hash64(text):016x}", text
+        return
+    for number, value in json_lines(path):
+        try:
+            ident = whole_characters(value["id"])
+            text = None if value.get("deleted") else whole_characters(value["text"])
+        except (KeyError, AttributeError):
+            raise ValueError(f'{path}: line {number} lacks "id" or "text": run python data.py '
+                             "extract") from None
+        yield ident, text
 
 
 def read_records_backwards(path):
@@ -485,24 +471,21 @@ def read_records_backwards(path):
 
 
 def cut_txt(path):
+    """Yield the text of a .txt in pieces.
+
+    A piece ends at the first blank line after 4,000 characters, or at the first line's end after
+    8,000. A line that is longer itself is cut.
+    """
+    piece = ""
     with open_input(path) as f:
-        raw = f.read(LONGEST_LINE)
-    if len(raw) == LONGEST_LINE:
-        raise ValueError(f"{path} is longer than 64 MiB: cut it, or use JSON lines")
-    for piece in PIECE.findall(raw.decode("utf-8-sig", "replace")):  # they lose no character
-        if text := piece.strip("\n"):
-            yield f"{hash64(text):016x}", text
-
-
-def record_of(value, where):
-    """(id, text or None) of a record's JSON object."""
-    try:
-        ident = whole_characters(value["id"])
-        if value.get("deleted"):
-            return ident, None
-        return ident, whole_characters(value["text"])
-    except (KeyError, AttributeError):
-        raise ValueError(f'{where} lacks "id" or "text": run python data.py extract') from None
+        lines = io.TextIOWrapper(f, "utf-8-sig", "replace", newline="\n")
+        for line in iter(lambda: lines.readline(8000), ""):
+            piece += line
+            blank = not line.strip()
+            if len(piece) >= 8000 or (blank and len(piece) >= 4000):
+                yield piece
+                piece = ""
+    yield piece
 
 
 def whole_characters(text):
@@ -541,17 +524,15 @@ def in_processes(function, tasks, workers):
     if workers == 1:
         yield from map(function, tasks)
         return
-    running = deque()
+    tasks = iter(tasks)
     # spawn: a fork would copy locks that the caller's threads (torch's, tqdm's) may hold
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, initializer=start_worker) as pool:
         try:
-            for task in tasks:
-                running.append(pool.submit(function, task))
-                if len(running) > 2 * workers:
-                    yield running.popleft().result()
+            running = deque(pool.submit(function, task) for task in islice(tasks, 2 * workers))
             while running:
                 yield running.popleft().result()
+                running.extend(pool.submit(function, task) for task in islice(tasks, 1))
         except BrokenProcessPool:
             raise OSError("a worker process was killed, by lack of memory perhaps: use fewer "
                           "--workers") from None
@@ -603,10 +584,10 @@ def main():
 
 
 def train(args):
-    counts = count_pretokens(args.input, args.workers, progress=True)
+    counts = count_pretokens(args.input, args.workers)
     if not counts:
         raise ValueError("the input holds no text: give --input a folder with documents")
-    tokenizer = Tokenizer.from_merges(train_bpe(counts, args.vocab_size, progress=True))
+    tokenizer = Tokenizer.from_merges(train_bpe(counts, args.vocab_size))
     tokenizer.save(args.out)
     print(f"{args.out}: {tokenizer.vocab_size:,} tokens, {END_OF_TEXT} is {tokenizer.eot_id}")
     if tokenizer.vocab_size < args.vocab_size:
