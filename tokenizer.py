@@ -30,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from operator import add
 from pathlib import Path
 
@@ -124,10 +124,9 @@ def train_bpe(counts, vocab_size, min_frequency=2):
         if -count < min_frequency:
             break
         # The commonest pair becomes a token.
-        del pair_counts[pair]
-        left, right = pair
-        merges.append((tokens[ord(left)], tokens[ord(right)]))
-        tokens.append("".join(merges[-1]))
+        left, right = [tokens[ord(symbol)] for symbol in pair]
+        merges.append((left, right))
+        tokens.append(left + right)
         # Its neighbours have new pairs; the pairs that these replace have become rarer.
         for new, old, indices in merge_pair(pair, chr(new_id), words, where.pop(pair)):
             if old in pair_counts:
@@ -142,20 +141,26 @@ def merge_pair(pair, merged, words, indices):
     Yields (new pair, old pair it replaces, indices of words, one an occurrence). In "then", "he"
     becomes X: "tX" replaces "th", and "Xn" replaces "en". In "hehe" "XX" replaces "eh".
     """
-    found = defaultdict(list)
+    befores = defaultdict(list)  # symbol before the pair -> indices
+    afters = defaultdict(list)
+    doubles = []
     for i in dict.fromkeys(indices):  # a word once, however often it has the pair
         parts = words[i].split(pair)  # "hehe" -> "", "", ""; one part if the pair is gone
         words[i] = merged.join(parts)
         for before, after in zip(parts, parts[1:]):
             if before:
-                found[before[-1] + merged].append(i)
+                befores[before[-1]].append(i)
             if after:
-                found[merged + after[0]].append(i)
+                afters[after[0]].append(i)
         for between in parts[1:-1]:
             if not between:
-                found[merged + merged].append(i)
-    for new, indices in found.items():
-        yield new, new[0].replace(merged, pair[1]) + new[1].replace(merged, pair[0]), indices
+                doubles.append(i)
+    left, right = pair
+    for symbol, indices in befores.items():
+        yield symbol + merged, symbol + left, indices
+    for symbol, indices in afters.items():
+        yield merged + symbol, right + symbol, indices
+    yield merged + merged, right + left, doubles
 
 
 # ---------------------------------------------------------------------------------------------
@@ -172,10 +177,11 @@ class Tokenizer:
     def __init__(self, vocab, merges, added=()):
         self.vocab = vocab
         self.merges = merges
-        # tiktoken knows a token by its rank: bytes first, then merges in their order. In most
-        # vocabularies the rank is the id.
+        # tiktoken gives ranks: bytes first, then merges in their order. In most vocabularies these
+        # are the ids: None saves the look-up, a fifth of the time.
         tokens = [*ALPHABET, *map("".join, merges)]
-        self._id_of_rank = [vocab[token] for token in tokens]
+        ids = [vocab[token] for token in tokens]
+        self._id_of_rank = None if ids == list(range(len(ids))) else ids
         self._bpe = tiktoken.Encoding("bpe", pat_str=SAFE_PATTERN, special_tokens={},
                                       mergeable_ranks=usable_ranks(tokens, merges))
         self.special = {token: vocab[token] for token in vocab.keys() - tokens} | dict(added)
@@ -184,8 +190,8 @@ class Tokenizer:
             if not re.fullmatch(r"<.*>|\[.*\]", token):
                 raise ValueError(f"no merge makes {token!r}")
         self.eot_id = self.special[END_OF_TEXT]
-        self._bytes = {vocab[token]: token_bytes(token) for token in tokens}
-        self._bytes |= {i: token.encode() for token, i in self.special.items()}
+        self._bytes = {i: token.encode() for token, i in self.special.items()}
+        self._bytes |= {vocab[token]: token_bytes(token) for token in tokens}
 
     @classmethod
     def from_merges(cls, merges):
@@ -201,14 +207,14 @@ class Tokenizer:
     def add_special_tokens(self, tokens):
         """Ids of special strings; those that are new get the ids from vocab_size up."""
         for token in tokens:
-            if token not in self.special:
-                self.special[token] = self.vocab_size
-                self._bytes[self.vocab_size] = token.encode()
+            i = self.special.setdefault(token, self.vocab_size)
+            self._bytes[i] = token.encode()
         return [self.special[token] for token in tokens]
 
     def encode(self, text):
         """Ids (list of int) of text. Special strings in it are plain text."""
-        return [self._id_of_rank[rank] for rank in self._bpe.encode_ordinary(text)]
+        ranks = self._bpe.encode_ordinary(text)
+        return [self._id_of_rank[rank] for rank in ranks] if self._id_of_rank else ranks
 
     def decode_bytes(self, ids):
         """Bytes of ids (ints); ValueError for an id that is not in the vocabulary."""
@@ -224,8 +230,7 @@ class Tokenizer:
 
     def files(self):
         """{file name: bytes} of vocab.json and merges.txt, byte for byte as HF saves them."""
-        by_id = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
-        vocab = json.dumps(by_id, ensure_ascii=False, separators=(",", ":"))
+        vocab = json.dumps(self.vocab, ensure_ascii=False, separators=(",", ":"))
         merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges)
         return {"vocab.json": vocab.encode(), "merges.txt": merges.encode()}
 
@@ -301,11 +306,11 @@ def count_pretokens(inputs, workers=1):
 
     This process reads, the workers count; some two batches a worker are in memory.
     """
-    bar = tqdm(read_documents(inputs), "counting", unit=" documents", disable=None)
-    documents = iter(bar)
+    documents = chain.from_iterable(map(read_documents, inputs))
     batches = iter(lambda: list(islice(documents, BATCH_DOCUMENTS)), [])
     counts = Counter()
-    for counted in in_processes(count_batch, batches, workers):
+    results = in_processes(count_batch, batches, workers)
+    for counted in tqdm(results, "counting", unit=" batches", disable=None):
         counts.update(counted)
     return counts
 
@@ -366,10 +371,8 @@ def read_tokenizer_json(path):
     """Arguments of Tokenizer from Hugging Face's single file."""
     top = read_json(path)
     cut = top["pre_tokenizer"] or {}
-    kind = top["model"]["type"], top["normalizer"], cut.get("type"), cut.get("add_prefix_space")
-    if kind != ("BPE", None, "ByteLevel", False) or not cut.get("use_regex", True):
-        raise ValueError("tokenizer.json is not GPT-2's kind: BPE, ByteLevel, no prefix space, "
-                         "normalizer")
+    if cut.get("type") != "ByteLevel" or cut["add_prefix_space"] or top["normalizer"]:
+        raise ValueError("tokenizer.json cuts or changes the text in other ways than GPT-2")
     # a merge is "t h" in older files and ["t", "h"] in newer ones
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in top["model"]["merges"]]
     added = {token["content"]: token["id"] for token in top["added_tokens"]}
@@ -386,18 +389,15 @@ def natural(path):
     return padded, str(path)
 
 
-def text_files(paths):
-    """The .jsonl and .txt files, plain or .gz, among paths (one or a list), in natural order.
+def text_files(path):
+    """The .jsonl and .txt files, plain or .gz: `path` itself or those in the folder `path`.
 
-    Of a folder, those directly in it. FileNotFoundError where a path gives none.
+    In natural order. FileNotFoundError where there is none.
     """
-    files = []
-    for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
-        found = [file for file in [path, *path.glob("*")]
-                 if re.search(r"\.(jsonl|txt)(\.gz)?$", file.name) and file.is_file()]
-        if not found:
-            raise FileNotFoundError(f"{path}: no .jsonl or .txt (.gz): run python data.py extract")
-        files += found
+    files = [file for file in [Path(path), *Path(path).glob("*")]
+             if re.search(r"\.(jsonl|txt)(\.gz)?$", file.name) and file.is_file()]
+    if not files:
+        raise FileNotFoundError(f"{path}: no .jsonl or .txt (.gz): run python data.py extract")
     return sorted(files, key=natural)
 
 
@@ -418,18 +418,17 @@ def json_lines(path):
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
-            except ValueError:
-                value = None
-            if not isinstance(value, dict):
-                raise ValueError(f"{path}: line {number} is no JSON object: get the file anew")
+                value = {} | json.loads(line)  # TypeError where it is no object
+            except (ValueError, TypeError):
+                raise ValueError(f"{path}: line {number} is no JSON object: get the file "
+                                 "anew") from None
             yield number, value
 
 
-def read_documents(paths):
-    """Yield (id, text) of every document in text files or folders; deletions are left out."""
-    for path in text_files(paths):
-        for ident, text in read_records(path):
+def read_documents(path):
+    """Yield (id, text) of every document in a text file or folder; deletions are left out."""
+    for file in text_files(path):
+        for ident, text in read_records(file):
             if text is not None:
                 yield ident, text
 
@@ -447,7 +446,7 @@ def read_records(path):
         return
     for number, value in json_lines(path):
         try:
-            ident = whole_characters(value["id"])
+            ident = str(value["id"])
             text = None if value.get("deleted") else whole_characters(value["text"])
         except (KeyError, AttributeError):
             raise ValueError(f'{path}: line {number} lacks "id" or "text": run python data.py '
@@ -585,8 +584,6 @@ def main():
 
 def train(args):
     counts = count_pretokens(args.input, args.workers)
-    if not counts:
-        raise ValueError("the input holds no text: give --input a folder with documents")
     tokenizer = Tokenizer.from_merges(train_bpe(counts, args.vocab_size))
     tokenizer.save(args.out)
     print(f"{args.out}: {tokenizer.vocab_size:,} tokens, {END_OF_TEXT} is {tokenizer.eot_id}")
