@@ -5,9 +5,9 @@
 
 Reads text: .jsonl with a document {"id", "text"} a line, or .txt; plain or .gz; files or folders.
 Writes vocab.json and merges.txt, the same bytes as Hugging Face's BpeTrainer. Encodes with
-tiktoken. Bytes that are not UTF-8, and half surrogate pairs, are read as U+FFFD. Left out:
-normalisers, prefix spaces, dropout. Special tokens in a text are plain text unless asked for.
-The second half of the file reads and writes text files; data.py, train.py and eval.py use it too.
+tiktoken. What is no valid character is read as U+FFFD. A special token's string in a text is plain
+text. Left out: normalisers, prefix spaces, dropout.
+The second half of the file reads and writes text files; the other scripts use it too.
 """
 
 import argparse
@@ -48,10 +48,13 @@ MIB = 2**20
 # becomes its UTF-8 bytes, 256 symbols that any text can be written in.
 
 END_OF_TEXT = "<|endoftext|>"
+# English endings, letters, digits, signs; then white space, without its last character where a
+# word follows: "a   b" -> "a", "  ", " b".
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same for many lines, each cut as if it stood alone with its "\n": so HF's trainer reads.
+# For training: white space ends at each "\n". HF's trainer too cuts every line by itself.
 LINE_PATTERN = regex.compile(PATTERN.replace(r"\s+(?!\S)|\s+", r"[^\S\n]*\n|[^\S\n]+(?!\S)|\s"))
-# The same pieces, long white space in steps of 100: tiktoken 0.14 panics after a million steps.
+# For encoding: the same pieces as PATTERN's, but long white space is matched in steps of 100.
+# Else tiktoken 0.14 panics after a million steps.
 SAFE_PATTERN = PATTERN.replace(r"\s+(?!\S)", r"(?:\s{100}(?=\s\s))*+\s+(?!\S)")
 
 # GPT-2 writes a byte as a visible character. 188 bytes are visible in Latin-1 and stand for
@@ -78,8 +81,8 @@ def token_bytes(token):
 #     p+ug and hug+s 5 times each     a tie: the smaller ids win, and p is a byte -> "pug"
 #
 # Counting all pairs anew after each merge would take days. But a merge changes only the pairs that
-# touch it: so each pair keeps a list of its words, and counts are corrected. A merge makes pairs
-# that hold its new token, and takes from all others: after its first count a pair only gets rarer.
+# touch it. So each pair keeps a list of its words, and counts are corrected. All pairs that a merge
+# makes hold its new token; all others only get rarer. So a pair is counted once, when it comes up.
 
 
 def train_bpe(counts, vocab_size, min_frequency=2):
@@ -91,22 +94,23 @@ def train_bpe(counts, vocab_size, min_frequency=2):
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size {vocab_size} is below 257 (256 bytes, end-of-text): use more")
-    # A word is a str with the character chr(id) for each symbol: str.split finds a pair, str.join
-    # writes its merge, and pairs, which are strs of two characters, sort as (id, id) does.
+    # A word is a str with a character chr(id) for each symbol, a pair a str of two. So str.split
+    # finds a pair, str.join writes its merge, and pairs sort as (id, id) does.
     words = [piece.encode().translate(ID_OF_BYTE).decode("latin-1") for piece in counts]
     word_counts = list(counts.values())
-    where = defaultdict(list)  # pair -> indices of words, an entry an occurrence, some outdated
+    # pair -> indices of words, one an occurrence; a later merge may have taken the pair from them
+    where = defaultdict(list)
     for i, word in enumerate(words):
         for pair in map(add, word, word[1:]):
             where[pair].append(i)
     pair_counts = {}
-    # The heap holds (-count, pair), so that the commonest pair comes out first. Its counts may be
-    # outdated: then the pair goes back with the true one, which can only be lower.
+    # The heap holds (-count, pair), so that the commonest pair comes out first. The count may be
+    # outdated, that is too high: then the pair goes back with the true one.
     heap = []
 
     def remember(pair, indices):
         count = sum(map(word_counts.__getitem__, indices))
-        if count >= min_frequency:  # else it never will be: forget it
+        if count >= min_frequency:  # a rarer pair will never be a token
             pair_counts[pair] = count
             where[pair] = indices
             heapq.heappush(heap, (-count, pair))
@@ -118,10 +122,10 @@ def train_bpe(counts, vocab_size, min_frequency=2):
     for new_id in tqdm(range(256, vocab_size - 1), "merging", unit="merge", disable=None):
         if not heap:
             break
-        count, pair = heapq.heappop(heap)
-        while pair_counts[pair] < -count:
-            count, pair = heapq.heappushpop(heap, (-pair_counts[pair], pair))
-        if -count < min_frequency:
+        minus_count, pair = heapq.heappop(heap)
+        while pair_counts[pair] < -minus_count:
+            minus_count, pair = heapq.heappushpop(heap, (-pair_counts[pair], pair))
+        if -minus_count < min_frequency:
             break
         # The commonest pair becomes a token.
         left, right = [tokens[ord(symbol)] for symbol in pair]
@@ -152,9 +156,7 @@ def merge_pair(pair, merged, words, indices):
                 befores[before[-1]].append(i)
             if after:
                 afters[after[0]].append(i)
-        for between in parts[1:-1]:
-            if not between:
-                doubles.append(i)
+        doubles += [i for between in parts[1:-1] if not between]
     left, right = pair
     for symbol, indices in befores.items():
         yield symbol + merged, symbol + left, indices
@@ -190,8 +192,8 @@ class Tokenizer:
             if not re.fullmatch(r"<.*>|\[.*\]", token):
                 raise ValueError(f"no merge makes {token!r}")
         self.eot_id = self.special[END_OF_TEXT]
-        self._bytes = {i: token.encode() for token, i in self.special.items()}
-        self._bytes |= {vocab[token]: token_bytes(token) for token in tokens}
+        self._bytes = {vocab[token]: token_bytes(token) for token in tokens}
+        self._bytes |= {i: token.encode() for token, i in self.special.items()}
 
     @classmethod
     def from_merges(cls, merges):
@@ -271,11 +273,11 @@ class Tokenizer:
 def usable_ranks(tokens, merges):
     """tiktoken's {bytes: rank} that gives HF's tokens; `tokens` are bytes and merges, by rank.
 
-    tiktoken joins any neighbours whose bytes together are a token, HF only the pairs of merges.txt.
-    In trained merges this is the same: wherever no merge crosses the ends of a token's bytes, they
-    go through the same merges and arrive at the same pair. In other files a token may be out of
-    reach: with the merges a+b, b+c, a+bc the text "abc" stops at ab, c. HF never gives "abc", so
-    it gets no rank.
+    tiktoken joins any neighbours whose bytes together are a token. HF joins only the pairs of
+    merges.txt. In trained merges this is the same: a token's bytes, as long as no merge crosses
+    their ends, always go through the same merges and arrive at the one pair that makes the token.
+    In other files a token may be out of reach: with the merges a+b, b+c, a+bc the text "abc" stops
+    at ab, c. HF never gives "abc", so it gets no rank.
     """
     symbol = {token: chr(rank) for rank, token in enumerate(tokens)}
     rules = {}  # pair of symbols -> (rank, pair, the symbol it becomes)
@@ -284,13 +286,14 @@ def usable_ranks(tokens, merges):
         rules[pair] = rank, pair, symbol[left + right]
     ranks = {}
     for rank, token in enumerate(tokens):
-        # what HF does with this token's own text: apply the earliest merge, until none applies
+        # What HF makes of this token's own text: the earliest merge that applies, until none does.
+        # Then `rank` is the last merge's, and for a byte its own.
         word = "".join([symbol[char] for char in token])
         while found := [rules[pair] for pair in map(add, word, word[1:]) if pair in rules]:
             rank, pair, merged = min(found)
             word = word.replace(pair, merged)
         if len(word) == 1:
-            ranks[token_bytes(token)] = rank  # of the last merge: several may spell a token
+            ranks[token_bytes(token)] = rank
     return ranks
 
 
@@ -405,7 +408,8 @@ def text_files(path):
 def open_input(path):
     """A binary file, plain or .gz; what gzip raises on damage becomes one clear ValueError."""
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+        opener = gzip.open if str(path).endswith(".gz") else open
+        with opener(path, "rb") as f:
             yield f
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise ValueError(f"{path}: damaged gzip ({e}): download or make it again") from None
@@ -447,7 +451,10 @@ def read_records(path):
     for number, value in json_lines(path):
         try:
             ident = str(value["id"])
-            text = None if value.get("deleted") else whole_characters(value["text"])
+            text = None
+            if not value.get("deleted"):
+                # JSON can spell half a surrogate pair: U+FFFD, as tiktoken has it
+                text = value["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         except (KeyError, AttributeError):
             raise ValueError(f'{path}: line {number} lacks "id" or "text": run python data.py '
                              "extract") from None
@@ -487,11 +494,6 @@ def cut_txt(path):
     yield piece
 
 
-def whole_characters(text):
-    """JSON can spell half a surrogate pair, which is no character: U+FFFD, as tiktoken has it."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 def hash64(text):
     """64-bit hash of a str. Among 40 million documents a clash has a probability of 4e-5."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
@@ -518,7 +520,7 @@ def replacing(path):
 def in_processes(function, tasks, workers):
     """Yield function(task) for tasks, any iterable, in its order, from `workers` processes.
 
-    At most 2 * workers tasks are taken ahead, so that memory stays bounded. One worker: no process.
+    At most 2 * workers tasks and results are in memory. One worker: this process does the work.
     """
     if workers == 1:
         yield from map(function, tasks)
@@ -595,7 +597,6 @@ def show(args):
     """Print the pieces of a text and their ids."""
     tokenizer = load_named(args.tokenizer)
     ids = tokenizer.encode(args.text)
-    print(f"{len(ids)} tokens of {len(args.text.encode())} bytes")
     print("|".join(tokenizer.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids))
     print(*ids)
 
