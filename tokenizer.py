@@ -5,15 +5,16 @@
 
 Reads text: .jsonl with a document {"id", "text"} a line, or .txt; plain or .gz; files or folders.
 Writes vocab.json and merges.txt, the same bytes as Hugging Face's BpeTrainer. Encodes with
-tiktoken. Bytes that are not UTF-8, and half surrogate pairs, are read as U+FFFD. Left out:
-normalisers, prefix spaces, dropout. Special tokens in a text are plain text unless asked for.
-The second half of the file reads and writes text files; data.py, train.py and eval.py use it too.
+tiktoken. What is no valid character is read as U+FFFD. A special token's string in a text is plain
+text. Left out: normalisers, prefix spaces, dropout.
+The second half of the file reads and writes text files; the other scripts use it too.
 """
 
 import argparse
 import gzip
 import hashlib
 import heapq
+import io
 import json
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from operator import add
 from pathlib import Path
 
@@ -47,17 +48,21 @@ MIB = 2**20
 # becomes its UTF-8 bytes, 256 symbols that any text can be written in.
 
 END_OF_TEXT = "<|endoftext|>"
+# English endings, letters, digits, signs; then white space, without its last character where a
+# word follows: "a   b" -> "a", "  ", " b".
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same for many lines, each cut as if it stood alone with its "\n": so HF's trainer reads.
+# For training: white space ends at each "\n". HF's trainer too cuts every line by itself.
 LINE_PATTERN = regex.compile(PATTERN.replace(r"\s+(?!\S)|\s+", r"[^\S\n]*\n|[^\S\n]+(?!\S)|\s"))
-# The same pieces, long white space in steps of 100: tiktoken 0.14 panics after a million steps.
+# For encoding: the same pieces as PATTERN's, but long white space is matched in steps of 100.
+# Else tiktoken 0.14 panics after a million steps.
 SAFE_PATTERN = PATTERN.replace(r"\s+(?!\S)", r"(?:\s{100}(?=\s\s))*+\s+(?!\S)")
 
-# GPT-2 writes a byte as a visible character: itself, or else one of chr(256), chr(257), ... in
-# turn. So " " is "Ġ", "\n" is "Ċ", and the two bytes of "é" are "Ã©".
+# GPT-2 writes a byte as a visible character. 188 bytes are visible in Latin-1 and stand for
+# themselves; the other 68 become chr(256), chr(257), ... in turn. So " " is "Ġ", "\n" is "Ċ", and
+# the two bytes of "é" are "Ã©". A byte's id is its place here: "!" has 0, "Ġ" has 220.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = VISIBLE + sorted(set(range(256)) - set(VISIBLE))  # by id: "!" is 0, "Ġ" is 220
-ALPHABET = [chr(byte) for byte in VISIBLE] + [chr(256 + i) for i in range(256 - len(VISIBLE))]
+BYTES = VISIBLE + sorted(set(range(256)) - set(VISIBLE))
+ALPHABET = [*map(chr, VISIBLE), *map(chr, range(256, 256 + 68))]
 ID_OF_BYTE = bytes(map(BYTES.index, range(256)))  # for bytes.translate
 BYTE_OF_CHAR = dict(zip(map(ord, ALPHABET), BYTES))  # for str.translate
 
@@ -76,11 +81,11 @@ def token_bytes(token):
 #     p+ug and hug+s 5 times each     a tie: the smaller ids win, and p is a byte -> "pug"
 #
 # Counting all pairs anew after each merge would take days. But a merge changes only the pairs that
-# touch it: so each pair keeps a list of its words, and counts are corrected. A merge makes pairs
-# that hold its new token, and takes from all others: after its first count a pair only gets rarer.
+# touch it. So each pair keeps a list of its words, and counts are corrected. All pairs that a merge
+# makes hold its new token; all others only get rarer. So a pair is counted once, when it comes up.
 
 
-def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
+def train_bpe(counts, vocab_size, min_frequency=2):
     """Learn merges from {pre-token: count}: pairs in byte characters, [("t", "h"), ("Ġ", "th")].
 
     There are vocab_size - 257 of them (256 bytes, end-of-text), or fewer when no pair is left that
@@ -89,22 +94,23 @@ def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size {vocab_size} is below 257 (256 bytes, end-of-text): use more")
-    # A word is a str with the character chr(id) for each symbol: str.split finds a pair, str.join
-    # writes its merge, and pairs, which are strs of two characters, sort as (id, id) does.
+    # A word is a str with a character chr(id) for each symbol, a pair a str of two. So str.split
+    # finds a pair, str.join writes its merge, and pairs sort as (id, id) does.
     words = [piece.encode().translate(ID_OF_BYTE).decode("latin-1") for piece in counts]
     word_counts = list(counts.values())
-    where = defaultdict(list)  # pair -> indices of words, an entry an occurrence, some outdated
+    # pair -> indices of words, one an occurrence; a later merge may have taken the pair from them
+    where = defaultdict(list)
     for i, word in enumerate(words):
         for pair in map(add, word, word[1:]):
             where[pair].append(i)
     pair_counts = {}
-    # The heap holds (-count, pair), so that the commonest pair comes out first. Its counts may be
-    # outdated: then the pair goes back with the true one, which can only be lower.
+    # The heap holds (-count, pair), so that the commonest pair comes out first. The count may be
+    # outdated, that is too high: then the pair goes back with the true one.
     heap = []
 
     def remember(pair, indices):
         count = sum(map(word_counts.__getitem__, indices))
-        if count >= min_frequency:  # else it never will be: forget it
+        if count >= min_frequency:  # a rarer pair will never be a token
             pair_counts[pair] = count
             where[pair] = indices
             heapq.heappush(heap, (-count, pair))
@@ -113,27 +119,23 @@ def train_bpe(counts, vocab_size, min_frequency=2, progress=False):
         remember(pair, indices)
     tokens = list(ALPHABET)
     merges = []
-    bar = tqdm(total=vocab_size - 257, desc="merging", unit="merge", disable=not progress)
-    while heap and len(merges) < vocab_size - 257:
-        count, pair = heapq.heappop(heap)
-        if pair_counts[pair] < -count:
-            heapq.heappush(heap, (-pair_counts[pair], pair))
-            continue
-        if -count < min_frequency:
+    for new_id in tqdm(range(256, vocab_size - 1), "merging", unit="merge", disable=None):
+        if not heap:
             break
-        # The commonest pair becomes a token with the next id.
-        del pair_counts[pair]
-        left, right = pair
-        merges.append((tokens[ord(left)], tokens[ord(right)]))
-        merged = chr(len(tokens))
-        tokens.append("".join(merges[-1]))
+        minus_count, pair = heapq.heappop(heap)
+        while pair_counts[pair] < -minus_count:
+            minus_count, pair = heapq.heappushpop(heap, (-pair_counts[pair], pair))
+        if -minus_count < min_frequency:
+            break
+        # The commonest pair becomes a token.
+        left, right = [tokens[ord(symbol)] for symbol in pair]
+        merges.append((left, right))
+        tokens.append(left + right)
         # Its neighbours have new pairs; the pairs that these replace have become rarer.
-        for new, old, indices in merge_pair(pair, merged, words, where.pop(pair)):
+        for new, old, indices in merge_pair(pair, chr(new_id), words, where.pop(pair)):
             if old in pair_counts:
                 pair_counts[old] -= sum(map(word_counts.__getitem__, indices))
             remember(new, indices)
-        bar.update()
-    bar.close()
     return merges
 
 
@@ -143,22 +145,24 @@ def merge_pair(pair, merged, words, indices):
     Yields (new pair, old pair it replaces, indices of words, one an occurrence). In "then", "he"
     becomes X: "tX" replaces "th", and "Xn" replaces "en". In "hehe" "XX" replaces "eh".
     """
-    found = defaultdict(list)
+    befores = defaultdict(list)  # symbol before the pair -> indices
+    afters = defaultdict(list)
+    doubles = []
     for i in dict.fromkeys(indices):  # a word once, however often it has the pair
         parts = words[i].split(pair)  # "hehe" -> "", "", ""; one part if the pair is gone
         words[i] = merged.join(parts)
-        before = parts[0]
-        for after in parts[1:]:
+        for before, after in zip(parts, parts[1:]):
             if before:
-                found[before[-1] + merged].append(i)
+                befores[before[-1]].append(i)
             if after:
-                found[merged + after[0]].append(i)
-            before = after
-        for between in parts[1:-1]:
-            if not between:
-                found[merged + merged].append(i)
-    for new, indices in found.items():
-        yield new, new[0].replace(merged, pair[1]) + new[1].replace(merged, pair[0]), indices
+                afters[after[0]].append(i)
+        doubles += [i for between in parts[1:-1] if not between]
+    left, right = pair
+    for symbol, indices in befores.items():
+        yield symbol + merged, symbol + left, indices
+    for symbol, indices in afters.items():
+        yield merged + symbol, right + symbol, indices
+    yield merged + merged, right + left, doubles
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,22 +177,22 @@ class Tokenizer:
     """
 
     def __init__(self, vocab, merges, added=()):
-        ranks, made = usable_ranks(vocab, merges)
-        self._bpe = tiktoken.Encoding("bpe", pat_str=SAFE_PATTERN, mergeable_ranks=ranks,
-                                      special_tokens={})
         self.vocab = vocab
         self.merges = merges
-        # tiktoken gives ranks: bytes first, then merges. In most vocabularies these are the ids:
-        # None saves the look-up.
-        ids = [vocab[token] for token in (*ALPHABET, *map("".join, merges))]
+        # tiktoken gives ranks: bytes first, then merges in their order. In most vocabularies these
+        # are the ids: None saves the look-up, a fifth of the time.
+        tokens = [*ALPHABET, *map("".join, merges)]
+        ids = [vocab[token] for token in tokens]
         self._id_of_rank = None if ids == list(range(len(ids))) else ids
-        self.special = {token: i for token, i in vocab.items() if token not in made} | dict(added)
+        self._bpe = tiktoken.Encoding("bpe", pat_str=SAFE_PATTERN, special_tokens={},
+                                      mergeable_ranks=usable_ranks(tokens, merges))
+        self.special = {token: vocab[token] for token in vocab.keys() - tokens} | dict(added)
         # What is neither byte nor merge must look special, or else the merges were cut short.
-        for token in self.special:
-            if not re.fullmatch(r"<.*>|\[.*\]", token) and token not in added:
+        for token in self.special.keys() - added:
+            if not re.fullmatch(r"<.*>|\[.*\]", token):
                 raise ValueError(f"no merge makes {token!r}")
         self.eot_id = self.special[END_OF_TEXT]
-        self._bytes = {vocab[token]: token_bytes(token) for token in made}
+        self._bytes = {vocab[token]: token_bytes(token) for token in tokens}
         self._bytes |= {i: token.encode() for token, i in self.special.items()}
 
     @classmethod
@@ -205,22 +209,14 @@ class Tokenizer:
     def add_special_tokens(self, tokens):
         """Ids of special strings; those that are new get the ids from vocab_size up."""
         for token in tokens:
-            if token not in self.special:
-                self.special[token] = self.vocab_size
-                self._bytes[self.vocab_size] = token.encode()
+            i = self.special.setdefault(token, self.vocab_size)
+            self._bytes[i] = token.encode()
         return [self.special[token] for token in tokens]
 
-    def encode(self, text, allow_special=False):
-        """Ids (list of int) of text. Special strings in it are plain text unless allow_special."""
-        if not allow_special:
-            ranks = self._bpe.encode_ordinary(text)
-            return [self._id_of_rank[rank] for rank in ranks] if self._id_of_rank else ranks
-        longest_first = sorted(self.special, key=len, reverse=True)
-        ids = []
-        # a group in the pattern: re.split returns the special strings too, in their places
-        for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text):
-            ids += [self.special[part]] if part in self.special else self.encode(part)
-        return ids
+    def encode(self, text):
+        """Ids (list of int) of text. Special strings in it are plain text."""
+        ranks = self._bpe.encode_ordinary(text)
+        return [self._id_of_rank[rank] for rank in ranks] if self._id_of_rank else ranks
 
     def decode_bytes(self, ids):
         """Bytes of ids (ints); ValueError for an id that is not in the vocabulary."""
@@ -236,8 +232,7 @@ class Tokenizer:
 
     def files(self):
         """{file name: bytes} of vocab.json and merges.txt, byte for byte as HF saves them."""
-        by_id = dict(sorted(self.vocab.items(), key=lambda item: item[1]))
-        vocab = json.dumps(by_id, ensure_ascii=False, separators=(",", ":"))
+        vocab = json.dumps(self.vocab, ensure_ascii=False, separators=(",", ":"))
         merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges)
         return {"vocab.json": vocab.encode(), "merges.txt": merges.encode()}
 
@@ -275,33 +270,31 @@ class Tokenizer:
                                 "TIKTOKEN_CACHE_DIR to the folder where tiktoken keeps its files")
 
 
-def usable_ranks(vocab, merges):
-    """tiktoken's {bytes: rank} that gives HF's tokens, and the set of all tokens that merges make.
+def usable_ranks(tokens, merges):
+    """tiktoken's {bytes: rank} that gives HF's tokens; `tokens` are bytes and merges, by rank.
 
-    tiktoken joins any neighbours whose bytes together are a token, HF only the pairs of merges.txt.
-    In trained merges this is the same: wherever no merge crosses the ends of a token's bytes, they
-    go through the same merges and arrive at the same pair. In other files a token may be out of
-    reach: with the merges a+b, b+c, a+bc the text "abc" stops at ab, c. HF never gives "abc", so
-    it gets no rank.
+    tiktoken joins any neighbours whose bytes together are a token. HF joins only the pairs of
+    merges.txt. In trained merges this is the same: a token's bytes, as long as no merge crosses
+    their ends, always go through the same merges and arrive at the one pair that makes the token.
+    In other files a token may be out of reach: with the merges a+b, b+c, a+bc the text "abc" stops
+    at ab, c. HF never gives "abc", so it gets no rank.
     """
-    symbol = {token: chr(i) for i, token in enumerate(vocab)}
-    made = set(ALPHABET)
+    symbol = {token: chr(rank) for rank, token in enumerate(tokens)}
     rules = {}  # pair of symbols -> (rank, pair, the symbol it becomes)
     for rank, (left, right) in enumerate(merges, len(ALPHABET)):
         pair = symbol[left] + symbol[right]
         rules[pair] = rank, pair, symbol[left + right]
-        made.add(left + right)
-    ranks = {token_bytes(char): rank for rank, char in enumerate(ALPHABET)}
-    for rank, parts in enumerate(merges, len(ALPHABET)):
-        # what HF does with this token's own text: apply the earliest merge, until none applies
-        word = "".join([symbol[char] for char in "".join(parts)])
-        last = None
+    ranks = {}
+    for rank, token in enumerate(tokens):
+        # What HF makes of this token's own text: the earliest merge that applies, until none does.
+        # Then `rank` is the last merge's, and for a byte its own.
+        word = "".join([symbol[char] for char in token])
         while found := [rules[pair] for pair in map(add, word, word[1:]) if pair in rules]:
-            last, pair, merged = min(found)
+            rank, pair, merged = min(found)
             word = word.replace(pair, merged)
-        if len(word) == 1 and last == rank:  # of several pairs that spell a token, one is reached
-            ranks[token_bytes("".join(parts))] = rank
-    return ranks, made
+        if len(word) == 1:
+            ranks[token_bytes(token)] = rank
+    return ranks
 
 
 # ---------------------------------------------------------------------------------------------
@@ -311,15 +304,16 @@ BATCH_DOCUMENTS = 500
 SPACE = re.compile(r" (?=\S)")  # a space before anything visible always starts a pre-token
 
 
-def count_pretokens(inputs, workers=1, progress=False):
+def count_pretokens(inputs, workers=1):
     """Counter of the pre-tokens in files or folders, the same for every number of processes.
 
     This process reads, the workers count; some two batches a worker are in memory.
     """
-    documents = read_documents(inputs, progress)
+    documents = chain.from_iterable(map(read_documents, inputs))
     batches = iter(lambda: list(islice(documents, BATCH_DOCUMENTS)), [])
     counts = Counter()
-    for counted in in_processes(count_batch, batches, workers):
+    results = in_processes(count_batch, batches, workers)
+    for counted in tqdm(results, "counting", unit=" batches", disable=None):
         counts.update(counted)
     return counts
 
@@ -362,8 +356,8 @@ def load_named(name):
 
 def read_files(vocab, merges):
     """Arguments of Tokenizer from a JSON of ids, a merge a line, and added_tokens.json if any."""
-    lines = merges.read_text("utf-8", "replace").split("\n")
-    pairs = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    lines = merges.read_text("utf-8").rstrip("\n").split("\n")
+    pairs = [tuple(line.split(" ")) for line in lines[1:]]  # the first names a version
     added = vocab.with_name("added_tokens.json")
     return read_json(vocab), pairs, read_json(added) if added.is_file() else {}
 
@@ -372,18 +366,16 @@ def read_json(path):
     """The content of a whole JSON file."""
     try:
         return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise ValueError(f"{path} is not JSON, perhaps cut short ({e}): get it again") from None
 
 
 def read_tokenizer_json(path):
     """Arguments of Tokenizer from Hugging Face's single file."""
     top = read_json(path)
-    cut = {"use_regex": True} | (top["pre_tokenizer"] or {})
-    as_gpt2 = cut.get("type") == "ByteLevel" and cut["use_regex"] and not cut["add_prefix_space"]
-    if top["model"]["type"] != "BPE" or top["normalizer"] or not as_gpt2:
-        raise ValueError("tokenizer.json is not GPT-2's kind: BPE, ByteLevel, no prefix space, "
-                         "normalizer")
+    cut = top["pre_tokenizer"] or {}
+    if cut.get("type") != "ByteLevel" or cut["add_prefix_space"] or top["normalizer"]:
+        raise ValueError("tokenizer.json cuts or changes the text in other ways than GPT-2")
     # a merge is "t h" in older files and ["t", "h"] in newer ones
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in top["model"]["merges"]]
     added = {token["content"]: token["id"] for token in top["added_tokens"]}
@@ -393,31 +385,22 @@ def read_tokenizer_json(path):
 # ---------------------------------------------------------------------------------------------
 # text files
 
-LONGEST_LINE = 64 * MIB  # and the longest .txt
-# A .txt is cut at a blank line where 4,000 to 8,000 characters allow, else at a line's end, else
-# after 8,000.
-PIECE = re.compile(r"(?s).{4000,8000}?\n\s*\n|.{4000,8000}?\n|.{1,8000}")
-
 
 def natural(path):
     """Sort key of a file's name: pubmed26n999 comes before pubmed26n1000."""
-    parts = re.split(r"(\d+)", Path(path).name)  # text, digits, text, ...
-    parts[1::2] = map(int, parts[1::2])
-    return parts, str(path)
+    padded = re.sub(r"\d+", lambda number: number[0].zfill(20), Path(path).name)
+    return padded, str(path)
 
 
-def text_files(paths):
-    """The .jsonl and .txt files, plain or .gz, among paths (one or a list), in natural order.
+def text_files(path):
+    """The .jsonl and .txt files, plain or .gz: `path` itself or those in the folder `path`.
 
-    Of a folder, those directly in it. FileNotFoundError where a path gives none.
+    In natural order. FileNotFoundError where there is none.
     """
-    files = []
-    for path in map(Path, [paths] if isinstance(paths, (str, Path)) else paths):
-        found = [file for file in [path, *path.glob("*")]
-                 if re.search(r"\.(jsonl|txt)(\.gz)?$", file.name) and file.is_file()]
-        if not found:
-            raise FileNotFoundError(f"{path}: no .jsonl or .txt (.gz): run python data.py extract")
-        files += found
+    files = [file for file in [Path(path), *Path(path).glob("*")]
+             if re.search(r"\.(jsonl|txt)(\.gz)?$", file.name) and file.is_file()]
+    if not files:
+        raise FileNotFoundError(f"{path}: no .jsonl or .txt (.gz): run python data.py extract")
     return sorted(files, key=natural)
 
 
@@ -425,7 +408,8 @@ def text_files(paths):
 def open_input(path):
     """A binary file, plain or .gz; what gzip raises on damage becomes one clear ValueError."""
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+        opener = gzip.open if str(path).endswith(".gz") else open
+        with opener(path, "rb") as f:
             yield f
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise ValueError(f"{path}: damaged gzip ({e}): download or make it again") from None
@@ -434,24 +418,21 @@ def open_input(path):
 def json_lines(path):
     """Yield (line number, object) of a file whose lines end at "\\n" only."""
     with open_input(path) as f:
-        # readline with a limit, since a gzip bomb may be one endless line
-        for number, line in enumerate(iter(lambda: f.readline(LONGEST_LINE), b""), 1):
+        for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
-                value = None
-            if not isinstance(value, dict):
-                raise ValueError(f"{path}: line {number} is no JSON object or exceeds 64 MiB: get "
-                                 "the file anew")
+                value = {} | json.loads(line)  # TypeError where it is no object
+            except (ValueError, TypeError):
+                raise ValueError(f"{path}: line {number} is no JSON object: get the file "
+                                 "anew") from None
             yield number, value
 
 
-def read_documents(paths, progress=False):
-    """Yield (id, text) of every document in text files or folders; deletions are left out."""
-    for path in tqdm(text_files(paths), "reading", unit="file", disable=not progress):
-        for ident, text in read_records(path):
+def read_documents(path):
+    """Yield (id, text) of every document in a text file or folder; deletions are left out."""
+    for file in text_files(path):
+        for ident, text in read_records(file):
             if text is not None:
                 yield ident, text
 
@@ -459,14 +440,25 @@ def read_documents(paths, progress=False):
 def read_records(path):
     """Yield (id, text) of a text file in its order; text is None where the id is deleted.
 
-    A .txt is cut into documents of some 4,000 characters, so that a split has some to hold out;
-    their ids are hashes of their texts. ValueError for a .txt above 64 MiB.
+    A .txt is cut into documents, so that a split has some to hold out. Their ids are hashes of
+    their texts.
     """
     if str(path).removesuffix(".gz").endswith(".txt"):
-        yield from cut_txt(path)
-    else:
-        for number, value in json_lines(path):
-            yield record_of(value, f"{path}: line {number}")
+        for piece in cut_txt(path):
+            if text := piece.strip("\n"):
+                yield f"{hash64(text):016x}", text
+        return
+    for number, value in json_lines(path):
+        try:
+            ident = str(value["id"])
+            text = None
+            if not value.get("deleted"):
+                # JSON can spell half a surrogate pair: U+FFFD, as tiktoken has it
+                text = value["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        except (KeyError, AttributeError):
+            raise ValueError(f'{path}: line {number} lacks "id" or "text": run python data.py '
+                             "extract") from None
+        yield ident, text
 
 
 def read_records_backwards(path):
@@ -485,29 +477,21 @@ def read_records_backwards(path):
 
 
 def cut_txt(path):
+    """Yield the text of a .txt in pieces.
+
+    A piece ends at the first blank line after 4,000 characters, or at the first line's end after
+    8,000. A line that is longer itself is cut.
+    """
+    piece = ""
     with open_input(path) as f:
-        raw = f.read(LONGEST_LINE)
-    if len(raw) == LONGEST_LINE:
-        raise ValueError(f"{path} is longer than 64 MiB: cut it, or use JSON lines")
-    for piece in PIECE.findall(raw.decode("utf-8-sig", "replace")):  # they lose no character
-        if text := piece.strip("\n"):
-            yield f"{hash64(text):016x}", text
-
-
-def record_of(value, where):
-    """(id, text or None) of a record's JSON object."""
-    try:
-        ident = whole_characters(value["id"])
-        if value.get("deleted"):
-            return ident, None
-        return ident, whole_characters(value["text"])
-    except (KeyError, AttributeError):
-        raise ValueError(f'{where} lacks "id" or "text": run python data.py extract') from None
-
-
-def whole_characters(text):
-    """JSON can spell half a surrogate pair, which is no character: U+FFFD, as tiktoken has it."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        lines = io.TextIOWrapper(f, "utf-8-sig", "replace", newline="\n")
+        for line in iter(lambda: lines.readline(8000), ""):
+            piece += line
+            blank = not line.strip()
+            if len(piece) >= 8000 or (blank and len(piece) >= 4000):
+                yield piece
+                piece = ""
+    yield piece
 
 
 def hash64(text):
@@ -536,22 +520,20 @@ def replacing(path):
 def in_processes(function, tasks, workers):
     """Yield function(task) for tasks, any iterable, in its order, from `workers` processes.
 
-    At most 2 * workers tasks are taken ahead, so that memory stays bounded. One worker: no process.
+    At most 2 * workers tasks and results are in memory. One worker: this process does the work.
     """
     if workers == 1:
         yield from map(function, tasks)
         return
-    running = deque()
+    tasks = iter(tasks)
     # spawn: a fork would copy locks that the caller's threads (torch's, tqdm's) may hold
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, initializer=start_worker) as pool:
         try:
-            for task in tasks:
-                running.append(pool.submit(function, task))
-                if len(running) > 2 * workers:
-                    yield running.popleft().result()
+            running = deque(pool.submit(function, task) for task in islice(tasks, 2 * workers))
             while running:
                 yield running.popleft().result()
+                running.extend(pool.submit(function, task) for task in islice(tasks, 1))
         except BrokenProcessPool:
             raise OSError("a worker process was killed, by lack of memory perhaps: use fewer "
                           "--workers") from None
@@ -603,10 +585,8 @@ def main():
 
 
 def train(args):
-    counts = count_pretokens(args.input, args.workers, progress=True)
-    if not counts:
-        raise ValueError("the input holds no text: give --input a folder with documents")
-    tokenizer = Tokenizer.from_merges(train_bpe(counts, args.vocab_size, progress=True))
+    counts = count_pretokens(args.input, args.workers)
+    tokenizer = Tokenizer.from_merges(train_bpe(counts, args.vocab_size))
     tokenizer.save(args.out)
     print(f"{args.out}: {tokenizer.vocab_size:,} tokens, {END_OF_TEXT} is {tokenizer.eot_id}")
     if tokenizer.vocab_size < args.vocab_size:
@@ -617,7 +597,6 @@ def show(args):
     """Print the pieces of a text and their ids."""
     tokenizer = load_named(args.tokenizer)
     ids = tokenizer.encode(args.text)
-    print(f"{len(ids)} tokens of {len(args.text.encode())} bytes")
     print("|".join(tokenizer.decode_bytes([i]).decode("utf-8", "backslashreplace") for i in ids))
     print(*ids)
 

@@ -103,12 +103,12 @@ def test_counting_cuts_each_line_alone(tmp_path):
     """Pre-tokens over two lines, other line ends taken for "\\n", spaces lost between chunks."""
     rng = random.Random(0)
     parts = ["a", "B", " ", "  ", "\n", "\t", "\r", "\x0b", "\x1c", "\x85", "\xa0", "\u2009", "é"]
-    text = "".join(rng.choices([*parts, "\u2028", "'s", "7", ".", "中", "😀"], k=20000))
+    text = "".join(rng.choices([*parts, "\u2028", "'s", "7", ".", "中", "😀"], k=20000)) + ".\n"
     (tmp_path / "t.jsonl").write_text(json.dumps({"id": "1", "text": text}))
-    lines = [line + "\n" for line in (text.rstrip("\n") + "\n").split("\n")][:-1]
-    lines += ["\n"] * (len(text) - len(text.rstrip("\n")) - 1)
-    expected = Counter(piece for line in lines for piece in regex.findall(PATTERN, line))
-    assert count_pretokens(tmp_path / "t.jsonl") == expected
+    expected = Counter()
+    for line in text.split("\n")[:-1]:
+        expected.update(regex.findall(PATTERN, line + "\n"))
+    assert count_pretokens([tmp_path / "t.jsonl"]) == expected
 
 
 def test_workers_and_hash_seed_change_nothing(tmp_path, monkeypatch):
@@ -132,14 +132,12 @@ def test_workers_and_hash_seed_change_nothing(tmp_path, monkeypatch):
     assert len(written) == 1
 
 
-def test_documents_and_deletions(tmp_path):
-    """Deleted records counted or fatal, blank lines, no newline at the end, half surrogates."""
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"id": "1", "text": "one two"}\n\n{"id": "2", "deleted": true}\n'
-                    '{"id": "3", "text": "one \\ud800x"}')
-    assert count_pretokens([path]) == {"one": 2, " two": 1, " \ufffd": 1, "x": 1, "\n": 2}
+def test_half_characters(tmp_path):
+    """Half a surrogate pair or a byte that is not UTF-8 ending in a traceback or lost."""
+    (tmp_path / "a.jsonl").write_text('{"id": 3, "text": "one \\ud800x"}\n')
     (tmp_path / "b.txt").write_bytes(b"ab \xff cd")
-    assert count_pretokens([tmp_path / "b.txt"]) == {"ab": 1, " \ufffd": 1, " cd": 1, "\n": 1}
+    expected = {"one": 1, " \ufffd": 2, "x": 1, "ab": 1, " cd": 1, "\n": 2}
+    assert count_pretokens([tmp_path]) == expected
 
 
 def test_a_long_word_takes_linear_time():
@@ -159,13 +157,13 @@ def test_records_backwards(tmp_path):
     records = [(str(i), None if i % 7 == 0 else f"text {i} é\n\u2028" * i) for i in range(50)]
     lines = [json.dumps({"id": i, "deleted": True} if text is None else {"id": i, "text": text})
              for i, text in records]
-    for name, content in (("a.jsonl", "\n\n".join(lines)), ("b.jsonl", "\n".join(lines) + "\n")):
-        (tmp_path / name).write_text(content)
-        (tmp_path / (name + ".gz")).write_bytes(gzip.compress(content.encode()))
-        for path in (tmp_path / name, tmp_path / (name + ".gz")):
-            assert list(bpe.read_records(path)) == records
-            assert list(bpe.read_records_backwards(path)) == records[::-1]
-    assert len(list(bpe.read_documents(tmp_path))) == 4 * 42
+    content = "\n\n".join(lines)
+    (tmp_path / "a.jsonl").write_text(content)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content.encode() + b"\n"))
+    for path in bpe.text_files(tmp_path):
+        assert list(bpe.read_records(path)) == records
+        assert list(bpe.read_records_backwards(path)) == records[::-1]
+    assert len(list(bpe.read_documents(tmp_path))) == 2 * 42
 
 
 def test_a_txt_is_cut_into_documents(tmp_path):
@@ -191,7 +189,7 @@ def test_natural_order(tmp_path):
     assert names == ["n20.txt", "n999.jsonl.gz", "n1000.jsonl"]
 
 
-@pytest.mark.parametrize("line", ["[1]", '{"id": "1", "text"', "[" * 100_000, '{"a": "\\x"}'])
+@pytest.mark.parametrize("line", ["[1]", '{"id": "1", "text"', '{"a": "\\x"}'])
 def test_a_bad_line_is_named(tmp_path, line):
     """A traceback, or a damaged line skipped in silence."""
     (tmp_path / "a.jsonl").write_text('{"id": "1", "text": "a"}\n' + line + "\n")
@@ -251,7 +249,7 @@ def test_random_merges_equal_naive():
         every = list(dict.fromkeys([*ALPHABET, *tokens, bpe.END_OF_TEXT]))
         rng.shuffle(every)
         tok = Tokenizer({token: i for i, token in enumerate(every)}, merges)
-        differs += len(bpe.usable_ranks(tok.vocab, merges)[0]) < 256 + len(merges)
+        differs += len(bpe.usable_ranks([*ALPHABET, *tokens[3:]], merges)) < 256 + len(merges)
         for _ in range(40):
             text = "".join(rng.choices("abc", k=rng.randint(1, 25)))
             assert tok.encode(text) == naive_encode(text, tok.vocab, merges), (seed, text)
@@ -297,22 +295,19 @@ def test_round_trip(trained):
 # special tokens and files
 
 
-def test_special_tokens_only_when_asked(trained, tmp_path):
+def test_special_tokens(trained, tmp_path):
     """T6, T8. Special strings in plain text taken as special; ids that move; save and load."""
     trained.save(tmp_path / "plain")
     tok = Tokenizer.load(tmp_path / "plain")
     assert (tok.vocab_size, tok.eot_id, tok.fingerprint) == (800, 799, trained.fingerprint)
     assert tok.add_special_tokens(["[PAD]", "[SEP]", "[PAD]"]) == [800, 801, 800]
     text = "a [SEP]b<|endoftext|>[PAD]"
-    plain, special = tok.encode(text), tok.encode(text, allow_special=True)
-    assert max(plain) < 799 and plain == trained.encode(text)
-    assert special == [*tok.encode("a "), 801, *tok.encode("b"), 799, 800]
-    assert tok.decode(plain) == tok.decode(special) == text
+    assert max(tok.encode(text)) < 799 and tok.encode(text) == trained.encode(text)
     tok.save(tmp_path / "more")
     again = Tokenizer.load(tmp_path / "more")
-    assert again.encode(text, allow_special=True) == special and again.vocab_size == 802
-    assert again.fingerprint == trained.fingerprint
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert (again.vocab_size, again.special, again.fingerprint) \
+        == (802, {bpe.END_OF_TEXT: 799, "[PAD]": 800, "[SEP]": 801}, trained.fingerprint)
+    assert again.decode([*again.encode("a "), 801, *again.encode("b"), 799, 800]) == text
 
 
 def test_released_size():
@@ -353,31 +348,8 @@ def test_gpt2(shared, monkeypatch):
         assert tok.encode(text) == own.encode_ordinary(text)
 
 
-def test_audit(trained, tmp_path):
-    """eval.py's tables: pieces, words or bytes miscounted, a term list that shrank below 200."""
-    trained.save(tmp_path / "t")
-    text = "thrombin and thrombin (aspirin).\n"
-    (tmp_path / "x.txt").write_text(text)
-    done = run("eval.py", "tokenizer", "--tokenizer", tmp_path / "t", "--text", tmp_path / "x.txt")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.split("\n")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    pieces = [trained.decode([i]).strip() for i in trained.encode(" thrombin")]
-    assert ["thrombin", "/".join(pieces)] in rows
-    n = len(trained.encode(text))
-    assert [str(tmp_path / "t"), "4", str(n), f"{n / 4:.4g}", f"{len(text) / n:.4g}"] in rows
-    assert next(int(row[1]) for row in rows if row[0] == "the ten together") >= 200
-    assert ["1 to 9", "1"] in [row[:2] for row in rows]  # aspirin is listed, thrombin is not
-
-
 # ---------------------------------------------------------------------------------------------
 # a user's mistakes
-
-
-def broken(trained, folder, name, change):
-    trained.save(folder)
-    (folder / name).write_text(change((folder / name).read_text()))
-    return folder
 
 
 @pytest.mark.parametrize("name, change", [
@@ -390,31 +362,28 @@ def broken(trained, folder, name, change):
 ])
 def test_damaged_files_are_refused(trained, tmp_path, name, change):
     """A truncated or mixed-up file loading as another tokenizer without a word."""
+    trained.save(tmp_path)
+    (tmp_path / name).write_text(change((tmp_path / name).read_text()))
     with pytest.raises(ValueError, match="copy them again"):
-        Tokenizer.load(broken(trained, tmp_path, name, change))
+        Tokenizer.load(tmp_path)
 
 
 def test_bad_input(trained, tmp_path):
     """Tracebacks, silence or half-written files on a user's mistakes."""
     with pytest.raises(ValueError, match="257"):
         train_bpe({"ab": 5}, 256)
-    for ids in ([800], [-1]):
-        with pytest.raises(ValueError, match="another tokenizer"):
-            trained.decode(ids)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        trained.decode([800])
     with pytest.raises(FileNotFoundError, match="tokenizer.py train"):
         Tokenizer.load(tmp_path)
-    os.makedirs(tmp_path / "empty")
     (tmp_path / "raw.jsonl").write_text('{"id": 1, "title": "no text"}\n')
-    (tmp_path / "none.txt").write_text("")
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(os.urandom(5000))[:2000])
-    for name, message in (("empty", "data.py extract"), ("missing", "data.py extract"),
-                          ("raw.jsonl", "data.py extract"), ("none.txt", "no text"),
+    for name, message in (("missing", "data.py extract"), ("raw.jsonl", "data.py extract"),
                           ("cut.txt.gz", "damaged gzip")):
-        for workers in (1, 2):
-            done = run("tokenizer.py", "train", "--input", tmp_path / name,
-                       "--out", tmp_path / "out", "--workers", workers)
-            assert done.returncode == 1 and message in done.stderr, done.stderr
-            assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+        out = tmp_path / "out"
+        done = run("tokenizer.py", "train", "--input", tmp_path / name, "--out", out)
+        assert done.returncode == 1 and message in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and not out.exists()
 
 
 def test_small_corpus_and_show(tmp_path):
