@@ -20,11 +20,9 @@ from finetune import (
     Example,
     Row,
     TaskModel,
-    adapt,
     build,
     collate,
     encode_all,
-    epoch_order,
     labeled,
     learning_rate,
     load_finetuned,
@@ -36,6 +34,7 @@ from finetune import (
     summarise,
     train_step,
     wilson,
+    write_lines,
 )
 from model import GPT, GPTConfig
 from tokenizer import Tokenizer, train_bpe
@@ -62,7 +61,7 @@ def questions(n=7):
     words = TEXT.split()
     return [Question(id=str(i), question=" ".join(words[i:i + 3 + 4 * (i % 3)]),
                      options=tuple(" ".join(words[k:k + 1 + k % 3]) for k in range(2 + i % 4)),
-                     answer=i % 2) for i in range(n)]
+                     answer=i % 2, target=" ".join(words[i:2 + 2 * i])) for i in range(n)]
 
 
 def encode(qs, task, length=64, markers=False):
@@ -71,8 +70,8 @@ def encode(qs, task, length=64, markers=False):
     return encode_all(qs, task, tokenizer, {"length": length, "markers": markers}), tokenizer
 
 
-def task_model(kind, n_labels=0, **how):
-    model = TaskModel(adapt(small_gpt(300, **how), 305), kind, n_labels)
+def task_model(kind, labels=(), **how):
+    model = TaskModel(small_gpt(305, **how), kind, labels)
     for parameter in model.head.parameters():
         torch.nn.init.normal_(parameter)
     return model.eval()
@@ -100,51 +99,44 @@ def rank_of(world_size, rank, gather=lambda value: [value]):
 # prompts
 
 
-def test_choice_prompt_is_the_papers():
-    """Catches a missing space, a lost separator, ids out of order, "[SEP]" read in a question."""
-    q = Question(id="1", question="Which [SEP] helps?", options=("aspirin", "heparin"), answer=0)
-    (e,), tokenizer = encode([q], "medqa")
-    assert [tokenizer.special[t] for t in ("[PAD]", "[CLS]", "[SEP]")] == [300, 301, 302]
-    options = [tokenizer.encode(text) + [302] for text in (" aspirin", " heparin")]
-    assert e.rows == [Row(tokenizer.encode(q.question) + [302], options)]
-
-
-def test_label_and_text_prompts_are_the_papers():
-    """Catches question-first order, stray spaces, ids that move, a target without end-of-text."""
-    q = Question(id="1", question="the trial", context="in rats", options=("no", "yes"), answer=1,
-                 target="less sugar")
-    parts = [small_tokenizer().encode(text) for text in (q.context, q.question, q.target)]
-    for markers, names, ids in (
-            (False, "CONTEXT QUESTION1 QUESTION2 ANSWER", parts[0] + parts[1]),
-            (True, "CONTEXT QUESTION ANSWER", [301, *parts[0], 302, *parts[1], 303])):
-        (e,), tokenizer = encode([q], "bioasq", markers=markers)
-        assert e.rows == [Row([], [ids])]
-        added = ["[PAD]", *(f"<|{name}|>" for name in names.split())]
-        assert [tokenizer.special[name] for name in added] == [*range(300, tokenizer.vocab_size)]
-    (e,), tokenizer = encode([q], "text")
-    assert e.rows == [Row(parts[1] + [301], [parts[2] + [tokenizer.eot_id]])]
-    assert e.n_targets == len(parts[2]) + 1
+@pytest.mark.parametrize("task, markers, added, parts", [
+    ("medqa", False, "[PAD]+[CLS]+[SEP]", "in [SEP] rats?+[SEP]/ no+[SEP]/ yes+[SEP]"),
+    ("bioasq", False, "[PAD]+<|CONTEXT|>+<|QUESTION1|>+<|QUESTION2|>+<|ANSWER|>",
+     "/the trial+in [SEP] rats?"),
+    ("bioasq", True, "[PAD]+<|CONTEXT|>+<|QUESTION|>+<|ANSWER|>",
+     "/<|CONTEXT|>+the trial+<|QUESTION|>+in [SEP] rats?+<|ANSWER|>"),
+    ("text", False, "[PAD]+<|startoftext|>", "in [SEP] rats?+<|startoftext|>/less sugar+EOT")])
+def test_prompts_are_the_papers(task, markers, added, parts):
+    """Catches a missing or stray space, question-first order, a lost separator or end-of-text, ids
+    that move, "[SEP]" read in a question."""
+    q = Question(id="1", question="in [SEP] rats?", context="the trial", options=("no", "yes"),
+                 answer=1, target="less sugar")
+    (e,), tokenizer = encode([q], task, markers=markers)
+    special = tokenizer.special | {"EOT": tokenizer.eot_id}
+    prefix, *suffixes = [sum([[special[piece]] if piece in special else tokenizer.encode(piece)
+                              for piece in part.split("+")], []) for part in parts.split("/")]
+    assert e.rows == [Row(prefix, suffixes)]
+    assert e.n_targets == (len(suffixes[0]) if task == "text" else 0)
+    assert [special[name] for name in added.split("+")] == [*range(300, tokenizer.vocab_size)]
 
 
 @pytest.mark.parametrize("limit", [8, 12, 20, 64])
 def test_truncation_keeps_option_and_separator(limit):
     """F4: catches cutting from the row's end, which drops the answer or the final separator."""
-    examples, tokenizer = encode(questions(), "medqa", limit)
-    for e in examples:
-        rows = [(row.prefix, s) for row in e.rows for s in row.suffixes]
-        for (prefix, suffix), option in zip(rows, e.question.options, strict=True):
-            assert len(prefix) + len(suffix) <= limit
-            assert prefix[-1] == suffix[-1] == tokenizer.special["[SEP]"]
-            assert suffix[:-1] == tokenizer.encode(" " + option)[:limit - 2]
-        whole = [len(tokenizer.encode(e.question.question) + tokenizer.encode(" " + option)) + 2
-                 for option in e.question.options]
-        assert e.truncated == (max(whole) > limit)
-    q = Question(id="1", question="the trial", context=TEXT, options=("no", "yes"), answer=1)
+    whole, cut = (encode(questions(), "medqa", length)[0] for length in (999, limit))
+    assert [e.truncated for e in cut] == [e.length() > limit for e in whole]
+    for one, other in zip(alone(whole), alone(cut)):
+        for (text, (option,)), row in zip(one.rows, other.rows, strict=True):
+            option = option[:-1][:limit - 2] + option[-1:]
+            text = text[:-1][:limit - 1 - len(option)] + text[-1:]
+            assert row == Row(text, [option])
+    q = Question(id="1", question="the trial", context=TEXT, options=("no", "yes"), answer=1,
+                 target=TEXT)
     for markers, end in (False, "the trial"), (True, "<|QUESTION|>the trial<|ANSWER|>"):
         (e,), tokenizer = encode([q], "bioasq", 16 + limit, markers)
         assert e.truncated and e.length() == 16 + limit
         assert tokenizer.decode(e.rows[0].suffixes[0]).endswith(end)
-    (e,), _ = encode([Question(id="1", question=TEXT, target=TEXT)], "text", limit)
+    (e,), _ = encode([dataclasses.replace(q, question=TEXT)], "text", limit)
     assert e.truncated and e.n_targets == limit // 2 and e.length() == limit
 
 
@@ -154,14 +146,14 @@ def test_truncation_keeps_option_and_separator(limit):
 
 def test_only_targets_carry_loss():
     """F1: catches a loss on prompt or padding, or one shifted by a token."""
-    q = Question(id="1", question="the trial in rats", target="less sugar")
-    (e,), _ = encode([q], "text")
-    source, (target,) = e.rows[0]
-    batch = collate([e, Example(q, [Row([5] * 39, [[5]])], n_targets=1)])
-    padding = [-100] * (40 - len(source) - len(target))
-    assert batch.targets[0].tolist() == [-100] * (len(source) - 1) + target + padding
-    assert batch.idx[0, :len(source)].tolist() == source
-    assert batch.targets[1].tolist() == [-100] * 38 + [5]
+    examples, _ = encode(questions(), "text")
+    batch = collate(examples)
+    for scored, e in zip(batch.scored.tolist(), examples):
+        source, (target,) = e.rows[0]
+        n_padding = len(scored) - e.length()
+        expected = [0] * (len(source) - 1) + [1] * len(target) + [0] * (n_padding + 1)
+        assert scored == expected
+    assert batch.answers.tolist() == sum([e.rows[0].suffixes[0] for e in examples], [])
 
 
 def test_shared_prefix_equals_options_alone(choice):
@@ -184,25 +176,27 @@ def test_shared_prefix_equals_options_alone(choice):
     assert batch.positions.max() == 59  # padding, too, stays within the context of 64
 
 
-def test_heads_equal_transformers():
+@pytest.mark.parametrize("task, kind, labels", [("medqa", "choice", ""),
+                                                ("pubmedqa", "labels", "abc")])
+def test_heads_equal_transformers(task, kind, labels):
     """Catches another prompt, position or head than the reference's (GPT2ForSequenceClassification
     with pad_token_id, and Linear(C, 1) on GPT2Model; transformers 5.23, made once by us)."""
     fixture = json.loads((Path(__file__).parent / "fixtures/hf_heads.json").read_text())
-    for task, kind, n_labels in ("medqa", "choice", 0), ("pubmedqa", "labels", 3):
-        config = GPTConfig(n_layer=3, n_head=2, n_embd=32, n_positions=64, vocab_size=304,
-                           dropout=0.0, eot_id=299)
-        model = TaskModel(waves(GPT(config)), kind, n_labels)
-        n = model.head.weight.numel()
-        model.head.weight.data = torch.sin(torch.arange(n).double() * 0.37).float().view(-1, 32)
-        if kind == "choice":
-            model.head.bias.data.fill_(0.25)
-        qs = [Question(id="", answer=0, **q) for q in fixture["questions"]]
-        examples, _ = encode(qs, task, markers=True)
-        ids = [[row.prefix + s for row in e.rows for s in row.suffixes] for e in examples]
-        assert fixture[f"{kind}_ids"] == (ids if kind == "choice" else [i[0] for i in ids])
-        scores = score_examples(model, examples, CPU)
-        for got, expected in zip(scores, fixture[f"{kind}_scores"], strict=True):
-            assert got == pytest.approx(expected[:len(got)], abs=1e-5)
+    config = GPTConfig(n_layer=3, n_head=2, n_embd=32, n_positions=64, vocab_size=304,
+                       dropout=0.0, eot_id=299)
+    model = TaskModel(waves(GPT(config)), kind, labels)
+    n = model.head.weight.numel()
+    model.head.weight.data = torch.sin(torch.arange(n).double() * 0.37).float().view(-1, 32)
+    if kind == "choice":
+        model.head.bias.data.fill_(0.25)
+    qs = [Question(id="", answer=0, **q) for q in fixture["questions"]]
+    examples, _ = encode([dataclasses.replace(q, options=labels or q.options) for q in qs], task,
+                         markers=True)
+    ids = [[row.ids() for row in e.rows] for e in alone(examples)]
+    assert fixture[f"{kind}_ids"] == (ids if kind == "choice" else [i[0] for i in ids])
+    scores = score_examples(model, examples, CPU)
+    for got, expected in zip(scores, fixture[f"{kind}_scores"], strict=True):
+        assert got == pytest.approx(expected[:len(got)], abs=1e-5)
 
 
 def test_weights_of_a_seed(init):
@@ -212,51 +206,54 @@ def test_weights_of_a_seed(init):
     tokenizer.add_special_tokens(["[PAD]", "[SEP]"])
     settings = {"init": init, "random_init": False, "dropout": 0.3, "kind": "labels",
                 "activation_checkpointing": True, "labels": ["no", "yes"]}
-    one, two = build(settings, tokenizer, 1), build(settings, tokenizer, 2)
+    one, again, two = (build(settings, tokenizer, seed) for seed in (1, 1, 2))
     fresh = build(settings | {"random_init": True}, tokenizer, 1)
     learned = GPT.from_pretrained(init).transformer
     for model in (one, fresh):
         wte, config = model.gpt.transformer.wte.weight, model.gpt.config
         assert torch.equal(wte[:300], learned.wte.weight) == (model is one)
         assert torch.equal(model.gpt.transformer.wpe.weight, learned.wpe.weight) == (model is one)
-        assert 0.01 < wte[300:].std() < 0.03 and model.gpt.activation_checkpointing
+        assert wte.requires_grad and model.gpt.activation_checkpointing
         assert (config.vocab_size, config.eot_id, config.dropout) == (302, 299, 0.3)
+        for new in (wte[300:], model.head.weight):
+            assert new.shape == (2, 32) and 0.01 < new.std() < 0.03
+    assert torch.equal(one.head.weight, again.head.weight)
     assert not torch.equal(one.head.weight, two.head.weight)
-    assert torch.equal(one.head.weight, build(settings, tokenizer, 1).head.weight)
-    assert one.head.weight.shape == (2, 32) and 0.01 < one.head.weight.std() < 0.03
 
 
 # ---------------------------------------------------------------------------------------------
 # training
 
 
-@pytest.mark.parametrize("task", ["medqa", "pubmedqa", "text"])
-def test_loss_gradient_and_scores_do_not_depend_on_the_cut(task, monkeypatch):
+@pytest.mark.parametrize("task, n_options", [("medqa", 5), ("pubmedqa", 2), ("text", 0)])
+def test_loss_gradient_and_scores_do_not_depend_on_the_cut(task, n_options, monkeypatch):
     """F2, F6: catches a mean per micro-batch or rank, wrong once lengths differ; a wrong stride of
     ranks, a lost order; a rank without a question that adds one."""
-    qs = [dataclasses.replace(q, target=" ".join(q.options), options={
-        "medqa": q.options, "pubmedqa": q.options[:2], "text": ()}[task]) for q in questions()]
+    qs = [dataclasses.replace(q, options=q.options[:n_options]) for q in questions()]
     examples, _ = encode(qs, task)
-    model = task_model(TASKS[task].kind, 2)
+    model = task_model(TASKS[task].kind, "ab" if task == "pubmedqa" else "")
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.zero_grad = lambda **_: None
-    found = []
-    for world_size, micro_batch, max_tokens in (1, None, 8192), (1, 3, 1), (2, 2, 90), (8, 1, 90):
+
+    def run(world_size, max_tokens):
+        """What the ranks find together: loss, gradients after DDP's mean, scores."""
+        monkeypatch.setattr(finetune, "micro_batches", lambda some, most=max_tokens: micro_batches(
+            some, min(most, max_tokens)))
         loss, parts = 0.0, []
         model.zero_grad()
         for rank in range(world_size):
-            process = rank_of(world_size, rank, lambda value: parts.append(value) or [])  # noqa: B023
-            loss += train_step(model, examples, optimizer, process, micro_batch)
-            score_examples(model, examples, process, max_tokens)
-        everyone = rank_of(world_size, 0, lambda value: parts)  # noqa: B023
-        scores = score_examples(model, examples, everyone, max_tokens)
-        grads = [p.grad / world_size for p in model.parameters()]  # DDP's mean
-        found.append((loss, grads, [torch.tensor(s) for s in scores]))
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], atol=2e-5, rtol=1e-4)
+            process = rank_of(world_size, rank, lambda value: parts.append(value) or [])
+            loss += train_step(model, examples, optimizer, process).item()
+            score_examples(model, examples, process)
+        scores = score_examples(model, examples, rank_of(world_size, 0, lambda value: parts))
+        return loss, [p.grad / world_size for p in model.parameters()], scores
+
+    whole = run(1, 8192)
+    for cut in (1, 1), (2, 90), (8, 90):
+        torch.testing.assert_close(run(*cut), whole, atol=2e-5, rtol=1e-4)
     if task == "text":
-        assert loss.item() == pytest.approx(-quality(scores, examples), rel=1e-4)
+        assert whole[0] == pytest.approx(-quality(whole[2], examples), rel=1e-4)
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e-3, math.nan])
@@ -265,19 +262,17 @@ def test_gradients_are_clipped_and_must_be_finite(choice, factor):
     model, examples = choice
     model.head.register_full_backward_hook(lambda module, grads, out: (grads[0] * factor,))
     model.head.requires_grad_(False)
-    before = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    weights = list(model.parameters())
+    before = torch.nn.utils.parameters_to_vector(weights).detach()
+    optimizer = torch.optim.SGD(weights, lr=1.0)
     if math.isnan(factor):
         with pytest.raises(ValueError, match="lower --lr"):
             train_step(model, examples, optimizer, CPU)
     else:
         train_step(model, examples, optimizer, CPU)
-        assert all(p.grad is None for p in model.parameters())  # no sum with the next step's
-    moved = (torch.nn.utils.parameters_to_vector(model.parameters()) - before).norm().item()
-    if factor > 1:
-        assert moved == pytest.approx(1.0, rel=1e-3)
-    else:
-        assert moved < 0.9
+        assert all(p.grad is None for p in weights)  # no sum with the next step's
+    moved = (torch.nn.utils.parameters_to_vector(weights) - before).norm().item()
+    assert moved == pytest.approx(1.0, rel=1e-3) if factor > 1 else moved < 0.9
 
 
 def test_learning_rates():
@@ -286,7 +281,7 @@ def test_learning_rates():
     assert [learning_rate(s, 5, 6.0) for s in range(5)] == [0, 2, 4, 6, 3]
 
 
-SETTINGS = {"batch_size": 3, "epochs": 4, "lr": 0.1, "micro_batch": None, "last": False}
+SETTINGS = {"batch_size": 3, "epochs": 4, "lr": 0.1, "last": False}
 
 
 @pytest.mark.parametrize("last, chosen", [(False, 3), (True, 4)])
@@ -294,11 +289,12 @@ def test_the_best_epochs_weights_are_kept(choice, monkeypatch, last, chosen):
     """Catches reporting the last epoch, the first of equals, or weights that went on training; a
     lost last batch; an order, rate, decay or mode that isn't the recipe's."""
     model, examples = choice
-    batches, rates, after, log = [], [], [], []
+    order, sizes, rates, after, log = [], [], [], [], []
 
-    def fake_step(model, batch, optimizer, process, micro_batch):
+    def fake_step(model, batch, optimizer, process):
         assert model.training and optimizer.defaults["weight_decay"] == 0
-        batches.append([e.question.id for e in batch])
+        order.extend(e.question.id for e in batch)
+        sizes.append(len(batch))
         rates.append(optimizer.param_groups[0]["lr"])
         model.head.bias.data += 1
         return torch.tensor(0.5)
@@ -316,21 +312,27 @@ def test_the_best_epochs_weights_are_kept(choice, monkeypatch, last, chosen):
     assert (score, model.head.bias.item()) == (0.1 if last else 0.7, after[chosen - 1])
     assert [row["loss"] for row in log] == [0.5] * 4 and log[1]["dev"] == 0.7
     assert rates == [learning_rate(i, 12, 0.1) for i in range(12)]
-    assert [len(batch) for batch in batches] == [3, 3, 1] * 4
-    orders = [[str(i) for i in epoch_order(7, 5, epoch).tolist()] for epoch in range(4)]
-    assert [sum(batches[i:i + 3], []) for i in range(0, 12, 3)] == orders
-    assert all(sorted(order) == list("0123456") for order in orders)
-    assert len({tuple(epoch_order(50, s, e).tolist()) for s in (1, 2) for e in (0, 1)}) == 4
+    assert sizes == [3, 3, 1] * 4
+    epochs = {tuple(order[i:i + 7]) for i in range(0, 28, 7)}
+    assert len(epochs) == 4 and all(sorted(epoch) == list("0123456") for epoch in epochs)
 
 
-def test_dropout_differs_between_ranks_and_seeds(choice, monkeypatch):
-    """Catches masks that all ranks share, or that a seed doesn't change."""
-    drawn = []
-    monkeypatch.setattr(finetune, "train_step", lambda *_: drawn.append(torch.rand(1).item())
-                        or torch.zeros(()))
+def test_what_ranks_and_seeds_share(choice, monkeypatch):
+    """Catches dropout's masks that all ranks share, or that a seed doesn't change; an order of
+    questions of a rank's own, or the same for all seeds."""
+    draws, orders = [], []
+
+    def fake_step(model, batch, *_):
+        draws.append(torch.rand(1).item())
+        orders.append([e.question.id for e in batch])
+        return torch.zeros(())
+
+    monkeypatch.setattr(finetune, "train_step", fake_step)
+    settings = SETTINGS | {"epochs": 1, "batch_size": 7}
     for seed, rank in (1, 0), (1, 1), (2, 0), (1, 0):
-        finetune.train(*choice, [], SETTINGS | {"epochs": 1}, seed, rank_of(1, rank), [])
-    assert len(set(drawn[::3])) == 3 and drawn[0] == drawn[9]
+        finetune.train(*choice, [], settings, seed, rank_of(1, rank), [])
+    assert len(set(draws)) == 3 and draws[0] == draws[3]
+    assert orders[0] == orders[1] == orders[3] != orders[2]
 
 
 def test_training_learns_its_questions_and_scores_without_dropout(choice):
@@ -376,13 +378,11 @@ def test_summary():
 def write_medqa(folder, n=12):
     folder = folder / "4_options"
     folder.mkdir(parents=True)
+    options = dict(A="aspirin", B="heparin", C="insulin", D="no")
     for split, first in (("train", 0), ("dev", 5), ("test", 100)):
-        rows = [dict(question=f"Which drug helps patient {i}?", options=dict(zip("ABCD", (
-            "aspirin", "heparin", "insulin", "no"))), answer_idx="ABCD"[i % 4],
-            answer=("aspirin", "heparin", "insulin", "no")[i % 4], meta_info="step1")
-            for i in range(first, first + n)]
-        path = folder / f"phrases_no_exclude_{split}.jsonl"
-        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        rows = [dict(question=f"Which drug helps patient {i}?", options=options,
+                     answer_idx="ABCD"[i % 4], meta_info="step1") for i in range(first, first + n)]
+        write_lines(folder / f"phrases_no_exclude_{split}.jsonl", rows)
 
 
 def test_questions_of_dev_and_test_leave_train(monkeypatch):
@@ -428,27 +428,30 @@ def lines(path):
 @pytest.mark.parametrize("task, flags", [("medqa", []), ("bioasq", []), ("bioasq", ["--markers"])])
 def test_command_trains_saves_and_eval_agrees(tmp_path, init, monkeypatch, task, flags):
     """Catches a saved folder whose scores differ from those of the run that reported them: another
-    head, tokenizer, length, or prompt."""
+    head, tokenizer, length, or prompt; a result without the figures of the contract."""
     write_medqa(tmp_path / "qa")
     for split in ("train", "dev", "test"):
         rows = [f"{split}{i}\tthe {split} {i}\t{TEXT[i:i + 20]}\t{['no', 'yes'][i % 2]}\n"
                 for i in range(12)]
         (tmp_path / f"qa/{split}.tsv").write_text("".join(rows))
     given = ("--task", task, "--data", tmp_path / "qa", "--limit", 8)
-    command(monkeypatch, finetune, *given, "--init", init, "--out", tmp_path / "out", "--epochs", 2,
+    out = tmp_path / "out"
+    command(monkeypatch, finetune, *given, "--init", init, "--out", out, "--epochs", 2,
             "--seeds", "1,2", "--lr", 1e-2, "--length", 16, "--json", tmp_path / "a.json", *flags)
     row = json.loads((tmp_path / "a.json").read_text())
-    assert row["accuracy"] == pytest.approx(sum(s["score"] for s in row["seeds"]) / 2)
-    assert (row["n"], row["available"]) == (8, 12)
-    command(monkeypatch, evaluate, "qa", *given, "--init", tmp_path / "out", "--json",
-            tmp_path / "b.json", "--predictions", tmp_path / "p.jsonl")
-    saved = next(s for s in row["seeds"] if s["seed"] == row["saved_seed"])
-    assert json.loads((tmp_path / "b.json").read_text())["accuracy"] == saved["score"]
-    ours, theirs = lines(tmp_path / "out/predictions.jsonl"), lines(tmp_path / "p.jsonl")
-    for a, b in zip(ours, theirs, strict=True):
+    assert row == lines(out / "log.jsonl")[-1]
+    found = {seed["seed"]: seed["score"] for seed in row["seeds"]}
+    assert row["accuracy"] == pytest.approx(sum(found.values()) / 2)
+    assert [row[key] for key in ("task", "split", "n", "available")] == [task, "test", 8, 12]
+    command(monkeypatch, evaluate, "qa", *given, "--init", out, "--json", tmp_path / "b.json",
+            "--predictions", tmp_path / "p.jsonl")
+    theirs = json.loads((tmp_path / "b.json").read_text())
+    assert theirs["accuracy"] == found[row["saved_seed"]]
+    assert theirs["truncated"] == row["truncated"]
+    for a, b in zip(lines(out / "predictions.jsonl"), lines(tmp_path / "p.jsonl"), strict=True):
         assert a["scores"] == pytest.approx(b["scores"], abs=1e-5)
     with pytest.raises(ValueError, match="finetune.py --task pubmedqa"):
-        load_finetuned(tmp_path / "out", "pubmedqa")
+        load_finetuned(out, "pubmedqa")
 
 
 @pytest.mark.parametrize("split, saved", [("test", 1), ("dev", 3)])
@@ -477,17 +480,16 @@ def test_dev_chooses_and_test_is_reported(tmp_path, init, monkeypatch, split, sa
 
 def test_flags_and_defaults_reach_the_settings(init, monkeypatch):
     """Catches a flag that changes nothing, a default of another size, a row past the context."""
-    def settings(*flags):
-        monkeypatch.setattr(sys, "argv", ["finetune.py", "--task", "medqa", "--data", "x", "--init",
-                                          str(init), "--out", "y", *flags])
+    def settings(flags=""):
+        given = f"finetune.py --task medqa --data x --init {init} --out y {flags}"
+        monkeypatch.setattr(sys, "argv", given.split())
         found, _ = finetune.resolve(finetune.parse_args())
         return [found[name] for name in ("lr", "epochs", "dropout", "length")]
 
-    given = settings("--lr", "1", "--epochs", "2", "--dropout", "0.5", "--length", "9")
-    assert given == [1, 2, 0.5, 9]
+    assert settings("--lr 1 --epochs 2 --dropout 0 --length 9") == [1, 2, 0, 9]
     for n_params, expected in (2e9, [1e-5, 5]), (6e7, [5e-5, 5]), (1e6, [3e-4, 10]):
         monkeypatch.setattr(GPT, "n_params", lambda model, n=n_params: n)
-        assert settings() == [*expected, 0.0, 64]
+        assert settings() == [*expected, None, 64]
 
 
 def test_mistakes_are_one_line(tmp_path, init, monkeypatch):
@@ -507,15 +509,17 @@ def test_mistakes_are_one_line(tmp_path, init, monkeypatch):
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, init):
     """Catches a gradient averaged over ranks instead of summed over the global batch."""
-    write_medqa(tmp_path / "qa", n=11)  # the last batch leaves the ranks unequal shares
+    write_medqa(tmp_path / "qa", n=11)
+    # 165 questions to train on: a step of more than a micro-batch, one of unequal shares.
+    path = tmp_path / "qa/4_options/phrases_no_exclude_train.jsonl"
+    path.write_text(path.read_text() * 33)
     rows = []
     for n in (1, 2):
         out = tmp_path / f"out{n}"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}",
-                   "--master_port=29617", ROOT / "finetune.py", "--task", "medqa", "--data",
-                   tmp_path / "qa", "--init", init, "--out", out, "--epochs", "2", "--seeds", "1",
-                   "--batch_size", "4", "--micro_batch", "1"]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+        command = (f"{sys.executable} -m torch.distributed.run --nproc_per_node={n} "
+                   f"--master_port=29617 {ROOT}/finetune.py --task medqa --data {tmp_path}/qa "
+                   f"--init {init} --out {out} --epochs 2 --seeds 1 --batch_size 160")
+        done = subprocess.run(command.split(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         rows.append([row for row in lines(out / "log.jsonl") if "epoch" in row])
     for one, two in zip(*rows, strict=True):
