@@ -42,17 +42,16 @@ def main():
     out = Path(args.out)
 
     # Questions. The model learns those of train. Dev chooses the epoch and the seed. Test is
-    # reported and chooses nothing. MedMCQA's test has no answers: then dev is reported instead,
-    # and nothing is chosen.
+    # reported and chooses nothing. MedMCQA's test has no answers: there dev is reported, and
+    # nothing is chosen.
     questions = read_questions(args.task, args.data)
     reported = "test" if labeled(questions["test"]) else "dev"
     examples = {}
     for split in questions:
         some = labeled(questions[split], args.limit)
         if not some and split in ("train", reported):
-            raise ValueError(f"no labeled {split} questions of {args.task} in "
-                             f"{' '.join(args.data)}: put the official file there, or add a "
-                             "--data folder that has some")
+            raise ValueError(f"no labeled {split} questions of {args.task} in {args.data}: put the "
+                             "official file there, or add a --data folder that has some")
         examples[split] = encode_all(some, args.task, tokenizer, settings)
     train_set = examples["train"]
     test_set = examples[reported]
@@ -81,9 +80,9 @@ def main():
         seeds.append({"seed": seed, "dev": dev, "score": score})
 
     # Report the mean over seeds.
-    means = [row["score"] for row in seeds]
-    result = summarise(args.task, reported, len(questions[reported]), test_set, means)
-    result = result | {"seeds": seeds, "saved_seed": saved_seed}
+    result = summarise(args.task, reported, len(questions[reported]), test_set,
+                       [row["score"] for row in seeds])
+    result |= {"seeds": seeds, "saved_seed": saved_seed}
     if process.rank == 0:
         write_lines(out / "log.jsonl", [*log, result])
         if args.json:
@@ -100,39 +99,38 @@ def train(task_model, train_set, dev_set, settings, seed, process, log):
     """
     model = distribute(task_model, "ddp", process)  # shares task_model's weights
     # BioMedLM: betas 0.9 and 0.999 and eps 1e-8, which are torch's own.
-    on_gpu = process.device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=on_gpu)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0,
+                                  fused=process.device.type == "cuda")
     torch.manual_seed(1000 * seed + process.rank)  # dropout differs between ranks
     epochs = settings["epochs"]
-    steps_per_epoch = math.ceil(len(train_set) / settings["batch_size"])
-    choosing = dev_set and not settings["last"]
+    dev_chooses = dev_set and not settings["last"]
     best = -math.inf
     step = 0
     for epoch in range(epochs):
-        # One pass over the questions. Their order depends on (seed, epoch) alone, so that all
-        # ranks agree on it.
+        # One pass over the questions. Their order depends on (seed, epoch) alone: all ranks agree.
         model.train()
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         order = torch.randperm(len(train_set), generator=generator)
-        loss = 0.0
         batches = order.split(settings["batch_size"])
-        off = process.rank > 0 or None  # None: a bar only on a terminal
-        for batch in tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=off):
-            lr = learning_rate(step, epochs * steps_per_epoch, settings["lr"])
+        loss = 0.0
+        # A bar on rank 0 only, and there (None) on a terminal only.
+        for batch in tqdm(batches, f"epoch {epoch + 1}", leave=False,
+                          disable=process.rank > 0 or None):
+            lr = learning_rate(step, epochs * len(batches), settings["lr"])
             optimizer.param_groups[0]["lr"] = lr
             loss += train_step(model, [train_set[i] for i in batch], optimizer, process)
             step += 1
-        loss = process.all_reduce([loss])[0] / steps_per_epoch
+        loss = process.all_reduce([loss])[0] / len(batches)
 
         # Score it on dev. Keep a copy of the weights if they are the best so far.
         score = quality(score_examples(task_model, dev_set, process), dev_set)
         process.print(f"seed {seed}, epoch {epoch + 1}: loss {loss:.4f}, dev {score}")
         log.append({"seed": seed, "epoch": epoch + 1, "loss": loss, "dev": score})
-        if choosing and score >= best:  # the last of equals: it has trained longest
+        if dev_chooses and score >= best:  # the last of equals: it has trained longest
             best = score
             kept = {name: tensor.to("cpu", copy=True)  # a GPU may have no room for a second copy
                     for name, tensor in task_model.state_dict().items()}
-    if not choosing:
+    if not dev_chooses:
         return score
     task_model.load_state_dict(kept)
     return best
@@ -148,7 +146,7 @@ def train_step(model, examples, optimizer, process):
     share = examples[process.rank::process.world_size]
     # A rank without a question must still join the sum of gradients: it adds one of weight 0.
     weight = 1 if share else 0
-    chunks = list(micro_batches(share or examples[:1]))
+    chunks = micro_batches(share or examples[:1])
     loss_of_share = 0.0
     for i, chunk in enumerate(chunks):
         # DDP exchanges gradients in backward; once is enough, with the last micro-batch. It must
@@ -233,14 +231,14 @@ def labeled(questions, limit=None):
 #
 #     kind     one row                                     what is scored
 #     choice   question [SEP] | option [SEP] | option ...  the last token of each option
-#     labels   context question                            the last token, once a label
+#     labels   context question                            the last token: a score a label
 #     text     question <|startoftext|> | answer           every token of the answer
 #
-# "|" stands between the parts of a row: a prefix, then suffixes that each follow the prefix alone.
+# "|" cuts a row into a prefix and suffixes. Each suffix follows the prefix, as if alone.
 
 
 class Row(NamedTuple):
-    """A row of a batch: a prefix, and suffixes that each see it but not each other."""
+    """Token ids of a row: a prefix, and suffixes that each see it but not each other."""
 
     prefix: list
     suffixes: list
@@ -251,12 +249,12 @@ class Row(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A question as rows: one where its options share a prefix, else one an option."""
+    """A question as rows: one if its options share a prefix, else one for each option."""
 
     question: object
     rows: list
     truncated: bool = False
-    n_targets: int = 0  # text: tokens that carry loss, all of the row's suffix
+    n_targets: int = 0  # text: tokens of the answer, which carry the loss
 
     def length(self):
         """Tokens of the longest row."""
@@ -285,9 +283,9 @@ def encode_all(questions, task, tokenizer, settings):
 
 
 def fit(long, short, room):
-    """Cut two lists of ids to `room` in all: (long, short, whether any was cut).
+    """Cut two lists of ids to `room` tokens in all. Returns (long, short, whether any was cut).
 
-    long gives way first. room 6: aaaaa bb -> aaaa bb; a bbbbbbbb -> (nothing) bbbbbb.
+    long is cut first. With room 6: aaaaa bb -> aaaa bb; a bbbbbbbb -> (nothing) bbbbbb.
     """
     short_kept = short[:room]
     long_kept = long[:room - len(short_kept)]
@@ -297,8 +295,8 @@ def fit(long, short, room):
 def encode_choice(question, tokenizer, settings):
     """BioMedLM: question + "[SEP]" and " " + option + "[SEP]" for each option.
 
-    Where a row is too long, the question's end is cut, for each option by itself. Options that
-    leave the same question share a row, in which the question stands once.
+    Where question and option are too long, the question's end is cut. If all options leave the
+    same part of the question, they share one row, and it stands there once.
     """
     sep = [tokenizer.special["[SEP]"]]
     text = tokenizer.encode(question.question)
@@ -311,8 +309,7 @@ def encode_choice(question, tokenizer, settings):
         truncated |= cut
     prefix = rows[0].prefix
     if all(row.prefix == prefix for row in rows):
-        suffixes = [row.suffixes[0] for row in rows]
-        rows = [Row(prefix, suffixes)]
+        rows = [Row(prefix, [row.suffixes[0] for row in rows])]
     return Example(question, rows, truncated)
 
 
@@ -321,7 +318,7 @@ def encode_labels(question, tokenizer, settings):
 
     The released script: `tokenizer(context, question)`, both parts' ids and nothing between them.
     The paper (--markers), which found context first better:
-    <|CONTEXT|>context<|QUESTION|>question<|ANSWER|>, without spaces. The context gives way.
+    <|CONTEXT|>context<|QUESTION|>question<|ANSWER|>, without spaces. The context is cut first.
     """
     markers = settings["markers"]
     room = settings["length"] - 3 if markers else settings["length"]
@@ -343,8 +340,8 @@ def encode_text(question, tokenizer, settings):
     source = tokenizer.encode(question.question)
     target = tokenizer.encode(question.target)
     truncated = max(len(source), len(target)) > half
-    prefix = [*source[:half], tokenizer.special["<|startoftext|>"]]
-    target = [*target[:half], tokenizer.eot_id]
+    prefix = source[:half] + [tokenizer.special["<|startoftext|>"]]
+    target = target[:half] + [tokenizer.eot_id]
     return Example(question, [Row(prefix, [target])], truncated, len(target))
 
 
@@ -365,14 +362,14 @@ def encode_text(question, tokenizer, settings):
 
 
 class Batch(NamedTuple):
-    """What TaskModel reads, of several questions."""
+    """Several questions as TaskModel reads them."""
 
-    idx: torch.Tensor  # (B, T) int64, padded on the right, where no token before looks
+    idx: torch.Tensor  # (B, T) int64, padded on the right: no token sees padding after it
     positions: torch.Tensor | None  # (B, T) int64; None: 0, 1, ...
     mask: torch.Tensor | None  # (B, 1, T, T) bool, who sees whom; None: causal
-    scored: torch.Tensor  # (B, T) bool, E of them True: see the table of kinds above
-    answers: torch.Tensor  # (Q,) int64 indices of the right options; text: (E,) the next tokens
-    n_options: list  # of each question
+    scored: torch.Tensor  # (B, T) bool, True at the E positions whose hidden state the head reads
+    answers: torch.Tensor  # (Q,) int64, the right option's index; text: (E,), the token to predict
+    n_options: list  # options or labels of each question
 
 
 def collate(examples, device="cpu"):
@@ -394,8 +391,8 @@ def collate(examples, device="cpu"):
         same = segment[:, :, None] == segment[:, None, :]  # (B, T) -> (B, T, T)
         of_prefix = segment[:, None, :] == 0
         sees = (same | of_prefix).tril()
-        positions = sees.sum(-1) - 1  # as many as the tokens that it sees before it
-        positions[segment < 0] = 0  # padding sees all padding: that may be more than the context
+        positions = sees.sum(-1) - 1  # how many tokens it sees before it
+        positions[segment < 0] = 0  # of padding that could pass the context
         mask = sees[:, None]  # (B, T, T) -> (B, 1, T, T)
 
     following = F.pad(segment[:, 1:], (0, 1), value=-1)  # the next token's segment
@@ -410,21 +407,19 @@ def collate(examples, device="cpu"):
 
 
 def micro_batches(examples, max_tokens=4096):
-    """Cut examples, sorted by length, into lists of one or more.
+    """Lists of examples, sorted by length so that rows need little padding.
 
-    Padded to its longest row, a list of several holds at most max_tokens.
+    The rows of a list, padding included, hold at most max_tokens. One example may hold more.
     """
-    chunk = []
+    chunks = []
     n_rows = 0
     for e in sorted(examples, key=Example.length):
         n_rows += len(e.rows)
-        if chunk and n_rows * e.length() > max_tokens:  # e is the longest so far
-            yield chunk
-            chunk = []
+        if not chunks or n_rows * e.length() > max_tokens:  # all rows are padded to e's length
+            chunks.append([])
             n_rows = len(e.rows)
-        chunk.append(e)
-    if chunk:
-        yield chunk
+        chunks[-1].append(e)
+    return chunks
 
 
 # ---------------------------------------------------------------------------------------------
@@ -446,8 +441,7 @@ class TaskModel(nn.Module):
         self.kind = kind
         self.head = nn.Identity()
         if kind != "text":
-            width = gpt.config.n_embd
-            self.head = nn.Linear(width, len(labels) or 1, bias=kind == "choice")
+            self.head = nn.Linear(gpt.config.n_embd, len(labels) or 1, bias=kind == "choice")
             nn.init.normal_(self.head.weight, std=NEW_ROW_STD)
         if kind == "choice":
             nn.init.zeros_(self.head.bias)
@@ -481,7 +475,7 @@ def build(settings, tokenizer, seed):
     gpt.activation_checkpointing = settings["activation_checkpointing"]
 
     # Rows for the added tokens. A folder may have more rows than its tokenizer has tokens.
-    wte = gpt.transformer.wte.weight.detach()
+    wte = gpt.transformer.wte.weight
     vocab_size = max(tokenizer.vocab_size, len(wte))
     added = torch.empty(vocab_size - len(wte), wte.size(1)).normal_(std=NEW_ROW_STD)
     gpt.transformer.wte.weight = nn.Parameter(torch.cat([wte, added]))
@@ -497,8 +491,7 @@ def build(settings, tokenizer, seed):
 def score_examples(model, examples, process):
     """Per example, in order: its options' or labels' scores; text: one, the summed nats."""
     model.eval()
-    # Without gradients there is room for twice as much. For text a batch has one loss: there it is
-    # one example.
+    # Without gradients twice as much fits. A batch of text has one loss: one example at a time.
     max_tokens = 1 if model.kind == "text" else 8192
     share = examples[process.rank::process.world_size]
     found = {}  # by identity, since micro_batches sorts by length
@@ -516,18 +509,16 @@ def score_examples(model, examples, process):
     return ordered
 
 
-def chosen(scores):
-    """Index of the answer given: the best score, the first of equals."""
-    return scores.index(max(scores))
-
-
 def correct(scores, examples):
-    """1 or 0 per example."""
-    return [int(chosen(s) == e.question.answer) for s, e in zip(scores, examples)]
+    """A bool per example: is the answer that has the best score, the first of equals, right?"""
+    return [s.index(max(s)) == e.question.answer for s, e in zip(scores, examples)]
 
 
 def quality(scores, examples):
-    """Accuracy; for text minus the mean nats a target token; None without examples."""
+    """Accuracy; text: minus the mean nats of a target token, so that more is better, too.
+
+    None without examples.
+    """
     if not examples:
         return None
     if examples[0].n_targets:
@@ -542,16 +533,17 @@ def wilson(share, n):
     The usual one, share ± z standard errors, is wrong near 0 and 1: it leaves [0, 1].
     """
     spread = 1.96**2 / n
-    centre = share + spread / 2
-    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
-    return [(centre - half) / (1 + spread), (centre + half) / (1 + spread)]
+    centre = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    return [centre - half, centre + half]
 
 
 def summarise(task, split, available, examples, values):
-    """What --json holds, of one `quality` a seed: their mean, Wilson's interval for n questions.
+    """The figures of --json, of one value of `quality` for each seed.
 
-    n counts questions, not questions times seeds: all seeds answer the same ones. chance is the
-    accuracy of guessing, majority that of always giving the commonest answer.
+    accuracy is their mean, ci95 Wilson's interval for n questions: not for n times seeds, since
+    all seeds answer the same ones. chance is the accuracy of guessing, majority that of always
+    giving the commonest answer.
     """
     mean = fmean(values)
     row = {
@@ -585,7 +577,7 @@ def predictions(scores, examples):
     rows = []
     for s, e in zip(scores, examples):
         rows.append({"id": e.question.id, "answer": e.question.answer,
-                     "prediction": chosen(s), "scores": s})
+                     "prediction": s.index(max(s)), "scores": s})
     return rows
 
 
@@ -611,7 +603,7 @@ def write_lines(path, rows):
 
 
 def read_run(folder):
-    """The settings that a run of train.py or finetune.py left, {} where there are none."""
+    """What is in a folder's run.json, {} if it has none."""
     path = Path(folder) / "run.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -629,7 +621,7 @@ def load_finetuned(folder, task, device="cpu"):
         raise ValueError(f"{folder} has no head for {task}: run finetune.py --task {task} on it "
                          "first, or give --zero_shot")
     model = TaskModel(GPT.from_pretrained(folder), kind, settings["labels"])
-    model.head.load_state_dict(torch.load(Path(folder) / "head.pt", weights_only=True))
+    model.head.load_state_dict(torch.load(f"{folder}/head.pt", weights_only=True))
     return model.to(device), Tokenizer.load(folder), settings
 
 
@@ -638,7 +630,7 @@ def load_finetuned(folder, task, device="cpu"):
 
 
 def resolve(args):
-    """(settings: the flags, and defaults by task and model size for those not given; tokenizer)."""
+    """Settings (the flags, with defaults by task and model size) and the tokenizer of --init."""
     out = Path(args.out)
     if list(out.glob("checkpoint_*.pt")) or out.resolve() == Path(args.init).resolve():
         raise ValueError(f"{out} holds the model to start from, or another run of train.py: give "
@@ -691,10 +683,9 @@ def parse_args():
     add("--random_init", action="store_true",
         help="fresh weights of --init's shape (default: off)")
     add("--markers", action="store_true",
-        help="pubmedqa, bioasq: the paper's prompt with marker tokens (default: the released "
-        "script's, context and question joined plainly)")
+        help="pubmedqa, bioasq: the paper's prompt, with marker tokens (default: the script's)")
     add("--seeds", type=positives, default=[1, 2, 3],
-        help="a run each (default: 1,2,3)")
+        help="a training for each, their mean is reported (default: 1,2,3)")
     add("--lr", type=float, help="peak learning rate (default: by task and size)")
     add("--batch_size", type=positive, default=16, help="questions a step (default: 16)")
     add("--epochs", type=positive, help="passes over the training questions (default: by task)")
