@@ -51,9 +51,8 @@ def small_tokenizer():
 
 def small_gpt(vocab_size, dropout=0.0, seed=0, n_positions=64):
     torch.manual_seed(seed)
-    config = GPTConfig(n_layer=3, n_head=2, n_embd=32, n_positions=n_positions, dropout=dropout,
-                       vocab_size=vocab_size, initializer_range=0.3)
-    return GPT(config)
+    return GPT(GPTConfig(n_layer=3, n_head=2, n_embd=32, n_positions=n_positions, dropout=dropout,
+                         vocab_size=vocab_size, initializer_range=0.3))
 
 
 def questions(n=7):
@@ -148,12 +147,9 @@ def test_only_targets_carry_loss():
     """F1: catches a loss on prompt or padding, or one shifted by a token."""
     examples, _ = encode(questions(), "text")
     batch = collate(examples)
-    for scored, e in zip(batch.scored.tolist(), examples):
-        source, (target,) = e.rows[0]
-        n_padding = len(scored) - e.length()
-        expected = [0] * (len(source) - 1) + [1] * len(target) + [0] * (n_padding + 1)
-        assert scored == expected
     assert batch.answers.tolist() == sum([e.rows[0].suffixes[0] for e in examples], [])
+    assert torch.equal(batch.idx[:, 1:][batch.scored[:, :-1]], batch.answers)
+    assert batch.scored.sum(1).tolist() == [e.n_targets for e in examples]
 
 
 def test_shared_prefix_equals_options_alone(choice):
@@ -168,8 +164,8 @@ def test_shared_prefix_equals_options_alone(choice):
         for examples in (shared, alone(shared)):
             model.zero_grad()
             loss_sum(model, collate(examples)).backward()
-            scores = [torch.tensor(s) for s in score_examples(model, examples, CPU)]
-            found.append((scores, [p.grad.clone() for p in model.parameters()]))
+            found.append((score_examples(model, examples, CPU),
+                          [p.grad.clone() for p in model.parameters()]))
         torch.testing.assert_close(*found, atol=2e-5, rtol=1e-3)
     long, short = Row([1] * 30, [[2] * 30] * 4), Row([1] * 50, [[2], [3]])
     batch = collate([Example(examples[0].question, [row]) for row in (long, short)])
@@ -182,9 +178,7 @@ def test_heads_equal_transformers(task, kind, labels):
     """Catches another prompt, position or head than the reference's (GPT2ForSequenceClassification
     with pad_token_id, and Linear(C, 1) on GPT2Model; transformers 5.23, made once by us)."""
     fixture = json.loads((Path(__file__).parent / "fixtures/hf_heads.json").read_text())
-    config = GPTConfig(n_layer=3, n_head=2, n_embd=32, n_positions=64, vocab_size=304,
-                       dropout=0.0, eot_id=299)
-    model = TaskModel(waves(GPT(config)), kind, labels)
+    model = TaskModel(waves(small_gpt(304)), kind, labels)
     n = model.head.weight.numel()
     model.head.weight.data = torch.sin(torch.arange(n).double() * 0.37).float().view(-1, 32)
     if kind == "choice":
@@ -192,8 +186,6 @@ def test_heads_equal_transformers(task, kind, labels):
     qs = [Question(id="", answer=0, **q) for q in fixture["questions"]]
     examples, _ = encode([dataclasses.replace(q, options=labels or q.options) for q in qs], task,
                          markers=True)
-    ids = [[row.ids() for row in e.rows] for e in alone(examples)]
-    assert fixture[f"{kind}_ids"] == (ids if kind == "choice" else [i[0] for i in ids])
     scores = score_examples(model, examples, CPU)
     for got, expected in zip(scores, fixture[f"{kind}_scores"], strict=True):
         assert got == pytest.approx(expected[:len(got)], abs=1e-5)
@@ -208,15 +200,14 @@ def test_weights_of_a_seed(init):
                 "activation_checkpointing": True, "labels": ["no", "yes"]}
     one, again, two = (build(settings, tokenizer, seed) for seed in (1, 1, 2))
     fresh = build(settings | {"random_init": True}, tokenizer, 1)
-    learned = GPT.from_pretrained(init).transformer
-    for model in (one, fresh):
-        wte, config = model.gpt.transformer.wte.weight, model.gpt.config
-        assert torch.equal(wte[:300], learned.wte.weight) == (model is one)
-        assert torch.equal(model.gpt.transformer.wpe.weight, learned.wpe.weight) == (model is one)
-        assert wte.requires_grad and model.gpt.activation_checkpointing
-        assert (config.vocab_size, config.eot_id, config.dropout) == (302, 299, 0.3)
-        for new in (wte[300:], model.head.weight):
-            assert new.shape == (2, 32) and 0.01 < new.std() < 0.03
+    learned, wte, fresh_wte = (gpt.transformer.wte.weight for gpt in (
+        GPT.from_pretrained(init), one.gpt, fresh.gpt))
+    assert torch.equal(wte[:300], learned) and not torch.equal(fresh_wte[:300], learned)
+    for new in (wte[300:], fresh_wte[300:], one.head.weight):
+        assert new.shape == (2, 32) and 0.01 < new.std() < 0.03
+    config = one.gpt.config
+    assert (config.vocab_size, config.eot_id, config.dropout) == (302, 299, 0.3)
+    assert wte.requires_grad and one.gpt.activation_checkpointing
     assert torch.equal(one.head.weight, again.head.weight)
     assert not torch.equal(one.head.weight, two.head.weight)
 
@@ -228,7 +219,7 @@ def test_weights_of_a_seed(init):
 @pytest.mark.parametrize("task, n_options", [("medqa", 5), ("pubmedqa", 2), ("text", 0)])
 def test_loss_gradient_and_scores_do_not_depend_on_the_cut(task, n_options, monkeypatch):
     """F2, F6: catches a mean per micro-batch or rank, wrong once lengths differ; a wrong stride of
-    ranks, a lost order; a rank without a question that adds one."""
+    ranks, a lost order; a rank without a question that adds one; a loss that isn't the scores'."""
     qs = [dataclasses.replace(q, options=q.options[:n_options]) for q in questions()]
     examples, _ = encode(qs, task)
     model = task_model(TASKS[task].kind, "ab" if task == "pubmedqa" else "")
@@ -249,19 +240,21 @@ def test_loss_gradient_and_scores_do_not_depend_on_the_cut(task, n_options, monk
         scores = score_examples(model, examples, rank_of(world_size, 0, lambda value: parts))
         return loss, [p.grad / world_size for p in model.parameters()], scores
 
-    whole = run(1, 8192)
+    loss, _, scores = whole = run(1, 8192)
     for cut in (1, 1), (2, 90), (8, 90):
         torch.testing.assert_close(run(*cut), whole, atol=2e-5, rtol=1e-4)
-    if task == "text":
-        assert whole[0] == pytest.approx(-quality(whole[2], examples), rel=1e-4)
+    expected = -quality(scores, examples)
+    if task != "text":
+        nats = [torch.tensor(s).logsumexp(0) - s[q.answer] for q, s in zip(qs, scores)]
+        expected = sum(nats).item() / len(qs)
+    assert loss == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e-3, math.nan])
-def test_gradients_are_clipped_and_must_be_finite(choice, factor):
+def test_gradients_are_clipped_and_must_be_finite(choice, monkeypatch, factor):
     """Catches a loop without clipping, one that scales small gradients up, and NaN weights."""
     model, examples = choice
-    model.head.register_full_backward_hook(lambda module, grads, out: (grads[0] * factor,))
-    model.head.requires_grad_(False)
+    monkeypatch.setattr(finetune, "loss_sum", lambda *given: factor * loss_sum(*given))
     weights = list(model.parameters())
     before = torch.nn.utils.parameters_to_vector(weights).detach()
     optimizer = torch.optim.SGD(weights, lr=1.0)
@@ -287,15 +280,13 @@ SETTINGS = {"batch_size": 3, "epochs": 4, "lr": 0.1, "last": False}
 @pytest.mark.parametrize("last, chosen", [(False, 3), (True, 4)])
 def test_the_best_epochs_weights_are_kept(choice, monkeypatch, last, chosen):
     """Catches reporting the last epoch, the first of equals, or weights that went on training; a
-    lost last batch; an order, rate, decay or mode that isn't the recipe's."""
+    lost last batch; a rate, decay or mode that isn't the recipe's."""
     model, examples = choice
-    order, sizes, rates, after, log = [], [], [], [], []
+    steps, after, log = [], [], []
 
     def fake_step(model, batch, optimizer, process):
         assert model.training and optimizer.defaults["weight_decay"] == 0
-        order.extend(e.question.id for e in batch)
-        sizes.append(len(batch))
-        rates.append(optimizer.param_groups[0]["lr"])
+        steps.append((len(batch), optimizer.param_groups[0]["lr"]))
         model.head.bias.data += 1
         return torch.tensor(0.5)
 
@@ -311,15 +302,12 @@ def test_the_best_epochs_weights_are_kept(choice, monkeypatch, last, chosen):
     score = finetune.train(model, examples, examples[:2], settings, 5, CPU, log)
     assert (score, model.head.bias.item()) == (0.1 if last else 0.7, after[chosen - 1])
     assert [row["loss"] for row in log] == [0.5] * 4 and log[1]["dev"] == 0.7
-    assert rates == [learning_rate(i, 12, 0.1) for i in range(12)]
-    assert sizes == [3, 3, 1] * 4
-    epochs = {tuple(order[i:i + 7]) for i in range(0, 28, 7)}
-    assert len(epochs) == 4 and all(sorted(epoch) == list("0123456") for epoch in epochs)
+    assert steps == [((3, 3, 1)[i % 3], learning_rate(i, 12, 0.1)) for i in range(12)]
 
 
 def test_what_ranks_and_seeds_share(choice, monkeypatch):
     """Catches dropout's masks that all ranks share, or that a seed doesn't change; an order of
-    questions of a rank's own, or the same for all seeds."""
+    questions of a rank's own, or the same for all seeds or epochs."""
     draws, orders = [], []
 
     def fake_step(model, batch, *_):
@@ -328,22 +316,12 @@ def test_what_ranks_and_seeds_share(choice, monkeypatch):
         return torch.zeros(())
 
     monkeypatch.setattr(finetune, "train_step", fake_step)
-    settings = SETTINGS | {"epochs": 1, "batch_size": 7}
+    settings = SETTINGS | {"epochs": 2, "batch_size": 7}
     for seed, rank in (1, 0), (1, 1), (2, 0), (1, 0):
         finetune.train(*choice, [], settings, seed, rank_of(1, rank), [])
-    assert len(set(draws)) == 3 and draws[0] == draws[3]
-    assert orders[0] == orders[1] == orders[3] != orders[2]
-
-
-def test_training_learns_its_questions_and_scores_without_dropout(choice):
-    """Catches a loss that goes down without the answers' scores going up; dropout in scoring."""
-    _, examples = choice
-    model = task_model("choice", dropout=0.1)
-    settings = SETTINGS | {"batch_size": 7, "epochs": 40, "lr": 5e-3}
-    assert finetune.train(model, examples, examples, settings, 1, CPU, []) == 1.0
-    model.train()
-    scores = score_examples(model, examples, CPU)
-    assert scores == score_examples(model, examples, CPU) and quality(scores, examples) == 1.0
+    assert len(set(draws)) == 6 and draws[:2] == draws[6:]
+    assert orders[:2] == orders[2:4] == orders[6:]
+    assert len(set(map(tuple, orders))) == 4 and all(sorted(o) == list("0123456") for o in orders)
 
 
 def test_micro_batches_hold_every_example_once_within_the_budget():
@@ -358,21 +336,18 @@ def test_micro_batches_hold_every_example_once_within_the_budget():
 # questions, results and the command line
 
 
-def test_wilson_against_published_values():
-    """Catches the normal interval, which leaves [0, 1]: Newcombe 1998, table I, and 0 of 20."""
+def test_summary():
+    """Catches the normal interval, which leaves [0, 1] (Newcombe 1998, table I, and 0 of 20); one
+    over seeds x questions; a chance or majority of something else."""
     assert wilson(81 / 263, 263) == pytest.approx([0.2553, 0.3662], abs=1e-4)
     assert wilson(0, 20) == pytest.approx([0, 0.1611], abs=1e-4)
-
-
-def test_summary():
-    """Catches an interval over seeds x questions, and a chance or majority of something else."""
     options = [("a", "b"), ("a", "b", "c", "d")]
     examples = [Example(Question("", "?", options=options[i % 2], answer=i // 3), [], i < 2)
                 for i in range(4)]
     row = summarise("medqa", "test", 9, examples, [0.5, 1.0])
-    assert row["ci95"] == wilson(0.75, 4)
-    assert [row[key] for key in ("accuracy", "n", "available", "truncated", "chance", "majority")
-            ] == [0.75, 4, 9, 2, 0.375, 0.75]
+    expected = {"ci95": wilson(0.75, 4), "accuracy": 0.75, "n": 4, "available": 9, "truncated": 2,
+                "chance": 0.375, "majority": 0.75, "task": "medqa", "split": "test"}
+    assert row == row | expected
 
 
 def write_medqa(folder, n=12):
@@ -392,11 +367,12 @@ def test_questions_of_dev_and_test_leave_train(monkeypatch):
              ("medmcqa", "b", "test"): "4", ("medmcqa", "b", "train"): "5123",
              ("bioasq", "c", "train"): "6"}
 
-    def fake(*key):
-        if key not in files:
-            raise FileNotFoundError(f"no {key[2]} in {key[1]}")
-        return [Question(id=text, question=text, options=("x", "y"), answer=None if key == (
-            "mmlu", "a", "test") and text == "3" else 0) for text in files[key]]
+    def fake(task, folder, split):
+        if (task, folder, split) not in files:
+            raise FileNotFoundError(f"no {split} in {folder}")
+        return [Question(id=text, question=text, options=("x", "y"),
+                         answer=None if split + text == "test3" else 0)
+                for text in files[task, folder, split]]
 
     monkeypatch.setattr(finetune, "load_qa", fake)
     sets = read_questions("mmlu", ["a", "b"])
@@ -412,7 +388,7 @@ def test_questions_of_dev_and_test_leave_train(monkeypatch):
 @pytest.fixture
 def init(tmp_path):
     small_tokenizer().save(tmp_path / "init")
-    small_gpt(300).save_pretrained(tmp_path / "init")
+    small_gpt(300, dropout=0.1).save_pretrained(tmp_path / "init")
     return tmp_path / "init"
 
 
@@ -425,29 +401,37 @@ def lines(path):
     return [json.loads(line) for line in path.open()]
 
 
-@pytest.mark.parametrize("task, flags", [("medqa", []), ("bioasq", []), ("bioasq", ["--markers"])])
-def test_command_trains_saves_and_eval_agrees(tmp_path, init, monkeypatch, task, flags):
-    """Catches a saved folder whose scores differ from those of the run that reported them: another
-    head, tokenizer, length, or prompt; a result without the figures of the contract."""
+@pytest.fixture
+def tune(tmp_path, init, monkeypatch):
+    """Runs the command on 12 questions a split; later flags override. Returns --json's result."""
     write_medqa(tmp_path / "qa")
+
+    def run(*flags):
+        command(monkeypatch, finetune, "--task", "medqa", "--data", tmp_path / "qa", "--init", init,
+                "--out", tmp_path / "out", "--json", tmp_path / "a.json", *flags)
+        return json.loads((tmp_path / "a.json").read_text())
+    return run
+
+
+@pytest.mark.parametrize("task, flags", [("medqa", []), ("bioasq", []), ("bioasq", ["--markers"])])
+def test_command_trains_saves_and_eval_agrees(tmp_path, tune, monkeypatch, task, flags):
+    """Catches a saved folder whose scores differ from those of the run that reported them: another
+    head, tokenizer, length, or prompt; dropout in scoring; a result without its figures."""
     for split in ("train", "dev", "test"):
-        rows = [f"{split}{i}\tthe {split} {i}\t{TEXT[i:i + 20]}\t{['no', 'yes'][i % 2]}\n"
-                for i in range(12)]
-        (tmp_path / f"qa/{split}.tsv").write_text("".join(rows))
-    given = ("--task", task, "--data", tmp_path / "qa", "--limit", 8)
+        (tmp_path / f"qa/{split}.tsv").write_text("".join(
+            f"{split}{i}\tthe {split} {i}\t{TEXT[i:i + 20]}\t{['no', 'yes'][i % 2]}\n"
+            for i in range(12)))
+    given = ("--task", task, "--limit", 8)
     out = tmp_path / "out"
-    command(monkeypatch, finetune, *given, "--init", init, "--out", out, "--epochs", 2,
-            "--seeds", "1,2", "--lr", 1e-2, "--length", 16, "--json", tmp_path / "a.json", *flags)
-    row = json.loads((tmp_path / "a.json").read_text())
+    row = tune(*given, "--epochs", 2, "--seeds", "1,2", "--lr", 1e-2, "--length", 16, *flags)
     assert row == lines(out / "log.jsonl")[-1]
     found = {seed["seed"]: seed["score"] for seed in row["seeds"]}
     assert row["accuracy"] == pytest.approx(sum(found.values()) / 2)
     assert [row[key] for key in ("task", "split", "n", "available")] == [task, "test", 8, 12]
-    command(monkeypatch, evaluate, "qa", *given, "--init", out, "--json", tmp_path / "b.json",
-            "--predictions", tmp_path / "p.jsonl")
+    command(monkeypatch, evaluate, "qa", *given, "--data", tmp_path / "qa", "--init", out, "--json",
+            tmp_path / "b.json", "--predictions", tmp_path / "p.jsonl")
     theirs = json.loads((tmp_path / "b.json").read_text())
-    assert theirs["accuracy"] == found[row["saved_seed"]]
-    assert theirs["truncated"] == row["truncated"]
+    assert (theirs["accuracy"], theirs["truncated"]) == (found[row["saved_seed"]], row["truncated"])
     for a, b in zip(lines(out / "predictions.jsonl"), lines(tmp_path / "p.jsonl"), strict=True):
         assert a["scores"] == pytest.approx(b["scores"], abs=1e-5)
     with pytest.raises(ValueError, match="finetune.py --task pubmedqa"):
@@ -455,10 +439,9 @@ def test_command_trains_saves_and_eval_agrees(tmp_path, init, monkeypatch, task,
 
 
 @pytest.mark.parametrize("split, saved", [("test", 1), ("dev", 3)])
-def test_dev_chooses_and_test_is_reported(tmp_path, init, monkeypatch, split, saved):
+def test_dev_chooses_and_test_is_reported(tmp_path, tune, monkeypatch, split, saved):
     """Catches a seed or an epoch chosen on what is reported, another seed's weights or predictions
     saved, training questions of dev."""
-    write_medqa(tmp_path / "qa")
     if split == "dev":
         (tmp_path / "qa/4_options/phrases_no_exclude_test.jsonl").unlink()
 
@@ -470,9 +453,7 @@ def test_dev_chooses_and_test_is_reported(tmp_path, init, monkeypatch, split, sa
     monkeypatch.setattr(finetune, "train", fake_train)
     monkeypatch.setattr(finetune, "score_examples", lambda model, examples, process: [
         [0, model.head.bias.item(), 0, 0]] * len(examples))
-    command(monkeypatch, finetune, "--task", "medqa", "--data", tmp_path / "qa", "--init", init,
-            "--out", tmp_path / "out", "--seeds", "3,1,2", "--json", tmp_path / "a.json")
-    result = json.loads((tmp_path / "a.json").read_text())
+    result = tune("--seeds", "3,1,2")
     assert (result["split"], result["saved_seed"]) == (split, saved)
     assert load_finetuned(tmp_path / "out", "medqa")[0].head.bias.item() == saved
     assert lines(tmp_path / "out/predictions.jsonl")[0]["scores"][1] == saved
@@ -492,18 +473,17 @@ def test_flags_and_defaults_reach_the_settings(init, monkeypatch):
         assert settings() == [*expected, None, 64]
 
 
-def test_mistakes_are_one_line(tmp_path, init, monkeypatch):
+@pytest.mark.parametrize("flag, value, needs", [
+    ("--out", "run", "a folder of its own"), ("--out", "init", "a folder of its own"),
+    ("--init", "stanford-crfm/BioMedLM", "data.py download"),
+    ("--data", "init", "put the official file")])
+def test_mistakes_are_one_line(tmp_path, tune, monkeypatch, flag, value, needs):
     """Catches an --out that would shadow a run's checkpoints, and messages without their mend."""
-    write_medqa(tmp_path / "qa")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "checkpoint_0000001.pt").touch()
-    for more, needs in ((["--init", init], "a folder of its own"),
-                        (["--init", "stanford-crfm/BioMedLM"], "data.py download"),
-                        (["--init", init, "--data", tmp_path / "init"], "put the official file")):
-        out = tmp_path / ("out" if needs.endswith("own") else "new")
-        with pytest.raises((ValueError, OSError), match=needs):
-            command(monkeypatch, finetune, "--task", "medqa", "--data", tmp_path / "qa", "--out",
-                    out, *more)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoint_0000001.pt").touch()
+    with pytest.raises((ValueError, OSError), match=needs):
+        tune(flag, value)
 
 
 @pytest.mark.slow
@@ -518,7 +498,8 @@ def test_two_processes_equal_one(tmp_path, init):
         out = tmp_path / f"out{n}"
         command = (f"{sys.executable} -m torch.distributed.run --nproc_per_node={n} "
                    f"--master_port=29617 {ROOT}/finetune.py --task medqa --data {tmp_path}/qa "
-                   f"--init {init} --out {out} --epochs 2 --seeds 1 --batch_size 160")
+                   f"--init {init} --out {out} --epochs 2 --seeds 1 --batch_size 160 "
+                   "--dropout 0")
         done = subprocess.run(command.split(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         rows.append([row for row in lines(out / "log.jsonl") if "epoch" in row])
