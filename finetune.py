@@ -13,25 +13,22 @@ Dimensions: B rows, T time, C width, Q questions, O options, E scored positions.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
-import statistics
-from functools import partial
 from pathlib import Path
+from statistics import fmean, mode, stdev
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import TASKS, load_qa
 from model import GPT, cross_entropy
 from tokenizer import Tokenizer, replacing, run_command
-from train import start_process
+from train import distribute, start_process, write_json
 
 # ---------------------------------------------------------------------------------------------
 # the run: settings, questions; for each seed a model, its training, its scores; then the report
@@ -44,100 +41,102 @@ def main():
     settings, tokenizer = resolve(args)
     out = Path(args.out)
 
-    # Questions: those of train teach, dev chooses the epoch and the seed, test is reported and
-    # chooses nothing. MedMCQA's test has no answers: there dev is reported, and nothing chooses.
+    # Questions. The model learns those of train. Dev chooses the epoch and the seed. Test is
+    # reported and chooses nothing. MedMCQA's test has no answers: there dev is reported, and
+    # nothing is chosen.
     questions = read_questions(args.task, args.data)
-    split = "test" if labeled(questions["test"]) else "dev"
+    reported = "test" if labeled(questions["test"]) else "dev"
     examples = {}
-    for name in ("train", "dev", "test"):
-        some = labeled(questions[name], args.limit)
-        if not some and name in ("train", split):
-            raise ValueError(f"no labeled {name} questions of {args.task} in "
-                             f"{' '.join(args.data)}: put the official file there, or add a "
-                             "--data folder that has some")
-        examples[name] = encode_all(some, args.task, tokenizer, settings)
-    train_set, reported = examples["train"], examples[split]
-    dev_set = examples["dev"] if split == "test" else []
+    for split in questions:
+        some = labeled(questions[split], args.limit)
+        if not some and split in ("train", reported):
+            raise ValueError(f"no labeled {split} questions of {args.task} in {args.data}: put the "
+                             "official file there, or add a --data folder that has some")
+        examples[split] = encode_all(some, args.task, tokenizer, settings)
+    train_set = examples["train"]
+    test_set = examples[reported]
+    dev_set = examples["dev"] if reported == "test" else []
     if settings["kind"] == "labels":
         settings["labels"] = train_set[0].question.options
-    row = train_set[0].rows[0]
-    process.print(f"{settings}\nprompt: {tokenizer.decode(row.prefix + row.suffixes[0])}")
+    process.print(f"{settings}\nprompt: {tokenizer.decode(train_set[0].rows[0].ids())}")
 
-    # A run each seed: new tokens' rows, the head and the order differ.
-    log, seeds = [], []
+    # Train a model for each seed. The seed draws what is new in the model (the head, the rows of
+    # added tokens), the order of the questions, and dropout.
+    log = []
+    seeds = []
+    best_dev = None
     for seed in args.seeds:
         model = build(settings, tokenizer, seed).to(process.device)
         dev = train(model, train_set, dev_set, settings, seed, process, log)
-        scores = score_examples(model, reported, process)
-        score = quality(scores, reported)
-        process.print(f"seed {seed}: dev {dev}, {split} {score}")
-        # Save the seed that is best on dev: the first of equals, or where there is no dev.
-        if not seeds or (dev is not None and dev > max(row["dev"] for row in seeds)):
+        scores = score_examples(model, test_set, process)
+        score = quality(scores, test_set)
+        process.print(f"seed {seed}: dev {dev}, {reported} {score}")
+        # Save the seed that is best on dev: the first of equals. Without dev it is the first seed.
+        if not seeds or (dev_set and dev > best_dev):
+            best_dev = dev
             saved_seed = seed
-            answers = predictions(scores, reported)
-            process.on_rank_0(partial(save, out, model, tokenizer, settings, answers))
+            if process.rank == 0:
+                save(out, model, tokenizer, settings, predictions(scores, test_set))
         seeds.append({"seed": seed, "dev": dev, "score": score})
 
-    # Report: the mean over seeds.
-    scores = [row["score"] for row in seeds]
-    result = summarise(args.task, split, len(questions[split]), reported, scores)
+    # Report the mean over seeds.
+    result = summarise(args.task, reported, len(questions[reported]), test_set,
+                       [row["score"] for row in seeds])
     result |= {"seeds": seeds, "saved_seed": saved_seed}
-    process.on_rank_0(partial(write_lines, out / "log.jsonl", [*log, result]))
-    if args.json and process.rank == 0:
-        Path(args.json).write_text(json.dumps(result, indent=1))
+    if process.rank == 0:
+        write_lines(out / "log.jsonl", [*log, result])
+        if args.json:
+            write_json(args.json, result)
     process.print(f"{describe(result, len(seeds))}\nsaved: seed {saved_seed} in {out}")
     process.close()
 
 
 def train(task_model, train_set, dev_set, settings, seed, process, log):
-    """Train one seed. Returns the chosen epoch's score on dev; task_model then has its weights.
+    """Train task_model in place; a row an epoch goes to log. Returns its score on dev, or None.
 
-    The best epoch on dev is chosen; the last one with --last (BioMedLM) or without a dev set.
+    It ends with the weights of the epoch that is best on dev. With --last (BioMedLM), or without
+    a dev set, it ends with the weights of the last epoch.
     """
-    model = task_model
-    if process.world_size > 1:
-        model = DistributedDataParallel(task_model)
+    model = distribute(task_model, "ddp", process)  # shares task_model's weights
     # BioMedLM: betas 0.9 and 0.999 and eps 1e-8, which are torch's own.
-    on_gpu = process.device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=on_gpu)
-    batch_size, epochs = settings["batch_size"], settings["epochs"]
-    total_steps = epochs * math.ceil(len(train_set) / batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0,
+                                  fused=process.device.type == "cuda")
     torch.manual_seed(1000 * seed + process.rank)  # dropout differs between ranks
-    choosing = bool(dev_set) and not settings["last"]
-    best, kept = -math.inf, None
+    epochs = settings["epochs"]
+    dev_chooses = dev_set and not settings["last"]
+    best = -math.inf
     step = 0
     for epoch in range(epochs):
-        # One pass over the questions, in an order of its own.
+        # One pass over the questions. Their order depends on (seed, epoch) alone: all ranks agree.
         model.train()
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        order = torch.randperm(len(train_set), generator=generator)
+        batches = order.split(settings["batch_size"])
         loss = 0.0
-        batches = epoch_order(len(train_set), seed, epoch).split(batch_size)
-        bar = tqdm(batches, f"epoch {epoch + 1}", leave=False,
-                   disable=process.rank > 0 or None)  # None: only on a terminal
-        for batch in bar:
-            lr = learning_rate(step, total_steps, settings["lr"])
+        # A bar on rank 0 only, and there (None) on a terminal only.
+        for batch in tqdm(batches, f"epoch {epoch + 1}", leave=False,
+                          disable=process.rank > 0 or None):
+            lr = learning_rate(step, epochs * len(batches), settings["lr"])
             optimizer.param_groups[0]["lr"] = lr
-            examples = [train_set[i] for i in batch.tolist()]
-            loss += train_step(model, examples, optimizer, process, settings["micro_batch"])
+            loss += train_step(model, [train_set[i] for i in batch], optimizer, process)
             step += 1
-        loss = sum(process.gather(loss.item())) / len(batches)
+        loss = process.all_reduce([loss])[0] / len(batches)
 
-        # Score it on dev, and keep the weights if they are the best so far.
+        # Score it on dev. Keep a copy of the weights if they are the best so far.
         score = quality(score_examples(task_model, dev_set, process), dev_set)
         process.print(f"seed {seed}, epoch {epoch + 1}: loss {loss:.4f}, dev {score}")
-        row = {"seed": seed, "epoch": epoch + 1, "loss": loss, "dev": score}
-        log.append(row)
-        if choosing and score >= best:  # the last of equals: it has trained longest
+        log.append({"seed": seed, "epoch": epoch + 1, "loss": loss, "dev": score})
+        if dev_chooses and score >= best:  # the last of equals: it has trained longest
             best = score
-            kept = {}  # copies, on the CPU: a GPU may have no room for them
-            for name, tensor in task_model.state_dict().items():
-                kept[name] = tensor.to("cpu", copy=True)
-    if not choosing:
+            kept = {name: tensor.to("cpu", copy=True)  # a GPU may have no room for a second copy
+                    for name, tensor in task_model.state_dict().items()}
+    if not dev_chooses:
         return score
     task_model.load_state_dict(kept)
     return best
 
 
-def train_step(model, examples, optimizer, process, micro_batch=None):
+def train_step(model, examples, optimizer, process):
     """One optimiser step on a global batch. Returns this rank's part of its mean loss.
 
     The mean is over the questions (text: target tokens) of the whole global batch, however ranks
@@ -147,7 +146,7 @@ def train_step(model, examples, optimizer, process, micro_batch=None):
     share = examples[process.rank::process.world_size]
     # A rank without a question must still join the sum of gradients: it adds one of weight 0.
     weight = 1 if share else 0
-    chunks = list(micro_batches(share or examples[:1], micro_batch))
+    chunks = micro_batches(share or examples[:1])
     loss_of_share = 0.0
     for i, chunk in enumerate(chunks):
         # DDP exchanges gradients in backward; once is enough, with the last micro-batch. It must
@@ -176,12 +175,6 @@ def learning_rate(step, total_steps, peak):
     return peak * (total_steps - step) / (total_steps - warmup)
 
 
-def epoch_order(n, seed, epoch):
-    """A permutation of n examples, (n,) int64, of (seed, epoch) alone: the same on every rank."""
-    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-    return torch.randperm(n, generator=generator)
-
-
 # ---------------------------------------------------------------------------------------------
 # questions: which ones train, which ones are held out
 
@@ -194,19 +187,17 @@ def read_questions(task, folders):
     """
     questions = {"train": [], "dev": [], "test": []}
     for folder in folders:
-        found = load_splits(task, folder)
-        # No file of this task: take the training questions of another one, whose head is the same.
+        found = load_splits(task, folder, questions)
+        # No file of this task: borrow from another task whose head is the same.
         for other in TASKS:
-            both_choice = TASKS[other].kind == TASKS[task].kind == "choice"
-            if not found and both_choice:
-                train = load_splits(other, folder).get("train")
-                found = {"train": train} if train else {}
+            if not found and TASKS[other].kind == TASKS[task].kind == "choice":
+                found = load_splits(other, folder, ["train"])
         if not found:
             load_qa(task, folder, "test")  # raises, and says which file is missing
         for split in found:
             questions[split] += found[split]
 
-    # An unlabeled question is held out, too: another folder may hold its answer.
+    # Unlabeled questions are held out, too: another folder may hold their answers.
     def content(q):
         return q.question, q.context, q.options, q.target
 
@@ -215,13 +206,13 @@ def read_questions(task, folders):
     return questions
 
 
-def load_splits(task, folder):
-    """{"train", "dev" or "test": questions} of those splits whose official file the folder has."""
-    official = {"train": "train", "dev": "dev", "test": "test"}
-    if task == "mmlu":  # what it calls dev is five examples a subject
-        official = {"dev": "val", "test": "test"}
+def load_splits(task, folder, splits):
+    """{split: questions} of those among splits whose official file the folder has."""
     found = {}
-    for split, name in official.items():
+    for split in splits:
+        name = split
+        if task == "mmlu" and split == "dev":  # its own "dev" is five examples a subject
+            name = "val"
         with contextlib.suppress(FileNotFoundError):
             found[split] = load_qa(task, folder, name)
     return found
@@ -229,10 +220,7 @@ def load_splits(task, folder):
 
 def labeled(questions, limit=None):
     """Those with an answer; `limit` of them evenly spaced, as some files are sorted by label."""
-    def has_answer(q):
-        return q.answer is not None if q.options else q.target != ""
-
-    questions = [q for q in questions if has_answer(q)]
+    questions = [q for q in questions if q.target or q.answer is not None]
     n = len(questions)
     limit = min(limit or n, n)
     return [questions[i * n // limit] for i in range(limit)]
@@ -243,12 +231,14 @@ def labeled(questions, limit=None):
 #
 #     kind     one row                                     what is scored
 #     choice   question [SEP] | option [SEP] | option ...  the last token of each option
-#     labels   context question                            the last token, once a label
+#     labels   context question                            the last token: a score a label
 #     text     question <|startoftext|> | answer           every token of the answer
+#
+# "|" cuts a row into a prefix and suffixes. Each suffix follows the prefix, as if alone.
 
 
 class Row(NamedTuple):
-    """A row of a batch: a prefix, and suffixes that each see it but not each other."""
+    """Token ids of a row: a prefix, and suffixes that each see it but not each other."""
 
     prefix: list
     suffixes: list
@@ -259,12 +249,12 @@ class Row(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A question as rows: one where its options share a prefix, else one an option."""
+    """A question as rows: one if its options share a prefix, else one for each option."""
 
     question: object
     rows: list
     truncated: bool = False
-    n_targets: int = 0  # text: tokens that carry loss, all of the row's suffix
+    n_targets: int = 0  # text: tokens of the answer, which carry the loss
 
     def length(self):
         """Tokens of the longest row."""
@@ -276,79 +266,82 @@ UNUSED_MARKERS = ("[PAD]", "<|CONTEXT|>", "<|QUESTION1|>", "<|QUESTION2|>", "<|A
 
 
 def encode_all(questions, task, tokenizer, settings):
-    """Examples of settings["length"] tokens a row at most; adds special tokens to the tokenizer.
+    """An Example of each question, in order; adds the task's special tokens to the tokenizer.
 
-    settings["markers"]: the paper's text for yes/no/maybe, in place of the released script's.
+    settings["length"]: most tokens of a row. settings["markers"]: the prompt for yes/no/maybe that
+    the paper describes, in place of the released script's.
     """
-    kind, names = TASKS[task].kind, TASKS[task].special_tokens
+    kind = TASKS[task].kind
+    names = TASKS[task].special_tokens
     if kind == "labels" and not settings["markers"]:
         names = UNUSED_MARKERS
-    special = dict(zip(names, tokenizer.add_special_tokens(names)))
+    tokenizer.add_special_tokens(names)
     encode = {"choice": encode_choice,
               "labels": encode_labels,
               "text": encode_text}[kind]
-    return [encode(q, tokenizer, special, settings["length"]) for q in questions]
+    return [encode(q, tokenizer, settings) for q in questions]
 
 
 def fit(long, short, room):
-    """(long, short, whether any was cut): long gives way, short only where it alone is too long.
+    """Cut two lists of ids to `room` tokens in all. Returns (long, short, whether any was cut).
 
-    room 6: aaaaa bb -> aaaa bb; a bbbbbbbb -> (nothing) bbbbbb.
+    long is cut first. With room 6: aaaaa bb -> aaaa bb; a bbbbbbbb -> (nothing) bbbbbb.
     """
     short_kept = short[:room]
     long_kept = long[:room - len(short_kept)]
     return long_kept, short_kept, len(long) + len(short) > room
 
 
-def encode_choice(question, tokenizer, special, length):
+def encode_choice(question, tokenizer, settings):
     """BioMedLM: question + "[SEP]" and " " + option + "[SEP]" for each option.
 
-    The longest part, which is the question, gives way. Where every option leaves the same
-    question, its tokens stand there once.
+    Where question and option are too long, the question's end is cut. If all options leave the
+    same part of the question, they share one row, and it stands there once.
     """
-    sep = [special["[SEP]"]]
+    sep = [tokenizer.special["[SEP]"]]
     text = tokenizer.encode(question.question)
-    rows, truncated = [], False
+    rows = []
+    truncated = False
     for option in question.options:
         ids = tokenizer.encode(" " + option)
-        head, tail, cut = fit(text, ids, length - 2)
-        rows.append(Row(head + sep, [tail + sep]))
+        text_kept, ids, cut = fit(text, ids, settings["length"] - 2)
+        rows.append(Row(text_kept + sep, [ids + sep]))
         truncated |= cut
     prefix = rows[0].prefix
     if all(row.prefix == prefix for row in rows):
-        suffixes = [row.suffixes[0] for row in rows]
-        rows = [Row(prefix, suffixes)]
+        rows = [Row(prefix, [row.suffixes[0] for row in rows])]
     return Example(question, rows, truncated)
 
 
-def encode_labels(question, tokenizer, special, length):
+def encode_labels(question, tokenizer, settings):
     """Context, then question, in one of BioMedLM's two forms; the row's last token is scored.
 
     The released script: `tokenizer(context, question)`, both parts' ids and nothing between them.
-    It adds marker tokens and uses none. The paper (--markers), which found context first better:
-    <|CONTEXT|>context<|QUESTION|>question<|ANSWER|>, without spaces. The context gives way.
+    The paper (--markers), which found context first better:
+    <|CONTEXT|>context<|QUESTION|>question<|ANSWER|>, without spaces. The context is cut first.
     """
-    markers = "<|QUESTION|>" in special  # the script's are QUESTION1 and QUESTION2
-    room = length - 3 if markers else length
+    markers = settings["markers"]
+    room = settings["length"] - 3 if markers else settings["length"]
     context = tokenizer.encode(question.context)
     text = tokenizer.encode(question.question)
     context, text, cut = fit(context, text, room)
     ids = context + text
     if markers:
+        special = tokenizer.special
         ids = [special["<|CONTEXT|>"], *context,
                special["<|QUESTION|>"], *text,
                special["<|ANSWER|>"]]
     return Example(question, [Row([], [ids])], cut)
 
 
-def encode_text(question, tokenizer, special, length):
+def encode_text(question, tokenizer, settings):
     """BioMedLM: source + <|startoftext|> + target + end-of-text, source and target <= 510 each."""
-    half = (length - 2) // 2
+    half = (settings["length"] - 2) // 2
     source = tokenizer.encode(question.question)
     target = tokenizer.encode(question.target)
     truncated = max(len(source), len(target)) > half
-    target = [*target[:half], tokenizer.eot_id]
-    prefix = [*source[:half], special["<|startoftext|>"]]
+    prefix = source[:half] + [tokenizer.special["<|startoftext|>"]]
+    target = target[:half] + [tokenizer.eot_id]
     return Example(question, [Row(prefix, [target])], truncated, len(target))
 
 
@@ -369,21 +362,21 @@ def encode_text(question, tokenizer, special, length):
 
 
 class Batch(NamedTuple):
-    """What TaskModel reads, of several questions."""
+    """Several questions as TaskModel reads them."""
 
-    idx: torch.Tensor  # (B, T) int64, padded on the right, after every scored position
+    idx: torch.Tensor  # (B, T) int64, padded on the right: no token sees padding after it
     positions: torch.Tensor | None  # (B, T) int64; None: 0, 1, ...
     mask: torch.Tensor | None  # (B, 1, T, T) bool, who sees whom; None: causal
-    ends: torch.Tensor  # (2, E) int64: row and column of every option's last token
-    n_options: list | None  # of each question; None: text
-    answers: torch.Tensor | None  # (Q,) int64; None: text
-    targets: torch.Tensor | None  # (B, T) int64, shifted, -100 = no loss; text only
+    scored: torch.Tensor  # (B, T) bool, True at the E positions whose hidden state the head reads
+    answers: torch.Tensor  # (Q,) int64, the right option's index; text: (E,), the token to predict
+    n_options: list  # options or labels of each question
 
 
 def collate(examples, device="cpu"):
-    """One Batch of examples; pads with id 0, which nothing sees."""
+    """One Batch of examples of one kind."""
     rows = [row for e in examples for row in e.rows]
-    ids, segments = [], []
+    ids = []
+    segments = []
     for row in rows:
         sizes = torch.tensor([len(row.prefix), *map(len, row.suffixes)])
         ids.append(torch.tensor(row.ids()))
@@ -391,42 +384,42 @@ def collate(examples, device="cpu"):
     idx = pad_sequence(ids, batch_first=True).to(device)  # (B, T)
     segment = pad_sequence(segments, batch_first=True, padding_value=-1).to(device)
 
-    # An option ends where the next token is of another segment.
-    following = F.pad(segment[:, 1:], (0, 1), value=-1)
-    ends = (segment > 0) & (segment != following)
-
-    # Segments that share a row need the mask; alone in it, a causal row is right and faster.
-    positions = mask = targets = answers = n_options = None
-    if any(len(row.suffixes) > 1 for row in rows):
+    # Segments that share a row need the mask. A row with one suffix is causal, which is faster.
+    positions = None
+    mask = None
+    if (segment > 1).any():
         same = segment[:, :, None] == segment[:, None, :]  # (B, T) -> (B, T, T)
         of_prefix = segment[:, None, :] == 0
         sees = (same | of_prefix).tril()
-        positions = sees.sum(-1) - 1  # how many others a token sees
-        positions[segment < 0] = 0  # padding sees what may be more than the context
+        positions = sees.sum(-1) - 1  # how many tokens it sees before it
+        positions[segment < 0] = 0  # of padding that could pass the context
         mask = sees[:, None]  # (B, T, T) -> (B, 1, T, T)
 
-    if examples[0].n_targets:  # text: the model sees all but the last token
-        targets = idx.masked_fill(segment != 1, -100)[:, 1:]
-        idx = idx[:, :-1]
-    else:
-        n_options = [len(e.question.options) for e in examples]
+    following = F.pad(segment[:, 1:], (0, 1), value=-1)  # the next token's segment
+    if examples[0].n_targets:  # text: each position that predicts a token of the answer
+        scored = following == 1
+        answers = idx[segment == 1]
+    else:  # each option's end: the next token is of another segment
+        scored = (segment > 0) & (segment != following)
         answers = torch.tensor([e.question.answer for e in examples], device=device)
-    return Batch(idx, positions, mask, ends.nonzero().t(), n_options, answers, targets)
+    n_options = [len(e.question.options) for e in examples]
+    return Batch(idx, positions, mask, scored, answers, n_options)
 
 
-def micro_batches(examples, micro_batch=None, max_tokens=4096):
-    """Cut examples, sorted by length, before rows padded to the longest pass max_tokens."""
-    chunk, n_rows = [], 0
+def micro_batches(examples, max_tokens=4096):
+    """Lists of examples, sorted by length so that rows need little padding.
+
+    The rows of a list, padding included, hold at most max_tokens. One example may hold more.
+    """
+    chunks = []
+    n_rows = 0
     for e in sorted(examples, key=Example.length):
-        # Sorted, e is the longest so far: all rows are padded to it.
-        n_tokens = (n_rows + len(e.rows)) * e.length()
-        if chunk and (n_tokens > max_tokens or len(chunk) == micro_batch):
-            yield chunk
-            chunk, n_rows = [], 0
-        chunk.append(e)
         n_rows += len(e.rows)
-    if chunk:
-        yield chunk
+        if not chunks or n_rows * e.length() > max_tokens:  # all rows are padded to e's length
+            chunks.append([])
+            n_rows = len(e.rows)
+        chunks[-1].append(e)
+    return chunks
 
 
 # ---------------------------------------------------------------------------------------------
@@ -442,14 +435,13 @@ class TaskModel(nn.Module):
     text: no head but the language model's own.
     """
 
-    def __init__(self, gpt, kind, n_labels=0):
+    def __init__(self, gpt, kind, labels=()):
         super().__init__()
         self.gpt = gpt
         self.kind = kind
         self.head = nn.Identity()
         if kind != "text":
-            width = gpt.config.n_embd
-            self.head = nn.Linear(width, n_labels or 1, bias=kind == "choice")
+            self.head = nn.Linear(gpt.config.n_embd, len(labels) or 1, bias=kind == "choice")
             nn.init.normal_(self.head.weight, std=NEW_ROW_STD)
         if kind == "choice":
             nn.init.zeros_(self.head.bias)
@@ -457,23 +449,19 @@ class TaskModel(nn.Module):
     def forward(self, batch):
         """Scores (Q, O) fp32, -inf where a question has fewer options; text: summed nats."""
         hidden = self.gpt.hidden(batch.idx, positions=batch.positions, mask=batch.mask)
+        hidden = hidden[batch.scored]  # (B, T, C) -> (E, C)
         if self.kind == "text":
-            scored = batch.targets != -100
-            mean = cross_entropy(hidden[scored], self.gpt.transformer.wte.weight,
-                                 batch.targets[scored])
-            return scored.sum() * mean
-        row, column = batch.ends
-        scores = self.head(hidden[row, column]).float()  # (B, T, C) -> (E, C) -> (E, 1 or labels)
-        if self.kind == "labels":
-            return scores
-        each = scores[:, 0].split(batch.n_options)  # (E,) -> Q times (options,)
-        return pad_sequence(each, batch_first=True, padding_value=-math.inf)
+            mean = cross_entropy(hidden, self.gpt.transformer.wte.weight, batch.answers)
+            return mean * len(batch.answers)
+        scores = self.head(hidden).float()  # (E, C) -> (E, 1 or labels)
+        of_questions = scores.flatten().split(batch.n_options)  # Q times (options or labels,)
+        return pad_sequence(of_questions, batch_first=True, padding_value=-math.inf)
 
 
 def loss_sum(model, batch):
-    """Summed, not mean: the caller divides by what the whole global batch holds."""
+    """Nats, summed over questions (text: target tokens). The caller divides by their number."""
     out = model(batch)
-    if batch.targets is not None:
+    if out.dim() == 0:  # text: this is the loss
         return out
     return F.cross_entropy(out, batch.answers, reduction="sum")
 
@@ -485,19 +473,14 @@ def build(settings, tokenizer, seed):
     if settings["random_init"]:
         gpt = GPT(gpt.config)
     gpt.activation_checkpointing = settings["activation_checkpointing"]
-    adapt(gpt, tokenizer.vocab_size)
-    return TaskModel(gpt, settings["kind"], len(settings["labels"]))
 
-
-def adapt(gpt, vocab_size):
-    """Give gpt rows N(0, 0.02) for added tokens, in place. Returns gpt."""
-    wte = gpt.transformer.wte.weight.detach()
-    vocab_size = max(vocab_size, len(wte))  # a folder may have more rows than tokens
-    added = torch.empty(vocab_size - len(wte), wte.size(1))
-    added.normal_(std=NEW_ROW_STD)
-    gpt.transformer.wte = nn.Embedding.from_pretrained(torch.cat([wte, added]), freeze=False)
-    gpt.config = dataclasses.replace(gpt.config, vocab_size=vocab_size)
-    return gpt
+    # Rows for the added tokens. A folder may have more rows than its tokenizer has tokens.
+    wte = gpt.transformer.wte.weight
+    vocab_size = max(tokenizer.vocab_size, len(wte))
+    added = torch.empty(vocab_size - len(wte), wte.size(1)).normal_(std=NEW_ROW_STD)
+    gpt.transformer.wte.weight = nn.Parameter(torch.cat([wte, added]))
+    gpt.config.vocab_size = vocab_size
+    return TaskModel(gpt, settings["kind"], settings["labels"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -505,13 +488,14 @@ def adapt(gpt, vocab_size):
 
 
 @torch.no_grad()
-def score_examples(model, examples, process, max_tokens=8192):
+def score_examples(model, examples, process):
     """Per example, in order: its options' or labels' scores; text: one, the summed nats."""
     model.eval()
+    # Without gradients twice as much fits. A batch of text has one loss: one example at a time.
+    max_tokens = 1 if model.kind == "text" else 8192
     share = examples[process.rank::process.world_size]
-    at_once = 1 if model.kind == "text" else None  # a loss belongs to one example
     found = {}  # by identity, since micro_batches sorts by length
-    for chunk in micro_batches(share, at_once, max_tokens):
+    for chunk in micro_batches(share, max_tokens):
         with process.autocast():
             scores = model(collate(chunk, process.device))
         rows = scores.view(len(chunk), -1).tolist()
@@ -525,42 +509,43 @@ def score_examples(model, examples, process, max_tokens=8192):
     return ordered
 
 
-def chosen(scores):
-    """Index of the answer given: the best score, the first of equals."""
-    return scores.index(max(scores))
-
-
 def correct(scores, examples):
-    """1 or 0 per example."""
-    return [int(chosen(s) == e.question.answer) for s, e in zip(scores, examples)]
+    """A bool per example: is the answer that has the best score, the first of equals, right?"""
+    return [s.index(max(s)) == e.question.answer for s, e in zip(scores, examples)]
 
 
 def quality(scores, examples):
-    """Accuracy; for text minus the mean nats a target token; None without examples."""
+    """Accuracy; text: minus the mean nats of a target token, so that more is better, too.
+
+    None without examples.
+    """
     if not examples:
         return None
     if examples[0].n_targets:
         nats = sum(s[0] for s in scores)
         return -nats / sum(e.n_targets for e in examples)
-    return statistics.fmean(correct(scores, examples))
+    return fmean(correct(scores, examples))
 
 
-def wilson(share, n, z=1.96):
-    """95% interval of a share of n questions (Wilson's score interval)."""
-    # Not the share ± z standard errors: near 0 and 1 that leaves [0, 1].
-    spread = z * z / n
-    centre = share + spread / 2
-    half = math.sqrt(spread * share * (1 - share) + spread * spread / 4)
-    return [(centre - half) / (1 + spread), (centre + half) / (1 + spread)]
+def wilson(share, n):
+    """95% interval of a share of n questions: Wilson's score interval, z = 1.96.
+
+    The usual one, share ± z standard errors, is wrong near 0 and 1: it leaves [0, 1].
+    """
+    spread = 1.96**2 / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    return [centre - half, centre + half]
 
 
 def summarise(task, split, available, examples, values):
-    """What --json holds, of one `quality` a seed: their mean, Wilson's interval for n questions.
+    """The figures of --json, of one value of `quality` for each seed.
 
-    Seeds see the same questions, so n counts questions only. Beside it: chance, and the share of
-    the split's commonest answer.
+    accuracy is their mean, ci95 Wilson's interval for n questions: not for n times seeds, since
+    all seeds answer the same ones. chance is the accuracy of guessing, majority that of always
+    giving the commonest answer.
     """
-    mean = statistics.fmean(values)
+    mean = fmean(values)
     row = {
         "task": task, "split": split, "available": available, "n": len(examples),
         "accuracy": None, "ci95": None,
@@ -568,13 +553,12 @@ def summarise(task, split, available, examples, values):
     if task == "text":
         return row | {"loss": -mean}
     answers = [e.question.answer for e in examples]
-    commonest = statistics.mode(answers)
     return row | {
         "accuracy": mean,
         "ci95": wilson(mean, len(examples)),
-        "std": statistics.stdev(values) if len(values) > 1 else None,
-        "chance": statistics.fmean(1 / len(e.question.options) for e in examples),
-        "majority": answers.count(commonest) / len(answers)}
+        "std": stdev(values) if len(values) > 1 else None,
+        "chance": fmean(1 / len(e.question.options) for e in examples),
+        "majority": answers.count(mode(answers)) / len(answers)}
 
 
 def describe(row, n_seeds=1):
@@ -593,7 +577,7 @@ def predictions(scores, examples):
     rows = []
     for s, e in zip(scores, examples):
         rows.append({"id": e.question.id, "answer": e.question.answer,
-                     "prediction": chosen(s), "scores": s})
+                     "prediction": s.index(max(s)), "scores": s})
     return rows
 
 
@@ -607,10 +591,8 @@ def save(out, model, tokenizer, settings, answers):
     tokenizer.save(out)
     with replacing(out / "head.pt") as file:
         torch.save(model.head.state_dict(), file)
-    if settings["task"] != "text":
-        write_lines(out / "predictions.jsonl", answers)
-    with replacing(out / "run.json") as file:  # the last: what stands beside it is whole
-        file.write(json.dumps(settings, indent=1).encode())
+    write_lines(out / "predictions.jsonl", answers)
+    write_json(out / "run.json", settings)  # last: where it stands, the folder is complete
 
 
 def write_lines(path, rows):
@@ -621,18 +603,16 @@ def write_lines(path, rows):
 
 
 def read_run(folder):
-    """The settings that a run of train.py or finetune.py left, {} where there are none."""
+    """What is in a folder's run.json, {} if it has none."""
     path = Path(folder) / "run.json"
-    if not path.exists():
-        return {}
-    return json.loads(path.read_text())
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def load_finetuned(folder, task, device="cpu"):
-    """(TaskModel in eval mode, Tokenizer, settings) of a folder that this script wrote.
+    """(TaskModel, Tokenizer, settings) of a folder that this script wrote.
 
-    Encode questions with settings["length"] and settings["markers"], as in training. A head for
-    multiple choice serves any such task, another one only the task it was trained on.
+    Encode questions with these settings, as in training. A head for multiple choice serves any
+    such task, another head only the task that it was trained on.
     """
     settings = read_run(folder)
     kind = TASKS[task].kind
@@ -640,11 +620,9 @@ def load_finetuned(folder, task, device="cpu"):
     if settings.get("task") != task and not any_choice:
         raise ValueError(f"{folder} has no head for {task}: run finetune.py --task {task} on it "
                          "first, or give --zero_shot")
-    gpt = GPT.from_pretrained(folder)
-    model = TaskModel(gpt, kind, len(settings["labels"]))
-    head = torch.load(Path(folder) / "head.pt", weights_only=True)
-    model.head.load_state_dict(head)
-    return model.to(device).eval(), Tokenizer.load(folder), settings
+    model = TaskModel(GPT.from_pretrained(folder), kind, settings["labels"])
+    model.head.load_state_dict(torch.load(f"{folder}/head.pt", weights_only=True))
+    return model.to(device), Tokenizer.load(folder), settings
 
 
 # ---------------------------------------------------------------------------------------------
@@ -652,21 +630,18 @@ def load_finetuned(folder, task, device="cpu"):
 
 
 def resolve(args):
-    """(settings: the flags, defaults by task and model size where none is given; tokenizer)."""
-    out, init = Path(args.out), Path(args.init)
-    checkpoints = list(out.glob("checkpoint_*.pt"))
-    if checkpoints or out.resolve() == init.resolve():
+    """Settings (the flags, with defaults by task and model size) and the tokenizer of --init."""
+    out = Path(args.out)
+    if list(out.glob("checkpoint_*.pt")) or out.resolve() == Path(args.init).resolve():
         raise ValueError(f"{out} holds the model to start from, or another run of train.py: give "
                          "--out a folder of its own")
-    task, config = TASKS[args.task], GPT.config_of(init)
-    tokenizer = Tokenizer.load(init)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer in {init} has {tokenizer.vocab_size:,} tokens, its model "
-                         f"{config.vocab_size:,}: copy the tokenizer it was trained with")
-    with torch.device("meta"):
-        n_params = GPT(config).n_params()
+    config = GPT.config_of(args.init)
+    task = TASKS[args.task]
+    lr = task.lr
+    epochs = task.epochs
     # A small model takes larger steps, and more of them: our choice.
-    lr, epochs = task.lr, task.epochs
+    with torch.device("meta"):  # to count parameters takes no memory
+        n_params = GPT(config).n_params()
     if n_params < 1e9:
         lr = 5e-5
     if n_params < 50e6:
@@ -680,9 +655,7 @@ def resolve(args):
         "epochs": args.epochs or epochs,
         "length": min(args.length or task.length, config.n_positions),
         "torch": torch.__version__}
-    if args.dropout is None:
-        settings["dropout"] = config.dropout
-    return settings, tokenizer
+    return settings, Tokenizer.load(args.init)
 
 
 def positive(text):
@@ -700,7 +673,7 @@ def positives(text):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--task", required=True, choices=sorted(TASKS),
+    add("--task", required=True, choices=TASKS,
         help="which question set --data holds")
     add("--data", required=True, nargs="+", metavar="DIR",
         help="folder with the official files; further ones add training questions")
@@ -710,16 +683,14 @@ def parse_args():
     add("--random_init", action="store_true",
         help="fresh weights of --init's shape (default: off)")
     add("--markers", action="store_true",
-        help="pubmedqa, bioasq: the paper's prompt with marker tokens (default: the released "
-        "script's, context and question joined plainly)")
+        help="pubmedqa, bioasq: the paper's prompt, with marker tokens (default: the script's)")
     add("--seeds", type=positives, default=[1, 2, 3],
-        help="a run each (default: 1,2,3)")
+        help="a training for each, their mean is reported (default: 1,2,3)")
     add("--lr", type=float, help="peak learning rate (default: by task and size)")
     add("--batch_size", type=positive, default=16, help="questions a step (default: 16)")
     add("--epochs", type=positive, help="passes over the training questions (default: by task)")
     add("--length", type=positive, help="most tokens of a row (default: the task's, or context)")
     add("--dropout", type=float, help="probability (default: --init's own)")
-    add("--micro_batch", type=positive, help="most questions at once (default: by 4,096 tokens)")
     add("--limit", type=positive, help="N questions of each split, evenly spread (default: all)")
     add("--last", action="store_true", help="report the last epoch, as BioMedLM (default: best)")
     add("--activation_checkpointing", action="store_true",
