@@ -902,8 +902,8 @@ LINE, LABEL, CELL, CITATION, OPEN, CLOSE = "\1\2\3\4\5\6"
 SCRIPT = OPEN + "*" + CLOSE
 DROPPED = set(re.findall(r"\S+", """ref-list graphic inline-graphic media supplementary-material fn
     fn-group object-id permissions attrib alt-text long-desc annotation related-article"""))
-BLOCKS = re.findall(r"\S+", """title subtitle article-title p sec abstract list list-item fig
-    disp-formula disp-quote boxed-text caption table-wrap tr def-item statement verse-line speech""")
+BLOCKS = re.findall(r"\S+", """title subtitle article-title p sec abstract list list-item fig caption
+    disp-formula disp-quote boxed-text table-wrap tr def-item statement verse-line speech""")
 # What stands around an element's children (*): before the first, between them, after the last.
 # So <mfrac><mi>a</mi><mi>b</mi></mfrac> is read as (a)/(b). Other elements add nothing: "*".
 LAYOUT = dict.fromkeys(BLOCKS, LINE + "*" + LINE) | {
@@ -1180,9 +1180,10 @@ def extract_files(task):
                         skipped.append(f"{path}: record {number}: {e!r}")
                         continue
                     gz.writelines(lines)
-                    older.update(ident for ident, _, reason in found if reason == OLDER)
-                    counts.update("documents" if text else reason or "empty"
-                                  for _, text, reason in found)
+                    for ident, text, reason in found:
+                        counts["documents" if text else reason or "empty"] += 1
+                        if reason == OLDER:
+                            older.add(ident)
             # again at the end: a version 1 may stand after its version 2
             gz.writelines(text_line(ident, None) for ident in sorted(older))
             if 100 * len(skipped) > counts["records"]:
