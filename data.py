@@ -900,10 +900,11 @@ def full_text(element):
 # brackets that go again around a single symbol.
 LINE, LABEL, CELL, CITATION, OPEN, CLOSE = "\1\2\3\4\5\6"
 SCRIPT = OPEN + "*" + CLOSE
-DROPPED = set(re.findall(r"\S+", """ref-list graphic inline-graphic media supplementary-material fn
-    fn-group object-id permissions attrib alt-text long-desc annotation related-article"""))
-BLOCKS = re.findall(r"\S+", """title subtitle article-title p sec abstract list list-item fig caption
-    disp-formula disp-quote boxed-text table-wrap tr def-item statement verse-line speech""")
+DROPPED = set(re.findall(r"\S+", """ref-list graphic inline-graphic media supplementary-material
+    fn fn-group object-id permissions attrib alt-text long-desc annotation related-article"""))
+BLOCKS = re.findall(r"\S+", """title subtitle article-title p sec abstract list list-item
+    fig caption disp-formula disp-quote boxed-text table-wrap tr def-item statement verse-line
+    speech""")
 # What stands around an element's children (*): before the first, between them, after the last.
 # So <mfrac><mi>a</mi><mi>b</mi></mfrac> is read as (a)/(b). Other elements add nothing: "*".
 LAYOUT = dict.fromkeys(BLOCKS, LINE + "*" + LINE) | {
