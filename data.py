@@ -791,16 +791,23 @@ def hash_file(path, name="sha256"):
 #
 # Every record is passed on in its order, as {"id", "text"}, or {"id", "deleted": true} where it has
 # an id and no text to keep: so a later record that is dropped takes an earlier one's text along.
-# tokenize keeps the last record of each id. Of an article's pages these are left out: references,
-# superscript citations, footnotes, keywords, acknowledgements, appendices, supplements, peer
-# reviews, figures but not their captions.
+# tokenize keeps the last record of each id.
+#
+#     <PubmedArticle>… <PMID>7</PMID> … 5 × 10<sup>4</sup> cells …      {"id": "7", "text": "…
+#     <article>… <article-id pub-id-type="pmcid">PMC9</article-id> …    {"id": "PMC9", "text": "…
+#     <DeleteCitation><PMID>7</PMID></DeleteCitation>                   {"id": "7", "deleted": true}
+#
+# Kept of an article: title, abstracts, body, captions, tables with their notes, formulas, glossary.
+# Left out: references, superscript citations, footnotes, keywords, acknowledgements, appendices,
+# supplements, peer reviews, the figures themselves.
 
 CONTAINERS = ("PubmedArticleSet", "PubmedBookArticleSet", "articles", "pmc-articleset")
 CHUNK = MIB // 16
 RECORD_LIMIT = 32 * MIB  # of XML between the ends of two records: several times any article
 OUTPUT_BYTES = 16 * MIB  # small files are gathered until they are this large together
 ENTITIES = {name[:-1]: text for name, text in html.entities.html5.items() if name.endswith(";")}
-NAMED = re.compile(rb"&(?!#|amp;|lt;|gt;|quot;|apos;)")  # an entity that XML itself lacks
+NAMED = re.compile(rb"&(?!#|amp;|lt;|gt;|quot;|apos;)")  # an entity that XML itself doesn't know
+PILE_SETS = ("PubMed Abstracts", "PubMed Central")
 SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
 
 
@@ -823,7 +830,7 @@ def xml_records(path):
             if b"<!ENTITY" in chunk or b"\0" in chunk:
                 raise ValueError(f"{path} declares an entity: refused, it could grow endlessly")
             while chunk:
-                if NAMED.search(chunk):  # few files have any, and it costs as much as small files
+                if NAMED.search(chunk):  # few files have any, and filling the table takes a while
                     parser.entity.update(ENTITIES)
                 parser.feed(chunk)
                 pending += len(chunk)
@@ -858,11 +865,13 @@ def full_text(element):
 # brackets that go again around a single symbol.
 LINE, LABEL, CELL, CITATION, OPEN, CLOSE = "\1\2\3\4\5\6"
 SCRIPT = OPEN + "*" + CLOSE
-DROPPED = set("""ref-list graphic inline-graphic media supplementary-material fn fn-group object-id
-    permissions attrib alt-text long-desc annotation related-article""".split())
-BLOCKS = """title subtitle article-title p sec abstract list list-item disp-formula disp-quote
-    boxed-text caption fig table-wrap tr def-item statement verse-line speech""".split()
+DROPPED = set(re.findall(r"\S+", """ref-list graphic inline-graphic media supplementary-material
+    fn fn-group object-id permissions attrib alt-text long-desc annotation related-article"""))
+BLOCKS = re.findall(r"\S+", """title subtitle article-title p sec abstract list list-item
+    fig caption disp-formula disp-quote boxed-text table-wrap tr def-item statement verse-line
+    speech""")
 # What stands around an element's children (*): before the first, between them, after the last.
+# So <mfrac><mi>a</mi><mi>b</mi></mfrac> is read as (a)/(b). Other elements add nothing: "*".
 LAYOUT = dict.fromkeys(BLOCKS, LINE + "*" + LINE) | {
     "label": "*" + LABEL, "term": "*: " + LABEL, "break": " *", "td": "*" + CELL, "th": "*" + CELL,
     # MathML
@@ -870,16 +879,17 @@ LAYOUT = dict.fromkeys(BLOCKS, LINE + "*" + LINE) | {
     "msub": "*_" + SCRIPT, "munder": "*_" + SCRIPT, "msubsup": "*_" + SCRIPT + "^" + SCRIPT,
     "munderover": "*_" + SCRIPT + "^" + SCRIPT, "mtd": "* ",
 }
-# Where an element and the character before it would be read as one number, and what parts them.
+# Where an element and the character before it would be read as one number, and what parts them:
+# 10<sup>5</sup> -> 10^5, L<sup>-1</sup> -> L^-1, [<xref>1</xref><xref>2</xref>] -> [1, 2]. Where
+# the reading stays, nothing does: m<sup>2</sup> -> m2, H<sub>2</sub>O -> H2O.
 JOINTS = {"sup": (r"\d\d|[\w)\]][+−–-]\d", "^"), "sub": (r"\d\d", "_"), "xref": (r"\d\d", ", ")}
 
 
 def flatten(*elements):
     """Text of elements in reading order, a line per block (heading, paragraph, caption, row ...).
 
-    Tables are "cell | cell", with their notes; formulas are TeX, or (a)/(b), x^2, x_i, sqrt(x).
-    Numbers are never joined: 10<sup>5</sup> is "10^5", L<sup>-1</sup> "L^-1", two <xref> in a row
-    "15, 16"; m2, Ca2+, H2O stay as they are. ValueError for elements nested too deeply.
+    A table's row is "cell | cell", an empty first cell stays: "| Drug | Placebo". A formula is its
+    TeX, or (a)/(b), x^2, x_i, sqrt(x) of its MathML. ValueError for elements nested too deeply.
     """
     pieces = []
     try:
@@ -889,6 +899,7 @@ def flatten(*elements):
         raise ValueError("elements nested too deeply for an article") from None
     text = re.sub(f"{CITATION}([,;–-]?{CITATION})*", "", "".join(pieces))  # the commas between too
     text = re.sub(f"{LABEL}[\\s{LINE}]*", " ", text)
+    # A script that is one number, word or character needs no brackets: x^2, but x^(n+1).
     text = re.sub(rf"{OPEN}([+−–-]?\s*[\d.,]+|[^\W\d]*|[^{OPEN}]){CLOSE}", r"\1", text)
     text = text.replace(OPEN, "(").replace(CLOSE, ")")
     text = re.sub(r"\^\s*[−–]\s*(?=\d)", "^-", text)  # one minus sign for all powers
@@ -896,7 +907,11 @@ def flatten(*elements):
 
 
 def walk(e, pieces):
-    """Append an element's text and marks to pieces, none of which is empty."""
+    """Append an element's text and marks to pieces, none of which is empty.
+
+    <p>5 × 10<sup>4</sup></p> makes LINE, "5 × 10", "^4", LINE. The text before an element decides
+    on its mark, so that dropped elements and nested tags don't disturb: 1<i>0</i><sup>4</sup>.
+    """
     tag = local(e)
     ref_type = e.get("ref-type", "")
     if tag in DROPPED or ref_type.endswith("fn") or e.get("sec-type") == "supplementary-material":
@@ -919,7 +934,7 @@ def walk(e, pieces):
         walk(child, pieces)
         pieces += filter(None, [child.tail])
     pieces += filter(None, [last])
-    if tag in JOINTS:
+    if tag in JOINTS:  # only now is known what is shown of it
         pattern, mark = JOINTS[tag]
         text = "".join(pieces[start:]).lstrip()
         if re.match(pattern, before[-1] + text):
@@ -943,7 +958,11 @@ def shown(e, tag):
 
 
 def is_superscript_citation(e, tag, before):
-    """<sup><xref>1</xref></sup>, <xref><sup>1</sup></xref>, or a number glued to the word."""
+    """<sup><xref>1</xref></sup>, <xref><sup>1</sup></xref>, or a number glued to the word.
+
+    Journals that print citations as superscripts often leave out <sup>: "in vivo<xref>7</xref>".
+    `before`: the two characters before it.
+    """
     if tag == "sup":
         return len(e) > 0 and all(x.get("ref-type") == "bibr" for x in e)
     if e.get("ref-type") != "bibr":
@@ -961,7 +980,8 @@ def tidy(line):
     return " ".join(" | ".join(cells).split())
 
 
-# Each reader gives [(id or None, text or None, why there is no text or None)] of a record.
+# Each reader below gives the documents of a record: [(id or None, text or None, reason)]. Where
+# there is no text, the reason says why: "no abstract". Most records hold one document.
 
 OLDER = "older version"
 
@@ -993,7 +1013,11 @@ def pubmed_documents(record, options):
 
 
 def versions(pmid):
-    """Ids of a <PMID>'s versions up to its own: the bare PMID, then "123.2", "123.3" ..."""
+    """Ids of a <PMID>'s versions up to its own: <PMID Version="3">7</PMID> -> "7", "7.2", "7.3".
+
+    A version has an id of its own, so that a deletion of one leaves the others. Its predecessors
+    are deleted when it comes: the highest version stays.
+    """
     number = int(pmid.get("Version", 1))
     if not 1 <= number < 100:
         raise ValueError(f"version {number} of a PMID")
@@ -1022,11 +1046,15 @@ def pubmed_text(element):
 
 
 def jats_documents(article, path):
-    """Title, abstracts, body, floats and glossary of a JATS article."""
+    """Title, abstracts, body, floats and glossary of a JATS article.
+
+    The id is the PMC's, or else the PMID, or else the file's name (PMC123.1.xml) if it tells one.
+    """
     for e in article.iter():
         e.tag = local(e)
     meta = "front/article-meta/"
-    ids = {e.get("pub-id-type"): (e.text or "").strip() for e in article.findall(meta + "article-id")}
+    ids = {e.get("pub-id-type"): (e.text or "").strip()
+           for e in article.findall(meta + "article-id")}
     pmc = (ids.get("pmcid") or ids.get("pmc") or "").upper().removeprefix("PMC").split(".")[0]
     name = re.match(r"PMC\d+", path.name)  # PMC123.1.xml
     ident = f"PMC{pmc}" if pmc else ids.get("pmid") or name and name[0]
@@ -1044,19 +1072,22 @@ def jats_documents(article, path):
 
 
 def json_documents(record):
-    """Of {"text"}, {"title", "abstract"}, or The Pile's lines by their meta.pile_set_name."""
+    """Of {"text"}, {"title", "abstract"}, or The Pile's lines by their meta.pile_set_name.
+
+    {"id", "deleted": true} passes through, so that extracted text may be extracted again.
+    """
     ident = str(record.get("id") or "") or None
     text = record.get("text")
-    pile = (record.get("meta") or {}).get("pile_set_name", "PubMed Central")
-    if pile not in ("PubMed Abstracts", "PubMed Central"):
-        return [(ident, None, "another part of The Pile")]
-    if record.get("deleted"):
-        return [(ident, None, "deleted")]
-    if text is None and not record.get("abstract"):
-        return [(ident, None, "no abstract")]
-    if text is None:
+    reason = None
+    if (record.get("meta") or {}).get("pile_set_name", PILE_SETS[0]) not in PILE_SETS:
+        text, reason = None, "another part of The Pile"
+    elif record.get("deleted"):
+        text, reason = None, "deleted"
+    elif text is None and not record.get("abstract"):
+        reason = "no abstract"
+    elif text is None:
         text = f"{record['title'].strip()}\n{record['abstract'].strip()}"
-    return [(ident, text.strip(), None)]
+    return [(ident, text and text.strip(), reason)]
 
 
 def source_records(path):
@@ -1097,7 +1128,8 @@ def text_line(ident, text):
 def extract_files(task):
     """Write an output from its files, whole or not at all: (counts, records skipped, errors).
 
-    A bad record is skipped; more than one in a hundred are an error.
+    A bad record (no PMID, half a character, nested too deeply) is skipped; more than one in a
+    hundred are an error, and so is a damaged file: then nothing is written.
     """
     output, paths, options = task
     counts, skipped, older = Counter(), [], set()
@@ -1114,9 +1146,10 @@ def extract_files(task):
                         skipped.append(f"{path}: record {number}: {e!r}")
                         continue
                     gz.writelines(lines)
-                    older.update(ident for ident, _, reason in found if reason == OLDER)
-                    counts.update("documents" if text else reason or "empty"
-                                  for _, text, reason in found)
+                    for ident, text, reason in found:
+                        counts["documents" if text else reason or "empty"] += 1
+                        if reason == OLDER:
+                            older.add(ident)
             # again at the end: a version 1 may stand after its version 2
             gz.writelines(text_line(ident, None) for ident in sorted(older))
             if 100 * len(skipped) > counts["records"]:
@@ -1176,6 +1209,7 @@ def source_files(given, out):
 
 
 def free_name(out, stem, plan):
+    """out/stem.jsonl.gz, or stem-2, stem-3 ... where an earlier input has that name."""
     output = out / f"{stem}.jsonl.gz"
     copies = itertools.count(2)
     while output in plan:
@@ -1186,8 +1220,13 @@ def free_name(out, stem, plan):
 def remove_changed(plan, out, options):
     """Remove outputs whose files have changed; write down what each one is made of.
 
-    extract.json has for each output its first file and a hash of all names, sizes and times. It is
-    written before the outputs: those that are there are finished, after a kill too.
+    extract.json has for each output its first file and a hash of all names, sizes and times:
+
+        {"options": {...}, "outputs": {"1-PMC10.1.jsonl.gz": ["/raw/1/PMC10.1.xml", "93ab..."]}}
+
+    Changed outputs are removed first, then this is written, then outputs are made. So an output
+    that is there is finished, after a kill at any time. An output whose first file has joined
+    another one's files, since the folder has new files, is removed too.
     """
     journal = out / "extract.json"
     made = {"options": options, "outputs": {}}
@@ -1201,12 +1240,13 @@ def remove_changed(plan, out, options):
         state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         new[output.name] = [str(paths[0]), f"{hash64(str(state)):016x}"]
         given.update(map(str, paths))
-    for name, (first, _) in old.items():
-        if name in new and first != new[name][0]:
+    for name, source in old.items():
+        first = source[0]
+        if name not in new and first not in given:
+            new[name] = source  # made of other inputs: it stays
+        elif name in new and first != new[name][0]:
             raise ValueError(f"{out / name} holds the text of {first}, not of {new[name][0]}: "
                              "give both in one command, or use another --out")
-        if name not in new and first not in given:  # made of other inputs: stays
-            new[name] = old[name]
     for name in old.keys() | new.keys():
         if old.get(name) != new.get(name):
             (out / name).unlink(missing_ok=True)
@@ -1240,6 +1280,11 @@ def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1):
 
 # ---------------------------------------------------------------------------------------------
 # download: from the owners' servers to whole, verified files
+#
+# A file comes as NAME.part and gets its name when it is whole. What may pass (a cut connection, a
+# busy server, a wrong checksum) is a Fault and tried again, five times in all. What won't (no such
+# address) is an OSError. Either way the other files are fetched, and a rerun fetches what is
+# missing.
 
 SOURCES = {
     "pubmed": "https://ftp.ncbi.nlm.nih.gov/pubmed/",
@@ -1249,6 +1294,7 @@ SOURCES = {
     "medquad": "https://github.com/abachaa/MedQuAD/archive/refs/heads/",
     "biomedlm": "https://huggingface.co/stanford-crfm/BioMedLM/resolve/main/",
 }
+# sources of a few files; PubMed and PMC have listings
 FILES = {"mmlu": ["data.tar"], "medquad": ["master.zip"],
          "pubmedqa": ["ori_pqal.json", "test_ground_truth.json"],
          "biomedlm": ["config.json", "vocab.json", "merges.txt", "pytorch_model.bin"]}
@@ -1326,7 +1372,7 @@ def page(url, pattern):
     return retry(attempt, url)
 
 
-def fetch(url, path, bar, checksum=lambda: None):
+def fetch(url, path, bar, checksum=None):
     """Download to `path`, renamed when it is whole.
 
     checksum() tells the published md5 or sha256. Only where there is one, what an earlier try left
@@ -1335,7 +1381,7 @@ def fetch(url, path, bar, checksum=lambda: None):
     part = Path(f"{path}.part")
 
     def attempt():
-        want = checksum()
+        want = checksum() if checksum else None
         if not want:
             part.unlink(missing_ok=True)
         with open(part, "ab+") as f:
@@ -1358,13 +1404,14 @@ def fetch(url, path, bar, checksum=lambda: None):
         retry(attempt, url)
 
 
-def fetch_pubmed(base, out, first, last, bar):
-    """Jobs for the baseline, then the update files, of those numbered first to last."""
+def fetch_pubmed(base, out, numbers, bar):
+    """Jobs for the baseline, then for the update files, of those numbers."""
     for folder in ("baseline/", "updatefiles/"):
         listing = page(base + folder, r"<a href|pubmed\d+n\d+")
-        for name in sorted(set(re.findall(r"\bpubmed\d+n\d+\.xml\.gz\b", listing)), key=natural):
+        names = dict(re.findall(r"\b(pubmed\d+n(\d+)\.xml\.gz)\b", listing))
+        for name in sorted(names, key=natural):
             url = base + folder + name
-            if first <= int(re.search(r"n(\d+)", name)[1]) <= last:
+            if int(names[name]) in numbers:
                 yield partial(fetch, url, out / name, bar, partial(published, url + ".md5"))
 
 
@@ -1374,80 +1421,80 @@ def published(url):
     return re.search(checksum, page(url, checksum))[0]
 
 
-def fetch_pmc(base, out, first, last, bar, licenses):
-    """Jobs for the newest version of each open-access article numbered first to last, by the
-    bucket's newest inventory of metadata files; retracted ones and other licences are left out."""
+def fetch_pmc(base, out, numbers, bar, licenses):
+    """Jobs for the newest version of each open-access article of those numbers.
+
+    The bucket's newest inventory lists the files of metadata.
+    """
     prefix = "inventory-reports/pmc-oa-opendata/metadata/"
     listing = page(f"{base}?list-type=2&delimiter=/&prefix={prefix}", "<ListBucketResult")
-    newest = max(re.findall(rf"<Prefix>{prefix}(\d[^/<]+)/</Prefix>", listing))
+    newest = max(re.findall(rf"<Prefix>({prefix}\d[^<]+)</Prefix>", listing))
     versions = {}
-    for part in json.loads(page(f"{base}{prefix}{newest}/manifest.json", '"files"'))["files"]:
+    for part in json.loads(page(f"{base}{newest}manifest.json", '"files"'))["files"]:
         inventory = out / ".inventory" / Path(part["key"]).name
         fetch(base + part["key"], inventory, bar, partial(part.get, "MD5checksum"))
         with gzip.open(inventory, "rt") as f:
-            for _, key, *_ in csv.reader(f):
-                if match := re.fullmatch(r"metadata/PMC(\d+)\.(\d+)\.json", key):
+            for line in f:
+                if match := re.search(r"metadata/PMC(\d+)\.(\d+)\.json", line):
                     number, version = map(int, match.groups())
                     versions[number] = max(version, versions.get(number, 0))
     for number in sorted(versions):
-        if first <= number <= last:
+        if number in numbers:
             name = f"PMC{number}.{versions[number]}"
             path = out / str(number // 10_000) / f"{name}.xml"  # not millions in one folder
             yield partial(fetch_article, base, name, path, bar, licenses)
 
 
 def fetch_article(base, name, path, bar, licenses):
-    """An article of PMC that its metadata allow; ValueError where they are odd."""
+    """An article of PMC, unless it is retracted or its licence isn't wanted.
+
+    ValueError where its metadata are odd.
+    """
     text = page(f"{base}metadata/{name}.json", '"pmcid"')
     try:
         about = json.loads(text)
         wanted = about["is_pmc_openaccess"] and not about["is_retracted"]
-        license_code = about["license_code"]
-        # https://HOST/PMC1.1/PMC1.1.xml?md5=HEX
-        key, md5 = re.fullmatch(r"https://[^/]+/(.+)\?md5=([0-9a-f]{32})", about["xml_url"]).groups()
+        wanted = wanted and (not licenses or about["license_code"] in licenses)
+        key, md5 = re.fullmatch(r"https://[^/]+/(.+)\?md5=(\w{32})", about["xml_url"]).groups()
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{name}.json: odd metadata ({e})") from None
-    if wanted and (not licenses or license_code in licenses):
+    if wanted:
         fetch(base + key, path, bar, lambda: md5)
 
 
 def unpack(archive, folder):
-    """The archive's content in `folder`, whole or not at all."""
-    draft = Path(f"{folder}.tmp")
+    """The archive's content in `folder`, whole or not at all; nothing outside of it."""
+    draft = Path(f"{folder}.tmp").resolve()
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        if archive.suffix != ".tar":
-            shutil.unpack_archive(archive, draft)  # zipfile writes no member outside
-        else:  # unpack_archive's own filter needs Python 3.11.4, and Debian 12 has 3.11.2
+        if archive.suffix == ".zip":
+            shutil.unpack_archive(archive, draft)  # writes no member outside
+        else:  # by hand: tarfile's own filter needs Python 3.11.4
             with tarfile.open(archive) as tar:
-                for member in tar:
-                    name = Path(member.name)
-                    plain = member.isfile() or member.isdir()
-                    if not plain or name.is_absolute() or ".." in name.parts:
-                        raise tarfile.TarError(f"{name} is no file of its own folder")
-                tar.extraction_filter = getattr(tarfile, "data_filter", None)
-                tar.extractall(draft)
-    except (shutil.ReadError, tarfile.TarError, zipfile.BadZipFile) as e:
+                for member in filter(tarfile.TarInfo.isfile, tar):
+                    path = (draft / member.name).resolve()
+                    if draft not in path.parents:
+                        raise tarfile.TarError(f"{member.name} lies outside")
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(tar.extractfile(member).read())
+    except (shutil.ReadError, tarfile.TarError) as e:
         raise ValueError(f"{archive}: {e}: delete it, download again") from None
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(draft, folder)
 
 
-def jobs_of(source, base, out, numbers, licenses, bar):
-    """Functions that fetch one file each."""
-    if source == "pubmed":
-        yield from fetch_pubmed(base, out, *numbers, bar)
-    elif source == "pmc":
-        yield from fetch_pmc(base, out, *numbers, bar, licenses)
-    for name in FILES.get(source, ()):
-        url = base + name
-        pointer = url.replace("/resolve/", "/raw/")  # differs at Hugging Face only
-        large = pointer != url and name.endswith(".bin")
-        yield partial(fetch, url, out / name, bar, *([partial(published, pointer)] if large else []))
+def fetch_files(base, out, names, bar):
+    """Jobs for a source that is a few files. A job is a function that fetches one file."""
+    for name in names:
+        checksum = None
+        if name.endswith(".bin"):  # Hugging Face tells the sha256 in the large file's pointer
+            checksum = partial(published, base.replace("/resolve/", "/raw/") + name)
+        yield partial(fetch, base + name, out / name, bar, checksum)
 
 
 def outcome(job):
-    """None, or the error that ended the job."""
+    """None, or the error that ended the job: OSError of the network or disk, ValueError of odd
+    metadata."""
     try:
         job()
     except (OSError, ValueError) as e:
@@ -1458,32 +1505,37 @@ def download(source, out, base_url=None, files=None, licenses=()):
     """Fetch a source into `out`, CONNECTIONS files at a time; a rerun fetches what is missing."""
     if source in BY_HAND:
         raise ValueError(f"{source} has no plain address. {BY_HAND[source]} in --data's folder")
-    match = re.fullmatch(r"(\d+)(?:-(\d+))?", files or "0-999999999999")
-    if not match:
+    first, _, last = (files or "0-999999999999").partition("-")
+    if not first.isdecimal() or not (last or first).isdecimal():
         raise ValueError(f"--files {files}: give a number or a range, like 1-3")
-    numbers, out = (int(match[1]), int(match[2] or match[1])), Path(out)
-    base = (base_url or SOURCES[source]).rstrip("/") + "/"
-    results = []
+    numbers = range(int(first), int(last or first) + 1)
+    base, out = (base_url or SOURCES[source]).rstrip("/") + "/", Path(out)
+    results = []  # a job's error or None
     with tqdm(unit="B", unit_scale=True, desc=f"download {source}", disable=None) as bar, \
             ThreadPoolExecutor(CONNECTIONS) as pool:
-        jobs = jobs_of(source, base, out, numbers, licenses, bar)
+        if source == "pubmed":
+            jobs = fetch_pubmed(base, out, numbers, bar)
+        elif source == "pmc":
+            jobs = fetch_pmc(base, out, numbers, bar, licenses)
+        else:
+            jobs = fetch_files(base, out, FILES[source], bar)
         try:
             while some := list(itertools.islice(jobs, 1000)):  # a few of millions at a time
                 results += pool.map(outcome, some)
         except KeyboardInterrupt:
-            os._exit(130)  # at once
-    odd = [error for error in results if isinstance(error, ValueError)]
-    print("".join(f"download: skipped {error}\n" for error in odd), end="")
-    if failed := [error for error in results if isinstance(error, OSError)]:
-        raise OSError(f"{len(failed)} of {len(results)} files failed, run again; the first: "
-                      f"{failed[0]}")
-    if 100 * len(odd) > len(results):
-        raise ValueError(f"{len(odd)} of {len(results)} records are odd")
+            os._exit(130)  # at once: the pool would wait for its files
     if not results:
         raise ValueError(f"{base} lists no file numbered {files}: check --files")
-    if source in ("mmlu", "medquad"):
+    errors = list(filter(None, results))
+    for error in errors:
+        print(f"download: {error}")
+    # odd records, a ValueError each, are left out while they are few
+    if any(isinstance(e, OSError) for e in errors) or 100 * len(errors) > len(results):
+        raise OSError(f"{len(errors)} of {len(results)} files failed, run again; the last: "
+                      f"{errors[-1]}")
+    if source in ("mmlu", "medquad"):  # load_qa reads folders
         unpack(out / FILES[source][0], out / "unpacked")
-    print(f"download: {source} is whole in {out} ({len(results)} addresses, {len(odd)} skipped)")
+    print(f"download: {source} is whole in {out} ({len(results)} files, {len(errors)} left out)")
 
 
 # ---------------------------------------------------------------------------------------------

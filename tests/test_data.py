@@ -337,9 +337,10 @@ def test_jats_single_and_bulk(tmp_path):
 
 
 def inline(text):
-    """What text becomes in a PubMed abstract, and in a JATS paragraph."""
+    """What text becomes in a PubMed abstract, and the same in a JATS paragraph."""
     mml = text.replace("<m", "<mml:m").replace("</m", "</mml:m")
-    record = ET.fromstring(citation(1, abstract=f"<AbstractText xmlns:mml='m'>{mml}</AbstractText>"))
+    abstract = f"<AbstractText xmlns:mml='m'>{mml}</AbstractText>"
+    record = ET.fromstring(citation(1, abstract=abstract))
     [(_, pubmed, _)] = data.pubmed_documents(record, {**OPTIONS})
     body = ET.fromstring(f"<article xmlns:mml='m'><body><p>{mml}</p></body></article>")
     [(_, jats, _)] = data.jats_documents(body, Path("a.xml"))
@@ -496,7 +497,8 @@ def test_small_files_share_an_output(tmp_path, monkeypatch):
 def test_write_error_names_the_output(tmp_path, monkeypatch):
     """A full disk reported as a damaged input, to be fetched anew."""
     path = pubmed_file(tmp_path / "a.xml", citation(1))
-    monkeypatch.setattr(data, "replacing", lambda path: open("/dev/full", "wb", 0))
+    full = os.open("/dev/full", os.O_WRONLY)
+    monkeypatch.setattr(data, "replacing", lambda path: os.fdopen(full, "wb", 0))
     _, _, [error] = data.extract_files((tmp_path / "b.jsonl.gz", [path], OPTIONS))
     assert re.fullmatch(r".*a.xml -> .*b.jsonl.gz: \[Errno 28\] No space left on device", error)
 
@@ -986,7 +988,7 @@ def test_download_pmc(serve, tmp_path, capsys):
     data.download("pmc", tmp_path, serve(files), licenses=["CC BY"])
     assert [p.name for p in tmp_path.rglob("*.xml")] == ["PMC1.2.xml"]
     assert capsys.readouterr().out.count("odd metadata") == len(odd)
-    with pytest.raises(ValueError, match="6 of 9 records are odd"):
+    with pytest.raises(OSError, match="6 of 9 files failed.*odd metadata"):
         data.download("pmc", tmp_path, serve(files), files="2-10")
 
 
