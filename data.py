@@ -236,23 +236,23 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1)
     documents = split_documents(newest_documents(text_files(text)), val_fraction)
     batches = iter(lambda: list(itertools.islice(documents, BATCH)), [])
     encode = partial(encode_documents, tokenizer_name, tokenizer.fingerprint, eot)
-    counts = {split: Counter() for split in SPLITS}
+    meta = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id,
+            "eot": eot, "tokenizer_sha256": tokenizer.fingerprint, "train": Counter(),
+            "val": Counter()}
     make_folder(out, {"train.bin", "val.bin", "meta.json", "vocab.json", "merges.txt"})
     with replacing(out / "train.bin") as train, replacing(out / "val.bin") as val:
         for ids, sizes in in_processes(encode, batches, workers):
             train.write(ids["train"])
             val.write(ids["val"])
             for split in SPLITS:
-                counts[split].update(sizes[split])
+                meta[split].update(sizes[split])
         # An old meta.json must not stand beside new arrays. The new one is written last.
         (out / "meta.json").unlink(missing_ok=True)
     tokenizer.save(out)
-    meta = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id,
-            "eot": eot, "tokenizer_sha256": tokenizer.fingerprint}
     for split in SPLITS:
-        meta[split] = {**counts[split], "sha256": hash_file(out / f"{split}.bin")}
-        print(f"tokenize: {split}: {counts[split]['documents']:,} documents, "
-              f"{counts[split]['tokens']:,} tokens")
+        print(f"tokenize: {split}: {meta[split]['documents']:,} documents, "
+              f"{meta[split]['tokens']:,} tokens")
+        meta[split]["sha256"] = hash_file(out / f"{split}.bin")
     with replacing(out / "meta.json") as f:
         f.write(json.dumps(meta, indent=1).encode())
     return load_meta(out, verify=True)
@@ -362,8 +362,8 @@ class Question:
     kind: str = ""
 
     def __post_init__(self):
-        texts = (self.id, self.question, self.context, self.target, self.subject, self.kind)
-        for text in texts + self.options:
+        for text in (self.id, self.question, self.context, self.target, self.subject, self.kind,
+                     *self.options):
             if not isinstance(text, str):
                 raise ValueError(f"question {self.id}: {text!r} is no text")
         if not self.question.strip():
@@ -666,8 +666,8 @@ def make_demo(out):
     facts, objects = demo_facts(rng)
     drugs = sorted(facts)
     # The corpus tells the facts of all drugs.
-    documents = [{"id": f"demo{i}", "text": demo_document(rng, drugs, facts)}
-                 for i in range(16_000)]
+    documents = ({"id": f"demo{i}", "text": demo_document(rng, drugs, facts)}
+                 for i in range(16_000))
     write_json_lines(out / "text/demo.jsonl", documents)
     # The questions of a drug are all in one split: nothing about a drug of the test is trained on.
     rng.shuffle(drugs)
@@ -722,34 +722,27 @@ def demo_document(rng, drugs, facts):
 
 
 def demo_multiple_choice(rng, drugs, facts, objects):
-    """Questions in MedQA's official format: every fact of `drugs` in each wording, four options."""
+    """MedQA's rows for every fact of `drugs` in each wording."""
     for drug in drugs:
         for relation, (_, wordings) in DEMO_FACTS.items():
             for wording in wordings:
                 answer = facts[drug][relation]
-                options = rng.sample([o for o in objects[relation] if o != answer], 3) + [answer]
-                rng.shuffle(options)
-                yield {
-                    "question": wording.format(d=drug),
-                    "answer": answer,
-                    "options": dict(zip("ABCD", options)),
-                    "answer_idx": "ABCD"[options.index(answer)],
-                    "meta_info": relation,
-                }
+                others = rng.sample([o for o in objects[relation] if o != answer], 3)
+                yield medqa_row(wording.format(d=drug), answer, others, relation, rng)
 
 
 def demo_yes_no_maybe(rng, facts):
     """Questions in PubMedQA's official format; no context states the fact, so memory is tested."""
     pairs = [(drug, group) for drug in facts for group in DEMO_GROUPS]
     rng.shuffle(pairs)
-    questions = {}
-    for number, (drug, group) in enumerate(pairs, 90_000_000):
-        questions[str(number)] = {
+    return {
+        str(number): {
             "QUESTION": f"Is {drug} safe in {group}?",
             "CONTEXTS": rng.sample(DEMO_FILLERS, 2),
             "final_decision": facts[drug][group],
         }
-    return questions
+        for number, (drug, group) in enumerate(pairs, 90_000_000)
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -798,7 +791,7 @@ def cloze(text, counts, out, val_fraction=0.002, everyday=None, seed=17):
 
 
 def cloze_questions(passage, counted, by_ending, everyday, rng):
-    """Questions that end before a word which the passage has not used until then.
+    """MedQA's rows of questions that end before a word which the passage has not used until then.
 
     The three other words end in the same three letters, are at most twice and at least half as
     frequent, and don't occur in the passage.
@@ -818,20 +811,25 @@ def cloze_questions(passage, counted, by_ending, everyday, rng):
         if len(others) < 3:
             continue
         options = [option + rest[0] for option in [word, *rng.sample(others, 3)]]
-        answer = options[0]
-        rng.shuffle(options)
         digits = len(str(count))
         kind = f"cloze, seen {10 ** (digits - 1):,} to {10**digits - 1:,} times"
         if everyday:
             kind += ", everyday" if len(everyday.encode(" " + word)) == 1 else ", medical"
-        yield {"question": before, "options": dict(zip("ABCD", options)), "answer": answer,
-               "answer_idx": "ABCD"[options.index(answer)], "meta_info": kind}
+        yield medqa_row(before, options[0], options[1:], kind, rng)
 
 
 # ---------------------------------------------------------------------------------------------
 # files
 
 MEDQA_FILE = "data_clean/questions/US/4_options/phrases_no_exclude_{}.jsonl"  # for a split
+
+
+def medqa_row(question, answer, others, kind, rng):
+    """A question in MedQA's official format, its options in random order."""
+    options = [*others, answer]
+    rng.shuffle(options)
+    return {"question": question, "answer": answer, "options": dict(zip("ABCD", options)),
+            "answer_idx": "ABCD"[options.index(answer)], "meta_info": kind}
 
 
 def write_json_lines(path, rows):
