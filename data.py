@@ -24,20 +24,16 @@ import random
 import re
 import shutil
 import tarfile
-import tempfile
+import textwrap
 import time
 import xml.etree.ElementTree as ET
-import zipfile
 from array import array
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
-from xml.parsers import expat
 
 import numpy as np
 import requests
@@ -91,20 +87,13 @@ def train_batches(data_dir, seq_len, micro_batch, seed, start=0, rank=0, world_s
         raise ValueError(f"{path} has {meta['train']['tokens']} tokens, less than one sequence: "
                          "use a smaller --seq_len, or more text")
     eot_id = meta["eot_id"] if ignore_eot else None
-    step = world_size * micro_batch
-    mine = rank * micro_batch + np.arange(micro_batch)
-
-    def batches():
-        for first in itertools.count(start, 64 * step):
-            # 64 steps at once, since a permutation of few rows takes as long as one of many.
-            samples = first + step * np.arange(64)[:, None] + mine  # (64, micro_batch)
-            # Opened anew: pages that a long-lived memmap has touched count as resident memory.
-            # asarray: slices of a memmap proper are slow to make.
-            array = np.asarray(np.memmap(path, np.uint16, "r"))
-            for rows in rows_of_samples(samples, n_rows, seed):
-                yield read_rows(array, rows, (micro_batch, seq_len), eot_id, device)
-
-    return batches()
+    for first in itertools.count(start + rank * micro_batch, world_size * micro_batch):
+        samples = first + np.arange(micro_batch)
+        rows = samples % n_rows
+        epochs = samples // n_rows
+        for epoch in set(epochs):  # a batch may cross the end of one
+            rows[epochs == epoch] = permute(rows[epochs == epoch], n_rows, seed, epoch)
+        yield read_rows(path, rows, (micro_batch, seq_len), eot_id, device)
 
 
 def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens=None, device="cpu",
@@ -116,6 +105,7 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
     where rows run out, a batch is filled up with targets -100.
     """
     meta = load_meta(data_dir)
+    path = Path(data_dir) / "val.bin"
     n_rows = math.ceil(meta["val"]["tokens"] / seq_len)
     order = permute(np.arange(n_rows), n_rows, seed=0, epoch=0)
     if max_tokens is not None:
@@ -125,11 +115,10 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
     for first in range(0, len(order), step):
         # Ranks take turns row by row; the last ones may get fewer rows, or none.
         rows = order[first + rank : first + step : world_size]
-        array = np.memmap(Path(data_dir) / "val.bin", np.uint16, "r")
-        yield read_rows(array, rows, (micro_batch, seq_len), eot_id, device)
+        yield read_rows(path, rows, (micro_batch, seq_len), eot_id, device)
 
 
-def read_rows(array, rows, shape, eot_id, device):
+def read_rows(path, rows, shape, eot_id, device):
     """(x, y), int64 of `shape` (micro_batch, seq_len), x the rows, y the next token of each.
 
     y is -100, which the loss ignores, at a row's last position, as in the paper; in what the rows
@@ -137,6 +126,8 @@ def read_rows(array, rows, shape, eot_id, device):
     """
     import torch  # here, as it would cost extract and tokenize 200 MB and seconds
 
+    # Opened anew: pages that a long-lived memmap has touched count as resident memory.
+    array = np.memmap(path, np.uint16, "r")
     seq_len = shape[1]
     x = np.zeros(shape, np.int64)
     y = np.full(shape, -100, np.int64)  # -100: ignored by the loss
@@ -151,16 +142,6 @@ def read_rows(array, rows, shape, eot_id, device):
         return batch
     # Pinned memory lets the copy run beside the GPU's work.
     return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
-
-
-def rows_of_samples(samples, n_rows, seed):
-    """Rows of global sample numbers, int64 of any shape; one call may cross an epoch's edge."""
-    rows = samples % n_rows
-    epochs = samples // n_rows
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        rows[here] = permute(rows[here], n_rows, seed, int(epoch))
-    return rows
 
 
 def permute(index, n, seed, epoch):
@@ -202,9 +183,8 @@ def load_meta(data_dir, verify=False):
     """
     folder = Path(data_dir)
     again = f"run: python data.py tokenize --text DIR --tokenizer DIR --out {data_dir}"
-    for name in ("meta.json", "train.bin", "val.bin", "vocab.json", "merges.txt"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing; {again}")
+    if not (folder / "meta.json").is_file():
+        raise FileNotFoundError(f"{folder} has no meta.json; {again}")
     meta = json.loads((folder / "meta.json").read_text())
     for split in ("train", "val"):
         # uint16: two bytes a token
@@ -228,12 +208,14 @@ def load_meta(data_dir, verify=False):
 #
 # One pass. This process reads the records, decides which stay and on which side, and writes:
 #
-#     newest_documents -> split_documents -> batch_texts -> encode_texts -> train.bin, val.bin
+#     newest_documents -> split_documents -> encode_documents -> train.bin, val.bin
 #
-# Each is a generator that draws on the one before it; encode_texts runs in other processes. So only
-# a few batches are in memory at a time. The order of documents doesn't matter: training permutes.
+# The first two are generators; encode_documents gets BATCH documents at a time and runs in other
+# processes. So only a few batches are in memory. The order of documents doesn't matter: training
+# permutes.
 
-BATCH_CHARACTERS = 2**18  # to encode so many takes far longer than to send them to a process
+BATCH = 100  # documents: to encode so many takes far longer than to send them to a process
+SPLITS = ("train", "val")
 
 
 def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1):
@@ -250,25 +232,25 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1)
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"{tokenizer_name} has {tokenizer.vocab_size} tokens: uint16 holds 65,536")
     documents = split_documents(newest_documents(text_files(text)), val_fraction)
-    encode = partial(encode_texts, tokenizer_name, tokenizer.fingerprint, eot)
-    counts = {"train": Counter(), "val": Counter()}
-    digests = {"train": hashlib.sha256(), "val": hashlib.sha256()}
+    batches = iter(lambda: list(itertools.islice(documents, BATCH)), [])
+    encode = partial(encode_documents, tokenizer_name, tokenizer.fingerprint, eot)
+    meta = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id,
+            "eot": eot, "tokenizer_sha256": tokenizer.fingerprint, "train": Counter(),
+            "val": Counter()}
     make_folder(out, {"train.bin", "val.bin", "meta.json", "vocab.json", "merges.txt"})
     with replacing(out / "train.bin") as train, replacing(out / "val.bin") as val:
-        files = {"train": train, "val": val}
-        for split, ids, sizes in in_processes(encode, batch_texts(documents), workers):
-            files[split].write(ids)
-            digests[split].update(ids)
-            counts[split].update(sizes)
+        for ids, sizes in in_processes(encode, batches, workers):
+            train.write(ids["train"])
+            val.write(ids["val"])
+            for split in SPLITS:
+                meta[split].update(sizes[split])
         # An old meta.json must not stand beside new arrays. The new one is written last.
         (out / "meta.json").unlink(missing_ok=True)
     tokenizer.save(out)
-    meta = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id,
-            "eot": eot, "tokenizer_sha256": tokenizer.fingerprint}
-    for split in files:
-        meta[split] = {**counts[split], "sha256": digests[split].hexdigest()}
-        print(f"tokenize: {split}: {counts[split]['documents']:,} documents, "
-              f"{counts[split]['tokens']:,} tokens")
+    for split in SPLITS:
+        print(f"tokenize: {split}: {meta[split]['documents']:,} documents, "
+              f"{meta[split]['tokens']:,} tokens")
+        meta[split]["sha256"] = hash_file(out / f"{split}.bin")
     with replacing(out / "meta.json") as f:
         f.write(json.dumps(meta, indent=1).encode())
     return load_meta(out, verify=True)
@@ -285,7 +267,7 @@ def newest_documents(files):
     ids = set()
     texts = set()
     # disable=None: no bar where the output is no terminal
-    for path in tqdm(files[::-1], "tokenize", unit="file", disable=None):
+    for path in tqdm(files[::-1], "reading", unit="file", disable=None):
         for ident, text in read_records_backwards(path):
             id_hash = hash64(ident)
             if id_hash in ids:
@@ -310,38 +292,33 @@ def split_documents(documents, val_fraction):
         held = sorted([*held, document])
         if len(held) == 3:
             id_hash, text = held.pop(1)  # the one between
-            yield "val" if id_hash < val_fraction * 2**64 else "train", text
+            yield "val" if validates(id_hash, val_fraction) else "train", text
     if len(held) < 2:
         raise ValueError(f"{len(held)} documents in all: two are needed, one to validate on")
     yield "val", held[0][1]
     yield "train", held[1][1]
 
 
-def batch_texts(documents):
-    """(split, texts), some BATCH_CHARACTERS each."""
-    texts = {"train": [], "val": []}
-    sizes = {"train": 0, "val": 0}
-    for split, text in documents:
-        texts[split].append(text)
-        sizes[split] += len(text)
-        if sizes[split] >= BATCH_CHARACTERS:
-            yield split, texts[split]
-            texts[split] = []
-            sizes[split] = 0
-    yield from texts.items()  # what is left
+def validates(id_hash, val_fraction):
+    """Whether the document of that hash is held out: it is in the lowest part of all hashes."""
+    return id_hash < val_fraction * 2**64
 
 
-def encode_texts(tokenizer_name, fingerprint, eot, batch):
-    """(split, texts) -> (split, ids as an array of uint16, {"tokens", "documents", "bytes"})."""
+def encode_documents(tokenizer_name, fingerprint, eot, documents):
+    """[(split, text)] -> ({split: ids}, {split: {"tokens", "documents", "bytes"}}).
+
+    The ids are an array of uint16, the documents' tokens one after the other.
+    """
     tokenizer = load_once(tokenizer_name, fingerprint)
-    split, texts = batch
-    ids = array("H")  # uint16
-    for text in texts:
-        ids.extend(tokenizer.encode(text))
+    ids = {split: array("H") for split in SPLITS}
+    sizes = {split: Counter() for split in SPLITS}
+    for split, text in documents:
+        tokens = tokenizer.encode(text)
         if eot:
-            ids.append(tokenizer.eot_id)
-    n_bytes = sum(len(text.encode()) for text in texts)
-    return split, ids, {"tokens": len(ids), "documents": len(texts), "bytes": n_bytes}
+            tokens.append(tokenizer.eot_id)
+        ids[split].extend(tokens)
+        sizes[split].update(tokens=len(tokens), documents=1, bytes=len(text.encode()))
+    return ids, sizes
 
 
 @lru_cache(1)
@@ -355,7 +332,7 @@ def load_once(tokenizer_name, fingerprint):
 # questions: every task's official files -> one dataclass
 #
 # A question set's files differ in format, in how they count answers and in who makes the splits. A
-# reader hides that: it takes a folder and a split, and yields Questions in the official order. To
+# reader hides that: it takes one file and a split, and yields Questions in the official order. To
 # add a set, write its reader here and its row in TASKS, below the readers. finetune.py and eval.py
 # then know it by its name.
 
@@ -367,7 +344,7 @@ MMLU_SUBJECTS = ("clinical_knowledge", "professional_medicine", "college_biology
 
 @dataclass(frozen=True)
 class Question:
-    """One item of a question set, whatever its task.
+    """One item of a question set, whatever its task. ValueError where a text is missing.
 
     Multiple choice has options and an answer; PubMedQA and BioASQ have a context too, and their
     labels as options; text has a target.
@@ -382,6 +359,14 @@ class Question:
     subject: str = ""
     kind: str = ""
 
+    def __post_init__(self):
+        for text in (self.id, self.question, self.context, self.target, self.subject, self.kind,
+                     *self.options):
+            if not isinstance(text, str):
+                raise ValueError(f"question {self.id}: {text!r} is no text")
+        if not self.question.strip():
+            raise ValueError(f"question {self.id} is empty")
+
 
 class Task(NamedTuple):
     """What differs between question sets.
@@ -390,7 +375,7 @@ class Task(NamedTuple):
     "labels" classifies context and question together, "text" writes the answer.
     """
 
-    reader: Callable  # (folder, split) -> questions in the official order
+    files: dict  # name, with {} for the split -> reader; the first name that is there counts
     kind: str
     special_tokens: tuple[str, ...]  # added to the vocabulary in this order
     length: int  # of a question with its context and answer, in tokens
@@ -402,35 +387,41 @@ def load_qa(task, dir, split):
     """list[Question] of a task's official files, found by name anywhere beneath `dir`, in order.
 
     task: a name in TASKS; split: train, dev or test (mmlu: dev, val, test). Raises
-    FileNotFoundError for a missing file; ValueError for a damaged file, an empty set or question, a
-    repeated id, a label outside the set.
+    FileNotFoundError for a missing file; ValueError, with the file and the question's place in it,
+    for damage of any kind, an empty set or question, a repeated id, a label outside the set.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
+    reader, paths = official_files(task, dir, split)
     questions = {}
-    try:
-        for q in TASKS[task].reader(Path(dir), split):
-            if q.id in questions:
-                raise ValueError(f"id {q.id} appears twice")
-            if not q.question.strip():
-                raise ValueError(f"question {q.id} is empty")
-            questions[q.id] = q
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f"{dir}: {split} of {task}, after {len(questions)} questions: "
-                         f"{type(e).__name__}: {e}; get the official file anew") from None
+    for path in paths:
+        number = 0
+        try:
+            for q in reader(path, split):
+                if q.id in questions:
+                    raise ValueError(f"question {q.id} appears twice")
+                questions[q.id] = q
+                number += 1
+        except (csv.Error, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
+            reason = textwrap.shorten(f"{type(e).__name__}: {e}", 300)
+            raise ValueError(f"{path}, after {number} questions: {reason}; get the official file "
+                             "anew") from None
+    questions = list(questions.values())
+    if reader in DIVIDE:
+        questions = DIVIDE[reader](questions, split)
     if not questions:
         raise ValueError(f"{dir}: {split} of {task} is empty: get the official file anew")
-    return list(questions.values())
+    return questions
 
 
-def find_file(folder, name):
-    """The one file beneath `folder` of that name, which may have wildcards."""
-    found = sorted(folder.rglob(name))
-    if not found:
-        raise FileNotFoundError(f"no {name} beneath {folder}: put the official file there")
-    if len(found) > 1:
-        raise ValueError(f"one {name} is expected, found {found[0]} and {found[1]}")
-    return found[0]
+def official_files(task, dir, split):
+    """(reader, paths) of the first of the task's file names that is found."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
+    for name, reader in TASKS[task].files.items():
+        paths = sorted(Path(dir).rglob(name.format(split)))
+        if paths:
+            return reader, paths
+    raise FileNotFoundError(f"no {name.format(split)} beneath {dir}: put the official files there "
+                            "(python data.py download fetches them, or says where they are)")
 
 
 def read_lines(path):
@@ -439,70 +430,72 @@ def read_lines(path):
 
 
 def index_of(label, labels, ident):
-    """Where the label of question `ident` stands among labels."""
+    """Where the label of question `ident` stands among labels, a list or tuple."""
     if label not in labels:
         raise ValueError(f"question {ident}: label {label!r} is none of {[*labels]}")
     return labels.index(label)
 
 
-def load_medqa(folder, split):
-    """A JSON object a line: question, options {"A": text, ...}, answer_idx "A"."""
-    path = find_file(folder, f"phrases_no_exclude_{split}.jsonl")
+def read_medqa(path, split):
+    """A JSON object a line: question, options {"A": text, ...}, answer_idx "A", answer its text."""
     for number, (_, row) in enumerate(json_lines(path)):
         ident = f"{split}-{number}"
         letters = sorted(row["options"])
         options = tuple(row["options"][letter] for letter in letters)
         answer = index_of(row["answer_idx"], letters, ident)
+        if row["answer"] != options[answer]:
+            raise ValueError(f"question {ident}: answer is not option {row['answer_idx']}")
         yield Question(ident, row["question"], options=options, answer=answer,
                        kind=row.get("meta_info", ""))
 
 
-def load_medmcqa(folder, split):
+def read_medmcqa(path, split):
     """The official files count the answer `cop` from 1, the Hugging Face copy from 0.
 
     A file with a 0 is of the second kind; one with both 0 and 4 is refused. Questions without a
     label (test) have no cop, or the copy's -1. Only this set has HTML's entities ("&lt;").
     """
-    rows = [row for _, row in json_lines(find_file(folder, f"{split}.json*"))]
-    labels = {row.get("cop") for row in rows}
-    if {0, 4} <= labels:
+    rows = [row for _, row in json_lines(path)]
+    labels = [row.get("cop") for row in rows]
+    if 0 in labels and 4 in labels:
         raise ValueError("cop holds 0 and 4: neither the official file nor the HF copy")
     numbers = range(0, 4) if 0 in labels else range(1, 5)
-    for row in rows:
+    for row, label in zip(rows, labels):
         answer = None
-        if row.get("cop") not in (None, -1):
-            answer = index_of(row["cop"], numbers, row["id"])
+        if label not in (None, -1):
+            answer = index_of(label, numbers, row["id"])
         options = tuple(html.unescape(row[f"op{letter}"]) for letter in "abcd")
         yield Question(row["id"], html.unescape(row["question"]), options=options, answer=answer,
                        subject=row.get("subject_name") or "", kind=row.get("choice_type") or "")
 
 
-def load_mmlu(folder, split):
-    """The medical subjects among <subject>_<split>.csv (headerless), in MMLU_SUBJECTS' order."""
-    found = False
-    for subject in MMLU_SUBJECTS:
-        for path in folder.rglob(f"{subject}_{split}.csv"):
-            found = True
-            rows = csv.reader(io.StringIO(path.read_text("utf-8-sig"), newline=""))
-            for number, (question, a, b, c, d, letter) in enumerate(rows):
-                ident = f"{subject}-{split}-{number}"
-                answer = index_of(letter, "ABCD", ident)
-                yield Question(ident, question, options=(a, b, c, d), answer=answer,
-                               subject=subject)
-    if not found:
-        raise FileNotFoundError(f"no SUBJECT_{split}.csv of {', '.join(MMLU_SUBJECTS)} in {folder}")
+def read_mmlu(path, split):
+    """Rows of SUBJECT_SPLIT.csv, without a header: question, four options, letter."""
+    subject = path.stem.removesuffix(f"_{split}")
+    if subject not in MMLU_SUBJECTS:
+        return
+    with open(path, encoding="utf-8-sig", newline="") as f:
+        for number, (question, a, b, c, d, letter) in enumerate(csv.reader(f)):
+            ident = f"{subject}-{split}-{number}"
+            answer = index_of(letter, list("ABCD"), ident)
+            yield Question(ident, question, options=(a, b, c, d), answer=answer, subject=subject)
 
 
-def load_pubmedqa(folder, split):
+def read_pubmedqa(path, split):
+    """All labelled questions; divide_pubmedqa makes the splits."""
+    for ident, item in read_json(path).items():
+        if not isinstance(item["CONTEXTS"], list):
+            raise ValueError(f"question {ident}: CONTEXTS is no list")
+        answer = index_of(item["final_decision"], PUBMEDQA_LABELS, ident)
+        yield Question(ident, item["QUESTION"], " ".join(item["CONTEXTS"]), PUBMEDQA_LABELS,
+                       answer, target=item.get("LONG_ANSWER", ""))
+
+
+def divide_pubmedqa(questions, split):
     """The official split_dataset.py, all from one random.seed(0) stream (BioMedLM: fold 0).
 
     Half of the questions are test, the other half ten folds: the first is dev, the others train.
     """
-    questions = []
-    for ident, item in read_json(find_file(folder, "ori_pqal.json")).items():
-        answer = index_of(item["final_decision"], PUBMEDQA_LABELS, ident)
-        questions.append(Question(ident, item["QUESTION"], " ".join(item["CONTEXTS"]),
-                                  PUBMEDQA_LABELS, answer, target=item.get("LONG_ANSWER", "")))
     rng = random.Random(0)  # draws what the script's random.seed(0) does
     cross, test = cut_by_label(questions, 2, rng)
     folds = cut_by_label(cross, 10, rng)
@@ -511,7 +504,7 @@ def load_pubmedqa(folder, split):
             given = rng.choice(fold)
             fold.remove(given)
             folds[9].append(given)
-    return {"test": test, "dev": folds[0], "train": sum(folds[1:], [])}[split]
+    return {"test": test, "dev": folds[0], "train": sum(folds[1:], [])}.get(split, [])
 
 
 def cut_by_label(questions, n_parts, rng):
@@ -529,68 +522,69 @@ def cut_by_label(questions, n_parts, rng):
     return parts
 
 
-def load_bioasq(folder, split):
-    """BLURB's SPLIT.tsv, or else the yes/no questions of BioASQ's own JSON files."""
-    if any(folder.rglob(f"{split}.tsv")):
-        lines = read_lines(find_file(folder, f"{split}.tsv"))
-        rows = [line.split("\t") for line in lines]
-    else:
-        rows = read_bioasq_json(folder, split)
-    for ident, question, context, label in rows:
-        answer = index_of(label.lower(), BIOASQ_LABELS, ident)
-        yield Question(ident, question, context, BIOASQ_LABELS, answer, kind="yesno")
+def read_blurb(path, split):
+    """BLURB's form of BioASQ, tab-separated: id, question, context, yes or no."""
+    for line in read_lines(path):
+        ident, question, context, label = line.split("\t")
+        yield yes_or_no(ident, question, context, label)
 
 
-def read_bioasq_json(folder, split):
-    """(id, question, context, label): *golden* files are test; of *train* files every tenth yes/no
-    question is dev (our choice, which gives BLURB's numbers, 670 and 75)."""
-    pattern = "*golden*.json" if split == "test" else "*train*.json"
-    paths = sorted(folder.rglob(pattern))
-    if not paths:
-        raise FileNotFoundError(f"no {split}.tsv (BLURB) or {pattern} (BioASQ) beneath {folder}: "
-                                "register at bioasq.org and put the official files there")
-    items = [item for path in paths for item in read_json(path)["questions"]]
-    items = [item for item in items if item["type"] == "yesno"]
+def read_bioasq(path, split):
+    """The yes/no questions of BioASQ's own files: *golden* is test; of the others every tenth is
+    dev (our choice, which gives BLURB's numbers, 670 and 75)."""
+    if ("golden" in path.name) != (split == "test"):
+        return
+    items = [item for item in read_json(path)["questions"] if item["type"] == "yesno"]
     if split == "dev":
         items = items[::10]
     elif split == "train":
         del items[::10]
     for item in items:
         context = " ".join(snippet["text"] for snippet in item["snippets"])
-        yield item["id"], item["body"], context, item["exact_answer"]
+        yield yes_or_no(item["id"], item["body"], context, item["exact_answer"])
 
 
-def load_text(folder, split):
-    """Lines of SPLIT.source and SPLIT.target, or else MedQuAD's XML files."""
-    if not any(folder.rglob(f"{split}.source")):
-        yield from load_medquad(folder, split)
-        return
-    path = find_file(folder, f"{split}.source")
+def yes_or_no(ident, question, context, label):
+    answer = index_of(label.lower(), BIOASQ_LABELS, ident)
+    return Question(ident, question, context, BIOASQ_LABELS, answer, kind="yesno")
+
+
+def read_source(path, split):
+    """A question a line of SPLIT.source, its text in the same line of SPLIT.target."""
     pairs = zip(read_lines(path), read_lines(path.with_suffix(".target")), strict=True)
     for number, (source, target) in enumerate(pairs):
         yield Question(f"{split}-{number}", source, target=target)
 
 
-def load_medquad(folder, split):
-    """MedQuAD has no official split: a hash of the document decides. Its authors withhold some
-    answers, which are left out."""
-    for path in sorted(folder.rglob("*.xml")):
-        document = f"{path.parent.name}/{path.stem}"
-        if split_of(document) != split:
-            continue
-        for root in xml_records(path):
-            for number, pair in enumerate(root.iter("QAPair")):
-                question = pair.find("Question")
-                answer = full_text(pair.find("Answer"))
-                if answer:
-                    yield Question(f"{document}/{number}", full_text(question), target=answer,
-                                   subject=path.parent.name, kind=question.get("qtype", ""))
+def read_medquad(path, split):
+    """All answered pairs of one document; its authors withhold some answers."""
+    source = path.parent.name
+    pairs = (pair for root in xml_records(path) for pair in root.iter("QAPair"))
+    for number, pair in enumerate(pairs):
+        question = pair.find("Question")
+        answer = " ".join(map(full_text, pair.iter("Answer")))
+        if answer:
+            yield Question(f"{source}/{path.stem}/{number}", full_text(question), target=answer,
+                           subject=source, kind=question.get("qtype", ""))
 
 
-def split_of(document):
-    """A tenth is test, a tenth dev (our choice)."""
-    tenth = hash64(document) % 10
-    return {0: "test", 1: "dev"}.get(tenth, "train")
+def divide_medquad(questions, split):
+    """A tenth is test, a tenth dev (our choice, there is no official split).
+
+    Many answers stand under several questions, and questions over several answers. Pairs that
+    share a text are kept together, and those linked through others too: the lowest hash of all
+    their texts decides.
+    """
+    lowest = {text: hash64(text) for q in questions for text in (q.question, q.target)}
+    before = None
+    while before != lowest:
+        before = dict(lowest)
+        for q in questions:
+            both = min(lowest[q.question], lowest[q.target])
+            lowest[q.question] = both
+            lowest[q.target] = both
+    splits = ["test", "dev", *["train"] * 8]
+    return [q for q in questions if splits[lowest[q.question] % 10] == split]
 
 
 # BioMedLM: added in this order, so that [PAD] is 28896 on the released vocabulary. It has [CLS] and
@@ -602,14 +596,19 @@ TEXT_TOKENS = ("[PAD]", "<|startoftext|>")
 # Lengths are BioMedLM's; text has 510 + 510, a token between them and one after. The learning rates
 # lie inside its sweeps; for choice nothing is published. 20 epochs for labels are its working
 # point, the other epochs our choice.
-TASKS = {  # reader, kind, special tokens, length, epochs, lr
-    "medqa": Task(load_medqa, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
-    "medmcqa": Task(load_medmcqa, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
-    "mmlu": Task(load_mmlu, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
-    "pubmedqa": Task(load_pubmedqa, "labels", LABELS_TOKENS, 512, 20, 2e-6),
-    "bioasq": Task(load_bioasq, "labels", LABELS_TOKENS, 1024, 20, 2e-6),
-    "text": Task(load_text, "text", TEXT_TOKENS, 1022, 3, 1e-5),
+TASKS = {  # files, kind, special tokens, length, epochs, lr
+    "medqa": Task({"phrases_no_exclude_{}.jsonl": read_medqa}, "choice", CHOICE_TOKENS, 512, 5,
+                  1e-5),
+    "medmcqa": Task({"{}.json*": read_medmcqa}, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
+    "mmlu": Task({"*_{}.csv": read_mmlu}, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
+    "pubmedqa": Task({"ori_pqal.json": read_pubmedqa}, "labels", LABELS_TOKENS, 512, 20, 2e-6),
+    "bioasq": Task({"{}.tsv": read_blurb, "*.json": read_bioasq}, "labels", LABELS_TOKENS, 1024,
+                   20, 2e-6),
+    "text": Task({"{}.source": read_source, "*.xml": read_medquad}, "text", TEXT_TOKENS, 1022, 3,
+                 1e-5),
 }
+# Of sets whose files are not split: reader -> (questions, split) -> those of the split.
+DIVIDE = {read_pubmedqa: divide_pubmedqa, read_medquad: divide_medquad}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -661,50 +660,36 @@ def make_demo(out):
     test asks facts that no training question asked (multiple choice: of other drugs altogether).
     """
     out = Path(out)
-    work = out.with_name(out.name + ".tmp")  # renamed when all of it is there
-    shutil.rmtree(work, ignore_errors=True)
-    medqa = work / "qa/medqa/data_clean/questions/US/4_options"
-    pubmedqa = work / "qa/pubmedqa"
-    for folder in (work / "text", medqa, pubmedqa):
-        folder.mkdir(parents=True)
     rng = random.Random(17)
     facts, objects = demo_facts(rng)
     drugs = sorted(facts)
     # The corpus tells the facts of all drugs.
-    documents = [{"id": f"demo{i}", "text": demo_document(rng, drugs, facts)}
-                 for i in range(16_000)]
-    text = demo_lines(documents).encode()
-    (work / "text/demo.jsonl.gz").write_bytes(gzip.compress(text, mtime=0))
+    documents = ({"id": f"demo{i}", "text": demo_document(rng, drugs, facts)}
+                 for i in range(16_000))
+    write_json_lines(out / "text/demo.jsonl", documents)
     # The questions of a drug are all in one split: nothing about a drug of the test is trained on.
     rng.shuffle(drugs)
     for split, part in (("train", drugs[:32]), ("dev", drugs[32:40]), ("test", drugs[40:])):
         questions = demo_multiple_choice(rng, part, facts, objects)
-        (medqa / f"phrases_no_exclude_{split}.jsonl").write_text(demo_lines(questions))
-    (pubmedqa / "ori_pqal.json").write_text(json.dumps(demo_yes_no_maybe(rng, facts), indent=1))
-    # From here on the demo is treated as any corpus is.
-    merges = train_bpe(count_pretokens([work / "text"]), 2048)
-    Tokenizer.from_merges(merges).save(work / "tokenizer")
-    tokenize(work / "text", work / "tokenizer", work, val_fraction=0.01)
-    os.replace(work, out)
-
-
-def demo_lines(rows):
-    """JSON lines."""
-    return "".join(json.dumps(row) + "\n" for row in rows)
+        write_json_lines(out / "qa/medqa" / MEDQA_FILE.format(split), questions)
+    # One line is valid as a whole JSON file too, which PubMedQA's is.
+    write_json_lines(out / "qa/pubmedqa/ori_pqal.json", [demo_yes_no_maybe(rng, facts)])
+    # From here on the demo is treated as any corpus is. meta.json, written last, says it is whole.
+    merges = train_bpe(count_pretokens([out / "text"]), 2048)
+    Tokenizer.from_merges(merges).save(out / "tokenizer")
+    tokenize(out / "text", out / "tokenizer", out, val_fraction=0.01)
 
 
 def demo_facts(rng):
-    """({drug: {relation or group: object or label}}, {relation: all its objects})."""
+    """({drug: {relation or group: object or label}}, {relation or group: all there are})."""
     drugs = [name.capitalize() for name in demo_names(rng, 64, "in")]
     objects = {
         "disease": demo_names(rng, 16, "itis"),
         "protein": demo_names(rng, 16, "ase"),
         "gene": [name.upper() for name in demo_names(rng, 16, "ex")],
+        **dict.fromkeys(DEMO_GROUPS, sorted(DEMO_SAFETY)),
     }
-    pools = dict(objects)
-    for group in DEMO_GROUPS:
-        pools[group] = sorted(DEMO_SAFETY)
-    facts = {drug: {key: rng.choice(pool) for key, pool in pools.items()} for drug in drugs}
+    facts = {drug: {key: rng.choice(pool) for key, pool in objects.items()} for drug in drugs}
     return facts, objects
 
 
@@ -735,42 +720,121 @@ def demo_document(rng, drugs, facts):
 
 
 def demo_multiple_choice(rng, drugs, facts, objects):
-    """Questions in MedQA's official format: every fact of `drugs` in each wording, four options."""
+    """MedQA's rows for every fact of `drugs` in each wording."""
     for drug in drugs:
         for relation, (_, wordings) in DEMO_FACTS.items():
             for wording in wordings:
                 answer = facts[drug][relation]
-                options = rng.sample([o for o in objects[relation] if o != answer], 3) + [answer]
-                rng.shuffle(options)
-                yield {
-                    "question": wording.format(d=drug),
-                    "answer": answer,
-                    "options": dict(zip("ABCD", options)),
-                    "answer_idx": "ABCD"[options.index(answer)],
-                    "meta_info": relation,
-                }
+                others = rng.sample([o for o in objects[relation] if o != answer], 3)
+                yield medqa_row(wording.format(d=drug), answer, others, relation, rng)
 
 
 def demo_yes_no_maybe(rng, facts):
     """Questions in PubMedQA's official format; no context states the fact, so memory is tested."""
     pairs = [(drug, group) for drug in facts for group in DEMO_GROUPS]
     rng.shuffle(pairs)
-    questions = {}
-    for number, (drug, group) in enumerate(pairs, 90_000_000):
-        questions[str(number)] = {
+    return {
+        str(number): {
             "QUESTION": f"Is {drug} safe in {group}?",
             "CONTEXTS": rng.sample(DEMO_FILLERS, 2),
-            "LABELS": ["METHODS"] * 2,
-            "MESHES": [],
-            "YEAR": "2024",
             "final_decision": facts[drug][group],
-            "LONG_ANSWER": "",
         }
-    return questions
+        for number, (drug, group) in enumerate(pairs, 90_000_000)
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# cloze: questions from held-out text, which of four words goes on here
+#
+#     ... in 40 patients with chronic | hepatitis. / bronchitis. / pancreatitis. / arthritis.
+#
+# A small model that can't answer an examination's questions does know some of these words. The four
+# are alike in their ending, their frequency and the rest of the sentence, so only meaning helps.
+
+WORD = re.compile(r"(?<![\w-])[a-z]{5,}(?![\w-])")  # lower case: no name, no start of a sentence
+REST = re.compile(r".*?[.!?](?=\s|$)")  # of the sentence
+COMMONEST = 300  # words that count as grammar and are not asked
+AT_MOST = 3  # questions a passage
+
+
+def cloze(text, counts, out, val_fraction=0.002, everyday=None, seed=17):
+    """Write questions on the held-out documents of `text` to `out`, as a test set of MedQA's form.
+
+    counts: the text that a model trains on, whose other documents tell how frequent a word is. What
+    val_fraction holds out is the same as in tokenize. everyday: a tokenizer's folder or gpt2; words
+    that are one token there are called everyday, all others medical.
+    """
+    tokenizer = load_named(everyday) if everyday else None
+    counted = Counter()
+    for id_hash, document in newest_documents(text_files(counts)):
+        if not validates(id_hash, val_fraction):
+            counted.update(WORD.findall(document))
+    for word, _ in counted.most_common(COMMONEST):
+        del counted[word]
+    by_ending = defaultdict(list)  # "tis" -> ["hepatitis", ...]
+    for word in counted:
+        by_ending[word[-3:]].append(word)
+    questions = []
+    for id_hash, document in newest_documents(text_files(text)):
+        if validates(id_hash, val_fraction):
+            # An abstract is one passage. A long document has many, its paragraphs.
+            for passage in [document] if len(document) < 4000 else document.split("\n"):
+                rng = random.Random(f"{seed} {passage}")
+                found = cloze_questions(passage, counted, by_ending, tokenizer, rng)
+                questions += itertools.islice(found, AT_MOST)
+    if not questions:
+        raise ValueError(f"{text}: no word to ask in held-out documents: raise --val_fraction")
+    write_json_lines(Path(out) / MEDQA_FILE.format("test"), questions)
+    print(f"cloze: {len(questions):,} questions")
+
+
+def cloze_questions(passage, counted, by_ending, everyday, rng):
+    """MedQA's rows of questions that end before a word which the passage has not used until then.
+
+    The three other words end in the same three letters, are at most twice and at least half as
+    frequent, and don't occur in the passage.
+    """
+    used = set(re.findall("[a-z]+", passage.lower()))
+    matches = list(WORD.finditer(passage))
+    rng.shuffle(matches)
+    for match in matches:
+        word = match[0]
+        count = counted[word]
+        before = passage[: match.start()].rstrip()
+        rest = REST.match(passage, match.end())
+        if len(before) < 200 or word in before.lower() or not rest:
+            continue
+        others = [other for other in by_ending[word[-3:]]
+                  if count / 2 <= counted[other] <= 2 * count and other not in used]
+        if len(others) < 3:
+            continue
+        options = [option + rest[0] for option in [word, *rng.sample(others, 3)]]
+        digits = len(str(count))
+        kind = f"cloze, seen {10 ** (digits - 1):,} to {10**digits - 1:,} times"
+        if everyday:
+            kind += ", everyday" if len(everyday.encode(" " + word)) == 1 else ", medical"
+        yield medqa_row(before, options[0], options[1:], kind, rng)
 
 
 # ---------------------------------------------------------------------------------------------
 # files
+
+MEDQA_FILE = "data_clean/questions/US/4_options/phrases_no_exclude_{}.jsonl"  # for a split
+
+
+def medqa_row(question, answer, others, kind, rng):
+    """A question in MedQA's official format, its options in random order."""
+    options = [*others, answer]
+    rng.shuffle(options)
+    return {"question": question, "answer": answer, "options": dict(zip("ABCD", options)),
+            "answer_idx": "ABCD"[options.index(answer)], "meta_info": kind}
+
+
+def write_json_lines(path, rows):
+    """A file of a JSON object a line, in a folder that is made where missing."""
+    make_folder(path.parent, {path.name})
+    with replacing(path) as f:
+        f.writelines(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def make_folder(folder, names):
@@ -1545,29 +1609,37 @@ def download(source, out, base_url=None, files=None, licenses=()):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
+    text = {"required": True, "help": ".jsonl or .txt file (.gz too), or a folder of them"}
+    val_fraction = {"type": float, "default": 0.002, "help": "of documents (default: 0.002)"}
     workers = {"type": int, "default": os.cpu_count(), "help": "processes (default: CPUs)"}
 
     def command(function, name, summary):
         sub = commands.add_parser(name, help=summary)
         sub.set_defaults(function=function)
+        sub.add_argument("--out", required=True, help="folder for the result")
         return sub.add_argument
 
     add = command(tokenize, "tokenize", "text and tokenizer -> train.bin, val.bin, meta.json")
-    add("--text", required=True, help=".jsonl or .txt file (.gz too), or a folder of them")
+    add("--text", **text)
     add("--tokenizer", required=True, dest="tokenizer_name", metavar="DIR",
         help="folder of vocab.json and merges.txt, or gpt2 (from tiktoken's cache)")
-    add("--out", required=True, help="folder for the arrays")
-    add("--val_fraction", type=float, default=0.002, help="of documents (default: 0.002)")
+    add("--val_fraction", **val_fraction)
     add("--no_eot", dest="eot", action="store_false",
         help="no end-of-text after each document (default: one)")
     add("--workers", **workers)
 
-    add = command(make_demo, "demo", "an invented corpus with tokenizer, arrays and questions")
-    add("--out", default="data/demo", help="folder for it all (default: data/demo)")
+    command(make_demo, "demo", "an invented corpus with tokenizer, arrays and questions")
+
+    add = command(cloze, "cloze", "held-out text -> questions, which of four words goes on here")
+    add("--text", **text)
+    add("--counts", required=True, help="text that the model trains on, for words' frequencies")
+    add("--val_fraction", **val_fraction)
+    add("--everyday", help="tokenizer's folder or gpt2: its whole words are everyday words, "
+                           "others medical (default: not told apart)")
+    add("--seed", type=int, default=17, help="of the choice of words (default: 17)")
 
     add = command(extract, "extract", "PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz")
     add("inputs", nargs="+", metavar="INPUT", help="files or folders, plain or .gz")
-    add("--out", required=True, help="folder for the text")
     add("--labels", action="store_true", help="keep section labels (default: off)")
     add("--languages", nargs="*", default=[], help="PubMed's codes (default: all)")
     add("--skip_pmc", action="store_true", help="drop what is in PMC, as The Pile (default: off)")
@@ -1575,7 +1647,6 @@ def main():
 
     add = command(download, "download", "fetch a source, verified")
     add("source", choices=[*SOURCES, *BY_HAND], help="what to fetch")
-    add("--out", required=True, help="folder for the files")
     add("--base_url", help="a mirror of the source's address (default: the owner's)")
     add("--files", help="range of file numbers (pubmed) or PMC numbers (default: all)")
     add("--licenses", nargs="*", default=[], help="pmc: codes to keep (default: all)")

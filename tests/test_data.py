@@ -16,6 +16,7 @@ import tarfile
 import threading
 import time
 import xml.etree.ElementTree as ET
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -211,7 +212,7 @@ def test_bad_arrays_are_refused_with_the_mend(tmp_path, tokenizer):
     folder = write_arrays(tmp_path / "d", tokenizer, np.arange(100))
     data.load_meta(folder, verify=True)
     with pytest.raises(ValueError, match="less than one sequence"):
-        data.train_batches(folder, 128, 1, seed=0)
+        next(data.train_batches(folder, 128, 1, seed=0))
     raw = (folder / "train.bin").read_bytes()
     (folder / "train.bin").write_bytes(raw[:-2])
     with pytest.raises(ValueError, match="cut or replaced.*tokenize"):
@@ -633,7 +634,7 @@ def test_same_bytes_for_any_workers(tmp_path, tokenizer, corpus, monkeypatch):
     one = contents(tmp_path / "one")
     (tmp_path / "one/train.bin.1.tmp").write_text("left by a killed run")
     data.tokenize(corpus, tokenizer, tmp_path / "one", val_fraction=0.05)
-    monkeypatch.setattr(data, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(data, "BATCH", 3)
     data.tokenize(corpus, tokenizer, tmp_path / "two", val_fraction=0.05, workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == one
     assert set(one) == {"train.bin", "val.bin", "meta.json", "vocab.json", "merges.txt"}
@@ -1081,8 +1082,12 @@ def test_medmcqa_counts_from_one_or_zero(tmp_path):
         ("", "is empty"),
         (mcq(cop=4) + "\n" + mcq(id="b", cop=0), "cop holds 0 and 4"),
         (mcq() + "\n" + mcq(id="b", cop=7), "after 1 questions.*question b: label 7"),
+        (mcq() + "\n" + mcq(id="b", cop=[1]), r"after 1 questions.*question b: label \[1\]"),
         (mcq() + "\n" + mcq(), "a appears twice"),
         (mcq(question=" "), "question a is empty"),
+        (mcq() + "\n" + mcq(question=None), "train.json, after 1 questions"),
+        (mcq(id=None), "train.json, after 0 questions.*is no text"),
+        ('{"question": ' + "[" * 90_000, "train.json: line 1"),
         ("<!DOCTYPE html><html>", "train.json: line 1"),
         (mcq() + "\n" + '{"id": "a"}', "after 1 questions.*cop|after 1 questions.*opa"),
         ("[1]", "line 1"),
@@ -1093,6 +1098,76 @@ def test_bad_question_files_are_refused(tmp_path, body, message):
     (tmp_path / "train.json").write_text(body)
     with pytest.raises(ValueError, match=message):
         data.load_qa("medmcqa", tmp_path, "train")
+
+
+MEDQA = {
+    "question": "Q?",
+    "options": {"A": "yes", "B": "no"},
+    "answer_idx": "B",
+    "answer": "no",
+    "meta_info": "step1",
+}
+PUBMEDQA = {"QUESTION": "Q?", "CONTEXTS": ["A.", "B."], "final_decision": "yes", "LONG_ANSWER": ""}
+DEEP = "[" * 900 + "]" * 900
+
+
+@pytest.mark.parametrize(
+    "task, name, good, bad",
+    [
+        ("medqa", "phrases_no_exclude_test.jsonl", MEDQA, changes)
+        for changes in (
+            {"answer": "yes"},
+            {"answer_idx": None},
+            {"answer_idx": "AB"},
+            {"answer_idx": json.loads(DEEP)},
+            {"options": {"A": "yes", "B": 7}},
+            {"options": {"A": None, "B": "no"}},
+            {"options": ["yes", "no"]},
+            {"options": None},
+            {"question": None},
+            {"question": {"a": "b"}},
+            {"question": "\u2028 \n"},
+            {"meta_info": 1},
+            {"options": {str(i): "x" * 50 for i in range(50_000)}, "answer_idx": "B"},
+        )
+    ]
+    + [
+        ("pubmedqa", "ori_pqal.json", PUBMEDQA, changes)
+        for changes in (
+            {"CONTEXTS": "one string"},
+            {"CONTEXTS": None},
+            {"CONTEXTS": ["A.", None]},
+            {"QUESTION": None},
+            {"LONG_ANSWER": None},
+            {"final_decision": ""},
+            {"final_decision": "x" * 10**6},
+            {"final_decision": {"a": 1}},
+        )
+    ]
+    + [
+        ("mmlu", "anatomy_test.csv", ["Q?", "a", "b", "c", "d", "A"], row)
+        for row in (
+            ["Q?", "a", "b", "c", "d", ""],
+            ["Q?", "a", "b", "c", "d", "AB"],
+            ["Q?", "a", "b", "c", "A"],
+            ["Q?" * 200_000, "a", "b", "c", "d", "A"],
+        )
+    ],
+)
+def test_one_bad_field_is_one_line(tmp_path, task, name, good, bad):
+    """A guessed answer, letters as contexts, or a traceback; not told in which file and where."""
+    if task == "mmlu":
+        body = "\n".join(map(",".join, [good, bad]))
+    elif task == "medqa":
+        body = "\n".join(map(json.dumps, [good, good | bad]))
+    else:
+        body = json.dumps({"1": good, "2": good | bad})
+    (tmp_path / name).write_text(body)
+    with pytest.raises(ValueError) as caught:
+        data.load_qa(task, tmp_path, "test")
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / name}, after 1 questions: ")
+    assert "\n" not in message and len(message) < 700
 
 
 def test_bioasq_of_two_kinds(tmp_path):
@@ -1111,6 +1186,20 @@ def test_bioasq_of_two_kinds(tmp_path):
         data.load_qa("bioasq", tmp_path, "train")
 
 
+def test_medquad_split_shares_no_text(tmp_path, shared):
+    """A question or a whole answer of the test that was trained on, in another file or not."""
+    pairs = [(f"Q{i}?", f"A{i}.") for i in range(200)]
+    pairs += [("Q1?", "A2."), ("Q2?", "A3."), ("Q3?", "A1."), ("Q1?", "A1.")] * 3
+    for i, (question, answer) in enumerate(pairs):
+        pair = f"<QAPair><Question>{question}</Question><Answer>{answer}</Answer></QAPair>"
+        (tmp_path / f"{i}.xml").write_text(f"<Document><QAPairs>{pair}</QAPairs></Document>")
+    for folder, n in ((tmp_path, len(pairs)), (shared / "qa/medquad", 2750)):
+        parts = [data.load_qa("text", folder, split) for split in ("train", "dev", "test")]
+        texts = [{text for q in part for text in (q.question, q.target)} for part in parts]
+        assert len(set.union(*texts)) == sum(map(len, texts))
+        assert sum(map(len, parts)) == n and n * 0.7 < len(parts[0]) < n * 0.9
+
+
 def test_lines_of_text(tmp_path):
     """Pairs out of step, at a line separator or a missing line."""
     (tmp_path / "train.source").write_text("a\u2028b\nc\n")
@@ -1118,7 +1207,7 @@ def test_lines_of_text(tmp_path):
     pairs = [(q.question, q.target) for q in data.load_qa("text", tmp_path, "train")]
     assert pairs == [("a\u2028b", "d"), ("c", "e")]
     (tmp_path / "train.target").write_text("d\n")
-    with pytest.raises(ValueError, match="train of text, after 1 questions"):
+    with pytest.raises(ValueError, match="train.source, after 1 questions"):
         data.load_qa("text", tmp_path, "train")
 
 
@@ -1135,3 +1224,57 @@ def test_missing_questions(tmp_path, task, split, error):
     """A traceback, or an empty set, for files that are not there."""
     with pytest.raises(error):
         data.load_qa(task, tmp_path, split)
+
+
+# ---------------------------------------------------------------------------------------------
+# cloze
+
+
+def cloze_corpus(folder):
+    """400 documents of 300 frequent words, and of 90 rarer ones with three endings."""
+    chance, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
+    grammar = [f"word{a}{b}" for a in letters for b in letters][:300]
+    words = [f"{a}{b}{c}" for a in ("bron", "hepa", "arth", "gast", "neph", "derm")
+             for b in ("chi", "ri", "to", "al", "u") for c in ("tis", "oma", "ine")]
+    records = []
+    for i in range(400):
+        first = [chance.choices(words, range(1, 91))[0] for _ in range(6)]
+        sentences = [f"Seen {' '.join(chance.sample(grammar, 30))} in {a} or {b} of {a}."
+                     for a, b in zip(first, reversed(first))]
+        records.append((str(i), " ".join(sentences)))
+    (folder / "text").mkdir()
+    write_text(folder / "text/t.jsonl.gz", records + [("1", None), ("2", "New. " + records[3][1])])
+    return folder / "text"
+
+
+def test_cloze_questions(tmp_path, tokenizer):
+    """Options that differ in more than a word, a word that the text gave away, others of another
+    ending or frequency, a question on a document that was trained on, or counts of a held-out."""
+    text = cloze_corpus(tmp_path)
+    for out in ("a", "b"):
+        data.cloze(text, text, tmp_path / out, 0.2, str(tokenizer))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    data.cloze(text, text, tmp_path / "c", 0.2, seed=3)
+    asked = data.load_qa("medqa", tmp_path / "a", "test")
+    other = data.load_qa("medqa", tmp_path / "c", "test")
+    assert {q.question for q in asked} != {q.question for q in other}
+    assert all("medical" in q.kind for q in asked) and not any("medical" in q.kind for q in other)
+    data.tokenize(text, tokenizer, tmp_path / "arrays", val_fraction=0.2)
+    trained, held_out = documents(tmp_path / "arrays")
+    counted = Counter(re.findall("[a-z]{5,}", " ".join(trained)))
+    asked_of = Counter()
+    for q in asked:
+        words, rests = zip(*(re.fullmatch("([a-z]+)(.*)", option).groups() for option in q.options))
+        word = words[q.answer]
+        (whole,) = [d for d in held_out if d.startswith(f"{q.question} {q.options[q.answer]}")]
+        asked_of[whole] += 1
+        assert len(set(words)) == 4 and set(rests) == {rests[0]} and rests[0].endswith(".")
+        assert {w[-3:] for w in words} == {word[-3:]} and word not in q.question
+        assert all(counted[word] / 2 <= counted[w] <= 2 * counted[word] for w in words)
+        assert not set(words) - {word} & set(re.findall("[a-z]+", whole))
+        low, high = map(int, re.search("seen ([0-9]+) to ([0-9]+) times", q.kind).groups())
+        assert low <= counted[word] <= high < 100 * low
+    assert max(asked_of.values()) == 3 and len(asked_of) > 40
+    assert {q.answer for q in asked} == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="raise --val_fraction"):
+        data.cloze(text, text, tmp_path / "d", 1e-9)
