@@ -1275,15 +1275,12 @@ def store_tile(ptr, tile, rows, stride, T,
 
 
 @jit
-def head_offsets(T, C: constexpr, D: constexpr):
-    """Where this program's head begins in qkv (B, T, 3C), an output (B, T, C), lse (B, H, T)."""
+def head_offsets(pair, T, C: constexpr, D: constexpr):
+    """Where the (batch, head) pair begins in qkv (B, T, 3C), and in an output (B, T, C)."""
     H = C // D
-    pair = tl.program_id(1)  # batch · H + head
     batch = (pair // H).to(tl.int64)
     head = (pair % H) * D
-    qkv_at = batch * T * (3 * C) + head
-    o_at = batch * T * C + head
-    return qkv_at, o_at, pair.to(tl.int64) * T
+    return batch * T * (3 * C) + head, batch * T * C + head
 
 
 @jit
@@ -1303,10 +1300,11 @@ def attention_forward_kernel(qkv_ptr,  # (B, T, 3C)
                              DROPOUT: constexpr):
     """O and lse of a tile of query rows."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # longest rows first: even load
-    qkv_at, o_at, lse_at = head_offsets(T, C, D)
+    pair = tl.program_id(1)  # batch · H + head
+    qkv_at, o_at = head_offsets(pair, T, C, D)
     rows = first + tl.arange(0, BM)
-    row_at = lse_at + rows
-    dropout_keys = dropout_key(seed, row_at)[:, None]
+    row_at = pair.to(tl.int64) * T + rows  # in (B, H, T)
+    dropout_keys = dropout_key(seed, pair * T + rows)[:, None]
 
     # Q stays. acc, m and total are each row's output, largest logit and sum, so far.
     q_ptr = qkv_ptr + qkv_at
@@ -1369,10 +1367,11 @@ def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
                         DROPOUT: constexpr):
     """δ and dQ of a tile of query rows."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    qkv_at, o_at, lse_at = head_offsets(T, C, D)
+    pair = tl.program_id(1)  # batch · H + head
+    qkv_at, o_at = head_offsets(pair, T, C, D)
     rows = first + tl.arange(0, BM)
-    row_at = lse_at + rows
-    dropout_keys = dropout_key(seed, row_at)[:, None]
+    row_at = pair.to(tl.int64) * T + rows  # in (B, H, T)
+    dropout_keys = dropout_key(seed, pair * T + rows)[:, None]
 
     # δ from O and dO. It is stored for the other kernel, which runs next.
     do = load_tile(do_ptr + o_at, rows, C, T, D, BD, EVEN)
@@ -1436,7 +1435,8 @@ def attention_dkv_kernel(qkv_ptr,  # (B, T, 3C)
     All is transposed: s, prob and ds are (keys, queries), as the products for dK and dV take them.
     """
     first = tl.program_id(0) * BN  # the first key tile has the most rows
-    qkv_at, o_at, lse_at = head_offsets(T, C, D)
+    pair = tl.program_id(1)  # batch · H + head
+    qkv_at, o_at = head_offsets(pair, T, C, D)
     q_ptr = qkv_ptr + qkv_at
     cols = first + tl.arange(0, BN)
     k = load_tile(q_ptr + C, cols, 3 * C, T, D, BD, EVEN)
@@ -1455,7 +1455,7 @@ def attention_dkv_kernel(qkv_ptr,  # (B, T, 3C)
             end = T
         for start in range(begin, end, BM):
             rows = start + tl.arange(0, BM)
-            row_at = lse_at + rows
+            row_at = pair.to(tl.int64) * T + rows  # in (B, H, T)
 
             # P again.
             q = load_tile(q_ptr, rows, 3 * C, T, D, BD, EVEN)
@@ -1472,7 +1472,7 @@ def attention_dkv_kernel(qkv_ptr,  # (B, T, 3C)
             dp = tl.dot(v, tl.trans(do))
             dropped = prob
             if DROPOUT:
-                dropout_keys = dropout_key(seed, row_at)[None, :]
+                dropout_keys = dropout_key(seed, pair * T + rows)[None, :]
                 dropped = dropout(prob, dropout_keys, cols[:, None], p24)
                 dp = dropout(dp, dropout_keys, cols[:, None], p24)
             dv = tl.dot(dropped.to(do.dtype), do, dv)
