@@ -655,14 +655,14 @@ def main():
 # ---------------------------------------------------------------------------------------------
 # fused ops: which path runs
 
-INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result  # a string: dynamo cannot compare a constant tuple
+@torch.compiler.assume_constant_result  # torch.compile asks once and keeps the answer
 def gpu():
-    """Whose launch settings the GPU takes: "sm_90" (Hopper) or "sm_80" (Ampere, anything newer).
+    """The chip whose launch settings are used: "sm_90" on Hopper, "sm_80" on any other.
 
-    "" where the references serve: without a GPU, on one without bf16 matrix products (they begin
+    "" where the references run: without a GPU, on one without bf16 matrix products (they begin
     with capability 8.0), and on AMD's, where nobody has run these kernels.
     """
     if not torch.cuda.is_available() or torch.version.hip:
@@ -683,7 +683,8 @@ def kernels_active(device="cuda"):
 
 
 def runs_kernel(x):
-    """True if an op on tensor x runs its kernel. A float64 tensor always takes the reference."""
+    """True if an op on tensor x runs its kernel. The kernels are fp32 inside, so that a float64
+    tensor, which only tests have, takes the reference."""
     return x.dtype != torch.float64 and kernels_active(x.device) != "reference"
 
 
@@ -726,9 +727,9 @@ def launch(kernel, grid, *args, **options):
 
 
 def n_programs(x, per_sm):
-    """Programs of a kernel whose every program walks many rows: per_sm a multiprocessor.
+    """How many programs to start where each walks many rows: per_sm for every multiprocessor.
 
-    The number never depends on timing, so sums over rows are bit-identical every run.
+    The number depends on the GPU alone, so sums over rows are bit-identical every run.
     """
     if not x.is_cuda:
         return per_sm
@@ -737,7 +738,7 @@ def n_programs(x, per_sm):
 
 @jit
 def load_fp32(ptr, mask, other: constexpr = 0.0):
-    """Values in fp32; `other` where the mask is False. (tl.store casts back by itself.)"""
+    """Values in fp32; `other` where the mask is False. tl.store casts back by itself."""
     return tl.load(ptr, mask=mask, other=other).to(tl.float32)
 
 
@@ -745,18 +746,17 @@ def load_fp32(ptr, mask, other: constexpr = 0.0):
 # fused ops: dropout
 #
 # Forward and backward must draw the same mask, and storing it would cost a byte an element. So the
-# mask is a pure function of (seed, row, column): a 32-bit integer hash (two multiplications, full
-# avalanche; constants: "lowbias32" of Chris Wellons' hash-prospector). Philox, Triton's generator,
-# takes ten times the instructions an element: in attention, more than attention itself.
+# kernels compute it from (seed, row, column) with a 32-bit integer hash. It gives each element 24
+# random bits. The element is dropped if those, as a number, lie below p24 = p · 2^24.
+#
+# The hash is "lowbias32" of Chris Wellons' hash-prospector: two multiplications an element. Triton
+# has a generator of its own, Philox. It takes ten times the instructions, more than attention does.
 
 
 def dropout_ref(x, p, seed):
-    """Dropout with a mask from seed alone; under torch.compile, which cannot trace a Generator,
-    from torch's own random stream."""
+    """Dropout whose mask depends on seed alone: not the kernels' mask, but as reproducible."""
     if p == 0:
         return x
-    if torch.compiler.is_compiling():
-        return F.dropout(x, p)
     generator = torch.Generator(x.device).manual_seed(seed)
     keep = torch.rand(x.shape, generator=generator, device=x.device) >= p
     return x * keep / (1 - p)
@@ -777,13 +777,14 @@ def hash_u32(x):
 
 @jit
 def dropout_key(seed, row):
-    """The part of the hash that a whole row shares: made once, not for each element."""
+    """The part of the hash that a row's elements share, so that it is made once a row."""
     return hash_u32(hash_u32(seed.to(tl.uint32)) ^ row.to(tl.uint32))
 
 
 @jit
 def dropout(x, key, col, p24):
     """x / (1 - p) where the element stays, else 0. key is dropout_key(seed, row)."""
+    # 0x9E3779B1 is 2^32 over the golden ratio: it spreads neighbouring columns far apart.
     random24 = hash_u32(key + col.to(tl.uint32) * 0x9E3779B1) >> 8
     return tl.where(random24.to(tl.int32) >= p24, x * (1 / (1 - p24 / 16777216)), 0.0)
 
@@ -793,23 +794,27 @@ def dropout(x, key, col, p24):
 #
 #     r = residual + dropout(x)      x̂ = (r - mean(r)) · rstd      y = x̂ · w + b
 #
-# Backward. g = dy · w is the gradient at x̂. Each r_j moves x̂_j directly, and every x̂ through mean
-# and rstd. Those two paths are projections: they take away g's part along 1 and its part along x̂.
+# Backward. g = dy · w is the gradient at x̂. A change of one r_j moves x̂_j by rstd, and through mean
+# and rstd it moves every x̂ of the row. If all r grow by the same amount, mean takes it away and x̂
+# stays: so dr has no part along (1, 1, …). If all r - mean grow by the same factor, rstd takes it
+# away: so dr has no part along x̂. What remains of g is
 #     dr = rstd · (g - mean(g) - x̂ · mean(g · x̂)) + dr_later
-# where dr_later flows back along the residual stream. d_residual = dr, dx = dropout's mask on dr,
-#     dw = Σ_rows dy · x̂       db = Σ_rows dy
-# Those sums run over all rows. Each program walks rows in a grid-stride loop, keeps its own sum in
-# registers and writes it once; a second step adds the programs' sums in a fixed order. No atomics,
-# so that every run is bit-identical. A row is held as N_PIECES pieces of PIECE lanes, because
-# 2560 = 5 x 512, while one power-of-two block would be 4096 lanes, 37% of them idle.
+# where dr_later is the gradient that reaches r from later blocks, along the residual stream. Then
+#     d_residual = dr      dx = dr through dropout's mask
+#     dw = Σ_rows dy · x̂      db = Σ_rows dy
+#
+# The last two sums run over all rows. Each program walks many rows, keeps its own sums in registers
+# and writes them once; torch adds the programs' sums up. The order is fixed and there are no
+# atomics, so that every run is bit-identical.
+#
+# A Triton block has a power of two of lanes. For C = 2560 that would be 4096, 37% of them idle. So
+# a row is held as N_PIECES blocks of PIECE lanes, 2560 = 5 x 512, in a tuple. static_range unrolls
+# the loop over them, because a tuple's index must be known when the kernel is compiled.
 
 
 def layer_norm_ref(x, weight, bias, eps=1e-5):
-    # torch's op wants one dtype, and takes its statistics in fp32 whatever that is
-    wide = x if x.dtype == weight.dtype else at_least_fp32(x)
-    weight = weight.to(wide)
-    bias = bias.to(wide)
-    y = F.layer_norm(wide, weight.shape, weight, bias, eps)
+    wide = at_least_fp32(x)
+    y = F.layer_norm(wide, weight.shape, weight.to(wide), bias.to(wide), eps)
     return y.to(x.dtype)
 
 
@@ -824,7 +829,9 @@ def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
                         w_ptr, b_ptr,  # (C,)
                         y_ptr, new_ptr,  # written, (N, C)
                         mean_ptr, rstd_ptr,  # written, (N,)
-                        seed, p24, eps,
+                        seed,
+                        p24,
+                        eps,
                         C: constexpr,
                         PIECE: constexpr,
                         N_PIECES: constexpr,
@@ -852,8 +859,8 @@ def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
         pieces += (r,)
     mean = tl.sum(total, 0) / C
 
-    # A second pass over the registers gives the variance. Σr² - mean² in one pass would cancel
-    # at a mean of 100. Lanes outside the row must not count: there r is 0, not the mean.
+    # The variance needs a second pass, over the registers. The one-pass formula, mean(r²) - mean²,
+    # loses all digits at a mean of 100. Lanes outside the row must not count: r - mean isn't 0.
     total = tl.zeros([PIECE], tl.float32)
     for i in tl.static_range(N_PIECES):
         inside = i * PIECE + tl.arange(0, PIECE) < C
@@ -879,7 +886,9 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
                          mean_ptr, rstd_ptr,  # (N,)
                          dx_ptr, dresidual_ptr,  # written, (N, C)
                          partial_ptr,  # written, (programs, 2, C)
-                         n_rows, seed, p24,
+                         n_rows,
+                         seed,
+                         p24,
                          C: constexpr,
                          PIECE: constexpr,
                          N_PIECES: constexpr,
@@ -887,6 +896,7 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
                          HAS_DNEW: constexpr,  # False: nothing flows back along the stream
                          DROPOUT: constexpr):
     """Many rows: their dx and d_residual, and this program's part of dw and db."""
+    # The program takes rows program, program + programs, program + 2 · programs, …
     program = tl.program_id(0).to(tl.int64)
     dws = (tl.zeros([PIECE], tl.float32),) * N_PIECES
     dbs = (tl.zeros([PIECE], tl.float32),) * N_PIECES
@@ -896,8 +906,8 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
         mean = tl.load(mean_ptr + row)
         rstd = tl.load(rstd_ptr + row)
 
-        # Read the row once: g and x̂ stay in registers. Their sums are dr's two projections;
-        # the same values serve dw and db.
+        # Read the row once. g and x̂ stay in registers for dr below, whose two means are summed
+        # here. The same values add to dw and db: new tuples, since a tuple cannot change.
         sum_g = tl.zeros([PIECE], tl.float32)
         sum_gx = tl.zeros([PIECE], tl.float32)
         gs = ()
@@ -938,23 +948,20 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
                 dr = dropout(dr, dropout_key(seed, row), cols, p24)
             tl.store(dx_ptr + start + cols, dr, mask=inside)
 
-    # The program's own sums, a row of partial (programs, 2, C).
+    # The program's own sums: partial[program, 0] is its dw, partial[program, 1] its db.
     for i in tl.static_range(N_PIECES):
         cols = i * PIECE + tl.arange(0, PIECE)
         tl.store(partial_ptr + 2 * program * C + cols, dws[i], mask=cols < C)
         tl.store(partial_ptr + (2 * program + 1) * C + cols, dbs[i], mask=cols < C)
 
 
-NORM_COLUMNS_PER_SM = 6144  # backward: C = 2560 gets 2 programs a multiprocessor, 768 gets 8
-
-
 def norm_launch(C):
-    """(PIECE, N_PIECES, num_warps) without idle lanes where C allows it, 4 elements a thread.
+    """(PIECE, N_PIECES, num_warps): no idle lanes where C allows it, 4 elements a thread.
 
     2560 -> 512, 5, 4; 768 -> 256, 3, 2; 1000 -> 1024, 1, 8.
     """
-    piece = C & -C  # the largest power of two that divides C
-    if piece < 128 or C // piece > 8:
+    piece = C & -C  # the largest power of two that divides C: its lowest bit that is set
+    if piece < 128 or C // piece > 8:  # too many small pieces: one piece, with idle lanes
         piece = triton.next_power_of_2(C)
     warps = min(max(piece // 128, 1), 8)
     return piece, triton.cdiv(C, piece), warps
@@ -968,7 +975,6 @@ def norm_forward(x: Tensor,
                  eps: float,
                  p: float,
                  seed: int,
-                 dtype: torch.dtype,  # of y
                  ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> y, new residual (empty where none came in), mean, rstd."""
     x = x.contiguous()
@@ -976,14 +982,15 @@ def norm_forward(x: Tensor,
     add = residual is not None
     residual = residual.contiguous() if add else x  # x: a pointer that is never read
     new = torch.empty_like(residual) if add else x.new_empty(0)
-    y = torch.empty_like(x, dtype=dtype)
+    y = torch.empty_like(x)
     mean = x.new_empty(x.numel() // C, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     piece, n_pieces, warps = norm_launch(C)
     launch(norm_forward_kernel, (len(mean),),
            x, residual, weight, bias,
            y, new, mean, rstd,
-           *dropout_arguments(p, seed), eps,
+           *dropout_arguments(p, seed),
+           eps,
            C, piece, n_pieces, add, p > 0,
            num_warps=warps)
     return y, new, mean, rstd
@@ -999,7 +1006,6 @@ def norm_backward(dy: Tensor,
                   add: bool,
                   p: float,
                   seed: int,
-                  dtype: torch.dtype,  # of dx
                   ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx, d_residual (empty unless add), dw and db as (2, C)."""
     r = r.contiguous()
@@ -1008,29 +1014,29 @@ def norm_backward(dy: Tensor,
     C = r.shape[-1]
     has_dnew = dnew is not None
     dnew = dnew.contiguous() if has_dnew else dy  # dy: a pointer that is never read
-    dx = torch.empty_like(r, dtype=dtype)
+    dx = torch.empty_like(dy)  # y has x's dtype
     dresidual = torch.empty_like(r) if add else r.new_empty(0)
-    per_sm = min(max(NORM_COLUMNS_PER_SM // C, 2), 16)
-    programs = max(min(N, n_programs(r, per_sm)), 1)
+    per_sm = min(max(6144 // C, 2), 16)  # C = 2560: 2 programs a multiprocessor; 768: 8
+    programs = min(N, n_programs(r, per_sm))
 
-    # Each program writes its own sums of dw and db; torch adds them up in a fixed order.
     partial = r.new_empty(programs, 2, C, dtype=torch.float32)
     piece, n_pieces, warps = norm_launch(C)
     launch(norm_backward_kernel, (programs,),
            dy, dnew, r, weight, mean, rstd,
            dx, dresidual, partial,
-           N, *dropout_arguments(p, seed),
+           N,
+           *dropout_arguments(p, seed),
            C, piece, n_pieces, add, has_dnew, p > 0,
            num_warps=warps)
     return dx, dresidual, partial.sum(0).to(weight.dtype)
 
 
 def norm_setup(ctx, inputs, output):
-    x, residual, weight, _, _, p, seed, _ = inputs
+    x, residual, weight, _, _, p, seed = inputs
     _, new, mean, rstd = output
     add = residual is not None
     ctx.set_materialize_grads(False)  # an unused output's gradient stays None, not a zero tensor
-    ctx.settings = (add, p, seed, x.dtype)
+    ctx.settings = (add, p, seed)
     ctx.save_for_backward(new if add else x, weight, mean, rstd)
 
 
@@ -1040,7 +1046,7 @@ def norm_autograd(ctx, dy, dnew, *_):
         dy = torch.zeros_like(r)
     dx, dresidual, (dw, db) = norm_backward(dy, dnew, r, *rest, *ctx.settings)
     add = ctx.settings[0]
-    return dx, dresidual if add else None, dw, db, None, None, None, None
+    return dx, dresidual if add else None, dw, db, None, None, None
 
 
 norm_forward.register_autograd(norm_autograd, setup_context=norm_setup)
@@ -1049,21 +1055,20 @@ norm_forward.register_autograd(norm_autograd, setup_context=norm_setup)
 def layer_norm(x, weight, bias, eps=1e-5):
     """LayerNorm over the last dimension. x (..., C) of any float dtype; weight, bias (C,), fp32
     under autocast. Returns (..., C) in x's dtype, or autocast's."""
-    dtype = compute_dtype(x)
     if runs_kernel(x):
-        return norm_forward(x, None, weight, bias, eps, 0.0, 0, dtype)[0]
-    return layer_norm_ref(x, weight, bias, eps).to(dtype)
+        y = norm_forward(x, None, weight, bias, eps, 0.0, 0)[0]
+    else:
+        y = layer_norm_ref(x, weight, bias, eps)
+    return y.to(compute_dtype(x))
 
 
 def add_layer_norm(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=0):
     """new_residual = residual + dropout(x) in residual's dtype, and y = LayerNorm(new_residual) in
     x's dtype (or autocast's). x, residual (..., C). The mask is a function of the int seed.
     Returns (y, new_residual)."""
-    dtype = compute_dtype(x)
-    if runs_kernel(x):
-        return norm_forward(x, residual, weight, bias, eps, dropout_p, seed, dtype)[:2]
-    y, new_residual = add_layer_norm_ref(x, residual, weight, bias, eps, dropout_p, seed)
-    return y.to(dtype), new_residual
+    op = norm_forward if runs_kernel(x) else add_layer_norm_ref
+    y, new_residual, *_ = op(x, residual, weight, bias, eps, dropout_p, seed)
+    return y.to(compute_dtype(x)), new_residual
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1071,9 +1076,12 @@ def add_layer_norm(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=0):
 #
 #     u = x + b      y = ½ u (1 + tanh z),  z = √(2/π) (u + 0.044715 u³)
 #
-# With ½(1 + tanh z) = sigmoid(2z) = s this is y = u·s: one exponential, and safe at both ends (exp
-# overflows to inf, s to 0). Backward, by the product rule and s' = s(1 - s)·2z':
-#     dx = dy · (s + u · s(1 - s) · 2z'),  2z' = 2√(2/π) (1 + 0.134145 u²)      db = Σ_rows dx
+# Since ½(1 + tanh z) = sigmoid(2z), call it s, this is y = u · s: one exponential, and safe at both
+# ends (exp overflows to inf, and s to 0).
+#
+# Backward. The product rule gives dy/du = s + u · s', and the sigmoid's derivative is
+# s' = s (1 - s) · 2z'. In 2z', 0.134145 is 3 · 0.044715:
+#     dx = dy · (s + u · s (1 - s) · 2z'),  2z' = 2√(2/π) (1 + 0.134145 u²)      db = Σ_rows dx
 # Only x and b are kept: y is cheaper to make again than to store (a quarter of a block's memory).
 
 
@@ -1092,19 +1100,15 @@ def gelu_gate(u):
 def gelu_forward_kernel(x_ptr,  # (N, C)
                         b_ptr,  # (C,)
                         y_ptr,  # written, (N, C)
-                        n_rows,
                         C: constexpr,
-                        ROWS: constexpr,
                         COLS: constexpr):
-    """One tile of ROWS x COLS. The tiles lie on one grid axis: the others end at 65,535."""
+    """COLS columns of one row. All lie on one grid axis: the others end at 65,535."""
     n_tiles = tl.cdiv(C, COLS)
+    row = (tl.program_id(0) // n_tiles).to(tl.int64)
     cols = tl.program_id(0) % n_tiles * COLS + tl.arange(0, COLS)
-    rows = (tl.program_id(0) // n_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
-    at = rows[:, None] * C + cols[None, :]
-    b = load_fp32(b_ptr + cols[None, :], (cols < C)[None, :])
-    u = load_fp32(x_ptr + at, inside) + b
-    tl.store(y_ptr + at, u * gelu_gate(u), mask=inside)
+    inside = cols < C
+    u = load_fp32(x_ptr + row * C + cols, inside) + load_fp32(b_ptr + cols, inside)
+    tl.store(y_ptr + row * C + cols, u * gelu_gate(u), mask=inside)
 
 
 @jit
@@ -1116,7 +1120,7 @@ def gelu_backward_kernel(dy_ptr, x_ptr,  # (N, C)
                          C: constexpr,
                          ROWS: constexpr,
                          COLS: constexpr):
-    """Some columns, many rows: their dx, and this program's part of db."""
+    """COLS columns of many rows, ROWS at a time: their dx, and this program's part of db."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     b = load_fp32(b_ptr + cols[None, :], (cols < C)[None, :])
     db = tl.zeros([ROWS, COLS], tl.float32)
@@ -1136,25 +1140,18 @@ def gelu_backward_kernel(dy_ptr, x_ptr,  # (N, C)
     tl.store(partial_ptr + tl.program_id(1) * C + cols, tl.sum(db, 0), mask=cols < C)
 
 
-GELU_FORWARD_TILE = (1, 1024, 4)  # rows, columns, num_warps
-GELU_BACKWARD_TILE = (2, 512, 4)
-GELU_PROGRAMS_PER_SM = 8  # backward
-
-
 @custom_op
 def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     C = x.shape[-1]
     N = x.numel() // C
-    rows, cols, warps = GELU_FORWARD_TILE
-    cols = min(cols, triton.next_power_of_2(C))
-    grid = (triton.cdiv(C, cols) * triton.cdiv(N, rows),)
-    launch(gelu_forward_kernel, grid,
+    cols = min(1024, triton.next_power_of_2(C))
+    launch(gelu_forward_kernel, (triton.cdiv(C, cols) * N,),
            x, bias,
            y,
-           N, C, rows, cols,
-           num_warps=warps)
+           C, cols,
+           num_warps=4)
     return y
 
 
@@ -1165,19 +1162,19 @@ def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x)
     C = x.shape[-1]
     N = x.numel() // C
-    rows, cols, warps = GELU_BACKWARD_TILE
-    cols = min(cols, triton.next_power_of_2(C))
+    rows = 2
+    cols = min(512, triton.next_power_of_2(C))
     col_tiles = triton.cdiv(C, cols)
 
     # The grid: col_tiles x programs. As in norm_backward each program sums its own rows first.
-    programs = triton.cdiv(n_programs(x, GELU_PROGRAMS_PER_SM), col_tiles)
-    programs = max(min(programs, triton.cdiv(N, rows)), 1)
+    programs = triton.cdiv(n_programs(x, 8), col_tiles)
+    programs = min(programs, triton.cdiv(N, rows))
     partial = x.new_empty(programs, C, dtype=torch.float32)
     launch(gelu_backward_kernel, (col_tiles, programs),
            dy, x, bias,
            dx, partial,
            N, C, rows, cols,
-           num_warps=warps)
+           num_warps=4)
     return dx, partial.sum(0).to(bias.dtype)
 
 
@@ -1204,19 +1201,29 @@ def bias_gelu(x, bias):
 #
 #     S = scale · Q Kᵀ (below the diagonal)     P = softmax(S)     O = dropout(P) V
 #
-# Forward (FlashAttention): a program owns a tile of BM query rows and walks the tiles of BN keys.
-# It keeps each row's running maximum m, running sum l and unscaled output; when m grows, both are
-# rescaled. Only lse = m + log l is kept, T numbers a head instead of T². Exponentials are base 2
-# (one instruction), so lse is too. Backward makes P = exp(S - lse) again, tile by tile. With
-# dropout's mask M, which holds 1/(1-p):
-#     dV = (P∘M)ᵀ dO     dP = (dO Vᵀ)∘M     dS = P∘(dP - δ)     dQ = scale·dS K     dK = scale·dSᵀ Q
-# The softmax's Jacobian takes away δ_i = Σ_j P_ij dP_ij, which equals Σ_d dO_id O_id.
-# Two kernels, so that nobody needs atomics: one owns query tiles (δ, dQ), one key tiles (dK, dV).
+# Forward (FlashAttention). The T x T matrix S never exists. A program owns a tile of BM query rows
+# and walks over the tiles of BN keys. For each row it keeps the largest logit so far, m, the sum of
+# exp(S - m) so far, and the output so far, not yet divided by that sum. When a tile has a larger
+# logit, sum and output are scaled down to the new m. Backward needs one number a row,
+# lse = m + log(sum), since P = exp(S - lse). The kernels use powers of 2, which are one
+# instruction: scale2 = scale · log2(e) turns logits to base 2, and lse is stored in base 2.
+#
+# Backward, with dropout's mask M (0 or 1/(1 - p)). O = (P∘M) V is a matrix product, so
+#     dV = (P∘M)ᵀ dO      dP = (dO Vᵀ)∘M
+# Softmax, row i: a logit S_ij moves P_ij by P_ij, and every P_ik of the row by -P_ik P_ij. So
+#     dS_ij = P_ij (dP_ij - δ_i),  δ_i = Σ_k P_ik dP_ik
+# δ needs no walk over the keys: Σ_k P_ik dP_ik = Σ_k (P∘M)_ik (dO_i · V_k) = dO_i · O_i. Last,
+#     dQ = scale · dS K      dK = scale · dSᵀ Q
+# dQ is a sum over keys, so a program owns a tile of queries, as in forward. dK and dV are sums over
+# queries, so a program owns a tile of keys. That makes two kernels, which both make P again tile by
+# tile, and neither needs atomics.
 #
 # qkv (B, T, 3C) is read in place through its strides, [q | k | v] as HF packs it, and the gradient
-# is written in the same layout: no transposed copy. BD is D padded to a power of two. Tiles that
-# the diagonal doesn't cross need no causal mask. So each loop stands twice in the compiled kernel
-# (static_range unrolls it): once for those (ON_DIAGONAL 0), once with the mask (1).
+# is written in the same layout: no transposed copy. BD is D padded to a power of two.
+#
+# A tile that lies wholly below the diagonal needs no causal mask. So each loop over tiles stands
+# twice in the compiled kernel (static_range unrolls it): with ON_DIAGONAL 0 for those, without the
+# mask, and with ON_DIAGONAL 1 for the tiles that the diagonal crosses.
 
 
 def split_heads(qkv, n_head):
@@ -1226,46 +1233,65 @@ def split_heads(qkv, n_head):
 
 def attention_ref(qkv, n_head, scale, dropout_p=0.0, seed=0):
     q, k, v = split_heads(qkv, n_head)
-    S = scale * at_least_fp32(q @ k.transpose(-2, -1))  # (B, H, T, T)
-    above = torch.ones_like(S, dtype=torch.bool).triu(1)
-    P = S.masked_fill(above, -torch.inf).softmax(-1)
-    O = dropout_ref(P, dropout_p, seed).to(v.dtype) @ v  # noqa: E741
+    if dropout_p == 0:  # torch's fused op computes what stands below
+        O = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)  # noqa: E741
+    else:
+        S = scale * at_least_fp32(q @ k.transpose(-2, -1))  # (B, H, T, T)
+        above = torch.ones_like(S, dtype=torch.bool).triu(1)
+        P = S.masked_fill(above, -torch.inf).softmax(-1)
+        O = dropout_ref(P, dropout_p, seed).to(v.dtype) @ v  # noqa: E741
     return O.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
 
 
 @jit
-def load_tile(ptr, rows, stride, T, D: constexpr, BD: constexpr, EVEN: constexpr):
-    """Rows of one head, (len(rows), BD), zero outside; EVEN: the tiles fit and need no mask."""
+def tile_pointers(ptr, rows, stride, T,
+                  D: constexpr,
+                  BD: constexpr):
+    """Pointers to rows of one head, (len(rows), BD), and which of them lie in the tensor."""
     d = tl.arange(0, BD)
     at = ptr + rows[:, None] * stride + d[None, :]
+    return at, (rows < T)[:, None] & (d < D)[None, :]
+
+
+@jit
+def load_tile(ptr, rows, stride, T,
+              D: constexpr,
+              BD: constexpr,
+              EVEN: constexpr):
+    """Rows of one head, zero outside the tensor; EVEN: nothing lies outside."""
+    at, inside = tile_pointers(ptr, rows, stride, T, D, BD)
     if EVEN:
         return tl.load(at)
     else:
-        inside = (rows < T)[:, None] & (d < D)[None, :]
         return tl.load(at, mask=inside, other=0.0)
 
 
 @jit
-def store_tile(ptr, tile, rows, stride, T, D: constexpr, BD: constexpr):
-    d = tl.arange(0, BD)
-    inside = (rows < T)[:, None] & (d < D)[None, :]
-    tl.store(ptr + rows[:, None] * stride + d[None, :], tile, mask=inside)
+def store_tile(ptr, tile, rows, stride, T,
+               D: constexpr,
+               BD: constexpr):
+    at, inside = tile_pointers(ptr, rows, stride, T, D, BD)
+    tl.store(at, tile, mask=inside)
 
 
 @jit
-def head_offsets(pair, T, H: constexpr, D: constexpr):
+def head_offsets(pair, T, C: constexpr, D: constexpr):
     """Where the (batch, head) pair begins in qkv (B, T, 3C), and in an output (B, T, C)."""
+    H = C // D
     batch = (pair // H).to(tl.int64)
     head = (pair % H) * D
-    return batch * T * (3 * H * D) + head, batch * T * (H * D) + head
+    return batch * T * (3 * C) + head, batch * T * C + head
 
 
 @jit
 def attention_forward_kernel(qkv_ptr,  # (B, T, 3C)
                              o_ptr,  # written, (B, T, C)
                              lse_ptr,  # written, (B, H, T)
-                             T, scale2, seed, p24,
-                             H: constexpr,
+                             T,
+                             scale2,  # scale · log2(e)
+                             seed,
+                             p24,
+                             C: constexpr,
                              D: constexpr,
                              BD: constexpr,
                              BM: constexpr,
@@ -1274,14 +1300,15 @@ def attention_forward_kernel(qkv_ptr,  # (B, T, 3C)
                              DROPOUT: constexpr):
     """O and lse of a tile of query rows."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # longest rows first: even load
-    pair = tl.program_id(1)
-    qkv_at, o_at = head_offsets(pair, T, H, D)
+    pair = tl.program_id(1)  # batch · H + head
+    qkv_at, o_at = head_offsets(pair, T, C, D)
     rows = first + tl.arange(0, BM)
+    row_at = pair.to(tl.int64) * T + rows  # in (B, H, T)
     dropout_keys = dropout_key(seed, pair * T + rows)[:, None]
 
-    # Q stays; acc, m and total are the rows' running output, maximum and sum.
+    # Q stays. acc, m and total are each row's output, largest logit and sum, so far.
     q_ptr = qkv_ptr + qkv_at
-    q = load_tile(q_ptr, rows, 3 * H * D, T, D, BD, EVEN)
+    q = load_tile(q_ptr, rows, 3 * C, T, D, BD, EVEN)
     acc = tl.zeros([BM, BD], tl.float32)
     m = tl.full([BM], -1e30, tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -1295,29 +1322,29 @@ def attention_forward_kernel(qkv_ptr,  # (B, T, 3C)
             begin = 0
             end = diagonal
         for start in range(begin, end, BN):
-            # Logits of this key tile.
+            # Logits of this key tile, in base 2.
             cols = start + tl.arange(0, BN)
-            k = load_tile(q_ptr + H * D, cols, 3 * H * D, T, D, BD, EVEN)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
-            if ON_DIAGONAL:  # finite: -inf minus -inf would be NaN
+            k = load_tile(q_ptr + C, cols, 3 * C, T, D, BD, EVEN)
+            s = tl.dot(q, tl.trans(k)) * scale2
+            if ON_DIAGONAL:  # not -inf: -inf minus -inf would be NaN
                 s = tl.where(cols[None, :] <= rows[:, None], s, -1e30)
 
-            # Where the maximum grows, what was summed so far shrinks by alpha.
+            # Where m grows, what was summed so far shrinks by alpha. The sum is P's before dropout.
             m_new = tl.maximum(m, tl.max(s, 1))
             prob = tl.exp2(s - m_new[:, None])
             alpha = tl.exp2(m - m_new)
-            total = total * alpha + tl.sum(prob, 1)  # P before dropout
+            total = total * alpha + tl.sum(prob, 1)
 
-            # O's part from this tile's values.
+            # Add this tile's part of O.
             if DROPOUT:
                 prob = dropout(prob, dropout_keys, cols[None, :], p24)
-            v = load_tile(q_ptr + 2 * H * D, cols, 3 * H * D, T, D, BD, EVEN)
-            acc = tl.dot(prob.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+            v = load_tile(q_ptr + 2 * C, cols, 3 * C, T, D, BD, EVEN)
+            acc = tl.dot(prob.to(v.dtype), v, acc * alpha[:, None])
             m = m_new
 
-    # Divide by the sum only now, once a row.
-    tl.store(lse_ptr + pair.to(tl.int64) * T + rows, m + tl.log2(total), mask=rows < T)
-    store_tile(o_ptr + o_at, acc / total[:, None], rows, H * D, T, D, BD)
+    # Divide by the sum: once a row, not in each step.
+    tl.store(lse_ptr + row_at, m + tl.log2(total), mask=rows < T)
+    store_tile(o_ptr + o_at, acc / total[:, None], rows, C, T, D, BD)
 
 
 @jit
@@ -1326,8 +1353,12 @@ def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
                         lse_ptr,  # (B, H, T)
                         delta_ptr,  # written, (B, H, T)
                         dqkv_ptr,  # its first third is written, (B, T, 3C)
-                        T, scale, scale2, seed, p24,
-                        H: constexpr,
+                        T,
+                        scale,
+                        scale2,
+                        seed,
+                        p24,
+                        C: constexpr,
                         D: constexpr,
                         BD: constexpr,
                         BM: constexpr,
@@ -1336,21 +1367,21 @@ def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
                         DROPOUT: constexpr):
     """δ and dQ of a tile of query rows."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    pair = tl.program_id(1)
-    qkv_at, o_at = head_offsets(pair, T, H, D)
+    pair = tl.program_id(1)  # batch · H + head
+    qkv_at, o_at = head_offsets(pair, T, C, D)
     rows = first + tl.arange(0, BM)
-    row_at = pair.to(tl.int64) * T + rows  # in lse and delta, both (B, H, T)
+    row_at = pair.to(tl.int64) * T + rows  # in (B, H, T)
     dropout_keys = dropout_key(seed, pair * T + rows)[:, None]
 
     # δ from O and dO. It is stored for the other kernel, which runs next.
-    do = load_tile(do_ptr + o_at, rows, H * D, T, D, BD, EVEN)
-    o = load_tile(o_ptr + o_at, rows, H * D, T, D, BD, EVEN)
+    do = load_tile(do_ptr + o_at, rows, C, T, D, BD, EVEN)
+    o = load_tile(o_ptr + o_at, rows, C, T, D, BD, EVEN)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta_ptr + row_at, delta, mask=rows < T)
 
     # Walk over the key tiles as forward does.
     q_ptr = qkv_ptr + qkv_at
-    q = load_tile(q_ptr, rows, 3 * H * D, T, D, BD, EVEN)
+    q = load_tile(q_ptr, rows, 3 * C, T, D, BD, EVEN)
     lse = load_fp32(lse_ptr + row_at, rows < T)
     dq = tl.zeros([BM, BD], tl.float32)
     diagonal = first // BN * BN  # key tiles before this lie below the diagonal
@@ -1364,22 +1395,22 @@ def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
             end = diagonal
         for start in range(begin, end, BN):
             cols = start + tl.arange(0, BN)
-            k = load_tile(q_ptr + H * D, cols, 3 * H * D, T, D, BD, EVEN)
-            v = load_tile(q_ptr + 2 * H * D, cols, 3 * H * D, T, D, BD, EVEN)
+            k = load_tile(q_ptr + C, cols, 3 * C, T, D, BD, EVEN)
+            v = load_tile(q_ptr + 2 * C, cols, 3 * C, T, D, BD, EVEN)
 
-            # P again from lse, already divided by the row's sum.
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale2
+            # P again: exp(S - lse) is already divided by the row's sum.
+            s = tl.dot(q, tl.trans(k)) * scale2
             prob = tl.exp2(s - lse[:, None])
             if ON_DIAGONAL:
                 prob = tl.where(cols[None, :] <= rows[:, None], prob, 0.0)
 
-            # dP through dropout's mask, then the softmax, then the product with K.
-            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            # dP with dropout's mask; dS by the softmax's rule; dQ's part from this tile's keys.
+            dp = tl.dot(do, tl.trans(v))
             if DROPOUT:
                 dp = dropout(dp, dropout_keys, cols[None, :], p24)
             ds = prob * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    store_tile(dqkv_ptr + qkv_at, dq * scale, rows, 3 * H * D, T, D, BD)
+            dq = tl.dot(ds.to(k.dtype), k, dq)
+    store_tile(dqkv_ptr + qkv_at, dq * scale, rows, 3 * C, T, D, BD)
 
 
 @jit
@@ -1387,23 +1418,29 @@ def attention_dkv_kernel(qkv_ptr,  # (B, T, 3C)
                          do_ptr,  # (B, T, C)
                          lse_ptr, delta_ptr,  # (B, H, T)
                          dqkv_ptr,  # its other two thirds are written
-                         T, scale, scale2, seed, p24,
-                         H: constexpr,
+                         T,
+                         scale,
+                         scale2,
+                         seed,
+                         p24,
+                         C: constexpr,
                          D: constexpr,
                          BD: constexpr,
                          BM: constexpr,
                          BN: constexpr,
                          EVEN: constexpr,
                          DROPOUT: constexpr):
-    """dK and dV of a tile of keys. It walks the query tiles at and below the diagonal, and all is
-    transposed: Sᵀ, Pᵀ and dSᵀ are (keys, queries)."""
+    """dK and dV of a tile of keys, from the query tiles at and below the diagonal.
+
+    All is transposed: s, prob and ds are (keys, queries), as the products for dK and dV take them.
+    """
     first = tl.program_id(0) * BN  # the first key tile has the most rows
-    pair = tl.program_id(1)
-    qkv_at, o_at = head_offsets(pair, T, H, D)
+    pair = tl.program_id(1)  # batch · H + head
+    qkv_at, o_at = head_offsets(pair, T, C, D)
     q_ptr = qkv_ptr + qkv_at
     cols = first + tl.arange(0, BN)
-    k = load_tile(q_ptr + H * D, cols, 3 * H * D, T, D, BD, EVEN)
-    v = load_tile(q_ptr + 2 * H * D, cols, 3 * H * D, T, D, BD, EVEN)
+    k = load_tile(q_ptr + C, cols, 3 * C, T, D, BD, EVEN)
+    v = load_tile(q_ptr + 2 * C, cols, 3 * C, T, D, BD, EVEN)
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BD], tl.float32)
 
@@ -1418,81 +1455,70 @@ def attention_dkv_kernel(qkv_ptr,  # (B, T, 3C)
             end = T
         for start in range(begin, end, BM):
             rows = start + tl.arange(0, BM)
-            row_at = pair.to(tl.int64) * T + rows
+            row_at = pair.to(tl.int64) * T + rows  # in (B, H, T)
 
-            # Pᵀ again from lse.
-            q = load_tile(q_ptr, rows, 3 * H * D, T, D, BD, EVEN)
+            # P again.
+            q = load_tile(q_ptr, rows, 3 * C, T, D, BD, EVEN)
             lse = load_fp32(lse_ptr + row_at, rows < T)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale2
+            s = tl.dot(k, tl.trans(q)) * scale2
             prob = tl.exp2(s - lse[None, :])
             if ON_DIAGONAL:
                 prob = tl.where(cols[:, None] <= rows[None, :], prob, 0.0)
 
-            # dV takes P as forward used it, after dropout; the softmax takes it before.
-            do = load_tile(do_ptr + o_at, rows, H * D, T, D, BD, EVEN)
+            # dV takes P as forward multiplied it with V, after dropout. The softmax's rule takes it
+            # before dropout.
+            do = load_tile(do_ptr + o_at, rows, C, T, D, BD, EVEN)
             delta = load_fp32(delta_ptr + row_at, rows < T)
-            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            dp = tl.dot(v, tl.trans(do))
             dropped = prob
             if DROPOUT:
                 dropout_keys = dropout_key(seed, pair * T + rows)[None, :]
                 dropped = dropout(prob, dropout_keys, cols[:, None], p24)
                 dp = dropout(dp, dropout_keys, cols[:, None], p24)
-            dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision="ieee")
+            dv = tl.dot(dropped.to(do.dtype), do, dv)
             ds = prob * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+            dk = tl.dot(ds.to(q.dtype), q, dk)
     dq_ptr = dqkv_ptr + qkv_at
-    store_tile(dq_ptr + H * D, dk * scale, cols, 3 * H * D, T, D, BD)
-    store_tile(dq_ptr + 2 * H * D, dv, cols, 3 * H * D, T, D, BD)
+    store_tile(dq_ptr + C, dk * scale, cols, 3 * C, T, D, BD)
+    store_tile(dq_ptr + 2 * C, dv, cols, 3 * C, T, D, BD)
 
 
 LOG2_E = 1.4426950408889634
 
-# (BM, BN, num_warps, num_stages). Fixed rather than autotuned, which costs minutes a rank:
-# `python tests/bench.py kernels --tune` measures them.
-ATTENTION_TILES = {
-    "sm_80": {
-        "forward": (128, 64, 8, 2),
-        "dq": (64, 32, 4, 1),
-        "dkv": (64, 32, 4, 1),
-    },
-    "sm_90": {
-        "forward": (64, 64, 4, 3),
-        "dq": (64, 64, 4, 2),
-        "dkv": (64, 64, 4, 2),
-        "dkv_dropout": (32, 64, 4, 2),  # the mask's registers would spill at 64
-    },
-}
-FP32_TILE = (32, 32, 4, 1)
+
+def attention_tile(kernel, dtype, p):
+    """(BM, BN, num_warps, num_stages), measured on each chip; autotuning would cost minutes."""
+    if dtype == torch.float32:
+        return 32, 32, 4, 1
+    if gpu() == "sm_80":
+        if kernel is attention_forward_kernel:
+            return 128, 64, 8, 2
+        return 64, 32, 4, 1
+    if kernel is attention_forward_kernel:
+        return 64, 64, 4, 3
+    if kernel is attention_dkv_kernel and p > 0:
+        return 32, 64, 4, 2  # at 64 rows the dropout mask's registers would spill
+    return 64, 64, 4, 2
 
 
-def attention_launch(kernel, qkv, n_head, p):
-    """(grid, keyword arguments) of one attention kernel: "forward", "dq" or "dkv"."""
-    if qkv.dtype == torch.float32:
-        tile = FP32_TILE
-    else:
-        tiles = ATTENTION_TILES[gpu()]
-        tile = tiles[kernel]
-        if p > 0:
-            tile = tiles.get(f"{kernel}_dropout", tile)
-    BM, BN, warps, stages = tile
-    B, T, C3 = qkv.shape
-    D = C3 // 3 // n_head
+def launch_attention(kernel, tensors, scales, n_head, p, seed):
+    """Run one attention kernel over all its tiles; tensors begins with qkv."""
+    B, T, C3 = tensors[0].shape
+    C = C3 // 3
+    D = C // n_head
     BD = max(triton.next_power_of_2(D), 16)  # tl.dot takes no less
-    rows_owned = BN if kernel == "dkv" else BM  # by one program
-    grid = (triton.cdiv(T, rows_owned), B * n_head)
+    BM, BN, warps, stages = attention_tile(kernel, tensors[0].dtype, p)
     even = T % BM == 0 and T % BN == 0 and BD == D
-    options = dict(
-        H=n_head,
-        D=D,
-        BD=BD,
-        BM=BM,
-        BN=BN,
-        EVEN=even,
-        DROPOUT=p > 0,
-        num_warps=warps,
-        num_stages=stages,
-    )
-    return grid, options
+    owned = BN if kernel is attention_dkv_kernel else BM  # rows of one program
+    launch(kernel, (triton.cdiv(T, owned), B * n_head),
+           *tensors,
+           T,
+           *scales,
+           *dropout_arguments(p, seed),
+           C, D, BD, BM, BN, even, p > 0,
+           num_warps=warps,
+           num_stages=stages,
+           default_dot_input_precision="ieee")  # fp32 products in fp32, not rounded to tf32
 
 
 @custom_op
@@ -1506,12 +1532,7 @@ def attention_forward(qkv: Tensor,
     B, T, C3 = qkv.shape
     o = qkv.new_empty(B, T, C3 // 3)
     lse = qkv.new_empty(B, n_head, T, dtype=torch.float32)
-    grid, options = attention_launch("forward", qkv, n_head, p)
-    launch(attention_forward_kernel, grid,
-           qkv,
-           o, lse,
-           T, scale * LOG2_E, *dropout_arguments(p, seed),
-           **options)
+    launch_attention(attention_forward_kernel, (qkv, o, lse), (scale * LOG2_E,), n_head, p, seed)
     return o, lse
 
 
@@ -1525,22 +1546,14 @@ def attention_backward(do: Tensor,
                        p: float,
                        seed: int,
                        ) -> Tensor:
-    """-> dqkv (B, T, 3C). The dq kernel writes its first third and delta, then dkv the rest."""
+    """-> dqkv (B, T, 3C)."""
     do = do.contiguous()
     dqkv = torch.empty_like(qkv)
     delta = torch.empty_like(lse)
-    T = qkv.shape[1]
-    numbers = (T, scale, scale * LOG2_E, *dropout_arguments(p, seed))
-    grid, options = attention_launch("dq", qkv, n_head, p)
-    launch(attention_dq_kernel, grid,
-           qkv, o, do, lse,
-           delta, dqkv,
-           *numbers, **options)
-    grid, options = attention_launch("dkv", qkv, n_head, p)
-    launch(attention_dkv_kernel, grid,
-           qkv, do, lse, delta,
-           dqkv,
-           *numbers, **options)
+    scales = (scale, scale * LOG2_E)
+    # The first writes delta and dqkv's first third; the second reads delta and writes the rest.
+    launch_attention(attention_dq_kernel, (qkv, o, do, lse, delta, dqkv), scales, n_head, p, seed)
+    launch_attention(attention_dkv_kernel, (qkv, do, lse, delta, dqkv), scales, n_head, p, seed)
     return dqkv
 
 
@@ -1564,11 +1577,7 @@ def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
     qkv = qkv.to(compute_dtype(qkv))
     if runs_kernel(qkv):
         return attention_forward(qkv.contiguous(), n_head, scale, dropout_p, seed)[0]
-    if dropout_p > 0:
-        return attention_ref(qkv, n_head, scale, dropout_p, seed)
-    q, k, v = split_heads(qkv, n_head)  # torch's fused attention: the fast reference
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    return o.transpose(1, 2).flatten(2)
+    return attention_ref(qkv, n_head, scale, dropout_p, seed)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1577,15 +1586,32 @@ def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
 #     Z = hidden Wᵀ      loss = mean over targets that count of  log Σ_v exp(Z_v) - Z_target
 #     dZ = (softmax(Z) - onehot(target)) / count      dhidden = dZ W      dW = dZᵀ hidden
 #
+# Backward, for one row: the derivative of log Σ exp(Z_v) by Z_v is softmax(Z)_v, and -Z_target adds
+# -1 at the target. Dividing by count makes it the mean's. The rest is a matrix product's backward.
+#
 # For N = 16k rows Z is 0.9 GB in bf16, and would be written, read and written again as dZ. Here
-# rows go in chunks: one product makes Z, one kernel takes the loss and overwrites Z with dZ, two
-# products use that up at once, so one chunk of logits is all that ever exists. The gradients are
-# therefore made in forward (if anybody wants them) for a loss gradient of 1; backward multiplies.
+# rows go in chunks, and one chunk of logits is all that ever exists. A product makes the chunk's Z,
+# the kernel takes the loss and writes dZ over Z, and two products use dZ up at once. So the
+# gradients are made in forward already (if anybody wants them), for a loss gradient of 1; backward
+# multiplies by the real one. The reference makes each chunk's logits again in backward instead.
+
+
+CROSS_ENTROPY_CHUNK = 4096  # rows
+
+
+def chunk_loss(hidden, weight, targets, ignore_index):
+    """The sum of one chunk's losses."""
+    logits = at_least_fp32(hidden @ weight.to(hidden.dtype).T)  # (chunk, V)
+    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
 
 
 def cross_entropy_ref(hidden, weight, targets, ignore_index=-100):
-    logits = at_least_fp32(hidden @ weight.to(hidden.dtype).T)  # (N, V)
-    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+    loss = 0.0
+    chunks = zip(hidden.split(CROSS_ENTROPY_CHUNK), targets.split(CROSS_ENTROPY_CHUNK))
+    for rows, row_targets in chunks:
+        # checkpoint throws the logits away and makes them again in backward
+        loss = loss + torch.utils.checkpoint.checkpoint(
+            chunk_loss, rows, weight, row_targets, ignore_index, use_reentrant=False)
     return loss / (targets != ignore_index).sum().clamp(min=1)
 
 
@@ -1603,7 +1629,8 @@ def cross_entropy_kernel(z_ptr,  # logits (N, V); overwritten with their gradien
     target = tl.load(target_ptr + row)
     z_ptr += row * V
 
-    # Softmax's maximum and sum in one pass. Each lane keeps its own; they are merged at the end.
+    # Softmax's maximum and sum in one walk over the row. Each lane keeps its own pair; where its
+    # maximum grows, its sum shrinks to match. The lanes' pairs are merged at the end.
     top = tl.full([BLOCK], -1e30, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, V, BLOCK):
@@ -1621,7 +1648,7 @@ def cross_entropy_kernel(z_ptr,  # logits (N, V); overwritten with their gradien
     loss = tl.where(counts, peak - z_target + tl.log(total), 0.0)
     tl.store(loss_ptr + row, loss)
     if GRADIENT:
-        # Every warp must have read z_target before one overwrites it.
+        # Warps run apart: every one must have read z_target before any overwrites it.
         tl.debug_barrier()
 
         # A second walk over the row. It reads from the cache what the first walk has read.
@@ -1634,19 +1661,6 @@ def cross_entropy_kernel(z_ptr,  # logits (N, V); overwritten with their gradien
             tl.store(z_ptr + cols, dz, mask=cols < V)
 
 
-def cross_entropy_rows(z, targets, losses, count, ignore_index):
-    """The kernel's work on one chunk in plain torch: fills losses, returns the logits' gradient."""
-    log_softmax = z.float().log_softmax(-1)
-    loss = F.nll_loss(log_softmax, targets, ignore_index=ignore_index, reduction="none")
-    losses.copy_(loss)
-    counts = targets != ignore_index
-    column = targets.where(counts, 0)  # an ignored row's gradient is multiplied by 0 below
-    dz = log_softmax.exp_()
-    dz[torch.arange(len(z)), column] -= 1
-    dz *= (counts / count)[:, None]
-    return dz.to(z.dtype)
-
-
 def product_fp32(a, b):
     """a @ b summed and returned in fp32; operands in bf16 still take the tensor cores."""
     if a.is_cuda and a.dtype != torch.float32:
@@ -1654,9 +1668,7 @@ def product_fp32(a, b):
     return (a @ b).float()
 
 
-CROSS_ENTROPY_CHUNK = 4096  # rows
 CROSS_ENTROPY_BLOCK = 8192  # columns at a time
-CROSS_ENTROPY_WARPS = 16
 
 
 @custom_op
@@ -1667,33 +1679,27 @@ def cross_entropy_chunks(hidden: Tensor,
                          gradient: bool,
                          ) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss, dhidden, dweight; the last two are empty unless `gradient`."""
-    hidden = hidden.contiguous()
     targets = targets.contiguous()
     w = weight.to(hidden.dtype)
+    V = len(weight)
+    block = min(CROSS_ENTROPY_BLOCK, triton.next_power_of_2(V))
     count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device: no wait for it
     losses = hidden.new_empty(len(hidden), dtype=torch.float32)
     dhidden = torch.empty_like(hidden) if gradient else hidden.new_empty(0)
-    dweight = torch.zeros_like(weight) if gradient else weight.new_empty(0)
-    # Tracing (custom_op) needs the shapes only.
-    N = 0 if isinstance(hidden, FakeTensor) else len(hidden)
-    for start in range(0, N, CROSS_ENTROPY_CHUNK):
+    dweight = torch.zeros_like(weight, dtype=torch.float32) if gradient else weight.new_empty(0)
+    for start in range(0, len(hidden), CROSS_ENTROPY_CHUNK):
         rows = slice(start, start + CROSS_ENTROPY_CHUNK)
         z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
-        if runs_kernel(z):
-            V = len(weight)
-            block = min(CROSS_ENTROPY_BLOCK, triton.next_power_of_2(V))
-            launch(cross_entropy_kernel, (len(z),),
-                   z, targets[rows],
-                   losses[rows],
-                   count, ignore_index,
-                   V, block, gradient,
-                   num_warps=CROSS_ENTROPY_WARPS)
-        else:
-            z = cross_entropy_rows(z, targets[rows], losses[rows], count, ignore_index)
+        launch(cross_entropy_kernel, (len(z),),
+               z, targets[rows],
+               losses[rows],
+               count,
+               ignore_index,
+               V, block, gradient,
+               num_warps=16)
         if gradient:  # z is dZ now
             torch.mm(z, w, out=dhidden[rows])
-            part = product_fp32(z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
-            dweight = part if start == 0 else dweight.add_(part)
+            dweight += product_fp32(z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
     return losses.sum() / count, dhidden, dweight.to(weight.dtype)
 
 
@@ -1716,10 +1722,10 @@ def cross_entropy(hidden, weight, targets, ignore_index=-100):
 
     hidden (N, C), weight (V, C), targets (N,) int64 below V. Returns an fp32 scalar. With every
     target ignored it is 0 with zero gradients (torch's is NaN). No host synchronisation."""
-    if hidden.dtype == torch.float64:
+    hidden = hidden.to(compute_dtype(hidden))
+    if not runs_kernel(hidden):
         return cross_entropy_ref(hidden, weight, targets, ignore_index)
     gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    hidden = hidden.to(compute_dtype(hidden))
     return cross_entropy_chunks(hidden, weight, targets, ignore_index, gradient)[0]
 
 

@@ -1,5 +1,5 @@
-"""The fused kernels of model.py against fp64 references: in Triton's interpreter (fp32), cross-
-compiled for chips that are not here, and, marked gpu, in bf16 on a CUDA device.
+"""The fused ops of model.py against plain torch in fp64: the kernels in Triton's interpreter (fp32)
+and, marked gpu, in bf16 on a CUDA device; the references; and kernels compiled for absent chips.
 
 The interpreter is chosen when triton is imported. So this file runs a second time in a child
 process that has TRITON_INTERPRET=1: tests marked `interpreted` run there, the others here."""
@@ -46,14 +46,15 @@ def test_kernels_in_the_interpreter(tier):
 
 class Case(NamedTuple):
     op: callable
-    plain: callable  # the op as one would write it in torch, in the same dtypes
-    reference: callable  # right in float64
+    plain: callable  # the op as one would write it in torch; in float64 it is right
     tensors: tuple  # float64, or int64 targets
     dtypes: tuple
     rest: tuple = ()  # arguments after the tensors
 
 
 NAMES = ["add_layer_norm", "layer_norm", "bias_gelu", "cross_entropy", "attention"]
+WITH_AND_WITHOUT_DROPOUT = [*((name, 0.0) for name in NAMES),
+                            ("add_layer_norm", 0.1), ("attention", 0.1)]
 F32 = torch.float32
 
 
@@ -61,17 +62,16 @@ def as_tuple(outputs):
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def rand(*shape, mean=0.0, seed=0, device="cpu"):
+def rand(*shape, mean=0.0, seed=0):
     generator = torch.Generator().manual_seed(seed + sum(shape))
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return (noise + mean).to(device).requires_grad_()
+    return torch.randn(shape, generator=generator, dtype=torch.float64) + mean
 
 
-def some_targets(rows, V, device="cpu"):
+def some_targets(rows, V):
     """Targets below V, every third ignored."""
     targets = torch.randint(V, (rows,), generator=torch.Generator().manual_seed(1))
     targets[1::3] = -100
-    return targets.to(device)
+    return targets
 
 
 def plain_norm(x, weight, bias):
@@ -89,7 +89,7 @@ def plain_gelu(x, bias):
 
 def plain_loss(hidden, weight, targets):
     logits = hidden @ weight.to(hidden.dtype).T
-    return F.cross_entropy(logits.float(), targets)
+    return F.cross_entropy(model.at_least_fp32(logits), targets)
 
 
 def plain_attention(qkv, n_head, scale):
@@ -98,25 +98,37 @@ def plain_attention(qkv, n_head, scale):
     return o.transpose(1, 2).flatten(2)
 
 
-def make_case(name, rows, width, heads=2, device="cpu", dtype=F32):
+def cross_entropy_case(rows, width, V, dtype=F32):
+    tensors = (rand(rows, width), rand(V, width, seed=3), some_targets(rows, V))
+    return Case(model.cross_entropy, plain_loss, tensors, (dtype, F32, torch.int64))
+
+
+def make_case(name, rows, width, heads=2, dtype=F32):
     """One op's case, with fp32 parameters and residual stream as under autocast."""
-    x = rand(rows, width, device=device)
-    residual = rand(rows, width, mean=100, seed=2, device=device)
-    weight = rand(width, mean=1, device=device)
-    bias = rand(width, seed=1, device=device)
-    op, reference = getattr(model, name), getattr(model, f"{name}_ref")
+    x = rand(rows, width)
+    residual = rand(rows, width, mean=100, seed=2)
+    weight = rand(width, mean=1)
+    bias = rand(width, seed=1)
+    op = getattr(model, name)
     if name == "add_layer_norm":
-        tensors = (x, residual, weight, bias)
-        return Case(op, plain_add_norm, reference, tensors, (dtype, F32, F32, F32))
+        return Case(op, plain_add_norm, (x, residual, weight, bias), (dtype, F32, F32, F32))
     if name == "layer_norm":
-        return Case(op, plain_norm, reference, (residual, weight, bias), (F32, F32, F32))
+        return Case(op, plain_norm, (residual, weight, bias), (F32, F32, F32))
     if name == "bias_gelu":
-        return Case(op, plain_gelu, reference, (x, bias), (dtype, F32))
+        return Case(op, plain_gelu, (x, bias), (dtype, F32))
     if name == "cross_entropy":
-        tensors = (x, rand(515, width, seed=3, device=device), some_targets(rows, 515, device))
-        return Case(op, plain_loss, reference, tensors, (dtype, F32, torch.int64))
-    qkv = rand(2, max(rows // 2, 3), 3 * width, device=device)
-    return Case(op, plain_attention, reference, (qkv,), (dtype,), (heads, 0.3))
+        return cross_entropy_case(rows, width, 515, dtype)
+    qkv = rand(2, max(rows // 2, 3), 3 * width)
+    return Case(op, plain_attention, (qkv,), (dtype,), (heads, 0.3))
+
+
+def with_dropout(name, case, p, seed):
+    """The case, with dropout where its op has any."""
+    if name == "add_layer_norm":
+        return case._replace(rest=(1e-5, p, seed))
+    if name == "attention":
+        return case._replace(rest=(*case.rest, p, seed))
+    return case
 
 
 def results(fn, tensors, dtypes, *rest):
@@ -124,22 +136,26 @@ def results(fn, tensors, dtypes, *rest):
     random: with ones, LayerNorm's dx is 0 and a wrong formula would pass."""
     leaves = []
     for tensor, dtype in zip(tensors, dtypes):
-        leaf = tensor.detach().to(dtype)
+        leaf = tensor.to(dtype, copy=True)
         leaves.append(leaf.requires_grad_(leaf.is_floating_point()))
     outputs = as_tuple(fn(*leaves, *rest))
-    grads = [rand(*o.shape, seed=5, device=o.device).bfloat16().to(o.dtype) for o in outputs]
+    grads = [rand(*o.shape, seed=5).bfloat16().to(o) for o in outputs]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     return [t.detach() for t in (*outputs, *grad(outputs, wanted, grads))]
+
+
+def ours(case):
+    return results(case.op, case.tensors, case.dtypes, *case.rest)
 
 
 def check(case):
     """max|ours - fp64| <= 2 max|torch's own op in the same dtypes - fp64|, for outputs and
     gradients, on inputs that those dtypes hold exactly."""
     tensors = [t.to(d).to(t.dtype) for t, d in zip(case.tensors, case.dtypes)]
-    ours = results(case.op, tensors, case.dtypes, *case.rest)
+    got = results(case.op, tensors, case.dtypes, *case.rest)
     theirs = results(case.plain, tensors, case.dtypes, *case.rest)
-    exact = results(case.reference, tensors, [t.dtype for t in tensors], *case.rest)
-    for i, (a, b, e) in enumerate(zip(ours, theirs, exact)):
+    exact = results(case.plain, tensors, [t.dtype for t in tensors], *case.rest)
+    for i, (a, b, e) in enumerate(zip(got, theirs, exact)):
         assert a.shape == e.shape
         # Where torch happens to be exact: less than a bf16 rounding, or a few fp32 ones at mean
         # 100, of the largest value.
@@ -155,13 +171,9 @@ def check_compiled(name, case, p, **compile_options):
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(case.op, fullgraph=True, **compile_options)
     for seed in (3, 4, 5, 6):
-        rest = case.rest
-        if name == "add_layer_norm":
-            rest = (1e-5, p, seed)
-        if name == "attention":
-            rest = (*case.rest, p, seed)
-        expected = results(case.op, case.tensors, case.dtypes, *rest)
-        for a, b in zip(results(compiled, case.tensors, case.dtypes, *rest), expected):
+        seeded = with_dropout(name, case, p, seed)
+        expected = ours(seeded)
+        for a, b in zip(ours(seeded._replace(op=compiled)), expected):
             assert a.dtype == b.dtype and torch.equal(a, b), name
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, name
 
@@ -193,14 +205,7 @@ def test_attention_matches_fp64(T, D):
     """K1: tiles at the diagonal and past the end, padded head widths, head and batch offsets, the
     scale."""
     qkv = rand(2, T, 3 * 2 * D)
-    check(Case(model.attention, model.attention_ref, model.attention_ref, (qkv,), (F32,), (2, 0.3)))
-
-
-def cross_entropy_case(rows, width, V):
-    tensors = (rand(rows, width), rand(V, width, seed=1), some_targets(rows, V))
-    dtypes = (F32, F32, torch.int64)
-    return Case(model.cross_entropy, model.cross_entropy_ref, model.cross_entropy_ref, tensors,
-                dtypes)
+    check(Case(model.attention, plain_attention, (qkv,), (F32,), (2, 0.3)))
 
 
 @interpreted
@@ -218,7 +223,7 @@ def test_cross_entropy_at_its_edges():
     over no target (0 with zero gradients, by our choice), negative ignore_index read as an
     address."""
     V = 32
-    hidden = (1e4 * rand(6, V).detach().sign().float()).requires_grad_()
+    hidden = (1e4 * rand(6, V).sign().float()).requires_grad_()
     loss = model.cross_entropy(hidden, torch.eye(V), torch.arange(6))
     (dhidden,) = grad(loss, hidden)
     assert loss.isfinite() and dhidden.isfinite().all() and dhidden.sum(1).abs().max() < 1e-6
@@ -233,11 +238,11 @@ def test_cross_entropy_at_its_edges():
 def test_strided_empty_and_no_grad(name):
     """K3: strides ignored, a launch over an empty grid, saved tensors or failures under no_grad."""
     case = make_case(name, 4, 32)
-    tensors = [t.detach().to(d) for t, d in zip(case.tensors, case.dtypes)]
+    tensors = [t.to(d) for t, d in zip(case.tensors, case.dtypes)]
     strided = torch.stack([tensors[0]] * 2, -1)[..., 0]
     with torch.no_grad():
         outputs = as_tuple(case.op(strided, *tensors[1:], *case.rest))
-        expected = as_tuple(case.reference(*tensors, *case.rest))
+        expected = as_tuple(case.plain(*tensors, *case.rest))
     for a, e in zip(outputs, expected):
         assert torch.allclose(a, e, atol=1e-4) and a.grad_fn is None
     holds_rows = {"add_layer_norm": (0, 1), "cross_entropy": (0, 2)}.get(name, (0,))
@@ -284,7 +289,7 @@ def test_attention_dropout_is_one_mask():
         return (scale * q @ k.mT).masked_fill(~below, -torch.inf).softmax(-1)
 
     qkv = rand(1, T, 3 * T)
-    shown = qkv.detach().float()
+    shown = qkv.float()
     shown[..., 2 * T:] = torch.eye(T)
     mask = (model.attention(shown, 1, scale, p, 3) / probabilities(shown)[0]).nan_to_num()
     assert ((mask - 1 / (1 - p)).abs().lt(1e-3) | (mask == 0)).all()
@@ -294,10 +299,10 @@ def test_attention_dropout_is_one_mask():
         v = model.split_heads(qkv, 1)[2]
         return ((probabilities(qkv) * mask.sign() / (1 - p)) @ v).transpose(1, 2).flatten(2)
 
-    def ours(qkv):
+    def dropped(qkv):
         return model.attention(qkv, 1, scale, p, 3)
 
-    check(Case(ours, masked, masked, (qkv,), (F32,)))
+    check(Case(dropped, masked, (qkv,), (F32,)))
 
 
 @interpreted
@@ -313,19 +318,34 @@ def test_compiled_equals_eager(name):
 # without a kernel
 
 
-def test_reference_cross_entropy_in_chunks(monkeypatch):
-    """The CPU's path building whole logits, or wrong at a chunk's edge, at ignored rows, or where
-    all are ignored."""
+@pytest.fixture
+def no_kernel(monkeypatch):
     monkeypatch.setattr(model, "INTERPRETED", False)
+
+
+def test_references_match_fp64(no_kernel):
+    """K1 on the path of a CPU, attention's written-out formula included, which only dropout
+    takes."""
+    for name in NAMES:
+        check(make_case(name, 6, 32))
+    case = make_case("attention", 6, 32)
+    nothing_dropped = (1e-9, 1)
+    check(case._replace(op=lambda *args: model.attention_ref(*args, *nothing_dropped)))
+
+
+def test_reference_cross_entropy_in_chunks(no_kernel, monkeypatch):
+    """The CPU's path building whole logits, or keeping a chunk's until backward, or wrong at a
+    chunk's edge, at ignored rows, or where all are ignored."""
     monkeypatch.setattr(model, "CROSS_ENTROPY_CHUNK", 50)
     case = cross_entropy_case(130, 64, 515)
+    check(case)
     with torch.profiler.profile(record_shapes=True) as profile:
-        check(case)
-    shapes = sorted(event.input_shapes[0] for event in profile.events()
-                    if event.name == "aten::_log_softmax")
-    assert shapes == [[30, 515], [50, 515], [50, 515], [130, 515], [130, 515]]  # two references
-    hidden, weight, _ = case.tensors
-    ignored = model.cross_entropy(hidden.float(), weight.float(), torch.full((130,), -100))
+        ours(case)
+    rows = [event.input_shapes[0][0] for event in profile.events()
+            if event.name == "aten::_log_softmax"]
+    assert rows.count(50) == 4 and rows.count(30) == 2 and len(rows) == 6  # made again in backward
+    hidden = case.tensors[0].float().requires_grad_()
+    ignored = model.cross_entropy(hidden, case.tensors[1].float(), torch.full((130,), -100))
     assert ignored == 0 and (grad(ignored, hidden)[0] == 0).all()
 
 
@@ -383,7 +403,8 @@ class TestOnGPU:
     pytestmark = gpu
 
     def case(self, name, rows=300, width=2560, heads=20):
-        return make_case(name, rows, width, heads, "cuda", torch.bfloat16)
+        case = make_case(name, rows, width, heads, torch.bfloat16)
+        return case._replace(tensors=[t.cuda() for t in case.tensors])
 
     @pytest.mark.parametrize("width,heads", [(2560, 20), (768, 12), (1000, 10)])
     @pytest.mark.parametrize("name", NAMES)
@@ -391,36 +412,24 @@ class TestOnGPU:
         """A kernel less exact in bf16 than torch's own op."""
         check(self.case(name, width=width, heads=heads))
 
-    @pytest.mark.parametrize("name,p", [
-        *((name, 0.0) for name in NAMES), ("add_layer_norm", 0.1), ("attention", 0.1)])
+    @pytest.mark.parametrize("name,p", WITH_AND_WITHOUT_DROPOUT)
     def test_compiled_and_autocast_equal_eager(self, name, p):
         """K5: a fake that lies about shape, dtype or device, a graph break, a recompilation for
         each seed."""
         with torch.autocast("cuda", torch.bfloat16):
             check_compiled(name, self.case(name), p)
 
-    @pytest.mark.parametrize("name", NAMES)
-    def test_bit_identical(self, name):
-        """K6: a race, or a sum whose order depends on timing."""
+    @pytest.mark.parametrize("name,p", WITH_AND_WITHOUT_DROPOUT)
+    def test_bit_identical(self, name, p):
+        """K6: a race, or a sum whose order depends on timing. K8: a mask that depends on the
+        generator's state, or that moves it, or that ignores the seed."""
         case = self.case(name, rows=4000)
-        first = results(case.op, case.tensors, case.dtypes, *case.rest)
-        for _ in range(3):
-            again = results(case.op, case.tensors, case.dtypes, *case.rest)
-            assert all(torch.equal(a, b) for a, b in zip(first, again))
-
-    def test_attention_dropout_is_reproducible(self):
-        """K8: a mask that depends on the generator's state, or that moves it, or that ignores the
-        seed."""
-        qkv = rand(2, 256, 3 * 4 * 128, device="cuda")
         before = torch.cuda.get_rng_state()
-
-        def dropped(seed):
-            return results(model.attention, (qkv,), (torch.bfloat16,), 4, 0.1, 0.1, seed)
-
-        first = dropped(5)
-        assert all(torch.equal(a, b) for a, b in zip(first, dropped(5)))
-        assert not torch.equal(first[0], dropped(6)[0])
+        first, *again = (ours(with_dropout(name, case, p, 5)) for _ in range(4))
+        assert all(torch.equal(a, b) for other in again for a, b in zip(first, other))
         assert torch.equal(before, torch.cuda.get_rng_state())
+        if p > 0:
+            assert not torch.equal(first[0], ours(with_dropout(name, case, p, 6))[0])
 
     def test_logits_past_2_to_31(self, monkeypatch):
         """K7: 32-bit row offsets, at 80,000 rows of 28,896 logits."""
@@ -431,19 +440,14 @@ class TestOnGPU:
         targets = torch.randint(0, 28_896, (80_000,), device="cuda")
         targets[:79_000] = -100  # only rows past 2^31 count
 
-        def with_gradient(op, hidden, weight, targets):
-            hidden = hidden.detach().requires_grad_()
-            loss = op(hidden, weight, targets)
-            return loss.detach().double(), grad(loss, hidden)[0].double()
-
-        loss, dhidden = with_gradient(model.cross_entropy, hidden, weight, targets)
+        dtypes = (torch.bfloat16, F32, torch.int64)
+        loss, dhidden, _ = results(model.cross_entropy, (hidden, weight, targets), dtypes)
         assert (dhidden[:79_000] == 0).all()
         # The tail alone is another product for cuBLAS, so not bit-equal: compare errors in fp64.
-        tail = hidden[79_000:]
-        last = targets[79_000:]
-        alone = with_gradient(model.cross_entropy, tail, weight, last)
-        exact = with_gradient(model.cross_entropy_ref, tail.double(), weight.bfloat16().double(),
-                              last)
+        tail = (hidden[79_000:], weight.bfloat16(), targets[79_000:])
+        alone = results(model.cross_entropy, tail, dtypes)
+        wide = (torch.float64, torch.float64, torch.int64)
+        exact = results(model.cross_entropy_ref, tail, wide)
         for got, other, e in zip((loss, dhidden[79_000:]), alone, exact):
             allowed = 2 * (other - e).abs().amax() + 1e-5 * e.abs().amax()
             assert (got - e).abs().amax() <= allowed
@@ -467,9 +471,9 @@ def test_training_the_demo_in_the_interpreter(tmp_path):
 
     def losses(out, env):
         """(standard output, every loss of the log) of three steps."""
-        done = run("train.py", "--preset", "demo", "--data", tmp_path / "demo", "--out", out,
-                   "--total_steps", 3, "--batch_tokens", 256, "--log_every", 1, "--lr", 0.01,
-                   "--warmup_steps", 1, "--eval_tokens", 256, "--device", "cpu",
+        flags = ("--total_steps 3 --batch_tokens 256 --log_every 1 --lr 0.01 --warmup_steps 1 "
+                 "--eval_tokens 256 --preset demo --device cpu")
+        done = run("train.py", *flags.split(), "--data", tmp_path / "demo", "--out", out,
                    env={**env, "OMP_NUM_THREADS": "1"}, timeout=900)
         assert done.returncode == 0, done.stderr
         rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
