@@ -219,6 +219,36 @@ def test_resume_at_other_world_sizes_and_modes(arrays, tmp_path, undisturbed):
     assert rows(out) == pytest.approx(rows(undisturbed), rel=1e-5)
 
 
+def watch_gradients(folder):
+    """A fault: note before each update where the gradients lie. DDP's buckets are small here."""
+    def fault(rank):
+        update, init = train.update, train.DistributedDataParallel.__init__
+
+        def watched(model, *rest):
+            gradients = [p.grad for p in model.parameters()]
+            held = {g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in gradients}
+            with open(folder / f"rank{rank}", "a") as f:
+                print(len(held), sum(held.values()) - sum(g.nbytes for g in gradients),
+                      [g.data_ptr() for g in gradients], file=f)
+            return update(model, *rest)
+
+        train.update = watched
+        train.DistributedDataParallel.__init__ = lambda *a, **k: init(*a, **k, bucket_cap_mb=0.02)
+    return fault
+
+
+def test_ddp_holds_gradients_once(arrays, tmp_path):
+    """Gradients lie beside DDP's buckets, from the start or later: 10.4 GB more for BioMedLM."""
+    out = tmp_path / "run"
+    go(arrays, out, "--micro_batch", 1, mode="ddp", fault=at_step(9, terminate))
+    go(arrays, out, "--micro_batch", 1, mode="ddp", fault=watch_gradients(tmp_path))
+    for rank in (0, 1):
+        lines = (tmp_path / f"rank{rank}").read_text().splitlines()
+        buckets, outside = map(int, lines[0].split()[:2])
+        assert len(lines) == 10 and len(set(lines)) == 1  # no address changes from step to step
+        assert 1 < buckets < 10 and outside == 0  # many gradients a storage, and nothing else
+
+
 def test_dropout_differs_between_ranks_and_seeds():
     """Seeds packed in 64 bits: the CPU's generator reads 32, so that all ranks drop alike."""
     draws = set()
