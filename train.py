@@ -77,15 +77,14 @@ def main():
                       "--fresh")
         return process.close()
 
-    # Model: the same weights on every rank, fresh or those of --init.
+    # Model: the weights of --init or fresh ones, the same on every rank.
     if process.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
     if settings["init"] and start == 0:
         gpt = GPT.from_pretrained(settings["init"], device=process.device,
                                   dropout=settings["dropout"]).train()
     else:
-        torch.manual_seed(settings["seed"])
-        gpt = GPT(config).to(process.device)
+        gpt = fresh_model(config, settings["seed"], process)
     n_params = gpt.n_params()
     gpt.activation_checkpointing = settings["activation_checkpointing"]
 
@@ -374,8 +373,10 @@ def start_process(device=None, dtype=None):
             torch.cuda.set_device(device)
             # gloo beside NCCL: agreeing on Python's values is then no work for the GPU.
             backend = "cpu:gloo,cuda:nccl"
-        # The others wait while rank 0 writes a checkpoint or makes the demo: up to an hour.
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        # A GPU that hangs ends the run in 15 minutes. What is agreed on by the CPUs has a group of
+        # its own: there the others wait while rank 0 makes the demo or writes a checkpoint.
+        dist.init_process_group(backend, timeout=timedelta(minutes=15))
+        process.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
         process.rank = dist.get_rank()
         process.world_size = dist.get_world_size()
     return process
@@ -388,6 +389,7 @@ class Process:
     dtype: torch.dtype  # of the matrix products
     rank: int = 0
     world_size: int = 1
+    group: dist.ProcessGroup | None = None  # of the CPUs
 
     def autocast(self):
         """Matrix products in dtype, over fp32 weights."""
@@ -403,14 +405,14 @@ class Process:
         """Numbers or 0-d tensors, reduced over the ranks on the CPU, as Python floats."""
         values = torch.tensor([float(value) for value in values], dtype=torch.float64)
         if self.world_size > 1:
-            dist.all_reduce(values, op)
+            dist.all_reduce(values, op, self.group)
         return values.tolist()
 
     def gather(self, value):
         """The values of all ranks, in a list. A value is anything that can be pickled."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, self.group)
         return values
 
     def on_rank_0(self, fn):
@@ -432,12 +434,31 @@ class Process:
             dist.destroy_process_group()
 
 
+def fresh_model(config, seed, process):
+    """GPT with random weights. Rank 0 draws them on its CPU, the others receive them.
+
+    If each rank drew them, eight copies, 83 GB for BioMedLM, would fill the memory of a node.
+    """
+    torch.manual_seed(seed)
+    with torch.device("cpu" if process.rank == 0 else "meta"):  # meta: shapes without memory
+        model = GPT(config)
+    if process.rank == 0:
+        model.to(process.device)
+    else:
+        model.to_empty(device=process.device)
+    if dist.is_initialized():
+        for p in model.parameters():
+            dist.broadcast(p.data, 0)
+    return model
+
+
 def distribute(model, parallel, process):
     """The model as torchrun's processes share it; a process without torchrun has it for itself.
 
     ddp: each rank has the whole model, and gradients are averaged over the ranks in backward.
     fsdp: each rank keeps its part of every weight, gradient and moment. A block's weights are
-    gathered just before they are used and dropped after: less memory, more traffic.
+    gathered just before they are used: less memory, more traffic. They are dropped after use where
+    memory is scarce, as --activation_checkpointing says, and else at the step's end.
     """
     if not dist.is_initialized():
         return model
@@ -445,10 +466,30 @@ def distribute(model, parallel, process):
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     # It warns of the blocks' outputs, which nothing here changes in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
-    mesh = dist.device_mesh.init_device_mesh(process.device.type, (process.world_size,))
+    # The ranks of a node share one copy, so that weights are gathered over its fast links alone.
+    # Between the nodes' copies only gradients travel. Nodes of one GPU share one copy together.
+    shards = int(os.environ["LOCAL_WORLD_SIZE"])
+    if shards == 1 or process.world_size % shards:
+        shards = process.world_size
+    mesh = dist.device_mesh.init_device_mesh(
+        process.device.type, (process.world_size // shards, shards),
+        mesh_dim_names=("copies", "shards"))
     for block in model.transformer.h:  # fp32 shards and fp32 reduction, bf16 by autocast alone
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=model.activation_checkpointing)
     return fully_shard(model, mesh=mesh)
+
+
+def announce(model, last):
+    """Tell DDP or FSDP, before forward, whether the step's last micro-batch comes.
+
+    Its backward alone sums the gradients over the ranks. Until then each rank adds up its own, with
+    FSDP whole ones. FSDP also keeps the gathered weights until then, unless memory is scarce.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last or model.activation_checkpointing)
+    else:
+        model.require_backward_grad_sync = last  # only DDP looks at this
 
 
 def settle_gradients(model, process):
@@ -528,9 +569,7 @@ def train_step(model, optimizer, batches, step, settings, process):
     positions = accumulation * settings["micro_batch"] * (settings["seq_len"] - 1)
     total = 0.0
     for i in range(accumulation):
-        # Only DDP looks at this, and before forward. The last micro-batch alone then pays for the
-        # sum of the gradients over the ranks.
-        model.require_backward_grad_sync = i == accumulation - 1
+        announce(model, last=i == accumulation - 1)
         x, y = next(batches)
         with process.autocast():
             _, loss = model(x, y)
