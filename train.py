@@ -13,6 +13,7 @@ its share in micro-batches, and adds up their gradients.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -115,7 +117,9 @@ def main():
     # The loop. `step` counts the updates done. It goes round N + 1 times: the last time it only
     # validates and saves, so that the end is no special case.
     flops = flops_per_token(config, n_params, settings["seq_len"])
-    stop_asked = catch_signals(process)
+    signals = catch_signals()
+    saved_at = time.monotonic()
+    writing = None  # rank 0's thread that writes a checkpoint
     seconds = []  # of each step since the last logged line, without validations and checkpoints
     skipped = 0  # updates in a row whose gradient was not finite
     for step in tqdm(range(start, total_steps + 1), initial=start, total=total_steps, unit="step",
@@ -124,16 +128,22 @@ def main():
         last = step == total_steps
         if last or step % settings["eval_every"] == 0:
             val_batches = data.val_batches(**share, max_tokens=settings["eval_tokens"])
-            val_loss = evaluate(model, val_batches, process, stop_asked)
+            val_loss = evaluate(model, val_batches, process, signals)
             if val_loss is not None:
                 log_validation(run, step, val_loss, meta["val"], settings, process)
 
         # Once in a while, at the end, and where a signal asked for a stop: a checkpoint.
-        stopping = stop_asked()
-        if step > start and (last or stopping or step % settings["save_every"] == 0):
-            save_checkpoint(run, model, optimizer, step, settings["keep"], process,
-                            must=last or stopping)
-        if last or stopping:
+        # Only the last one is waited for.
+        due = time.monotonic() - saved_at > 60 * settings["save_minutes"]
+        if settings["save_every"]:
+            due = step % settings["save_every"] == 0
+        stopping, due = process.any([signals, due])
+        ending = last or stopping
+        if step > start and (ending or due):
+            writing = save_checkpoint(run, model, optimizer, step, settings["keep"], process,
+                                      writing, wait=ending)
+            saved_at = time.monotonic()
+        if ending:
             break
 
         # One step: forward and backward for each micro-batch, then one update.
@@ -209,8 +219,9 @@ SETTINGS = {  # flag: (kind, demo, gpt2-124m and biomedlm-125m, biomedlm, help)
     "eval_tokens": (COUNT, 16_384, 4 * 1024**2, 4 * 1024**2, "validation tokens at most"),
     "log_every": (COUNT, 50, 10, 10, "steps between logged lines"),
     # torchrun kills 30 s after SIGTERM, and a 31 GB checkpoint takes longer to write. So the
-    # periodic ones are the guarantee: 15 minutes on 128 A100s, 40 on 8 H100s.
-    "save_every": (COUNT, 500, 500, 500, "steps between checkpoints"),
+    # periodic ones are the guarantee. By the clock they cost the same share on any machine.
+    "save_minutes": (POSITIVE, 30.0, 30.0, 30.0, "minutes between checkpoints"),
+    "save_every": (COUNT_OR_0, 0, 0, 0, "steps between checkpoints; 0 goes by --save_minutes"),
     "keep": (COUNT, 2, 2, 2, "checkpoints kept, the newest"),
 }
 COLUMN = {"demo": 1, "gpt2-124m": 2, "biomedlm-125m": 2, "biomedlm": 3}  # of a preset in SETTINGS
@@ -408,6 +419,10 @@ class Process:
             dist.all_reduce(values, op, self.group)
         return values.tolist()
 
+    def any(self, conditions):
+        """For each condition whether it holds on any rank, the same answers on all of them."""
+        return [count > 0 for count in self.all_reduce([bool(value) for value in conditions])]
+
     def gather(self, value):
         """The values of all ranks, in a list. A value is anything that can be pickled."""
         values = [value] * self.world_size
@@ -510,11 +525,11 @@ def settle_gradients(model, process):
     model.zero_grad(set_to_none=False)
 
 
-def catch_signals(process):
+def catch_signals():
     """SIGTERM or SIGINT now asks for a stop at the step's edge; a second one ends the process.
 
-    Returns a function: True on every rank once any was asked. A rank that stopped alone would hang
-    the rest.
+    Returns a list, which a signal fills. The ranks stop together, by Process.any: one that stopped
+    alone would hang the rest.
     """
     asked = []
 
@@ -524,7 +539,7 @@ def catch_signals(process):
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, catch)
-    return lambda: process.all_reduce([len(asked)])[0] > 0
+    return asked
 
 
 # ---------------------------------------------------------------------------------------------
@@ -601,7 +616,7 @@ def update(model, optimizer, lr, grad_clip):
 
 
 @torch.no_grad()
-def evaluate(model, batches, process, stop_asked):
+def evaluate(model, batches, process, signals):
     """Mean loss in nats a token over the batches of all ranks; None where a stop was asked for."""
     model.eval()
     nats = 0.0
@@ -612,7 +627,7 @@ def evaluate(model, batches, process, stop_asked):
         valid = (y != -100).sum()
         nats += loss.double() * valid  # the mean over this batch's valid targets -> their sum
         targets += valid
-        if stop_asked():
+        if process.any([signals])[0]:
             return None
     model.train()
     nats, targets = process.all_reduce([nats, targets])
@@ -712,33 +727,49 @@ def cut_log(path, step, evaluates):
         f.writelines(kept)
 
 
-def save_checkpoint(run, model, optimizer, step, keep, process, must):
-    """Gather the full state on rank 0 and write checkpoint_STEP.pt whole, or leave all as it was.
+def save_checkpoint(run, model, optimizer, step, keep, process, writing, wait):
+    """Copy the full state to rank 0's CPU and let a thread write it while training goes on.
 
-    The file has 12 bytes a parameter, 31 GB for BioMedLM. Rank 0 needs as much memory.
-    If the disk is full: a warning, or ValueError on every rank where the checkpoint `must` be.
+    writing: the thread of the checkpoint before, or None. Returns the new one on rank 0. A write
+    that fails is told there and training goes on; if it is to `wait`, ValueError on every rank.
+    The copy and the file have 12 bytes a parameter, 31 GB for BioMedLM.
     """
+    # One copy at a time. The others wait with the CPUs' group: no GPU times out meanwhile.
+    process.on_rank_0(lambda: writing and writing.join())
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = dcp.get_state_dict(model, optimizer, options=options)
-    path = run / f"checkpoint_{step:07d}.pt"
+    if process.device.type == "cpu":  # no copy yet, and the next step would change them
+        weights, moments = copy.deepcopy((weights, moments))
+    contents = {"model": weights, "optimizer": moments, "step": step}
 
     def write():
         try:
-            with replacing(path) as f:
-                torch.save({"model": weights, "optimizer": moments, "step": step}, f)
-            # A later step's file is damaged, or the run would have gone on from it: not counted.
-            whole = sorted(p for p in run.glob("checkpoint_*.pt") if p <= path)
-            for old in whole[:-keep]:
-                old.unlink()
-        except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into RuntimeError
-            reason = str(e).splitlines()[0]
-            error = f"{path} could not be written, is the disk full? ({reason})"
-            if must:
-                raise ValueError(f"{error}: make room and run the same command again, the newest "
-                                 "checkpoint stands") from None
-            process.print(f"warning: {error}; the older ones stand, training goes on")
+            write_checkpoint(run, contents, keep)
+        except ValueError as e:
+            process.print(f"warning: {e}; training goes on")
 
-    process.on_rank_0(write)
+    if wait:
+        process.on_rank_0(lambda: write_checkpoint(run, contents, keep))
+    elif process.rank == 0:
+        writing = threading.Thread(target=write)
+        writing.start()
+    return writing
+
+
+def write_checkpoint(run, contents, keep):
+    """Write checkpoint_STEP.pt whole, then remove old ones; else ValueError, and all stays."""
+    path = run / f"checkpoint_{contents['step']:07d}.pt"
+    try:
+        with replacing(path) as f:
+            torch.save(contents, f)
+        # A later step's file is damaged, or the run would have gone on from it: not counted.
+        whole = sorted(p for p in run.glob("checkpoint_*.pt") if p <= path)
+        for old in whole[:-keep]:
+            old.unlink()
+    except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into RuntimeError
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"{path} could not be written, is the disk full? ({reason}): make room; "
+                         "the newest checkpoint stands") from None
 
 
 def load_checkpoint(path, model, optimizer, process):
