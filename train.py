@@ -14,12 +14,14 @@ its share in micro-batches, and adds up their gradients.
 
 import argparse
 import copy
+import fcntl
 import json
 import math
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -639,6 +641,7 @@ def evaluate(model, batches, process, signals):
 #
 # run.json, config.json, vocab.json, merges.txt   written once a start: what the run is
 # log.jsonl                                       a row a logged step, and a row a validation
+# lock                                            locked by the training that owns the folder
 # checkpoint_0001000.pt                           weights, optimiser state and step number
 #
 # A checkpoint is the whole state, gathered on rank 0: the same file at any world size, with DDP or
@@ -651,6 +654,7 @@ def open_run(run, settings, config, fresh):
     Returns (step, path of the checkpoint to go on from), for a new run (0, None).
     """
     run.mkdir(parents=True, exist_ok=True)
+    lock(run)
     for path in run.glob("*.tmp"):  # of a run that was killed while writing
         path.unlink()
     if fresh:
@@ -679,6 +683,26 @@ def open_run(run, settings, config, fresh):
     write_json(run / "config.json", config.to_hf())
     write_json(run / "run.json", {"settings": settings, "versions": versions})
     return step, checkpoint
+
+
+def lock(run):
+    """Keep other trainings out of the folder until this process ends, however it ends.
+
+    A POSIX record lock: the kernel drops it with its process, after kill -9 too, and children don't
+    inherit it. Other nodes see it where the file system carries locks: NFSv4, GPFS, Lustre mounted
+    with flock. When a node dies, NFSv4 drops it after a lease, 90 s by default.
+    """
+    descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT)  # never closed: that would unlock
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # which of them depends on the system
+        owner = os.read(descriptor, 1000).decode()
+        raise ValueError(f"another training owns {run}: {owner}; wait for its end, stop it, or "
+                         "give another --out") from None
+    except OSError as e:  # a file system without locks
+        print(f"warning: {run} can't be locked ({e}): start no second training there")
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def write_json(path, contents):

@@ -478,7 +478,7 @@ def test_killed_in_a_save(arrays, tmp_path, undisturbed, stage):
     go(arrays, out, "--keep", 1)
     assert_same(out, undisturbed)
     assert rows(out) == rows(undisturbed)
-    names = ["checkpoint_0000020.pt", "config.json", "log.jsonl", "merges.txt",
+    names = ["checkpoint_0000020.pt", "config.json", "lock", "log.jsonl", "merges.txt",
              "run.json", "vocab.json"]
     assert sorted(p.name for p in out.iterdir()) == names
 
@@ -518,6 +518,20 @@ def test_saves_by_the_clock(arrays, tmp_path):
     go(arrays, out, "--save_every", 0, mode="ddp", fault=at_step(7, later, ranks=(1,)))
     assert [p.name for p in sorted(out.glob("*.pt"))] == [
         "checkpoint_0000008.pt", "checkpoint_0000020.pt"]
+
+
+def test_one_owner(arrays, tmp_path, undisturbed):
+    """Two trainings share a folder, or a training that was killed keeps the next one out."""
+    out = tmp_path / "run"
+    (first,), _ = start(arrays, out, fault=at_step(7, lambda: time.sleep(60)))
+    while not (out / "checkpoint_0000005.pt").exists():
+        time.sleep(0.1)
+    text = go(arrays, out, "--fresh", code=1)
+    assert f"another training owns {out}: process {first.pid} on {socket.gethostname()}" in text
+    first.kill()
+    first.join()
+    assert "steps 5 to 20" in go(arrays, out)
+    assert_same(out, undisturbed)
 
 
 def test_damaged_checkpoints_are_skipped(arrays, tmp_path, undisturbed):
