@@ -483,10 +483,10 @@ def distribute(model, parallel, process):
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     # It warns of the blocks' outputs, which nothing here changes in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
-    # The ranks of a node share one copy, so that weights are gathered over its fast links alone.
-    # Between the nodes' copies only gradients travel. Nodes of one GPU share one copy together.
+    # A node's ranks share one copy of the model: weights are gathered over its fast links alone.
+    # Between nodes only gradients travel, once a step. Nodes of one GPU share one copy together.
     shards = int(os.environ["LOCAL_WORLD_SIZE"])
-    if shards == 1 or process.world_size % shards:
+    if shards == 1:
         shards = process.world_size
     mesh = dist.device_mesh.init_device_mesh(
         process.device.type, (process.world_size // shards, shards),
