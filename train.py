@@ -13,14 +13,18 @@ its share in micro-batches, and adds up their gradients.
 """
 
 import argparse
+import copy
+import fcntl
 import json
 import math
 import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -32,7 +36,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -77,26 +81,27 @@ def main():
                       "--fresh")
         return process.close()
 
-    # Model: the same weights on every rank, fresh or those of --init.
+    # Model: the weights of --init or fresh ones, the same on every rank.
     if process.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
     if settings["init"] and start == 0:
         gpt = GPT.from_pretrained(settings["init"], device=process.device,
                                   dropout=settings["dropout"]).train()
     else:
-        torch.manual_seed(settings["seed"])
-        gpt = GPT(config).to(process.device)
+        gpt = fresh_model(config, settings["seed"], process)
     n_params = gpt.n_params()
     gpt.activation_checkpointing = settings["activation_checkpointing"]
-    if settings["compile"]:
-        for block in gpt.transformer.h:
-            block.compile()
 
     # Optimiser: made after the model is shared, since a rank keeps the moments of its part only.
     model = distribute(gpt, settings["parallel"], process)
     optimizer = make_optimizer(model, settings)
     if checkpoint is not None:
         load_checkpoint(checkpoint, model, optimizer, process)
+    settle_gradients(model, process)
+    if settings["compile"]:
+        torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets
+        for block in gpt.transformer.h:
+            block.compile()
     process.print(f"{run}: {n_params:,} parameters, steps {start} to {total_steps} of "
                   f"{settings['batch_tokens']:,} tokens = {process.world_size} ranks x "
                   f"{accumulation} micro-batches x {micro_batch} sequences x "
@@ -114,7 +119,9 @@ def main():
     # The loop. `step` counts the updates done. It goes round N + 1 times: the last time it only
     # validates and saves, so that the end is no special case.
     flops = flops_per_token(config, n_params, settings["seq_len"])
-    stop_asked = catch_signals(process)
+    signals = catch_signals()
+    saved_at = time.monotonic()
+    writing = None  # rank 0's thread that writes a checkpoint
     seconds = []  # of each step since the last logged line, without validations and checkpoints
     skipped = 0  # updates in a row whose gradient was not finite
     for step in tqdm(range(start, total_steps + 1), initial=start, total=total_steps, unit="step",
@@ -123,16 +130,22 @@ def main():
         last = step == total_steps
         if last or step % settings["eval_every"] == 0:
             val_batches = data.val_batches(**share, max_tokens=settings["eval_tokens"])
-            val_loss = evaluate(model, val_batches, process, stop_asked)
+            val_loss = evaluate(model, val_batches, process, signals)
             if val_loss is not None:
                 log_validation(run, step, val_loss, meta["val"], settings, process)
 
         # Once in a while, at the end, and where a signal asked for a stop: a checkpoint.
-        stopping = stop_asked()
-        if step > start and (last or stopping or step % settings["save_every"] == 0):
-            save_checkpoint(run, model, optimizer, step, settings["keep"], process,
-                            must=last or stopping)
-        if last or stopping:
+        # Only the last one is waited for.
+        due = time.monotonic() - saved_at > 60 * settings["save_minutes"]
+        if settings["save_every"]:
+            due = step % settings["save_every"] == 0
+        stopping, due = process.any([signals, due])
+        ending = last or stopping
+        if step > start and (ending or due):
+            writing = save_checkpoint(run, model, optimizer, step, settings["keep"], process,
+                                      writing, wait=ending)
+            saved_at = time.monotonic()
+        if ending:
             break
 
         # One step: forward and backward for each micro-batch, then one update.
@@ -154,10 +167,9 @@ def main():
             seconds.clear()
 
     # The end: a sample of what the model writes. A sharded model would need all ranks for it.
-    sharded = settings["parallel"] == "fsdp" and process.world_size > 1
     if not last:
         process.print(f"stopped at step {step}: the same command goes on from there")
-    elif process.rank == 0 and not sharded:
+    elif process.rank == 0 and not isinstance(model, FSDPModule):
         print_end(run, gpt, settings)
     process.close()
 
@@ -209,8 +221,9 @@ SETTINGS = {  # flag: (kind, demo, gpt2-124m and biomedlm-125m, biomedlm, help)
     "eval_tokens": (COUNT, 16_384, 4 * 1024**2, 4 * 1024**2, "validation tokens at most"),
     "log_every": (COUNT, 50, 10, 10, "steps between logged lines"),
     # torchrun kills 30 s after SIGTERM, and a 31 GB checkpoint takes longer to write. So the
-    # periodic ones are the guarantee: 15 minutes on 128 A100s, 40 on 8 H100s.
-    "save_every": (COUNT, 500, 500, 500, "steps between checkpoints"),
+    # periodic ones are the guarantee. By the clock they cost the same share on any machine.
+    "save_minutes": (POSITIVE, 30.0, 30.0, 30.0, "minutes between checkpoints"),
+    "save_every": (COUNT_OR_0, 0, 0, 0, "steps between checkpoints; 0 goes by --save_minutes"),
     "keep": (COUNT, 2, 2, 2, "checkpoints kept, the newest"),
 }
 COLUMN = {"demo": 1, "gpt2-124m": 2, "biomedlm-125m": 2, "biomedlm": 3}  # of a preset in SETTINGS
@@ -373,8 +386,10 @@ def start_process(device=None, dtype=None):
             torch.cuda.set_device(device)
             # gloo beside NCCL: agreeing on Python's values is then no work for the GPU.
             backend = "cpu:gloo,cuda:nccl"
-        # The others wait while rank 0 writes a checkpoint or makes the demo: up to an hour.
-        dist.init_process_group(backend, timeout=timedelta(hours=1))
+        # A GPU that hangs ends the run in 15 minutes. What is agreed on by the CPUs has a group of
+        # its own: there the others wait while rank 0 makes the demo or writes a checkpoint.
+        dist.init_process_group(backend, timeout=timedelta(minutes=15))
+        process.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
         process.rank = dist.get_rank()
         process.world_size = dist.get_world_size()
     return process
@@ -387,6 +402,7 @@ class Process:
     dtype: torch.dtype  # of the matrix products
     rank: int = 0
     world_size: int = 1
+    group: dist.ProcessGroup | None = None  # of the CPUs
 
     def autocast(self):
         """Matrix products in dtype, over fp32 weights."""
@@ -402,14 +418,18 @@ class Process:
         """Numbers or 0-d tensors, reduced over the ranks on the CPU, as Python floats."""
         values = torch.tensor([float(value) for value in values], dtype=torch.float64)
         if self.world_size > 1:
-            dist.all_reduce(values, op)
+            dist.all_reduce(values, op, self.group)
         return values.tolist()
+
+    def any(self, conditions):
+        """For each condition whether it holds on any rank, the same answers on all of them."""
+        return [count > 0 for count in self.all_reduce([bool(value) for value in conditions])]
 
     def gather(self, value):
         """The values of all ranks, in a list. A value is anything that can be pickled."""
         values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            dist.all_gather_object(values, value, self.group)
         return values
 
     def on_rank_0(self, fn):
@@ -431,30 +451,87 @@ class Process:
             dist.destroy_process_group()
 
 
+def fresh_model(config, seed, process):
+    """GPT with random weights. Rank 0 draws them on its CPU, the others receive them.
+
+    If each rank drew them, eight copies, 83 GB for BioMedLM, would fill the memory of a node.
+    """
+    torch.manual_seed(seed)
+    with torch.device("cpu" if process.rank == 0 else "meta"):  # meta: shapes without memory
+        model = GPT(config)
+    if process.rank == 0:
+        model.to(process.device)
+    else:
+        model.to_empty(device=process.device)
+    if dist.is_initialized():
+        for p in model.parameters():
+            dist.broadcast(p.data, 0)
+    return model
+
+
 def distribute(model, parallel, process):
-    """The model as the processes share it; one process has it for itself.
+    """The model as torchrun's processes share it; a process without torchrun has it for itself.
 
     ddp: each rank has the whole model, and gradients are averaged over the ranks in backward.
     fsdp: each rank keeps its part of every weight, gradient and moment. A block's weights are
-    gathered just before they are used and dropped after: less memory, more traffic.
+    gathered just before they are used: less memory, more traffic. They are dropped after use where
+    memory is scarce, as --activation_checkpointing says, and else at the step's end.
     """
-    if process.world_size == 1:
+    if not dist.is_initialized():
         return model
     if parallel == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     # It warns of the blocks' outputs, which nothing here changes in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
-    mesh = dist.device_mesh.init_device_mesh(process.device.type, (process.world_size,))
+    # A node's ranks share one copy of the model: weights are gathered over its fast links alone.
+    # Between nodes only gradients travel, once a step. Nodes of one GPU share one copy together.
+    shards = int(os.environ["LOCAL_WORLD_SIZE"])
+    if shards == 1:
+        shards = process.world_size
+    mesh = dist.device_mesh.init_device_mesh(
+        process.device.type, (process.world_size // shards, shards),
+        mesh_dim_names=("copies", "shards"))
     for block in model.transformer.h:  # fp32 shards and fp32 reduction, bf16 by autocast alone
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, reshard_after_forward=model.activation_checkpointing)
     return fully_shard(model, mesh=mesh)
 
 
-def catch_signals(process):
+def announce(model, last):
+    """Tell DDP or FSDP, before forward, whether the step's last micro-batch comes.
+
+    Its backward alone sums the gradients over the ranks. Until then each rank adds up its own, with
+    FSDP whole ones. FSDP also keeps the gathered weights until then, unless memory is scarce.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last or model.activation_checkpointing)
+    else:
+        model.require_backward_grad_sync = last  # only DDP looks at this
+
+
+def settle_gradients(model, process):
+    """DDP: let the gradients live in the buckets that it reduces, for good.
+
+    DDP makes its buckets anew at the second forward. Gradients that exist by then, or that a
+    micro-batch makes before the first reduction, would stay beside the buckets: 10.4 GB more for
+    BioMedLM. So two passes over two tokens come first, and update() only zeroes the gradients.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    x = torch.zeros(1, 2, dtype=torch.int64, device=process.device)
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        with process.autocast():
+            _, loss = model(x, x)
+        loss.backward()
+    model.zero_grad(set_to_none=False)
+
+
+def catch_signals():
     """SIGTERM or SIGINT now asks for a stop at the step's edge; a second one ends the process.
 
-    Returns a function: True on every rank once any was asked. A rank that stopped alone would hang
-    the rest.
+    Returns a list, which a signal fills. The ranks stop together, by Process.any: one that stopped
+    alone would hang the rest.
     """
     asked = []
 
@@ -464,7 +541,7 @@ def catch_signals(process):
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, catch)
-    return lambda: process.all_reduce([len(asked)])[0] > 0
+    return asked
 
 
 # ---------------------------------------------------------------------------------------------
@@ -509,9 +586,7 @@ def train_step(model, optimizer, batches, step, settings, process):
     positions = accumulation * settings["micro_batch"] * (settings["seq_len"] - 1)
     total = 0.0
     for i in range(accumulation):
-        # Only DDP looks at this, and before forward. The last micro-batch alone then pays for the
-        # sum of the gradients over the ranks.
-        model.require_backward_grad_sync = i == accumulation - 1
+        announce(model, last=i == accumulation - 1)
         x, y = next(batches)
         with process.autocast():
             _, loss = model(x, y)
@@ -537,12 +612,13 @@ def update(model, optimizer, lr, grad_clip):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    # DDP's gradients stay where they are: views of its buckets.
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
     return grad_norm
 
 
 @torch.no_grad()
-def evaluate(model, batches, process, stop_asked):
+def evaluate(model, batches, process, signals):
     """Mean loss in nats a token over the batches of all ranks; None where a stop was asked for."""
     model.eval()
     nats = 0.0
@@ -553,7 +629,7 @@ def evaluate(model, batches, process, stop_asked):
         valid = (y != -100).sum()
         nats += loss.double() * valid  # the mean over this batch's valid targets -> their sum
         targets += valid
-        if stop_asked():
+        if process.any([signals])[0]:
             return None
     model.train()
     nats, targets = process.all_reduce([nats, targets])
@@ -565,6 +641,7 @@ def evaluate(model, batches, process, stop_asked):
 #
 # run.json, config.json, vocab.json, merges.txt   written once a start: what the run is
 # log.jsonl                                       a row a logged step, and a row a validation
+# lock                                            locked by the training that owns the folder
 # checkpoint_0001000.pt                           weights, optimiser state and step number
 #
 # A checkpoint is the whole state, gathered on rank 0: the same file at any world size, with DDP or
@@ -577,6 +654,7 @@ def open_run(run, settings, config, fresh):
     Returns (step, path of the checkpoint to go on from), for a new run (0, None).
     """
     run.mkdir(parents=True, exist_ok=True)
+    lock(run)
     for path in run.glob("*.tmp"):  # of a run that was killed while writing
         path.unlink()
     if fresh:
@@ -605,6 +683,26 @@ def open_run(run, settings, config, fresh):
     write_json(run / "config.json", config.to_hf())
     write_json(run / "run.json", {"settings": settings, "versions": versions})
     return step, checkpoint
+
+
+def lock(run):
+    """Keep other trainings out of the folder until this process ends, however it ends.
+
+    A POSIX record lock: the kernel drops it with its process, after kill -9 too, and children don't
+    inherit it. Other nodes see it where the file system carries locks: NFSv4, GPFS, Lustre mounted
+    with flock. When a node dies, NFSv4 drops it after a lease, 90 s by default.
+    """
+    descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT)  # never closed: that would unlock
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # which of them depends on the system
+        owner = os.read(descriptor, 1000).decode()
+        raise ValueError(f"another training owns {run}: {owner}; wait for its end, stop it, or "
+                         "give another --out") from None
+    except OSError as e:  # a file system without locks
+        print(f"warning: {run} can't be locked ({e}): start no second training there")
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def write_json(path, contents):
@@ -653,33 +751,49 @@ def cut_log(path, step, evaluates):
         f.writelines(kept)
 
 
-def save_checkpoint(run, model, optimizer, step, keep, process, must):
-    """Gather the full state on rank 0 and write checkpoint_STEP.pt whole, or leave all as it was.
+def save_checkpoint(run, model, optimizer, step, keep, process, writing, wait):
+    """Copy the full state to rank 0's CPU and let a thread write it while training goes on.
 
-    The file has 12 bytes a parameter, 31 GB for BioMedLM. Rank 0 needs as much memory.
-    If the disk is full: a warning, or ValueError on every rank where the checkpoint `must` be.
+    writing: the thread of the checkpoint before, or None. Returns the new one on rank 0. A write
+    that fails is told there and training goes on; if it is to `wait`, ValueError on every rank.
+    The copy and the file have 12 bytes a parameter, 31 GB for BioMedLM.
     """
+    # One copy at a time. The others wait with the CPUs' group: no GPU times out meanwhile.
+    process.on_rank_0(lambda: writing and writing.join())
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = dcp.get_state_dict(model, optimizer, options=options)
-    path = run / f"checkpoint_{step:07d}.pt"
+    if process.device.type == "cpu":  # no copy yet, and the next step would change them
+        weights, moments = copy.deepcopy((weights, moments))
+    contents = {"model": weights, "optimizer": moments, "step": step}
 
     def write():
         try:
-            with replacing(path) as f:
-                torch.save({"model": weights, "optimizer": moments, "step": step}, f)
-            # A later step's file is damaged, or the run would have gone on from it: not counted.
-            whole = sorted(p for p in run.glob("checkpoint_*.pt") if p <= path)
-            for old in whole[:-keep]:
-                old.unlink()
-        except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into RuntimeError
-            reason = str(e).splitlines()[0]
-            error = f"{path} could not be written, is the disk full? ({reason})"
-            if must:
-                raise ValueError(f"{error}: make room and run the same command again, the newest "
-                                 "checkpoint stands") from None
-            process.print(f"warning: {error}; the older ones stand, training goes on")
+            write_checkpoint(run, contents, keep)
+        except ValueError as e:
+            process.print(f"warning: {e}; training goes on")
 
-    process.on_rank_0(write)
+    if wait:
+        process.on_rank_0(lambda: write_checkpoint(run, contents, keep))
+    elif process.rank == 0:
+        writing = threading.Thread(target=write)
+        writing.start()
+    return writing
+
+
+def write_checkpoint(run, contents, keep):
+    """Write checkpoint_STEP.pt whole, then remove old ones; else ValueError, and all stays."""
+    path = run / f"checkpoint_{contents['step']:07d}.pt"
+    try:
+        with replacing(path) as f:
+            torch.save(contents, f)
+        # A later step's file is damaged, or the run would have gone on from it: not counted.
+        whole = sorted(p for p in run.glob("checkpoint_*.pt") if p <= path)
+        for old in whole[:-keep]:
+            old.unlink()
+    except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into RuntimeError
+        reason = str(e).splitlines()[0]
+        raise ValueError(f"{path} could not be written, is the disk full? ({reason}): make room; "
+                         "the newest checkpoint stands") from None
 
 
 def load_checkpoint(path, model, optimizer, process):
