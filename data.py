@@ -87,13 +87,21 @@ def train_batches(data_dir, seq_len, micro_batch, seed, start=0, rank=0, world_s
         raise ValueError(f"{path} has {meta['train']['tokens']} tokens, less than one sequence: "
                          "use a smaller --seq_len, or more text")
     eot_id = meta["eot_id"] if ignore_eot else None
-    for first in itertools.count(start + rank * micro_batch, world_size * micro_batch):
-        samples = first + np.arange(micro_batch)
+    step = world_size * micro_batch
+    mine = rank * micro_batch + np.arange(micro_batch)
+    for first in itertools.count(start, 64 * step):
+        # 64 steps at once, since a permutation of few rows takes as long as one of many.
+        samples = first + step * np.arange(64)[:, None] + mine  # (64, micro_batch)
         rows = samples % n_rows
         epochs = samples // n_rows
-        for epoch in set(epochs):  # a batch may cross the end of one
-            rows[epochs == epoch] = permute(rows[epochs == epoch], n_rows, seed, epoch)
-        yield read_rows(path, rows, (micro_batch, seq_len), eot_id, device)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            rows[here] = permute(rows[here], n_rows, seed, epoch)
+        # Opened anew: pages that a long-lived memmap has touched count as resident memory.
+        # asarray: slices of a memmap proper are slow to make.
+        array = np.asarray(np.memmap(path, np.uint16, "r"))
+        for rows_of_step in rows:
+            yield read_rows(array, rows_of_step, (micro_batch, seq_len), eot_id, device)
 
 
 def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens=None, device="cpu",
@@ -105,7 +113,6 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
     where rows run out, a batch is filled up with targets -100.
     """
     meta = load_meta(data_dir)
-    path = Path(data_dir) / "val.bin"
     n_rows = math.ceil(meta["val"]["tokens"] / seq_len)
     order = permute(np.arange(n_rows), n_rows, seed=0, epoch=0)
     if max_tokens is not None:
@@ -115,10 +122,11 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
     for first in range(0, len(order), step):
         # Ranks take turns row by row; the last ones may get fewer rows, or none.
         rows = order[first + rank : first + step : world_size]
-        yield read_rows(path, rows, (micro_batch, seq_len), eot_id, device)
+        array = np.memmap(Path(data_dir) / "val.bin", np.uint16, "r")
+        yield read_rows(array, rows, (micro_batch, seq_len), eot_id, device)
 
 
-def read_rows(path, rows, shape, eot_id, device):
+def read_rows(array, rows, shape, eot_id, device):
     """(x, y), int64 of `shape` (micro_batch, seq_len), x the rows, y the next token of each.
 
     y is -100, which the loss ignores, at a row's last position, as in the paper; in what the rows
@@ -126,8 +134,6 @@ def read_rows(path, rows, shape, eot_id, device):
     """
     import torch  # here, as it would cost extract and tokenize 200 MB and seconds
 
-    # Opened anew: pages that a long-lived memmap has touched count as resident memory.
-    array = np.memmap(path, np.uint16, "r")
     seq_len = shape[1]
     x = np.zeros(shape, np.int64)
     y = np.full(shape, -100, np.int64)  # -100: ignored by the loss
