@@ -672,7 +672,7 @@ def make_demo(out):
     # The corpus tells the facts of all drugs.
     documents = ({"id": f"demo{i}", "text": demo_document(rng, drugs, facts)}
                  for i in range(16_000))
-    write_json_lines(out / "text/demo.jsonl", documents)
+    write_json_lines(out / "text/demo.jsonl.gz", documents)
     # The questions of a drug are all in one split: nothing about a drug of the test is trained on.
     rng.shuffle(drugs)
     for split, part in (("train", drugs[:32]), ("dev", drugs[32:40]), ("test", drugs[40:])):
@@ -837,10 +837,11 @@ def medqa_row(question, answer, others, kind, rng):
 
 
 def write_json_lines(path, rows):
-    """A file of a JSON object a line, in a folder that is made where missing."""
+    """A file of a JSON object a line, .gz or plain, in a folder that is made where missing."""
     make_folder(path.parent, {path.name})
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with replacing(path) as f:
-        f.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+        f.write(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
 
 
 def make_folder(folder, names):
