@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, run
 
 SCRIPTS = {"tokenizer.py": ("train", "show"),
-           "data.py": ("demo", "download", "extract", "tokenize"),
+           "data.py": ("demo", "download", "extract", "tokenize", "cloze"),
            "train.py": (), "finetune.py": (),
            "eval.py": ("perplexity", "qa", "generate", "tokenizer", "numbers", "curves")}
 
