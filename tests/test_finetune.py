@@ -490,15 +490,15 @@ def test_mistakes_are_one_line(tmp_path, tune, monkeypatch, flag, value, needs):
 def test_two_processes_equal_one(tmp_path, init):
     """Catches a gradient averaged over ranks instead of summed over the global batch."""
     write_medqa(tmp_path / "qa", n=11)
-    # 165 questions to train on: a step of more than a micro-batch, one of unequal shares.
+    # 405 questions to train on: a step of more than a micro-batch, one of unequal shares.
     path = tmp_path / "qa/4_options/phrases_no_exclude_train.jsonl"
-    path.write_text(path.read_text() * 33)
+    path.write_text(path.read_text() * 81)
     rows = []
     for n in (1, 2):
         out = tmp_path / f"out{n}"
         command = (f"{sys.executable} -m torch.distributed.run --nproc_per_node={n} "
                    f"--master_port=29617 {ROOT}/finetune.py --task medqa --data {tmp_path}/qa "
-                   f"--init {init} --out {out} --epochs 2 --seeds 1 --batch_size 160 "
+                   f"--init {init} --out {out} --epochs 2 --seeds 1 --batch_size 400 "
                    "--dropout 0")
         done = subprocess.run(command.split(), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
