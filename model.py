@@ -354,21 +354,16 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         raise ValueError(f"temperature {temperature} is negative: use 0 (greedy) or more")
     if eot_id is None:
         eot_id = model.config.vocab_size  # no token has this id: nothing ends
-    starts = [0] * len(idx) if n_pad is None else n_pad.tolist()
     if num_beams > 1:
-        found = []  # one prompt at a time: what else is in the batch changes nothing
-        for row, start in zip(idx, starts):
-            found.append(beam_search(model, row[start:], max_new_tokens, num_beams,
-                                     no_repeat_ngram_size, length_penalty, eot_id))
-        new = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=eot_id)
-        return torch.cat([idx, new], dim=1)
+        return beam_search(model, idx, max_new_tokens, num_beams, no_repeat_ngram_size,
+                           length_penalty, eot_id, n_pad)
     cache = KVCache(n_pad)
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
     new = idx
     finished = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         logits = next_logits(model, new, cache)  # (B, V)
-        ban_repeats(logits, idx, no_repeat_ngram_size, starts)
+        ban_repeats(logits, idx, no_repeat_ngram_size, n_pad)
         new = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
         new[finished] = eot_id
         finished |= new[:, 0] == eot_id
@@ -446,6 +441,8 @@ class KVCache:
         """Keep the given batch rows, in that order: a beam's history follows the beam."""
         for layer, kv in self.layers.items():
             self.layers[layer] = kv[:, rows]
+        if self.n_pad is not None:
+            self.n_pad = self.n_pad[rows]
 
 
 def sample(logits, temperature, top_k, top_p, generator):
@@ -463,14 +460,15 @@ def sample(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
 
-def ban_repeats(logits, idx, n, starts):
+def ban_repeats(logits, idx, n, n_pad):
     """Set to -inf, in place, the tokens that would repeat an n-gram of idx (B, T); n = 0: none.
 
-    For n = 3 and a row that ends in "a b": every token that has followed an earlier "a b". A row's
-    text begins at its start (int), after the padding.
+    For n = 3 and a row that ends in "a b": every token that has followed an earlier "a b". n_pad
+    (B,): each row's padding, which is no part of its text; None: none.
     """
     if n == 0:
         return
+    starts = [0] * len(idx) if n_pad is None else n_pad.tolist()
     for row, tokens, start in zip(logits, idx.tolist(), starts):
         last = tokens[len(tokens) - n + 1:]
         for i in range(start, len(tokens) - n + 1):
@@ -478,46 +476,53 @@ def ban_repeats(logits, idx, n, starts):
                 row[tokens[i + n - 1]] = -math.inf
 
 
-def beam_search(model, prompt, max_new_tokens, K, no_repeat_ngram_size, length_penalty, eot_id):
-    """The best continuation (<= max_new_tokens,) of prompt (T,) found with K beams.
+def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_penalty, eot_id, n_pad):
+    """Continue each row of idx (B, T) by the best text found with K beams, as Hugging Face does.
 
-    Searches as Hugging Face does. A text's score is its sum of log-probabilities divided by
-    length ** length_penalty.
+    A text's score is its sum of log-probabilities divided by length ** length_penalty. A row whose
+    search is over is frozen: others may go on, its text stands, whatever its beams still find.
     """
+    B = len(idx)
     V = model.config.vocab_size
-    cache = KVCache()
-    beams = prompt.expand(K, -1)  # (T,) -> (K, T)
-    logits = next_logits(model, beams[:1], cache).expand(K, -1)  # (1, V) -> (K, V)
-    cache.reorder([0] * K)
-    sums = torch.full((K, 1), -math.inf, device=prompt.device)
-    sums[0] = 0.0  # the beams start alike: only the first may branch
-    ended = []  # the best K texts that ended: (score, tokens)
+    rows = torch.arange(B, device=idx.device)[:, None]  # (B, 1)
+    cache = KVCache(n_pad)
+    beams = idx[:, None]  # (B, 1, T): one beam at first, K after a step
+    sums = torch.zeros(B, 1, 1, device=idx.device)
+    ended = [[] for _ in range(B)]  # each row's best K texts that ended: (score, tokens)
+    best = [None] * B
+    new = idx
     for length in range(1, max_new_tokens + 1):
         norm = length**length_penalty
-        log_probs = F.log_softmax(logits, dim=-1)  # before the ban, as Hugging Face has it
-        ban_repeats(log_probs, beams, no_repeat_ngram_size, [0] * K)
+        log_probs = F.log_softmax(next_logits(model, new, cache), dim=-1)  # (B·K, V)
+        # after the softmax, as Hugging Face has it
+        ban_repeats(log_probs, beams.flatten(0, 1), no_repeat_ngram_size, cache.n_pad)
         # 2K candidates: even if K of them end, K are left to go on
-        top, flat = (sums + log_probs).flatten().topk(2 * K)  # (K, V) -> (2K,)
+        scores = sums + log_probs.view(B, -1, V)
+        top, flat = scores.flatten(1).topk(2 * K)  # (B, K, V) -> (B, 2K)
         parents = flat // V
         tokens = flat % V
-        texts = torch.cat([beams[parents], tokens[:, None]], dim=1)  # (2K, T + length)
+        texts = torch.cat([beams[rows, parents], tokens[..., None]], dim=2)  # (B, 2K, T + length)
         ends = tokens == eot_id
-        for j in ends[:K].nonzero()[:, 0]:  # as Hugging Face: not an end among the lower K
-            ended.append((top[j].item() / norm, texts[j].tolist()))
-        ended = sorted(ended, reverse=True)[:K]
-        go_on = (~ends).nonzero()[:K, 0]
-        sums = top[go_on, None]
-        beams = texts[go_on]
-        running = sums[0].item() / norm  # the score of the best beam that goes on
-        done = len(ended) == K and ended[-1][0] >= running
-        if done or length == max_new_tokens:
+        go_on = ends.int().argsort(dim=1, stable=True)[:, :K]  # the first K that do not end
+        parents = rows * beams.size(1) + parents[rows, go_on]
+        cache.reorder(parents.flatten())
+        sums = top[rows, go_on, None]  # (B, K, 1)
+        beams = texts[rows, go_on]  # (B, K, T + length)
+        new = beams[..., -1].reshape(-1, 1)  # (B·K, 1)
+        for i in range(B):
+            if best[i] is not None:
+                continue
+            for j in ends[i, :K].nonzero()[:, 0]:  # as Hugging Face: not an end among the lower K
+                ended[i].append((top[i, j].item() / norm, texts[i, j].tolist()))
+            ended[i] = sorted(ended[i], reverse=True)[:K]
+            running = sums[i, 0].item() / norm  # the score of the best beam that goes on
+            over = len(ended[i]) == K and ended[i][-1][0] >= running
+            if over or length == max_new_tokens:
+                ended[i].append((running, beams[i, 0].tolist()))
+                best[i] = idx.new_tensor(max(ended[i])[1])
+        if all(text is not None for text in best):
             break
-        cache.reorder(parents[go_on])
-        logits = next_logits(model, beams[:, -1:], cache)
-    if len(ended) < K:
-        ended.append((running, beams[0].tolist()))
-    best = max(ended)[1]
-    return prompt.new_tensor(best[len(prompt):])
+    return nn.utils.rnn.pad_sequence(best, batch_first=True, padding_value=eot_id)
 
 
 # ---------------------------------------------------------------------------------------------
