@@ -25,6 +25,9 @@ import os
 import pickle
 import shutil
 import sys
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -37,8 +40,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
-except ImportError:  # needed for folders without a .bin file only
+    from safetensors.torch import load_file, save_file
+except ImportError:  # pytorch_model.bin holds the same
     load_file = None
     SafetensorError = RuntimeError
 
@@ -269,16 +272,21 @@ class GPTConfig:
     eot_id: int | None = None  # end-of-text; None: the last id, as in BioMedLM and GPT-2
 
     def __post_init__(self):
-        if min(self.n_layer, self.n_head, self.n_embd, self.n_positions, self.vocab_size) < 1:
-            raise ValueError(f"{self} has a size below 1: use positive numbers")
+        if self.eot_id is None:
+            self.eot_id = 10**6
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind = type(field.default)
+            least, most = LIMITS[kind]
+            if field.name == "n_layer":
+                most = 1000  # more would take minutes to build and to refuse
+            if type(value) not in (int, kind) or not least <= value <= most:
+                raise ValueError(f"{field.name} is {value!r}: use a value from {least} to {most}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: "
                              "choose a width that is a multiple of the number of heads")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} is no probability: use 0 to less than 1")
         # Hugging Face's default is GPT-2's 50256, in a smaller vocabulary too: the last id is meant
-        if self.eot_id is None or self.eot_id >= self.vocab_size:
-            self.eot_id = self.vocab_size - 1
+        self.eot_id = min(self.eot_id, self.vocab_size - 1)
 
     @staticmethod
     def preset(name, **overrides):
@@ -305,21 +313,31 @@ class GPTConfig:
     @staticmethod
     def from_hf(hf):
         """GPTConfig of a parsed config.json; ValueError where it describes another architecture."""
+        ours = {HF_NAMES.get(field.name, field.name): field.name for field in fields(GPTConfig)}
+        given = {ours[name]: value for name, value in hf.items() if name in ours}
+        eot_id = given.get("eot_id")
+        if isinstance(eot_id, list):
+            given["eot_id"] = eot_id[0] if eot_id else None
+        config = GPTConfig.preset("gpt2-124m", **given)  # its fields are Hugging Face's defaults
         wanted = {
             "model_type": ["gpt2"],
             "activation_function": ["gelu_new", "gelu_pytorch_tanh"],  # two names of one function
             "scale_attn_weights": [True],
-            "n_inner": [None, 4 * hf.get("n_embd", 768)],
+            "n_inner": [None, 4 * config.n_embd],
         }
         for key, allowed in wanted.items():
             if hf.get(key, allowed[0]) not in allowed:
                 raise ValueError(f"config.json has {key}={hf[key]!r}, this model is a GPT-2 with "
                                  f"{key}={allowed[0]!r}: use a GPT-2 folder")
-        ours = {HF_NAMES.get(field.name, field.name): field.name for field in fields(GPTConfig)}
-        given = {ours[name]: value for name, value in hf.items() if name in ours}
-        return GPTConfig.preset("gpt2-124m", **given)  # its fields are Hugging Face's defaults
+        for key in ("embd_pdrop", "attn_pdrop"):
+            if hf.get(key, 0.1) != config.dropout:  # 0.1: Hugging Face's default
+                print(f"warning: config.json's {key} is ignored, resid_pdrop's rate "
+                      f"{config.dropout} is used in its place", file=sys.stderr)
+        return config
 
 
+# Least and most of each field of GPTConfig, by the type of its default.
+LIMITS = {int: (1, 10**6), float: (0.0, 0.99), bool: (False, True), type(None): (0, 10**6)}
 HF_NAMES = {"dropout": "resid_pdrop", "eot_id": "eos_token_id"}  # the other fields are named alike
 
 PRESETS = {
@@ -538,7 +556,15 @@ def config_of(path):
         raise FileNotFoundError(f"no config.json in {path}: give the folder of a run or of a "
                                 "Hugging Face GPT-2; the released weights: "
                                 "python data.py download biomedlm --out DIR")
-    return GPTConfig.from_hf(json.loads(file.read_text()))
+    return GPTConfig.from_hf(read_json(file))
+
+
+def read_json(path):
+    """The object in a JSON file, as a dict."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged ({e}): copy it again") from e
 
 
 def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
@@ -551,20 +577,39 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     config = config_of(path)
     if dropout is not None:
         config = replace(config, dropout=dropout)
-    with torch.device("meta"):  # no memory, no random numbers spent on weights to be replaced
-        model = GPT(config)
+    model = without_memory(config)
     # bf16 on a CPU is to generate, not to train: there the tensors may lie as they are mapped
     mapped = dtype != torch.float32 and torch.device(device).type == "cpu"
     layout = torch.preserve_format if mapped else torch.contiguous_format
     saved = read_weights(Path(path))
+    check_shapes(saved, model.state_dict(), path)
+    head = saved.get("transformer.lm_head.weight")
+    if head is not None and not torch.equal(head, saved["transformer.wte.weight"]):
+        raise ValueError(f"{path} has a head (lm_head.weight) of its own, this model's is the "
+                         "embedding wte.weight: use a GPT-2 whose head is tied")
     state = {}
-    for name, tensor in model.state_dict().items():
-        if name not in saved or saved[name].shape != tensor.shape:
-            raise ValueError(f"{path} has no {name} of shape {tuple(tensor.shape)}, as config.json "
-                             "implies: use the config.json saved with the weights")
-        state[name] = saved[name].to(device, dtype, copy=not mapped, memory_format=layout)
+    for name in model.state_dict():
+        tensor = saved[name].to(device, dtype, copy=not mapped, memory_format=layout)
+        if not tensor.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier checkpoint")
+        state[name] = tensor
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(not mapped).eval()
+
+
+def without_memory(config):
+    """A GPT that has shapes and names only, and spends no random numbers."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def check_shapes(state, expected, path):
+    """ValueError unless the state dict has a tensor for each of the expected, as large."""
+    for name, tensor in expected.items():
+        found = state.get(name)
+        if not torch.is_tensor(found) or found.shape != tensor.shape:
+            raise ValueError(f"{path} has no {name} of shape {tuple(tensor.shape)}, as config.json "
+                             "implies: use the config.json saved with the weights")
 
 
 def read_weights(folder):
@@ -575,7 +620,7 @@ def read_weights(folder):
     for pattern in WEIGHTS:
         state = {}
         for file in sorted(folder.glob(pattern)):
-            state |= load_tensors(file)
+            state |= load_tensors(file, checksums=True)
         if state:
             return transposed(state)
     raise FileNotFoundError(f"{folder} holds neither checkpoint_*.pt nor model.safetensors nor "
@@ -583,41 +628,82 @@ def read_weights(folder):
 
 
 def newest_checkpoint(run):
-    """(path, contents) of a run's newest whole checkpoint, or (None, None); warns of others."""
-    for path in sorted(Path(run).glob("checkpoint_*.pt"), reverse=True):
+    """(path, contents) of a run's newest whole checkpoint; (None, None) where it has none.
+
+    A damaged one is skipped with a warning. ValueError where no whole one is left.
+    """
+    paths = sorted(Path(run).glob("checkpoint_*.pt"), reverse=True)
+    weights = without_memory(config_of(run)).state_dict() if paths else {}
+    for path in paths:
         try:
-            return path, load_tensors(path)
+            checkpoint = load_tensors(path, checksums=True)
+            check_checkpoint(checkpoint, weights, path)
+            return path, checkpoint
         except ValueError as e:
             print(f"warning: skipping {e}", file=sys.stderr)
+    if paths:
+        raise ValueError(f"no checkpoint in {run} is whole: restore one, or train with --fresh")
     return None, None
 
 
-def load_tensors(path):
-    """Tensors of one file, memory-mapped: a pickle of plain tensors only, or safetensors."""
+def check_checkpoint(checkpoint, weights, path):
+    """ValueError unless it holds what train.py saves: "model", "optimizer" and "step"."""
+    try:  # what is missing or of another type raises by itself
+        check_shapes(checkpoint["model"], weights, path)
+        range(checkpoint["step"])  # TypeError: no whole number
+        optimizer = checkpoint["optimizer"]
+        optimizer["param_groups"][0]["params"]
+        for name, weight in weights.items():
+            for moment in optimizer["state"][name].values():
+                if torch.is_tensor(moment) and moment.shape not in (weight.shape, ()):
+                    raise TypeError(f"optimizer's state of {name} has another shape")
+    except (LookupError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}, no whole checkpoint: {type(e).__name__} {e}") from e
+
+
+def load_tensors(path, checksums=False):
+    """Contents (a dict) of one file, memory-mapped: a pickle of plain tensors, or safetensors.
+
+    checksums: read it once more, on all cores, to find damage. Safetensors have none.
+    """
+    def read(part):
+        with archive.open(part) as file:
+            while file.read(2**22):  # raises at the end of a part that has another CRC-32
+                pass
+
+    if path.suffix == ".safetensors" and load_file is None:
+        raise ValueError(f"reading {path} needs: pip install safetensors")
     try:
-        if path.suffix != ".safetensors":
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if load_file is None:
-            raise ValueError(f"reading {path} needs: pip install safetensors")
-        return load_file(path)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, SafetensorError) as e:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if checksums:  # torch.save writes a zip file; 0.5 s per GB and core
+            with zipfile.ZipFile(path) as archive, ThreadPoolExecutor() as pool:
+                list(pool.map(read, archive.infolist()))
+        contents = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError,
+            zipfile.BadZipFile, zlib.error, SafetensorError) as e:
+        reason = str(e).partition("\n")[0]
         raise ValueError(f"{path} is missing, damaged or no file of plain tensors "
-                         f"({type(e).__name__}): copy or download it again") from e
+                         f"({type(e).__name__} {reason}): copy or download it again") from e
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} is damaged, it holds no dict of tensors: copy it again")
+    return contents
 
 
 def transposed(state):
     """A state dict out of Hugging Face's layout, or into it: its blocks' matrices are [in, out]."""
     other = {}
     for name, tensor in state.items():
-        name = "transformer." + name.removeprefix("transformer.")  # some files leave it out
-        is_block_matrix = ".h." in name and tensor.dim() == 2
+        name = "transformer." + str(name).removeprefix("transformer.")  # some files leave it out
+        is_block_matrix = ".h." in name and torch.is_tensor(tensor) and tensor.dim() == 2
         other[name] = tensor.t() if is_block_matrix else tensor
     return other
 
 
 def save_pretrained(model, path):
-    """Write config.json and pytorch_model.bin, a folder that `transformers` loads.
+    """Write config.json and the weights: a folder that `transformers` loads.
 
+    The weights go to model.safetensors, without the safetensors package to pytorch_model.bin.
     ValueError, before anything is written, for a fork whose parameters are not a GPT-2's.
     """
     C = model.config.n_embd
@@ -628,12 +714,39 @@ def save_pretrained(model, path):
                          f"its config.json {n:,}: that folder cannot hold a changed architecture")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    added = folder / "added_tokens.json"
+    special = list(read_json(added)) if added.exists() else []
+    # With it `transformers`' AutoTokenizer encodes as Tokenizer.encode does with allow_special.
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": model.config.n_positions,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|endoftext|>",
+        "pad_token": "[PAD]" if "[PAD]" in special else "<|endoftext|>",
+        "additional_special_tokens": special,
+    })
     state = {name: t.cpu().contiguous() for name, t in transposed(model.state_dict()).items()}
-    temporary = folder / "save_pretrained.tmp"
-    torch.save(state, temporary)
-    os.replace(temporary, folder / "pytorch_model.bin")
-    temporary.write_text(json.dumps(model.config.to_hf(), indent=2) + "\n")
-    os.replace(temporary, folder / "config.json")
+    if load_file is None:
+        write_whole(folder / "pytorch_model.bin", lambda file: torch.save(state, file))
+    else:
+        weights = folder / "model.safetensors"
+        write_whole(weights, lambda file: save_file(state, file, metadata={"format": "pt"}))
+        # save_file leaves a file that only its owner reads
+        shutil.copymode(folder / "tokenizer_config.json", weights)
+    write_json(folder / "config.json", model.config.to_hf())
+
+
+def write_json(path, contents):
+    write_whole(path, lambda file: file.write_text(json.dumps(contents, indent=2) + "\n"))
+
+
+def write_whole(path, write):
+    """Make a file by write(temporary path): under its own name it is whole, or not there."""
+    temporary = Path(f"{path}.tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 # The functions above as methods: model.generate(idx, 20), GPT.from_pretrained("out/demo"), ...
@@ -650,10 +763,12 @@ def main():
     parser.add_argument("--init", type=Path, required=True, help="folder of a run or of a GPT-2")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
-    GPT.from_pretrained(args.init).save_pretrained(args.out)
-    for name in ("vocab.json", "merges.txt", "added_tokens.json"):
+    model = GPT.from_pretrained(args.init)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json"):
         if (args.init / name).exists():
             shutil.copyfile(args.init / name, args.out / name)
+    model.save_pretrained(args.out)
     print(f"wrote {args.out}")
 
 
