@@ -2,9 +2,11 @@
 
 import json
 import math
+import shlex
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,23 +31,17 @@ def parts():
 
 
 @pytest.fixture
-def folder(tmp_path, parts):
-    """A folder with a model, its tokenizer, and text whose bytes are more than its characters."""
-    parts[0].save_pretrained(tmp_path / "m")
-    parts[1].save(tmp_path / "m")
-    rows = [dict(id=f"{i}", text=text) for i, text in enumerate(DOCUMENTS)]
-    write_lines(tmp_path / "a.jsonl", rows)
-    return tmp_path
+def call(tmp_path, parts, monkeypatch):
+    """Runs a command in a folder with a model, m, and text, a.jsonl; returns what --json holds."""
+    monkeypatch.chdir(tmp_path)
+    parts[0].save_pretrained("m")
+    parts[1].save("m")
+    write_lines("a.jsonl", [dict(id=f"{i}", text=text) for i, text in enumerate(DOCUMENTS)])
 
-
-@pytest.fixture
-def call(folder, monkeypatch):
-    """Run a command in this process; returns what --json holds."""
-    def run(*args):
-        out = folder / "result.json"
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args), "--json", str(out)])
+    def run(command):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *shlex.split(command), "--json", "r.json"])
         evaluate.main()
-        return json.loads(out.read_text())
+        return json.loads(Path("r.json").read_text())
     return run
 
 
@@ -67,11 +63,11 @@ def check_perplexity(row, nats, n_scored, n_tokens, n_bytes):
 # perplexity
 
 
-def test_perplexity_of_text(parts, folder, call):
+def test_perplexity_of_text(parts, call):
     """Catches a mean of documents' means, characters taken for bytes, bits for nats, a window's
     edge that is skipped or scored twice, and --limit that counts something else."""
     gpt, tokenizer = parts
-    row = call("perplexity", "--init", folder / "m", "--data", folder / "a.jsonl", "--limit", 7)
+    row = call("perplexity --init m --data a.jsonl --limit 7")
     nats = n_tokens = 0
     for text in DOCUMENTS[:7]:
         ids = [tokenizer.eot_id, *tokenizer.encode(text)]
@@ -80,22 +76,21 @@ def test_perplexity_of_text(parts, folder, call):
     check_perplexity(row, nats, n_tokens, n_tokens, len("".join(DOCUMENTS[:7]).encode()))
 
 
-def test_perplexity_of_arrays(parts, folder, call):
+def test_perplexity_of_arrays(parts, call):
     """Catches targets counted where there are none, bits a byte that leave out a row's first token,
     and arrays of another tokenizer."""
     gpt, tokenizer = parts
-    tokenize(folder / "a.jsonl", folder / "m", folder / "arrays", val_fraction=0.6)
-    ids = np.fromfile(folder / "arrays/val.bin", np.uint16).tolist()
+    tokenize("a.jsonl", "m", "arrays", val_fraction=0.6)
+    ids = np.fromfile("arrays/val.bin", np.uint16).tolist()
     rows = [ids[at:at + 48] for at in range(0, len(ids), 48)]
     assert len(rows) > 2 and len(rows[-1]) < 40
-    command = ("perplexity", "--init", folder / "m", "--data", folder / "arrays")
-    row = call(*command)
+    row = call("perplexity --init m --data arrays")
     text = tokenizer.decode([i for i in ids if i != tokenizer.eot_id])
     nats = sum(naive_nats(gpt, row) for row in rows)
     check_perplexity(row, nats, len(ids) - len(rows), len(ids), len(text.encode()))
-    Tokenizer.from_merges([]).save(folder / "m")
+    Tokenizer.from_merges([]).save("m")
     with pytest.raises(ValueError, match="another tokenizer"):
-        call(*command)
+        call("perplexity --init m --data arrays")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -109,7 +104,7 @@ def test_likelihood_of_options_equals_plain_logits(parts):
     asked = questions()
     for n in range(10, 60):  # at some n a prompt just fits
         options = ("no", "maybe", "no")
-        asked.append(Question(id="", question=TEXT[:n], options=options, answer=0))
+        asked.append(Question("", TEXT[:n], options=options, answer=0))
     examples, scores = evaluate.zero_shot(gpt, tokenizer, asked, CPU)
     for q, e, found in zip(asked, examples, scores, strict=True):
         options = [tokenizer.encode(" " + option) for option in q.options]
@@ -124,27 +119,26 @@ def test_likelihood_of_options_equals_plain_logits(parts):
 
 def test_prompts():
     """Catches a context behind its question, and a cloze text with "Question:" and "Answer:"."""
-    q = Question(id="1", question="Does it help?", context="Rats.")
+    q = Question("1", "Does it help?", context="Rats.")
     assert evaluate.zero_shot_prompt(q) == "Rats.\nQuestion: Does it help?\nAnswer:"
-    q = Question(id="1", question="Rats were given", kind="cloze, medical")
+    q = Question("1", "Rats were given", kind="cloze, medical")
     assert evaluate.zero_shot_prompt(q) == "Rats were given"
 
 
 def test_acc_norm_counts_characters():
     """Catches division by tokens, by bytes, or by the characters with the space before them."""
-    examples = []
-    for options in (("éé", "abc"), ("a", "bcd")):
-        examples.append(Example(Question(id="", question="", options=options, answer=0), []))
-    # A character costs 2 and 2.1, then 2 and 2.4. By bytes the second option of the first question
-    # costs more than half as much, with the space that of the second question costs less.
+    examples = [Example(Question("1", "?", options=("éé", "abc"), answer=0), []),
+                Example(Question("2", "?", options=("a", "bcd"), answer=0), [])]
+    # A character costs 2.0 and 2.1, 2.0 and 2.4: the first option wins.
     assert evaluate.acc_norm([[-4.0, -6.3], [-2.0, -7.2]], examples) == 1.0
+    # 2.0 and 1.4, 2.0 and 1.9: the second wins, but the first by bytes, or with the space.
     assert evaluate.acc_norm([[-4.0, -4.2], [-2.0, -5.7]], examples) == 0.0
 
 
 def test_breakdown():
     """Catches a group's hits that are another's, and a length without the context's words."""
-    asked = [Question(id="1", question="a b c", kind="x", subject="s"),
-             Question(id="2", question="a b", context="c d", kind="x")]
+    asked = [Question("1", "a b c", kind="x", subject="s"),
+             Question("2", "a b", context="c d", kind="x")]
     rows = evaluate.breakdown(asked, [1, 0])
     assert [(row["group"], row["n"], row["accuracy"]) for row in rows] == [
         ("kind x", 2, 0.5), ("subject s", 1, 1.0), ("words < 4", 1, 1.0), ("words < 8", 1, 0.0)]
@@ -152,7 +146,7 @@ def test_breakdown():
 
 def test_default_split(monkeypatch):
     """Catches a test split without answers, or without a file, that doesn't give way to dev."""
-    q = Question(id="", question="?", options=("a", "b"), answer=0)
+    q = Question("", "?", options=("a", "b"), answer=0)
     files = {"test": [q]}
 
     def load_qa(task, data, split):
@@ -169,18 +163,17 @@ def test_default_split(monkeypatch):
     assert evaluate.find_questions(args) == ("dev", [q])
 
 
-def test_qa_command(folder, call):
+def test_qa_command(call):
     """Catches a split or limit that is ignored, and figures that are not the predictions'."""
-    write_medqa(folder / "qa")
-    command = ("qa", "--zero_shot", "--task", "medqa", "--data", folder / "qa", "--init",
-               folder / "m", "--predictions", folder / "p.jsonl")
+    write_medqa(Path("qa"))
     for split in ("test", "dev"):
-        row = call(*command, "--split", split, "--limit", 6)
-        asked = load_qa("medqa", folder / "qa", split)[::2]
-        lines = [line for _, line in json_lines(folder / "p.jsonl")]
+        row = call("qa --zero_shot --task medqa --data qa --init m --limit 6 "
+                   f"--predictions p.jsonl --split {split}")
+        asked = load_qa("medqa", "qa", split)[::2]
+        lines = [line for _, line in json_lines("p.jsonl")]
         assert [line["id"] for line in lines] == [q.id for q in asked]
         right = sum(q.answer == np.argmax(line["scores"]) for q, line in zip(asked, lines))
-        assert row["accuracy"] == right / 6 and row["groups"][0]["accuracy"] == right / 6
+        assert row["accuracy"] == row["groups"][0]["accuracy"] == right / 6
         assert (row["split"], row["available"], row["n"]) == (split, 12, 6)
 
 
@@ -203,32 +196,33 @@ def test_ragged_prompts_in_one_batch_equal_each_alone(parts, decoding):
     assert together == alone and len(set(together)) > 1
 
 
-def test_flags_of_generate_reach_the_model(folder, call, parts, monkeypatch):
+def test_flags_of_generate_reach_the_model(call, parts, monkeypatch):
     """Catches a flag without effect, text after end-of-text, a prompt without its last token."""
     tokenizer = parts[1]
     given = {}
 
-    def generate(self, idx, max_new_tokens, n_pad, **decoding):
-        given.update(decoding, rows=idx.tolist(), n_pad=n_pad.tolist(),
-                     max_new_tokens=max_new_tokens, dtype=self.transformer.wte.weight.dtype)
+    def generate(self, idx, max_new_tokens, **decoding):
+        given.update(decoding, max_new_tokens=max_new_tokens, idx=idx.tolist(),
+                     dtype=self.transformer.wte.weight.dtype)
         new = torch.tensor([[65, 66, tokenizer.eot_id, 67]] * len(idx))
         return torch.cat([idx, new], dim=1)
 
     monkeypatch.setattr(GPT, "generate", generate)
-    command = ("generate", "--init", folder / "m", "--prompt", "A drug", "")
-    flags = dict(temperature=0.5, top_k=7, top_p=0.9, seed=3, num_beams=2, length_penalty=0.25,
-                 max_new_tokens=9)
-    result = call(*command, "--dtype", "bfloat16", *(f"--{k}={v}" for k, v in flags.items()))
+    result = call("generate --init m --prompt 'A drug' '' --dtype bfloat16 --temperature 0.5 "
+                  "--top_k 7 --top_p 0.9 --seed 3 --num_beams 2 --length_penalty 0.25 "
+                  "--max_new_tokens 9")
     assert result["texts"] == [tokenizer.decode([65, 66])] * 2
     ids = tokenizer.encode("A drug")
-    assert given["rows"] == [ids, [tokenizer.eot_id] * len(ids)]
-    assert given["n_pad"] == [0, len(ids) - 1] and given["dtype"] == torch.bfloat16
-    assert given | flags == given
+    assert given.pop("n_pad").tolist() == [0, len(ids) - 1]
+    assert given == dict(
+        idx=[ids, [tokenizer.eot_id] * len(ids)], dtype=torch.bfloat16, eot_id=tokenizer.eot_id,
+        temperature=0.5, top_k=7, top_p=0.9, seed=3, num_beams=2, length_penalty=0.25,
+        max_new_tokens=9)
 
     tokenizer.add_special_tokens(["<|startoftext|>"])
-    tokenizer.save(folder / "m")
-    call(*command, "--paper")
-    assert given["rows"][0] == ids + [tokenizer.special["<|startoftext|>"]]
+    tokenizer.save("m")
+    call("generate --init m --prompt 'A drug' --paper")
+    assert given["idx"] == [[*ids, tokenizer.special["<|startoftext|>"]]]
     paper = dict(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)
     assert given | paper == given
 
@@ -246,30 +240,31 @@ def test_numbers_and_their_verdicts():
         assert evaluate.numbers_in(text) == [(1e5, "")], text
     assert evaluate.numbers_in("3 × 10^−6 g, 110(5)") == [(3e-6, "g"), (110, ""), (5, "")]
     known = evaluate.numbers_in("1500 mg for 3 years in 40 rats")
-    for number, expected in (((1500, "mg"), "supported"), ((1500, ""), "supported"),
-                             ((40, "kg"), "supported"), ((1500, "year"), "contradicted"),
-                             ((2, "year"), "contradicted"), ((7, "kg"), "unsupported"),
-                             ((7, ""), "unsupported")):
-        assert evaluate.verdict(number, known) == expected, number
+    verdicts = {"1500 mg": "supported", "1500": "supported", "40 kg": "supported",
+                "1500 years": "contradicted", "2 years": "contradicted",
+                "7 kg": "unsupported", "7": "unsupported"}
+    for text, expected in verdicts.items():
+        number, = evaluate.numbers_in(text)
+        assert evaluate.verdict(number, known) == expected, text
 
 
 def test_perturbed_text_differs_in_one_number():
     """Catches a "perturbed" text equal to the true one, whose comparison would count as a loss."""
+    text = "In 2018, 7 of 40 patients took 250 mg."
     for seed in range(30):
-        text = "In 2018, 7 of 40 patients took 250 mg."
         other = evaluate.perturb(text, seed)
-        changed = [(a, b) for a, b in zip(text.split(), other.split(), strict=True) if a != b]
-        assert len(changed) == 1 and len(other) == len(text)
+        changed = sum(a != b for a, b in zip(text.split(), other.split(), strict=True))
+        assert changed == 1 and len(other) == len(text)
     assert evaluate.perturb("no number: p53, 1.5", 0) is None
 
 
-def test_audit_and_its_controls(folder, call, monkeypatch):
+def test_audit_and_its_controls(call, monkeypatch):
     """Catches an answer judged by another's source, a control that is the question's own reference,
     a reference judged by itself, and a preference for the changed text."""
     targets = ["It took 11 days.", "It took 22 days.", "None at all."]
-    asked = [Question(id="1", question="Of 5 rats?", target=targets[0]),
-             Question(id="2", question="How long?", context="After 22 days.", target=targets[1]),
-             Question(id="3", question="How?", target=targets[2])]
+    asked = [Question("1", "Of 5 rats?", target=targets[0]),
+             Question("2", "How long?", context="After 22 days.", target=targets[1]),
+             Question("3", "How?", target=targets[2])]
     monkeypatch.setattr(evaluate, "load_qa", lambda task, dir, split: asked)
     prompts = []
 
@@ -283,7 +278,7 @@ def test_audit_and_its_controls(folder, call, monkeypatch):
 
     monkeypatch.setattr(evaluate, "continue_prompts", answer)
     monkeypatch.setattr(evaluate, "summed_loss", loss)
-    result = call("numbers", "--init", folder / "m", "--data", folder, "--max_new_tokens", 40)
+    result = call("numbers --init m --data qa --max_new_tokens 40")
     assert prompts[0] == small_tokenizer().encode("Question: Of 5 rats?\nAnswer:")[-7:]
     assert [list(row.values())[1:] for row in result["numbers"]] == [
         [3, 3, 5, 2 / 5, 1 / 5, 2 / 5],  # 5, 11 days | 11 days | 22 kg, 7 kg
@@ -297,7 +292,7 @@ def test_audit_and_its_controls(folder, call, monkeypatch):
 # tokenizer, curves, mistakes
 
 
-def test_tokenizer_tables(folder, call):
+def test_tokenizer_tables(call):
     """Catches a space counted as a piece, characters taken for bytes, a term missed for its capital
     or its comma."""
     tokenizer = small_tokenizer()
@@ -305,40 +300,36 @@ def test_tokenizer_tables(folder, call):
     row, = evaluate.fragmentation({"group": words}, {"ours": tokenizer})
     assert list(row.values()) == ["group", 3, "33%, 67%, 3.33"]
     text = " ".join(["Genome, (genome) é"] * 6)
-    (folder / "t.txt").write_text(text)
-    table, groups, of_text, bands = call("tokenizer", "--tokenizer", folder / "m", "--text",
-                                         folder / "t.txt")
-    assert table[-1][str(folder / "m")] == "t/h/r/o/m/b/in" and groups[-1]["terms"] == 210
+    Path("t.txt").write_text(text)
+    table, groups, of_text, bands = call("tokenizer --tokenizer m --text t.txt")
+    assert table[-1]["m"] == "t/h/r/o/m/b/in" and groups[-1]["terms"] == 210
     n_tokens = len(tokenizer.encode(text + "\n"))
-    assert list(of_text[0].values())[1:] == [18, n_tokens, n_tokens / 18, 120 / n_tokens]
+    assert list(of_text[0].values()) == ["m", 18, n_tokens, n_tokens / 18, 120 / n_tokens]
     assert [(row["group"], row["terms"]) for row in bands] == [("10 to 99", 1), ("never", 239)]
 
 
-def test_curves(folder, call, monkeypatch):
+def test_curves(call, monkeypatch):
     """Catches validation rows taken for training rows, epochs for steps."""
     pytest.importorskip("matplotlib")  # an optional package
-    write_lines(folder / "m/log.jsonl", [dict(step=1, loss=5.0), dict(step=2, loss=4.0),
-                                         dict(step=2, val_loss=4.5)])
-    write_lines(folder / "log.jsonl", [dict(epoch=1, loss=1.0, dev=0.5), dict(dev=0.75)])
+    write_lines("m/log.jsonl", [dict(step=1, loss=5.0), dict(step=2, loss=4.0),
+                                dict(step=2, val_loss=4.5)])
+    write_lines("log.jsonl", [dict(epoch=1, loss=1.0, dev=0.5), dict(dev=0.75)])
     saved = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig",
                         lambda figure, *_, **__: saved.append(figure))
-    call("curves", folder / "m", folder, "--out", folder / "c.png")
+    call("curves m . --out c.png")
     lines = [line.get_xydata().tolist() for ax in saved[0].axes for line in ax.lines]
     assert lines == [[[1, 5.0], [2, 4.0]], [[1, 1.0]], [[2, 4.5]], [[1, 0.5]]]
 
 
-def test_mistakes(folder, call, monkeypatch, capsys):
+@pytest.mark.parametrize("command, mend", [
+    ("curves qa", "log.jsonl"),
+    ("qa --task medqa --data qa --init m", "--zero_shot"),
+    (f"generate --init m --prompt '{TEXT}'", "context"),
+    ("perplexity --init m --data a.jsonl --json no/r.json", "make it first")])
+def test_mistakes(call, capsys, command, mend):
     """Catches tracebacks for a user's mistakes, and --json whose folder is missed too late."""
-    write_medqa(folder / "qa")
-    model = ("--init", folder / "m")
-    for args, needs in ((["curves", folder / "qa"], "log.jsonl"),
-                        (["qa", "--task", "medqa", "--data", folder / "qa", *model], "--zero_shot"),
-                        (["generate", *model, "--prompt", TEXT], "context")):
-        with pytest.raises((ValueError, OSError), match=needs):
-            call(*args)
-    monkeypatch.setattr(sys, "argv", ["eval.py", "perplexity", *map(str, model), "--data",
-                                      str(folder / "a.jsonl"), "--json", str(folder / "no/r.json")])
-    with pytest.raises(SystemExit):
-        evaluate.main()
-    assert "make it first" in capsys.readouterr().err
+    write_medqa(Path("qa"))
+    with pytest.raises((ValueError, OSError, SystemExit)) as e:
+        call(command)
+    assert mend in f"{e.value}{capsys.readouterr().err}"
