@@ -204,7 +204,7 @@ def zero_shot(gpt, tokenizer, questions, process):
         row = finetune.Row(prompt[-room:], options)
         examples.append(finetune.Example(q, [row], truncated=len(prompt) > room))
     found = {}  # by identity, since micro_batches sorts by length
-    for chunk in progress(list(finetune.micro_batches(examples, max_tokens=8192))):
+    for chunk in progress(finetune.micro_batches(examples, max_tokens=8192)):
         batch = finetune.collate(chunk, process.device)
         with process.autocast():
             hidden = gpt.hidden(batch.idx, positions=batch.positions, mask=batch.mask)
