@@ -642,7 +642,7 @@ def newest_checkpoint(run):
         except ValueError as e:
             print(f"warning: skipping {e}", file=sys.stderr)
     if paths:
-        raise ValueError(f"no checkpoint in {run} is whole: restore one, or train with --fresh")
+        raise ValueError(f"no checkpoint in {run} is whole: restore one, or start --fresh")
     return None, None
 
 
