@@ -1364,25 +1364,17 @@ def attention_ref(qkv, n_head, scale, dropout_p=0.0, seed=0):
 
 
 @jit
-def tile_pointers(ptr, rows, stride, T,
-                  D: constexpr,
-                  BD: constexpr):
-    """Pointers to rows of one head, (len(rows), BD), and which of them lie in the tensor."""
-    d = tl.arange(0, BD)
-    at = ptr + rows[:, None] * stride + d[None, :]
-    return at, (rows < T)[:, None] & (d < D)[None, :]
-
-
-@jit
 def load_tile(ptr, rows, stride, T,
               D: constexpr,
               BD: constexpr,
               EVEN: constexpr):
-    """Rows of one head, zero outside the tensor; EVEN: nothing lies outside."""
-    at, inside = tile_pointers(ptr, rows, stride, T, D, BD)
+    """Rows of one head, (len(rows), BD), zero outside the tensor; EVEN: nothing lies outside."""
+    d = tl.arange(0, BD)
+    at = ptr + rows[:, None] * stride + d[None, :]
     if EVEN:
         return tl.load(at)
     else:
+        inside = (rows < T)[:, None] & (d < D)[None, :]
         return tl.load(at, mask=inside, other=0.0)
 
 
@@ -1390,8 +1382,9 @@ def load_tile(ptr, rows, stride, T,
 def store_tile(ptr, tile, rows, stride, T,
                D: constexpr,
                BD: constexpr):
-    at, inside = tile_pointers(ptr, rows, stride, T, D, BD)
-    tl.store(at, tile, mask=inside)
+    d = tl.arange(0, BD)
+    inside = (rows < T)[:, None] & (d < D)[None, :]
+    tl.store(ptr + rows[:, None] * stride + d[None, :], tile, mask=inside)
 
 
 @jit
