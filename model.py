@@ -211,7 +211,7 @@ class GPT(nn.Module):
             raise ValueError(f"{length} tokens are more than the context of "
                              f"{self.config.n_positions}: shorten the input")
         if cache is not None:
-            positions, mask = cache.place(T, idx.device)
+            positions, mask = cache.place(T)
         elif positions is None:
             positions = torch.arange(T, device=idx.device)
         residual = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
@@ -368,6 +368,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         raise ValueError(f"temperature {temperature} is negative: use 0 (greedy) or more")
     if eot_id is None:
         eot_id = model.config.vocab_size  # no token has this id: nothing ends
+    if n_pad is None:
+        n_pad = idx.new_zeros(len(idx))
     if num_beams > 1:
         return beam_search(model, idx, max_new_tokens, num_beams, no_repeat_ngram_size,
                            length_penalty, eot_id, n_pad)
@@ -417,29 +419,26 @@ def linear(x, weight, bias=None):
 class KVCache:
     """Keys and values of the tokens so far, so that a step computes those of new tokens only.
 
-    n_pad (B,) int64: leading tokens of each row that are padding, seen by nothing; None: none.
+    n_pad (B,) int64: how many leading tokens of each row are padding, which nothing else sees.
     """
 
-    def __init__(self, n_pad=None):
+    def __init__(self, n_pad):
         self.layers = {}  # layer index -> its keys and values, (2, B, H, S, D)
         self.length = 0  # S
         self.n_pad = n_pad
 
-    def place(self, T, device):
+    def place(self, T):
         """Make room for T new tokens: their positions, and which of all S tokens each one sees.
 
-        positions (T,) or, with padding, (B, T), 0 at padding. The mask is bool, (T, S) or
-        (B, 1, T, S); None: one token, which sees all.
+        positions (B, T) int64, 0 at padding; mask (B, 1, T, S) bool.
         """
         start = self.length
         self.length += T
-        columns = torch.arange(self.length, device=device)  # (S,)
+        columns = torch.arange(self.length, device=self.n_pad.device)  # (S,)
         rows = columns[start:, None]  # (T, 1)
-        sees = columns <= rows  # (T, S)
-        if self.n_pad is None:
-            return rows[:, 0], None if T == 1 else sees
         real = columns >= self.n_pad[:, None, None]  # (B, 1, S)
-        sees = sees & real | (columns == rows)  # padding sees itself: a softmax of nothing is NaN
+        sees = (columns <= rows) & real  # (B, T, S)
+        sees |= columns == rows  # padding sees itself: a softmax of nothing is NaN
         positions = rows[:, 0] - self.n_pad[:, None]  # (B, T)
         return positions.clamp(min=0), sees[:, None]
 
@@ -455,8 +454,7 @@ class KVCache:
         """Keep the given batch rows, in that order: a beam's history follows the beam."""
         for layer, kv in self.layers.items():
             self.layers[layer] = kv[:, rows]
-        if self.n_pad is not None:
-            self.n_pad = self.n_pad[rows]
+        self.n_pad = self.n_pad[rows]
 
 
 def sample(logits, temperature, top_k, top_p, generator):
@@ -477,17 +475,17 @@ def sample(logits, temperature, top_k, top_p, generator):
 def ban_repeats(logits, idx, n, n_pad):
     """Set to -inf, in place, the tokens that would repeat an n-gram of idx (B, T); n = 0: none.
 
-    For n = 3 and a row that ends in "a b": every token that has followed an earlier "a b". n_pad
-    (B,): each row's padding, which is no part of its text; None: none.
+    For n = 3 and a row that ends in "a b": every token that has followed an earlier "a b". The
+    first n_pad (B,) tokens of a row are padding, no part of its text.
     """
     if n == 0:
         return
-    starts = [0] * len(idx) if n_pad is None else n_pad.tolist()
-    for row, tokens, start in zip(logits, idx.tolist(), starts):
+    for row, tokens, start in zip(logits, idx.tolist(), n_pad.tolist()):
         last = tokens[len(tokens) - n + 1:]
         for i in range(start, len(tokens) - n + 1):
-            if tokens[i:i + n - 1] == last:
-                row[tokens[i + n - 1]] = -math.inf
+            *before, token = tokens[i:i + n]
+            if before == last:
+                row[token] = -math.inf
 
 
 def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_penalty, eot_id, n_pad):
