@@ -8,7 +8,8 @@
 Reads and writes the folders of runs and of Hugging Face's GPT-2. Leaves out training (train.py) and
 task heads (finetune.py).
 
-Legend: B batch, T time, C width, H heads, D head width (C = H·D), V vocabulary, N = B·T rows.
+Legend: B batch, T time, C width, H heads, D head width (C = H·D), V vocabulary, N = B·T rows, S all
+tokens of a row when T new ones follow cached ones.
 
 The model calls five fused ops: layer_norm, add_layer_norm, bias_gelu, attention, cross_entropy.
 Each computes what its name says; an op with dropout draws its mask from a seed. In the second half
@@ -66,19 +67,6 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
-class LayerNorm(nn.LayerNorm):
-    """Add a branch's output to the residual stream, and normalise the sum, in one fused op."""
-
-    def forward(self, branch, residual, dropout_p, seed):
-        """(B, T, C) each, branch None before the first block -> LayerNorm(sum), sum.
-
-        sum = residual + dropout(branch), in fp32 as residual is.
-        """
-        if branch is None:
-            return layer_norm(residual, self.weight, self.bias, self.eps), residual
-        return add_layer_norm(branch, residual, self.weight, self.bias, self.eps, dropout_p, seed)
-
-
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention; logits q·k / sqrt(D) / (layer_idx + 1)."""
 
@@ -94,10 +82,11 @@ class CausalSelfAttention(nn.Module):
             self.scale /= layer_idx + 1
 
     def forward(self, x, dropout_p, seed, cache=None, mask=None):
-        """x (B, T, C) -> (B, T, C); dropout is of the attention probabilities.
+        """x (B, T, C) -> (B, T, C); dropout falls on the attention probabilities.
 
-        Without cache and mask it is causal. cache: a KVCache of earlier tokens, which x continues.
-        mask: bool, broadcasts to (B, H, T, S), True where one of x's T tokens sees one of all S.
+        Training has no cache and no mask: each token sees itself and those before it. Generation
+        has a cache, the KVCache of earlier tokens. mask: bool, broadcasts to (B, H, T, S), True
+        where a token of x sees one of all S tokens.
         """
         qkv = self.c_attn(x)  # (B, T, C) -> (B, T, 3C), packed [q | k | v]
         # RoPE would go here, before both paths: turn the q and k columns of qkv by their positions.
@@ -113,7 +102,7 @@ class CausalSelfAttention(nn.Module):
             y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
         return self.c_proj(y)
 
-    @torch.compiler.disable  # else each block is compiled anew, because their scales differ
+    @torch.compiler.disable  # each block has another scale, and would be compiled anew for it
     def causal(self, qkv, dropout_p, seed):
         return attention(qkv, self.n_head, self.scale, dropout_p, seed)
 
@@ -133,6 +122,19 @@ class MLP(nn.Module):
         return self.c_proj(x)  # (B, T, 4C) -> (B, T, C)
 
 
+class LayerNorm(nn.LayerNorm):
+    """x = residual + dropout(branch), then LayerNorm of x: one fused op. Block says what for."""
+
+    def forward(self, branch, residual, dropout_p, seed):
+        """(B, T, C) each -> LayerNorm(x), x; x has residual's dtype: fp32 in training.
+
+        branch is what attention or MLP put out; None before the first block: x = residual.
+        """
+        if branch is None:
+            return layer_norm(residual, self.weight, self.bias, self.eps), residual
+        return add_layer_norm(branch, residual, self.weight, self.bias, self.eps, dropout_p, seed)
+
+
 class Block(nn.Module):
     """One pre-LayerNorm layer."""
 
@@ -141,10 +143,10 @@ class Block(nn.Module):
     #     x = x + dropout(attn(ln_1(x)))
     #     x = x + dropout(mlp(ln_2(x)))
     #
-    # After every "x + dropout(branch)" comes a LayerNorm, and both are one fused op. But the second
-    # sum's LayerNorm belongs to the next block (after the last block: ln_f). So x travels between
-    # blocks as a pair (branch, residual) that stands for x = residual + dropout(branch), and the
-    # next LayerNorm adds it up. The arithmetic is the same, one op later.
+    # After every sum "x + dropout(...)" comes a LayerNorm, and one fused op does both. But the
+    # second sum's LayerNorm is the next block's ln_1 (after the last block: ln_f). So a block
+    # doesn't add its MLP's output to x. It returns the pair (branch, residual), which is (MLP's
+    # output, x so far), and the next LayerNorm makes the sum. The arithmetic is the same.
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -155,9 +157,10 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, branch, residual, seed, cache=None, mask=None):
-        """branch (B, T, C) or None before the first block, residual (B, T, C) fp32 -> such a pair.
+        """The pair (branch, residual) before this block -> the pair after it, (B, T, C) each.
 
-        The three dropout masks come from seed, seed + 1 and seed + 2.
+        branch is None before the first block. The dropout masks are drawn from
+        seed (the branch that came in), seed + 1 (attention) and seed + 2 (attention's output).
         """
         dropout_p = self.dropout if self.training else 0.0
         x, residual = self.ln_1(branch, residual, dropout_p, seed)
@@ -186,7 +189,7 @@ class GPT(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, 0.0, std)
             elif name.endswith("bias"):
-                nn.init.zeros_(p)
+                nn.init.zeros_(p)  # LayerNorm's weights are 1 already
         # GPT-2: the last layer of a branch starts smaller, since 2 * n_layer branches are added up
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
@@ -201,9 +204,10 @@ class GPT(nn.Module):
 
         cache: a KVCache of earlier tokens, which idx continues. ValueError past the context.
 
-        positions (B, T) int64 and mask (bool, broadcasts to (B, H, T, T), True where a token sees
-        another) let a row hold a prefix and several continuations of it: each position lies within
-        the context, though T may exceed it. By default positions are 0, 1, ..., and all is causal.
+        By default positions are 0, 1, ..., and each token sees those before it. finetune.py gives
+        positions (B, T) int64 and a mask (bool, broadcasts to (B, H, T, T), True where a token sees
+        another): its rows hold a question and then several answers, each seen by itself alone. Such
+        a row may be longer than the context; its positions are not.
         """
         T = idx.size(1)
         length = T if cache is None else cache.length + T
@@ -219,18 +223,18 @@ class GPT(nn.Module):
         dropout_p = self.config.dropout if self.training else 0.0
         if dropout_p > 0:
             residual = F.dropout(residual, dropout_p)
-            # One draw from the CPU's generator for all blocks: no wait for the GPU, the same masks
-            # when a checkpointed block runs again, and torch.manual_seed makes a step repeatable.
+            # Drawn on the CPU: no wait for the GPU, and torch.manual_seed makes a step repeatable.
+            # Each block adds 4 to it. The last one's seeds still lie below 2**31.
             seed = int(torch.randint(2**31 - 4 * self.config.n_layer - 4, ()))
         branch = None
         for block in self.transformer.h:
-            state = (branch, residual, seed, cache, mask)
+            inputs = (branch, residual, seed, cache, mask)
             if self.activation_checkpointing and self.training:
-                branch, residual = torch.utils.checkpoint.checkpoint(block, *state,
+                branch, residual = torch.utils.checkpoint.checkpoint(block, *inputs,
                                                                      use_reentrant=False)
             else:
-                branch, residual = block(*state)
-            seed += 4  # the next block's masks are others
+                branch, residual = block(*inputs)
+            seed += 4  # the next block draws other masks
         x, _ = self.transformer.ln_f(branch, residual, dropout_p, seed)
         return x
 
@@ -238,7 +242,7 @@ class GPT(nn.Module):
         """idx (B, T) int64. Without targets: (logits (B, T, V), None).
 
         With targets (B, T) int64, already shifted, -100 = ignored: (None, mean loss in nats). The
-        whole logits never exist then.
+        logits are made a chunk of rows at a time then: all of them would be gigabytes.
         """
         x = self.hidden(idx)  # (B, T, C)
         head = self.transformer.wte.weight  # (V, C)
@@ -254,6 +258,10 @@ class GPT(nn.Module):
 # configuration
 
 
+# Least and most of a field of GPTConfig, by the type of its default (only eot_id's is None).
+LIMITS = {int: (1, 10**6), float: (0.0, 0.99), bool: (False, True), type(None): (0, 10**6)}
+
+
 @dataclass
 class GPTConfig:
     """Shape of a GPT-2; the defaults are the released BioMedLM's (its config.json)."""
@@ -266,7 +274,7 @@ class GPTConfig:
     dropout: float = 0.1  # BioMedLM: on embeddings, residual branches and attention probabilities
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02  # standard deviation of new weights
-    scale_attn_by_inverse_layer_idx: bool = True  # BioMedLM: only config.json says so
+    scale_attn_by_inverse_layer_idx: bool = True  # in BioMedLM's config.json, not in the paper
     eot_id: int | None = None  # end-of-text; None: the last id, as in BioMedLM and GPT-2
 
     def __post_init__(self):
@@ -332,8 +340,6 @@ class GPTConfig:
         return config
 
 
-# Least and most of each field of GPTConfig, by the type of its default.
-LIMITS = {int: (1, 10**6), float: (0.0, 0.99), bool: (False, True), type(None): (0, 10**6)}
 HF_NAMES = {"dropout": "resid_pdrop", "eot_id": "eos_token_id"}  # the other fields are named alike
 
 PRESETS = {
@@ -364,8 +370,6 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     if not 0 < T < T + max_new_tokens <= model.config.n_positions:
         raise ValueError(f"{T} prompt + {max_new_tokens} new tokens: use 1 or more of each, and no "
                          f"more than the context of {model.config.n_positions} in all")
-    if temperature < 0:
-        raise ValueError(f"temperature {temperature} is negative: use 0 (greedy) or more")
     if eot_id is None:
         eot_id = model.config.vocab_size  # no token has this id: nothing ends
     if n_pad is None:
@@ -501,7 +505,7 @@ def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_pena
     beams = idx[:, None]  # (B, 1, T): one beam at first, K after a step
     sums = torch.zeros(B, 1, 1, device=idx.device)
     ended = [[] for _ in range(B)]  # each row's best K texts that ended: (score, tokens)
-    best = [None] * B
+    best = {}  # the result of each row whose search is over
     new = idx
     for length in range(1, max_new_tokens + 1):
         norm = length**length_penalty
@@ -522,7 +526,7 @@ def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_pena
         beams = texts[rows, go_on]  # (B, K, T + length)
         new = beams[..., -1].reshape(-1, 1)  # (B·K, 1)
         for i in range(B):
-            if best[i] is not None:
+            if i in best:
                 continue
             for j in ends[i, :K].nonzero()[:, 0]:  # as Hugging Face: not an end among the lower K
                 ended[i].append((top[i, j].item() / norm, texts[i, j].tolist()))
@@ -532,9 +536,10 @@ def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_pena
             if over or length == max_new_tokens:
                 ended[i].append((running, beams[i, 0].tolist()))
                 best[i] = idx.new_tensor(max(ended[i])[1])
-        if all(text is not None for text in best):
+        if len(best) == B:
             break
-    return nn.utils.rnn.pad_sequence(best, batch_first=True, padding_value=eot_id)
+    texts = [best[i] for i in range(B)]
+    return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=eot_id)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -588,7 +593,7 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
             raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier checkpoint")
         state[name] = tensor
     model.load_state_dict(state, assign=True)
-    return model.requires_grad_(not mapped).eval()
+    return model.eval()
 
 
 def without_memory(config):
@@ -1837,3 +1842,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as e:
         sys.exit(f"model.py: error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
