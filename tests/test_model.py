@@ -104,7 +104,7 @@ def test_cache_equals_full_forward(model, idx):
     idx = torch.cat([idx, idx[:, :12]], dim=1)  # 32 tokens: the whole context
     full = model.hidden(idx)
     for cuts in ([1] * 32, [5, 20, 7], [31, 1]):
-        cache = KVCache()
+        cache = KVCache(n_pad=torch.zeros(2, dtype=torch.int64))
         parts = [model.hidden(piece, cache) for piece in idx.split(cuts, dim=1)]
         assert torch.allclose(torch.cat(parts, dim=1), full, atol=1e-5)
     with pytest.raises(ValueError, match="context of 32"):
