@@ -300,7 +300,8 @@ def split_documents(documents, val_fraction):
             id_hash, text = held.pop(1)  # the one between
             yield "val" if validates(id_hash, val_fraction) else "train", text
     if len(held) < 2:
-        raise ValueError(f"{len(held)} documents in all: two are needed, one to validate on")
+        raise ValueError(f"{len(held)} documents in all: two are needed, one to validate on; give "
+                         "more text")
     yield "val", held[0][1]
     yield "train", held[1][1]
 

@@ -89,8 +89,9 @@ class CausalSelfAttention(nn.Module):
         where a token of x sees one of all S tokens.
         """
         qkv = self.c_attn(x)  # (B, T, C) -> (B, T, 3C), packed [q | k | v]
-        # RoPE would go here, before both paths: turn the q and k columns of qkv by their positions.
-        # GPT.hidden knows the positions and would hand them down; wpe would go.
+        # RoPE would go here, before both paths: turn q and k, two of qkv.view(B, T, 3, H, D), by
+        # the positions. GPT.hidden knows these, (T,) or (B, T), and would hand them down through
+        # Block.forward. wpe would go, and MODEL_TYPE take another name.
         if cache is None and mask is None:
             y = self.causal(qkv, dropout_p, seed)
         else:
@@ -303,7 +304,7 @@ class GPTConfig:
         return {
             **named,
             "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
+            "model_type": MODEL_TYPE,
             "activation_function": "gelu_new",
             "tie_word_embeddings": True,
             "attn_pdrop": self.dropout,
@@ -324,7 +325,7 @@ class GPTConfig:
             given["eot_id"] = eot_id[0] if eot_id else None
         config = GPTConfig.preset("gpt2-124m", **given)  # its fields are Hugging Face's defaults
         wanted = {
-            "model_type": ["gpt2"],
+            "model_type": [MODEL_TYPE],
             "activation_function": ["gelu_new", "gelu_pytorch_tanh"],  # two names of one function
             "scale_attn_weights": [True],
             "n_inner": [None, 4 * config.n_embd],
@@ -339,6 +340,10 @@ class GPTConfig:
                       f"{config.dropout} is used in its place", file=sys.stderr)
         return config
 
+
+# A fork with another architecture or activation takes a name of its own: its folders then are not
+# read as a GPT-2 by others, and only this code opens them.
+MODEL_TYPE = "gpt2"
 
 HF_NAMES = {"dropout": "resid_pdrop", "eot_id": "eos_token_id"}  # the other fields are named alike
 
@@ -699,9 +704,10 @@ def save_pretrained(model, path):
     C = model.config.n_embd
     layer = 12 * C * C + 13 * C  # 4 matrices (3, 1, 4, 4), their biases (3, 1, 4, 1), 2 LayerNorms
     n = (model.config.vocab_size + model.config.n_positions + 2) * C + model.config.n_layer * layer
-    if model.n_params() != n:
+    if MODEL_TYPE == "gpt2" and model.n_params() != n:
         raise ValueError(f"the model has {model.n_params():,} parameters, Hugging Face's GPT-2 of "
-                         f"its config.json {n:,}: that folder cannot hold a changed architecture")
+                         f"its config.json {n:,}: that folder cannot hold a changed architecture; "
+                         "give yours a name of its own in MODEL_TYPE")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     added = folder / "added_tokens.json"
@@ -751,6 +757,8 @@ def main():
     parser.add_argument("--init", type=Path, required=True, help="folder of a run or of a GPT-2")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
+    if MODEL_TYPE != "gpt2":
+        raise ValueError(f"`transformers` has no {MODEL_TYPE}: only a GPT-2 can be exported")
     model = GPT.from_pretrained(args.init)
     args.out.mkdir(parents=True, exist_ok=True)
     for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json"):

@@ -564,6 +564,7 @@ def learning_rate(step, settings):
 
 def make_optimizer(model, settings):
     """AdamW. Any other torch.optim.Optimizer may stand here: nothing else knows which one it is.
+    With FSDP its update must work on sharded tensors. update() sets one rate for all its groups.
 
     One group: decay falls on every parameter, biases and LayerNorms too (BioMedLM: Composer).
     DecoupledAdamW shrinks a weight by 1 - (lr_t / lr_0) * 1.6e-5 a step, torch by
