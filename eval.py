@@ -15,7 +15,6 @@ Dimensions: B rows, T time, C width, V vocabulary.
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import random
 import re
@@ -31,7 +30,7 @@ import finetune
 from data import TASKS, load_meta, load_qa, val_batches
 from model import GPT, cross_entropy
 from tokenizer import Tokenizer, json_lines, load_named, read_documents, run_command
-from train import start_process
+from train import start_process, write_json
 
 # ---------------------------------------------------------------------------------------------
 # perplexity: how well does the model predict text?
@@ -289,7 +288,14 @@ def breakdown(questions, hits):
 # ---------------------------------------------------------------------------------------------
 # generation
 
-DECODING = ("temperature", "top_k", "top_p", "seed", "num_beams", "length_penalty")  # by flags
+DECODING = {  # flag: (type, default, help)
+    "temperature": (float, 0.8, "0 = greedy (default: 0.8)"),
+    "top_k": (finetune.positive, None, "sample among the k likeliest tokens (default: all)"),
+    "top_p": (float, None, "sample within this probability mass (default: all)"),
+    "num_beams": (finetune.positive, 1, "beam search instead of sampling (default: 1)"),
+    "length_penalty": (float, 1.0, "exponent, beams only (default: 1.0)"),
+    "seed": (int, 1, "of sampling (default: 1)"),
+}
 # BioMedLM: its decoding, for answers of at most 400 tokens
 PAPER_DECODING = dict(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)
 
@@ -531,15 +537,16 @@ def tokenizer_tables(args):
     for word in TABLE_3:
         pieces = {name: "/".join(pieces_of(word, one)) for name, one in tokenizers.items()}
         words.append(dict(word=word) | pieces)
-    *ten, _ = SPECIALTIES.values()  # rare and new terms stand last
-    groups = SPECIALTIES | {"the ten together": list(itertools.chain(*ten))}
+    *ten, rare = SPECIALTIES.values()
+    common = list(itertools.chain(*ten))
+    groups = SPECIALTIES | {"the ten together": common}
     tables = [words, fragmentation(groups, tokenizers)]
     if args.text:
         rows, times = read_text(args.text, tokenizers)
         bands = defaultdict(list)
-        terms = itertools.chain(*SPECIALTIES.values())
-        for term in sorted(terms, key=lambda term: -times[term.lower()]):
-            bands[BANDS[bisect([1, 10, 100], times[term.lower()])]].append(term)
+        for term in sorted(common + rare, key=lambda term: -times[term.lower()]):
+            band = BANDS[bisect([1, 10, 100], times[term.lower()])]
+            bands[band].append(term)
         tables += [rows, fragmentation(bands, tokenizers)]
     for rows in tables:
         print_table(rows)
@@ -634,10 +641,9 @@ def curves(args):
 
 def new_file(text):
     """A file to write, for argparse: refused before the work if its folder is missing."""
-    folder = Path(text).parent
-    if not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {folder}: make it first")
-    return Path(text)
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder for {text}: make it first")
+    return text
 
 
 def main():
@@ -681,13 +687,8 @@ def main():
     add = command("generate", generate, "continue a text")
     add("--prompt", required=True, nargs="+", help="one or several texts")
     add("--max_new_tokens", type=positive, default=64, help="tokens to add at most (default: 64)")
-    add("--temperature", type=float, default=0.8, help="0 = greedy (default: 0.8)")
-    add("--top_k", type=positive, help="sample among the k likeliest tokens (default: all)")
-    add("--top_p", type=float, help="sample within this probability mass (default: all)")
-    add("--num_beams", type=positive, default=1,
-        help="beam search instead of sampling (default: 1)")
-    add("--length_penalty", type=float, default=1.0, help="exponent, beams only (default: 1.0)")
-    add("--seed", type=int, default=1, help="of sampling (default: 1)")
+    for name, (kind, default, sentence) in DECODING.items():
+        add(f"--{name}", type=kind, default=default, help=sentence)
     add("--paper", action="store_true",
         help="BioMedLM's decoding: 5 beams, no repeated 6-gram, length penalty -0.5 (default: off)")
 
@@ -710,7 +711,7 @@ def main():
     args = parser.parse_args()
     result = args.command(args)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":
