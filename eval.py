@@ -15,10 +15,10 @@ Dimensions: B rows, T time, C width, V vocabulary.
 import argparse
 import contextlib
 import itertools
-import json
 import math
 import random
 import re
+from bisect import bisect
 from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean
@@ -30,7 +30,7 @@ import finetune
 from data import TASKS, load_meta, load_qa, val_batches
 from model import GPT, cross_entropy
 from tokenizer import Tokenizer, json_lines, load_named, read_documents, run_command
-from train import start_process
+from train import start_process, write_json
 
 # ---------------------------------------------------------------------------------------------
 # perplexity: how well does the model predict text?
@@ -51,12 +51,10 @@ from train import start_process
 def perplexity(args):
     """The perplexity command: {loss, bits_per_byte, tokens, bytes} of val.bin, or of a text.
 
-    tokens: how many were predicted. In arrays a row's first token is not: nothing stands before it.
-    Bits a byte count it at the mean of the others.
+    tokens counts those that were predicted. In arrays the first token of each row is not: nothing
+    stands before it. bits_per_byte takes the mean loss for it, since bytes counts it, too.
     """
-    process = start_process(args.device, args.dtype)
-    gpt = GPT.from_pretrained(args.init, device=process.device)
-    tokenizer = Tokenizer.load(args.init)
+    gpt, tokenizer, process = load_model(args)
     context = gpt.config.n_positions
     if (Path(args.data) / "meta.json").exists():
         meta = load_meta(args.data)
@@ -69,7 +67,7 @@ def perplexity(args):
     else:
         texts = [text for _, text in itertools.islice(read_documents(args.data), args.limit)]
         batches = text_rows(texts, tokenizer, context)
-        n_tokens = None
+        n_tokens = None  # all are predicted
         n_bytes = len("".join(texts).encode())
     nats, n_scored = summed_loss(gpt, progress(batches), process)
     if not n_scored:
@@ -79,6 +77,21 @@ def perplexity(args):
     result = dict(loss=loss, bits_per_byte=bits_per_byte, tokens=n_scored, bytes=n_bytes)
     print_table([result])
     return result
+
+
+def load_model(args, to_generate=False):
+    """(GPT, its Tokenizer, this process) by --init, --device and --dtype.
+
+    Usually weights are fp32, and autocast casts them for each matrix product. To generate, a step
+    reads every weight for one token: weights of half the size take half the time. So they are cast
+    here, once, and there is no autocast.
+    """
+    process = start_process(args.device, args.dtype)
+    dtype = torch.float32
+    if to_generate:
+        dtype, process.dtype = process.dtype, dtype
+    gpt = GPT.from_pretrained(args.init, dtype=dtype, device=process.device)
+    return gpt, Tokenizer.load(args.init), process
 
 
 @torch.no_grad()
@@ -100,17 +113,15 @@ def summed_loss(gpt, batches, process):
 
 
 def text_rows(texts, tokenizer, context):
-    """Yields x, y of one row (1, T <= context) at a time: documents, each given nothing but itself.
+    """Yields x, y of one row (1, T <= context) at a time. No document sees another.
 
-    End-of-text stands before a document, so that its first token is predicted too. One longer than
-    the context is cut without overlap. Each later row sees less than it could, so the loss is an
-    upper bound.
+    End-of-text stands before a document, so that its first token is predicted, too. A document
+    longer than the context is cut into rows. A later row doesn't see the one before: it could be
+    predicted better, so the loss is an upper bound.
     """
-    for text in texts:
+    for text in filter(None, texts):
         ids = torch.tensor([[tokenizer.eot_id, *tokenizer.encode(text)]])
-        for start in range(0, ids.size(1) - 1, context):
-            row = ids[:, start:start + context + 1]
-            yield row[:, :-1], row[:, 1:]
+        yield from zip(ids[:, :-1].split(context, dim=1), ids[:, 1:].split(context, dim=1))
 
 
 def progress(items):
@@ -151,21 +162,20 @@ def answer_questions(args):
 
     Returns finetune.summarise's figures, with "groups" and, for likelihoods, "acc_norm".
     """
-    process = start_process(args.device, args.dtype)
     split, official = find_questions(args)
     questions = finetune.labeled(official, args.limit)
     if not questions:
         raise ValueError(f"{args.task}'s {split} split has no answers: give another --split")
     if args.zero_shot:
-        gpt = GPT.from_pretrained(args.init, device=process.device)
-        examples, scores = zero_shot(gpt, Tokenizer.load(args.init), questions, process)
+        gpt, tokenizer, process = load_model(args)
+        examples, scores = zero_shot(gpt, tokenizer, questions, process)
     else:
+        process = start_process(args.device, args.dtype)
         model, tokenizer, settings = finetune.load_finetuned(args.init, args.task, process.device)
         examples = finetune.encode_all(questions, args.task, tokenizer, settings)
         scores = finetune.score_examples(model, examples, process)
     hits = finetune.correct(scores, examples)
-    accuracy = fmean(hits)
-    result = finetune.summarise(args.task, split, len(official), examples, [accuracy])
+    result = finetune.summarise(args.task, split, len(official), examples, [fmean(hits)])
     print(finetune.describe(result))
     if args.zero_shot:
         result["acc_norm"] = acc_norm(scores, examples)
@@ -208,15 +218,16 @@ def zero_shot(gpt, tokenizer, questions, process):
         batch = finetune.collate(chunk, process.device)
         with process.autocast():
             hidden = gpt.hidden(batch.idx, positions=batch.positions, mask=batch.mask)
-            for e, states in zip(chunk, hidden):  # (B, T, C) -> B times (T, C)
-                found[id(e)] = option_scores(gpt, states, e)
+            for row in zip(chunk, batch.idx, hidden):  # (B, T, C) -> B times (T, C)
+                found[id(row[0])] = option_scores(gpt, *row)
     return examples, [found[id(e)] for e in examples]
 
 
-def option_scores(gpt, hidden, example):
-    """Log-likelihoods, in nats, of an example's options; hidden (T, C): its row's final states.
+def option_scores(gpt, example, idx, hidden):
+    """Log-likelihoods, in nats, of an example's options, by its row: idx (T,), hidden (T, C).
 
-    The state of one token predicts the next. That before any option is the prompt's last:
+    The hidden state of one token predicts the next. Every option's first token is predicted by the
+    prompt's last one:
 
         row               P0  P1  A0  A1  B0  B1
         A's predictions       A0  A1
@@ -226,11 +237,11 @@ def option_scores(gpt, hidden, example):
     start = len(prompt)
     scores = []
     for ids in options:
-        before = [len(prompt) - 1, *range(start, start + len(ids) - 1)]
-        targets = torch.tensor(ids, device=hidden.device)
-        mean = cross_entropy(hidden[before], gpt.transformer.wte.weight, targets)
+        end = start + len(ids)
+        before = [len(prompt) - 1, *range(start, end - 1)]
+        mean = cross_entropy(hidden[before], gpt.transformer.wte.weight, idx[start:end])
         scores.append(-mean.item() * len(ids))
-        start += len(ids)
+        start = end
     # Equal options must score the same, to the last bit: each takes the first one's score.
     texts = example.question.options
     return [scores[texts.index(text)] for text in texts]
@@ -262,9 +273,9 @@ def breakdown(questions, hits):
     groups = defaultdict(list)
     for q, hit in zip(questions, hits):
         n_words = len(f"{q.context} {q.question}".split())
-        groups["kind", q.kind].append(hit)
-        groups["subject", q.subject].append(hit)
-        groups["words <", 2 ** n_words.bit_length()].append(hit)  # the next power of two
+        power = 2 ** n_words.bit_length()  # 4 for 2 and 3 words, 8 for 4 to 7
+        for group in ("kind", q.kind), ("subject", q.subject), ("words <", power):
+            groups[group].append(hit)
     rows = []
     for (what, value), hits in sorted(groups.items()):
         if value:  # many sets name no kind or no subject
@@ -277,6 +288,14 @@ def breakdown(questions, hits):
 # ---------------------------------------------------------------------------------------------
 # generation
 
+DECODING = {  # flag: (type, default, help)
+    "temperature": (float, 0.8, "0 = greedy (default: 0.8)"),
+    "top_k": (finetune.positive, None, "sample among the k likeliest tokens (default: all)"),
+    "top_p": (float, None, "sample within this probability mass (default: all)"),
+    "num_beams": (finetune.positive, 1, "beam search instead of sampling (default: 1)"),
+    "length_penalty": (float, 1.0, "exponent, beams only (default: 1.0)"),
+    "seed": (int, 1, "of sampling (default: 1)"),
+}
 # BioMedLM: its decoding, for answers of at most 400 tokens
 PAPER_DECODING = dict(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)
 
@@ -286,11 +305,9 @@ def generate(args):
 
     Returns {"texts": what was added to each prompt}.
     """
-    process = start_process(args.device, args.dtype)
-    gpt, tokenizer, start = load_for_generation(args.init, process)
-    prompts = [(tokenizer.encode(text) or [tokenizer.eot_id]) + start for text in args.prompt]
-    decoding = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                    seed=args.seed, num_beams=args.num_beams, length_penalty=args.length_penalty)
+    gpt, tokenizer, _ = load_model(args, to_generate=True)
+    prompts = [tokenizer.encode(text) or [tokenizer.eot_id] for text in args.prompt]
+    decoding = {name: getattr(args, name) for name in DECODING}
     if args.paper:
         decoding = PAPER_DECODING
     texts = continue_prompts(gpt, tokenizer, prompts, args.max_new_tokens, **decoding)
@@ -299,29 +316,17 @@ def generate(args):
     return dict(texts=texts)
 
 
-def load_for_generation(init, process):
-    """(GPT with weights of the process's dtype, tokenizer, ids that end every prompt).
-
-    A step of generation reads every weight for one token: weights of half the size take half the
-    time. So they are cast once here, not at each step by autocast.
-    """
-    gpt = GPT.from_pretrained(init, dtype=process.dtype, device=process.device)
-    process.dtype = torch.float32  # no autocast
-    tokenizer = Tokenizer.load(init)
-    start = []
-    if "<|startoftext|>" in tokenizer.special:  # fine-tuned to write an answer after it
-        start = [tokenizer.special["<|startoftext|>"]]
-    return gpt, tokenizer, start
-
-
 def continue_prompts(gpt, tokenizer, prompts, max_new_tokens, batch_size=16, **decoding):
-    """The text that gpt adds to each prompt (lists of ids), up to end-of-text.
+    """The text that gpt adds to each prompt (a list of ids), up to end-of-text.
 
+    Where fine-tuning has added <|startoftext|>, after which the answer stands, a prompt ends in it.
     A batch's prompts end at the same place, so that all go on together. Padding, which nothing
     sees, stands before the shorter ones.
     """
     device = gpt.transformer.wte.weight.device
     eot_id = tokenizer.eot_id
+    if "<|startoftext|>" in tokenizer.special:
+        prompts = [[*ids, tokenizer.special["<|startoftext|>"]] for ids in prompts]
     texts = []
     for first in progress(range(0, len(prompts), batch_size)):
         batch = prompts[first:first + batch_size]
@@ -332,8 +337,8 @@ def continue_prompts(gpt, tokenizer, prompts, max_new_tokens, batch_size=16, **d
         out = gpt.generate(idx, max_new_tokens, eot_id=eot_id,
                            n_pad=n_pad if n_pad.any() else None, **decoding)
         for ids in out[:, T:].tolist():
-            end = (ids + [eot_id]).index(eot_id)
-            texts.append(tokenizer.decode(ids[:end]))
+            answer = itertools.takewhile(lambda i: i != eot_id, ids)
+            texts.append(tokenizer.decode(answer))
     return texts
 
 
@@ -362,24 +367,28 @@ def audit_numbers(args):
     A control shows what chance does: references of other questions, as if they were answers. A
     second test needs no generation: is a true text likelier than itself with one number changed?
     """
-    process = start_process(args.device, args.dtype)
     split, questions = find_questions(args)
     questions = finetune.labeled(questions, args.limit)
     print(f"{len(questions)} questions of {args.task}'s {split} split")
     references = [q.target for q in questions]
-    changed = [perturb(text, seed) for seed, text in enumerate(references)]
-    if not any(changed):
+    pairs = []  # a true text, and itself with one number changed
+    for seed, text in enumerate(references):
+        changed = perturb(text, seed)
+        if changed:
+            pairs.append((text, changed))
+    if not pairs:
         raise ValueError(f"no reference answer of {args.data} holds a number: nothing to change")
-    gpt, tokenizer, start = load_for_generation(args.init, process)
-
+    gpt, tokenizer, process = load_model(args, to_generate=True)
     context = gpt.config.n_positions
-    room = context - args.max_new_tokens - 1  # for start
+
+    # Generate answers, and judge their numbers.
+    finetuned = "<|startoftext|>" in tokenizer.special  # by finetune.py --task text
+    room = context - args.max_new_tokens - 1  # for <|startoftext|>
     prompts = []
     for q in questions:
-        text = q.question if start else zero_shot_prompt(q)
-        prompts.append(tokenizer.encode(text)[-room:] + start)  # a long one loses its start
-    decoding = PAPER_DECODING if args.paper else dict(temperature=0.0)
-    answers = continue_prompts(gpt, tokenizer, prompts, args.max_new_tokens, **decoding)
+        text = q.question if finetuned else zero_shot_prompt(q)
+        prompts.append(tokenizer.encode(text)[-room:])  # a long one loses its start
+    answers = continue_prompts(gpt, tokenizer, prompts, args.max_new_tokens, temperature=0.0)
     asked = [f"{q.question}\n{q.context}" for q in questions]
     sources = [f"{q.question}\n{q.context}\n{q.target}" for q in questions]
     rows = [judge("generated", answers, sources),
@@ -387,12 +396,11 @@ def audit_numbers(args):
             judge("reference, against the question alone", references, asked)]
     print_table(rows)
 
-    wins = []
-    for true, false in progress(list(zip(references, changed))):
-        if false:
-            nats, _ = summed_loss(gpt, text_rows([true], tokenizer, context), process)
-            nats_changed, _ = summed_loss(gpt, text_rows([false], tokenizer, context), process)
-            wins.append(nats < nats_changed)
+    # Compare each true text with the changed one.
+    def nats(text):
+        return summed_loss(gpt, text_rows([text], tokenizer, context), process)[0]
+
+    wins = [nats(true) < nats(changed) for true, changed in progress(pairs)]
     preferred = fmean(wins)
     taste = dict(texts_with_numbers=len(wins), true_preferred=preferred,
                  ci95=finetune.wilson(preferred, len(wins)))
@@ -516,8 +524,7 @@ SPECIALTIES = {name: words.split() for name, words in {
         chikungunya melioidosis naegleria tularemia trichothiodystrophy ehrlichiosis""",
 }.items()}
 
-# how often a text has a term: the least count of each band
-BANDS = {"100 or more": 100, "10 to 99": 10, "1 to 9": 1, "never": 0}
+BANDS = ["never", "1 to 9", "10 to 99", "100 or more"]  # how often a text has a term
 
 
 def tokenizer_tables(args):
@@ -530,15 +537,15 @@ def tokenizer_tables(args):
     for word in TABLE_3:
         pieces = {name: "/".join(pieces_of(word, one)) for name, one in tokenizers.items()}
         words.append(dict(word=word) | pieces)
-    *ten, _ = SPECIALTIES.values()  # rare and new terms stand last
-    groups = SPECIALTIES | {"the ten together": list(itertools.chain(*ten))}
+    *ten, rare = SPECIALTIES.values()
+    common = list(itertools.chain(*ten))
+    groups = SPECIALTIES | {"the ten together": common}
     tables = [words, fragmentation(groups, tokenizers)]
     if args.text:
         rows, times = read_text(args.text, tokenizers)
         bands = defaultdict(list)
-        terms = itertools.chain(*SPECIALTIES.values())
-        for term in sorted(terms, key=lambda term: -times[term.lower()]):
-            band = next(name for name, least in BANDS.items() if times[term.lower()] >= least)
+        for term in sorted(common + rare, key=lambda term: -times[term.lower()]):
+            band = BANDS[bisect([1, 10, 100], times[term.lower()])]
             bands[band].append(term)
         tables += [rows, fragmentation(bands, tokenizers)]
     for rows in tables:
@@ -551,9 +558,8 @@ def pieces_of(word, tokenizer):
 
     GPT-2's of "myocardium": ["my", "ocard", "ium"].
     """
-    pieces = [tokenizer.decode([i]) for i in tokenizer.encode(" " + word)]
-    pieces[0] = pieces[0].removeprefix(" ")
-    return list(filter(None, pieces))
+    pieces = [tokenizer.decode([i]).strip(" ") for i in tokenizer.encode(" " + word)]
+    return [piece for piece in pieces if piece]  # without a piece that is the space alone
 
 
 def fragmentation(groups, tokenizers):
@@ -612,28 +618,21 @@ def curves(args):
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("curves needs: pip install matplotlib") from None
-    logged = set().union(*itertools.chain(*logs.values()))  # the names in any row
-    panels = [name for name in PANELS if name in logged]
+    panels = [name for name in PANELS if any(name in row for rows in logs.values() for row in rows)]
     figure = Figure(figsize=(11, 12), dpi=100, layout="constrained")
     for place, name in enumerate(panels, start=1):
         ax = figure.add_subplot(4, 2, place, title=PANELS[name])
         ax.grid(alpha=0.3)
         for run, rows in logs.items():
-            draw(ax, rows, name, run)
+            # train.py counts steps, finetune.py epochs. There several seeds pass the same epochs,
+            # so no line joins the points.
+            for axis, style in ("step", ".-"), ("epoch", "."):
+                points = [(row[axis], row[name]) for row in rows if axis in row and name in row]
+                if points:
+                    ax.plot(*zip(*points), style, markersize=3, label=run)
         ax.legend(fontsize="small")
     figure.savefig(args.out, bbox_inches="tight")  # without the places of panels left out
     return logs
-
-
-def draw(ax, rows, name, run):
-    """Draw one value of a log by step, or by epoch of finetune.py."""
-    by_epoch = any("epoch" in row for row in rows)
-    axis = "epoch" if by_epoch else "step"
-    points = [(row[axis], row[name]) for row in rows if axis in row and name in row]
-    # Several seeds pass the same epochs, so no line joins those points.
-    style = "." if by_epoch else ".-"
-    if points:
-        ax.plot(*zip(*points), style, markersize=3, label=run)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -642,13 +641,12 @@ def draw(ax, rows, name, run):
 
 def new_file(text):
     """A file to write, for argparse: refused before the work if its folder is missing."""
-    folder = Path(text).parent
-    if not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {folder}: make it first")
-    return Path(text)
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder for {text}: make it first")
+    return text
 
 
-def parse_args():
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     positive = finetune.positive
@@ -689,13 +687,8 @@ def parse_args():
     add = command("generate", generate, "continue a text")
     add("--prompt", required=True, nargs="+", help="one or several texts")
     add("--max_new_tokens", type=positive, default=64, help="tokens to add at most (default: 64)")
-    add("--temperature", type=float, default=0.8, help="0 = greedy (default: 0.8)")
-    add("--top_k", type=positive, help="sample among the k likeliest tokens (default: all)")
-    add("--top_p", type=float, help="sample within this probability mass (default: all)")
-    add("--num_beams", type=positive, default=1,
-        help="beam search instead of sampling (default: 1)")
-    add("--length_penalty", type=float, default=1.0, help="exponent, beams only (default: 1.0)")
-    add("--seed", type=int, default=1, help="of sampling (default: 1)")
+    for name, (kind, default, sentence) in DECODING.items():
+        add(f"--{name}", type=kind, default=default, help=sentence)
     add("--paper", action="store_true",
         help="BioMedLM's decoding: 5 beams, no repeated 6-gram, length penalty -0.5 (default: off)")
 
@@ -703,7 +696,6 @@ def parse_args():
     add("--task", choices=["text", "pubmedqa"], default="text", help="which set (default: text)")
     add_questions(add)
     add("--max_new_tokens", type=positive, default=128, help="of an answer at most (default: 128)")
-    add("--paper", action="store_true", help="BioMedLM's beams (default: greedy)")
 
     add = command("tokenizer", tokenizer_tables, "how biomedical words break", model=False)
     add("--tokenizer", required=True, help="folder of a tokenizer, or gpt2")
@@ -715,14 +707,11 @@ def parse_args():
     add("runs", nargs="+", metavar="RUN", help="folders with log.jsonl")
     add("--out", type=new_file, default="curves.png",
         help="picture to write (default: curves.png)")
-    return parser.parse_args()
 
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     result = args.command(args)
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import TASKS, load_qa
-from model import GPT, cross_entropy
+from model import GPT, check_shapes, cross_entropy, load_tensors, read_json
 from tokenizer import Tokenizer, replacing, run_command
 from train import distribute, start_process, write_json
 
@@ -602,26 +602,26 @@ def write_lines(path, rows):
             file.write(json.dumps(row).encode() + b"\n")
 
 
-def read_run(folder):
-    """What is in a folder's run.json, {} if it has none."""
-    path = Path(folder) / "run.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def load_finetuned(folder, task, device="cpu"):
     """(TaskModel, Tokenizer, settings) of a folder that this script wrote.
 
     Encode questions with these settings, as in training. A head for multiple choice serves any
     such task, another head only the task that it was trained on.
     """
-    settings = read_run(folder)
+    path = Path(folder) / "run.json"
+    settings = read_json(path) if path.exists() else {}
     kind = TASKS[task].kind
     any_choice = settings.get("kind") == kind == "choice"
     if settings.get("task") != task and not any_choice:
         raise ValueError(f"{folder} has no head for {task}: run finetune.py --task {task} on it "
                          "first, or give --zero_shot")
+    for name, type_ in {"labels": list, "length": int, "markers": bool}.items():
+        if not isinstance(settings.get(name), type_):
+            raise ValueError(f"{path} has no {name}, it is damaged or old: run finetune.py again")
     model = TaskModel(GPT.from_pretrained(folder), kind, settings["labels"])
-    model.head.load_state_dict(torch.load(f"{folder}/head.pt", weights_only=True))
+    head = load_tensors(Path(folder) / "head.pt", checksums=True)
+    check_shapes(head, model.head.state_dict(), f"{folder}/head.pt")
+    model.head.load_state_dict(head, strict=False)  # more than these are of no use
     return model.to(device), Tokenizer.load(folder), settings
 
 
