@@ -1369,8 +1369,8 @@ def tile_pointers(ptr, rows, stride, T,
                   BD: constexpr):
     """Pointers to rows of one head, (len(rows), BD), and which of them lie in the tensor."""
     d = tl.arange(0, BD)
-    at = ptr + rows[:, None] * stride + d[None, :]
-    return at, (rows < T)[:, None] & (d < D)[None, :]
+    inside = (rows < T)[:, None] & (d < D)[None, :]
+    return ptr + rows[:, None] * stride + d[None, :], inside
 
 
 @jit
