@@ -155,7 +155,7 @@ def test_a_long_word_takes_linear_time():
 def test_records_backwards(tmp_path):
     """A record lost, doubled or out of order on the way back; a deletion or blank line mistaken."""
     records = [(str(i), None if i % 7 == 0 else f"text {i} é\n\u2028" * i) for i in range(50)]
-    lines = [json.dumps({"id": i, "deleted": True} if text is None else {"id": i, "text": text})
+    lines = [json.dumps({"id": i, "deleted": text is None} | ({"text": text} if text else {}))
              for i, text in records]
     content = "\n\n".join(lines)
     (tmp_path / "a.jsonl").write_text(content)
@@ -172,7 +172,10 @@ def test_a_txt_is_cut_into_documents(tmp_path):
     (tmp_path / "a.txt").write_text("\ufeff" + "\n\n".join(paragraphs))
     pieces = [text for _, text in bpe.read_records(tmp_path / "a.txt")]
     assert "\n\n".join(pieces) == "\n\n".join(paragraphs)
-    assert len(pieces) > 5 and all(piece.endswith("end.") for piece in pieces)
+    assert all(piece.endswith("end.") for piece in pieces)
+    assert {len(piece) // 1000 for piece in pieces[:-1]} == {4}
+    (tmp_path / "crlf.txt").write_bytes(b"one\r\ntwo\rthree\r\n")
+    assert [text for _, text in bpe.read_records(tmp_path / "crlf.txt")] == ["one\r\ntwo\rthree\r"]
     (tmp_path / "lines.txt").write_text("\n".join(paragraphs))
     assert "\n".join(text for _, text in bpe.read_records(tmp_path / "lines.txt")) \
         == "\n".join(paragraphs)
@@ -310,6 +313,16 @@ def test_special_tokens(trained, tmp_path):
     assert again.decode([*again.encode("a "), 801, *again.encode("b"), 799, 800]) == text
 
 
+def test_ids_with_holes(trained):
+    """A vocabulary's size taken from its count, or a fingerprint that sees no merges."""
+    tok = Tokenizer({**trained.vocab, bpe.END_OF_TEXT: 2000}, trained.merges)
+    assert tok.vocab_size == 2001 and tok.add_special_tokens(["[PAD]"]) == [2001]
+    with pytest.raises(ValueError, match="another tokenizer"):
+        tok.decode([1500])
+    other = Tokenizer(trained.vocab, trained.merges[::-1])
+    assert len({tok.fingerprint, trained.fingerprint, other.fingerprint}) == 3
+
+
 def test_released_size():
     """T8. End-of-text anywhere but at 28895 when 28,896 tokens are asked for."""
     rng = random.Random(3)
@@ -334,6 +347,11 @@ def test_other_file_formats(trained, tmp_path):
         assert tok.eot_id == 0
         for text, ids in zip(FIXTURE["texts"], FIXTURE["ids"]):
             assert tok.encode(text) == [i + 1 for i in ids] and tok.decode(tok.encode(text)) == text
+    for other in ({"normalizer": {"type": "NFC"}},
+                  {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}):
+        (tmp_path / "j/tokenizer.json").write_text(json.dumps(whole | other))
+        with pytest.raises(ValueError, match="in other ways than GPT-2"):
+            Tokenizer.load(tmp_path / "j")
 
 
 def test_gpt2(shared, monkeypatch):
@@ -366,6 +384,16 @@ def test_damaged_files_are_refused(trained, tmp_path, name, change):
     (tmp_path / name).write_text(change((tmp_path / name).read_text()))
     with pytest.raises(ValueError, match="copy them again"):
         Tokenizer.load(tmp_path)
+
+
+def test_interrupted():
+    """Ctrl-C that ends in a traceback, or with the exit code of success."""
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        bpe.run_command(interrupt)
+    assert ended.value.code == 130
 
 
 def test_bad_input(trained, tmp_path):
