@@ -177,16 +177,6 @@ def test_init_statistics():
     assert abs(loss.item() - math.log(997)) < 0.1
 
 
-def test_loss_is_the_logits_cross_entropy(model, idx):
-    """Chunked loss: ignored targets counted, or the mean taken over the wrong number."""
-    targets = idx.roll(-1, 1)
-    targets[:, -1] = -100
-    targets[0, 3:9] = -100
-    logits, _ = model(idx)
-    want = torch.nn.functional.cross_entropy(logits.view(-1, 61), targets.view(-1))
-    assert torch.allclose(model(idx, targets)[1], want, atol=1e-6)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_overfits_one_batch(idx, checkpointing):
     """A gradient cut anywhere: a small model must learn one batch by heart."""
