@@ -278,7 +278,7 @@ def test_folders_of_others(capsys):
 
 BAD_FIELDS = [{"n_layer": 10**7}, {"n_layer": "12"}, {"n_layer": None}, {"n_layer": 2.5},
               {"n_head": 0}, {"n_head": 3}, {"n_embd": 18}, {"n_embd": 10**30}, {"n_embd": True},
-              {"vocab_size": -1}, {"vocab_size": [61]}, {"resid_pdrop": float("nan")},
+              {"vocab_size": -1}, {"vocab_size": [61]}, {"resid_pdrop": 1},
               {"layer_norm_epsilon": None}, {"initializer_range": float("inf")},
               {"scale_attn_by_inverse_layer_idx": "no"}, {"eos_token_id": "end"},
               {"eos_token_id": -1}, {"eos_token_id": ["end"]}, {"n_inner": "wide"},
@@ -497,13 +497,3 @@ def test_export_command(model, idx, tmp_path):
     assert torch.equal(GPT.from_pretrained(out)(idx)[0], model(idx)[0])
     done = run("model.py", "export", "--init", tmp_path / "none", "--out", out)
     assert done.returncode == 1 and done.stderr.startswith("model.py: error: no config.json")
-
-
-def test_config_errors():
-    """Shapes that cannot be, found late by a matrix product's traceback."""
-    with pytest.raises(ValueError, match="n_head 3 does not divide"):
-        GPTConfig(n_embd=16, n_head=3)
-    with pytest.raises(ValueError, match="n_head is 0: use a value from 1"):
-        GPTConfig(n_head=0)
-    with pytest.raises(ValueError, match="dropout is 1: use a value from 0.0 to 0.99"):
-        GPTConfig(dropout=1)

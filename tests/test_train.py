@@ -703,26 +703,9 @@ def test_learning_rate():
         assert train.learning_rate(step, s) == pytest.approx(lr, rel=1e-4 if step > 200 else 1e-12)
 
 
-class Muon(torch.optim.Optimizer):
-    """A toy of Muon: momentum, then the nearest orthogonal matrix."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.mul_(0.9).add_(p.grad)
-                u, _, v = torch.linalg.svd(momentum.reshape(len(p), -1), full_matrices=False)
-                p.sub_((u @ v).view_as(p), alpha=group["lr"])
-
-
 OPTIMIZERS = {
     "adamw": lambda model: train.make_optimizer(model, {"lr": 0.5, "weight_decay": 0.1}),
-    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9),
-    "muon": lambda model: Muon([{"params": [p]} for p in model.parameters()], lr=0.5)}
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)}
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
