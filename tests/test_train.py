@@ -6,6 +6,7 @@ start them. A fault is injected by a function that the forked process calls befo
 
 import collections
 import faulthandler
+import functools
 import hashlib
 import io
 import json
@@ -28,6 +29,7 @@ import pytest
 import torch
 import torch._dynamo  # the optimiser imports it; here, before forking, it is paid for once
 from conftest import ROOT, run
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import data
 import model as model_module
@@ -57,7 +59,7 @@ def byte_characters():
 def arrays(tmp_path_factory):
     """A folder of arrays over the tokenizer of bare bytes: numbers that mostly count upwards."""
     folder = tmp_path_factory.mktemp("arrays")
-    vocab = {c: i for i, c in enumerate([*byte_characters(), "<|endoftext|>"])}
+    vocab = {c: i for i, c in enumerate(["<|endoftext|>", *byte_characters()])}
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer, rng = Tokenizer.load(folder), np.random.default_rng(0)
@@ -65,8 +67,9 @@ def arrays(tmp_path_factory):
             "eot": True, "seed": 17, "tokenizer_sha256": tokenizer.fingerprint}
     for split, count in (("train", 3000), ("val", 250)):
         tokens = (np.cumsum(rng.integers(1, 4, count)) % 250).astype(np.uint16)
+        tokens[::7] = tokenizer.eot_id
         tokens.tofile(folder / f"{split}.bin")
-        meta[split] = {"tokens": count, "documents": 10, "bytes": count,
+        meta[split] = {"tokens": count, "documents": 10, "bytes": (2 + (split == "val")) * count,
                        "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
@@ -187,7 +190,7 @@ def undisturbed(arrays, tmp_path_factory):
 
 
 @pytest.mark.parametrize("mode", ["one", "ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_resume_is_bit_exact(arrays, tmp_path, mode):
+def test_resume_is_bit_exact(arrays, tmp_path, undisturbed, mode):
     """R1, R5: a resumed run repeats data, skips a step, or draws other dropout masks."""
     flags = ("--dropout", 0.1)
     go(arrays, tmp_path / "whole", *flags, mode=mode)
@@ -198,6 +201,9 @@ def test_resume_is_bit_exact(arrays, tmp_path, mode):
     assert_same(tmp_path / "whole", tmp_path / "cut")
     assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
     assert rows(tmp_path / "whole", "val_loss") == rows(tmp_path / "cut", "val_loss")
+    # before the first step dropout makes no difference: none in a validation
+    first = [rows(out, "val_loss")[0] for out in (tmp_path / "whole", undisturbed)]
+    assert first[0] == pytest.approx(first[1], rel=1e-6)
 
 
 @pytest.mark.parametrize(("mode", "flags"), [
@@ -210,9 +216,79 @@ def test_losses_do_not_depend_on_the_sharing(arrays, tmp_path, undisturbed, mode
     fp32 sums in another order differ by about 1e-7 of the loss a step; 20 steps leave under 1e-5.
     """
     go(arrays, tmp_path / "run", *flags.split(), mode=mode)
-    for key in ("loss", "val_loss"):
+    for key in ("loss", "val_loss", "grad_norm"):
         ours, theirs = rows(tmp_path / "run", key), rows(undisturbed, key)
-        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert ours == pytest.approx(theirs, rel=1e-4 if key == "grad_norm" else 1e-5)
+
+
+def test_run_equals_a_plain_loop(arrays, tmp_path):
+    """A flag that reaches nothing, or one of two places; a loss, mean, rate or unit that is off.
+
+    Every flag differs from its default. The oracle is a loop without accumulation or clock.
+    """
+    flags = {"seed": 3, "grad_clip": 0.3, "weight_decay": 4, "lr": 0.02, "warmup_steps": 2,
+             "total_steps": 6, "micro_batch": 2, "eval_every": 3, "eval_tokens": 100}
+    out = tmp_path / "run"
+    argv = [text for name, value in flags.items() for text in (f"--{name}", value)]
+    go(arrays, out, *argv, "--ignore_eot_targets")
+    which = {"data_dir": arrays, "seq_len": 16, "micro_batch": 8, "ignore_eot": True}
+    torch.manual_seed(3)
+    config = model_module.GPTConfig.preset("demo", n_layer=2, n_head=2, n_embd=16, vocab_size=257,
+                                           eot_id=0)
+    assert GPT.config_of(out) == config
+    model, batches = GPT(config), data.train_batches(**which, seed=3)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=4)
+    expected = {}
+    for step in range(7):
+        if step % 3 == 0:
+            pairs = [model(x)[0][y >= 0].log_softmax(-1).gather(1, y[y >= 0][:, None])
+                     for x, y in data.val_batches(**which, max_tokens=100)]
+            nats = -torch.cat(pairs).mean().item()
+            expected[step, "val_loss"] = nats
+            expected[step, "val_bits_per_byte"] = nats * math.log2(math.e) / 3
+        x, y = next(batches)
+        log_probs = model(x)[0].log_softmax(-1).gather(2, y.clamp(min=0)[..., None])[..., 0]
+        loss = -(log_probs * (y >= 0)).sum() / (8 * 15)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+        cosine = [0.002 + 0.009 * (1 + math.cos(math.pi * i / 4)) for i in range(5)]
+        lr = [0, 0.01, *cosine]
+        for p in model.parameters():
+            p.grad *= min(1, 0.3 / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr[step]
+        optimizer.step()
+        row = {"loss": loss.item(), "grad_norm": norm, "lr": lr[step], "tokens": 128 * (step + 1)}
+        expected |= {(step + 1, key): value for key, value in row.items() if step < 6}
+    assert expected[1, "grad_norm"] > 0.3
+    logged = {(step, key): value for key in {key for _, key in expected}
+              for step, value in rows(out, key).items()}
+    assert logged == pytest.approx(expected, rel=1e-4)
+
+
+def test_bfloat16_reaches_training_and_validation(arrays, tmp_path, undisturbed):
+    """--dtype without effect in one of the two."""
+    go(arrays, tmp_path / "run", "--dtype", "bfloat16", "--total_steps", 1)
+    for key, step in (("loss", 1), ("val_loss", 0)):
+        ours, theirs = rows(tmp_path / "run", key)[step], rows(undisturbed, key)[step]
+        assert ours != pytest.approx(theirs, rel=1e-6) and ours == pytest.approx(theirs, rel=1e-2)
+
+
+def test_presets(monkeypatch):
+    """A preset that takes another one's column, or a default that no longer follows its flag."""
+    expected = {"biomedlm": (1.6e-4, 1.6e-5, 2**20, 1024, 0.1, "fsdp", True),
+                "biomedlm-125m": (6e-4, 6e-5, 2**19, 1024, 0.1, "ddp", False),
+                "gpt2-124m": (6e-4, 6e-5, 2**19, 1024, 0.1, "ddp", False),
+                "demo": (2e-3, 2e-4, 1024, 128, 0.0, "ddp", False)}
+    names = ("lr", "min_lr", "batch_tokens", "seq_len", "dropout", "parallel",
+             "activation_checkpointing")
+    for preset, values in expected.items():
+        argv = ["train.py", "--preset", preset, "--data", "x", "--total_steps", "40"]
+        monkeypatch.setattr(sys, "argv", argv)
+        settings = train.read_settings()
+        assert [settings[name] for name in names] == pytest.approx(values)
+        assert settings["warmup_steps"] == 40
 
 
 def test_resume_at_other_world_sizes_and_modes(arrays, tmp_path, undisturbed):
@@ -228,9 +304,18 @@ def test_resume_at_other_world_sizes_and_modes(arrays, tmp_path, undisturbed):
 
 
 def watch_gradients(folder):
-    """A fault: note before each update where the gradients lie. DDP's buckets are small here."""
+    """A fault: note before each update where the gradients lie, and how many reductions were sent.
+    DDP's buckets are small here."""
     def fault(rank):
-        update, init = train.update, train.DistributedDataParallel.__init__
+        update, init, sent = train.update, train.DistributedDataParallel.__init__, []
+
+        def count(state, bucket):
+            sent.append(1)
+            return allreduce_hook(None, bucket)
+
+        def small(ddp, *args, **options):
+            init(ddp, *args, **options, bucket_cap_mb=0.02)
+            ddp.register_comm_hook(None, count)
 
         def watched(model, *rest):
             gradients = [p.grad for p in model.parameters()]
@@ -238,10 +323,13 @@ def watch_gradients(folder):
             with open(folder / f"rank{rank}", "a") as f:
                 print(len(held), sum(held.values()) - sum(g.nbytes for g in gradients),
                       [g.data_ptr() for g in gradients], file=f)
+            with open(folder / f"sent{rank}", "a") as f:
+                print(len(sent), file=f)
+            sent.clear()
             return update(model, *rest)
 
         train.update = watched
-        train.DistributedDataParallel.__init__ = lambda *a, **k: init(*a, **k, bucket_cap_mb=0.02)
+        train.DistributedDataParallel.__init__ = small
     return fault
 
 
@@ -255,6 +343,8 @@ def test_ddp_holds_gradients_once(arrays, tmp_path):
         buckets, outside = map(int, lines[0].split()[:2])
         assert len(lines) == 10 and len(set(lines)) == 1  # no address changes from step to step
         assert 1 < buckets < 10 and outside == 0  # many gradients a storage, and nothing else
+        sent = list(map(int, (tmp_path / f"sent{rank}").read_text().split()))
+        assert sent[1:] == [buckets] * 9  # once a step, not once a micro-batch
 
 
 COLLECTIVES = {  # what FSDP calls, in torch 2.13 and before
@@ -330,11 +420,17 @@ def test_dropout_differs_between_ranks_and_seeds():
 
 def test_changed_settings(arrays, tmp_path):
     """R9: a run goes on with another data order unnoticed, or refuses a harmless change."""
-    out = tmp_path / "run"
+    out, other = tmp_path / "run", shutil.copytree(arrays, tmp_path / "other")
+    meta = json.loads((other / "meta.json").read_text())
+    meta["train"]["sha256"] = "0" * 64
+    (other / "meta.json").write_text(json.dumps(meta))
+    assert "sha256 differs" in go(other, out, "--verify", code=1)
     go(arrays, out, fault=at_step(6, terminate))
     for flags, name in ((("--seed", 1), "seed 17"), (("--n_embd", 32), "n_embd 16"),
                         (("--batch_tokens", 256), "batch_tokens 128"),
-                        (("--ignore_eot_targets",), "ignore_eot_targets False")):
+                        (("--seq_len", 8), "seq_len 16"),
+                        (("--ignore_eot_targets",), "ignore_eot_targets False"),
+                        (("--data", other), "data_fingerprint")):
         text = go(arrays, out, *flags, code=1)
         assert f"the run was made with {name}" in text
         assert "--fresh" in text
@@ -360,6 +456,10 @@ def test_start_from_weights(arrays, tmp_path, undisturbed):
     flags = {"shape": (), "fault": at_step(6, terminate)}
     go(arrays, out, "--init", folder, **flags)
     assert rows(out, "val_loss")[0] == pytest.approx(rows(undisturbed, "val_loss")[20], rel=1e-5)
+    dropped = tmp_path / "dropped"
+    go(arrays, dropped, "--init", folder, "--dropout", 0.5, "--total_steps", 1, shape=())
+    assert rows(dropped, "val_loss")[0] == rows(out, "val_loss")[0]
+    assert rows(dropped)[1] > 1.001 * rows(out)[1]
     text = go(arrays, out, "--init", tmp_path, shape=(), code=1)
     assert "no config.json" in text
     text = go(arrays, out, "--init", undisturbed, shape=(), code=1)
@@ -512,11 +612,16 @@ def test_saves_by_the_clock(arrays, tmp_path):
     """No save within --save_minutes, or one on the rank alone whose clock says so: a hang."""
     out = tmp_path / "run"
 
-    def later():
-        now = time.monotonic
-        time.monotonic = lambda: now() + 31 * 60
+    def fault(rank):
+        for step, minutes in ((3, 40), (7, 60)):  # on the clock of rank 1
+            at_step(step, functools.partial(later, minutes), ranks=(1,))(rank)
 
-    go(arrays, out, "--save_every", 0, mode="ddp", fault=at_step(7, later, ranks=(1,)))
+    def later(minutes):
+        now = time.monotonic
+        time.monotonic = lambda: now() + 60 * minutes
+
+    flags = ("--save_every", 0, "--save_minutes", 50, "--keep", 3)
+    go(arrays, out, *flags, mode="ddp", fault=fault)
     assert [p.name for p in sorted(out.glob("*.pt"))] == [
         "checkpoint_0000008.pt", "checkpoint_0000020.pt"]
 
@@ -552,7 +657,7 @@ def test_damaged_checkpoints_are_skipped(arrays, tmp_path, undisturbed):
     assert_same(out, undisturbed)
     for path in out.glob("checkpoint_*.pt"):
         os.truncate(path, 100)
-    assert "restore one, or start --fresh" in go(arrays, out, code=1)
+    assert "restore one, or" in go(arrays, out, code=1)
     assert len(rows(out)) == 20  # the log of a run that may yet be rescued
 
 
@@ -598,26 +703,9 @@ def test_learning_rate():
         assert train.learning_rate(step, s) == pytest.approx(lr, rel=1e-4 if step > 200 else 1e-12)
 
 
-class Muon(torch.optim.Optimizer):
-    """A toy of Muon: momentum, then the nearest orthogonal matrix."""
-
-    def __init__(self, params, lr):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.mul_(0.9).add_(p.grad)
-                u, _, v = torch.linalg.svd(momentum.reshape(len(p), -1), full_matrices=False)
-                p.sub_((u @ v).view_as(p), alpha=group["lr"])
-
-
 OPTIMIZERS = {
     "adamw": lambda model: train.make_optimizer(model, {"lr": 0.5, "weight_decay": 0.1}),
-    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9),
-    "muon": lambda model: Muon([{"params": [p]} for p in model.parameters()], lr=0.5)}
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)}
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
