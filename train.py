@@ -663,8 +663,6 @@ def open_run(run, settings, config, fresh):
             path.unlink()
     step = 0  # at step 0 the log is cut to nothing
     checkpoint, contents = newest_checkpoint(run)
-    if checkpoint is None and any(run.glob("checkpoint_*.pt")):
-        raise ValueError(f"no checkpoint in {run} can be read: restore one, or start --fresh")
     if checkpoint is not None:
         step = contents["step"]
         before = read_old_settings(run)
