@@ -1100,15 +1100,19 @@ def gelu_gate(u):
 def gelu_forward_kernel(x_ptr,  # (N, C)
                         b_ptr,  # (C,)
                         y_ptr,  # written, (N, C)
+                        n_rows,
                         C: constexpr,
+                        ROWS: constexpr,
                         COLS: constexpr):
-    """COLS columns of one row. All lie on one grid axis: the others end at 65,535."""
+    """One tile of ROWS x COLS. The tiles lie on one grid axis: the others end at 65,535."""
     n_tiles = tl.cdiv(C, COLS)
-    row = (tl.program_id(0) // n_tiles).to(tl.int64)
     cols = tl.program_id(0) % n_tiles * COLS + tl.arange(0, COLS)
-    inside = cols < C
-    u = load_fp32(x_ptr + row * C + cols, inside) + load_fp32(b_ptr + cols, inside)
-    tl.store(y_ptr + row * C + cols, u * gelu_gate(u), mask=inside)
+    rows = (tl.program_id(0) // n_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
+    at = rows[:, None] * C + cols[None, :]
+    b = load_fp32(b_ptr + cols[None, :], (cols < C)[None, :])
+    u = load_fp32(x_ptr + at, inside) + b
+    tl.store(y_ptr + at, u * gelu_gate(u), mask=inside)
 
 
 @jit
@@ -1146,11 +1150,12 @@ def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
     y = torch.empty_like(x)
     C = x.shape[-1]
     N = x.numel() // C
+    rows = 1
     cols = min(1024, triton.next_power_of_2(C))
-    launch(gelu_forward_kernel, (triton.cdiv(C, cols) * N,),
+    launch(gelu_forward_kernel, (triton.cdiv(C, cols) * triton.cdiv(N, rows),),
            x, bias,
            y,
-           C, cols,
+           N, C, rows, cols,
            num_warps=4)
     return y
 
