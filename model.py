@@ -991,7 +991,8 @@ def norm_forward(x: Tensor,
            y, new, mean, rstd,
            *dropout_arguments(p, seed),
            eps,
-           C, piece, n_pieces, add, p > 0,
+           C, piece, n_pieces,
+           add, p > 0,
            num_warps=warps)
     return y, new, mean, rstd
 
@@ -1026,7 +1027,8 @@ def norm_backward(dy: Tensor,
            dx, dresidual, partial,
            N,
            *dropout_arguments(p, seed),
-           C, piece, n_pieces, add, has_dnew, p > 0,
+           C, piece, n_pieces,
+           add, has_dnew, p > 0,
            num_warps=warps)
     return dx, dresidual, partial.sum(0).to(weight.dtype)
 
@@ -1155,7 +1157,8 @@ def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
     launch(gelu_forward_kernel, (triton.cdiv(C, cols) * triton.cdiv(N, rows),),
            x, bias,
            y,
-           N, C, rows, cols,
+           N,
+           C, rows, cols,
            num_warps=4)
     return y
 
@@ -1178,7 +1181,8 @@ def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     launch(gelu_backward_kernel, (col_tiles, programs),
            dy, x, bias,
            dx, partial,
-           N, C, rows, cols,
+           N,
+           C, rows, cols,
            num_warps=4)
     return dx, partial.sum(0).to(bias.dtype)
 
@@ -1513,7 +1517,8 @@ def launch_attention(kernel, tensors, scales, n_head, p, seed):
            T,
            *scales,
            *dropout_arguments(p, seed),
-           C, D, BD, BM, BN, even, p > 0,
+           C, D, BD,
+           BM, BN, even, p > 0,
            num_warps=warps,
            num_stages=stages,
            default_dot_input_precision="ieee")  # fp32 products in fp32, not rounded to tf32
@@ -1693,7 +1698,8 @@ def cross_entropy_chunks(hidden: Tensor,
                losses[rows],
                count,
                ignore_index,
-               V, block, gradient,
+               V, block,
+               gradient,
                num_warps=16)
         if gradient:  # z is dZ now
             torch.mm(z, w, out=dhidden[rows])
