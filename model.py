@@ -1107,7 +1107,8 @@ def norm_forward(x: Tensor,
            y, new, mean, rstd,
            *dropout_arguments(p, seed),
            eps,
-           C, piece, n_pieces, add, p > 0,
+           C, piece, n_pieces,
+           add, p > 0,
            num_warps=warps)
     return y, new, mean, rstd
 
@@ -1142,7 +1143,8 @@ def norm_backward(dy: Tensor,
            dx, dresidual, partial,
            N,
            *dropout_arguments(p, seed),
-           C, piece, n_pieces, add, has_dnew, p > 0,
+           C, piece, n_pieces,
+           add, has_dnew, p > 0,
            num_warps=warps)
     return dx, dresidual, partial.sum(0).to(weight.dtype)
 
@@ -1216,15 +1218,19 @@ def gelu_gate(u):
 def gelu_forward_kernel(x_ptr,  # (N, C)
                         b_ptr,  # (C,)
                         y_ptr,  # written, (N, C)
+                        n_rows,
                         C: constexpr,
+                        ROWS: constexpr,
                         COLS: constexpr):
-    """COLS columns of one row. All lie on one grid axis: the others end at 65,535."""
+    """One tile of ROWS x COLS. The tiles lie on one grid axis: the others end at 65,535."""
     n_tiles = tl.cdiv(C, COLS)
-    row = (tl.program_id(0) // n_tiles).to(tl.int64)
     cols = tl.program_id(0) % n_tiles * COLS + tl.arange(0, COLS)
-    inside = cols < C
-    u = load_fp32(x_ptr + row * C + cols, inside) + load_fp32(b_ptr + cols, inside)
-    tl.store(y_ptr + row * C + cols, u * gelu_gate(u), mask=inside)
+    rows = (tl.program_id(0) // n_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
+    at = rows[:, None] * C + cols[None, :]
+    b = load_fp32(b_ptr + cols[None, :], (cols < C)[None, :])
+    u = load_fp32(x_ptr + at, inside) + b
+    tl.store(y_ptr + at, u * gelu_gate(u), mask=inside)
 
 
 @jit
@@ -1262,11 +1268,13 @@ def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
     y = torch.empty_like(x)
     C = x.shape[-1]
     N = x.numel() // C
+    rows = 1
     cols = min(1024, triton.next_power_of_2(C))
-    launch(gelu_forward_kernel, (triton.cdiv(C, cols) * N,),
+    launch(gelu_forward_kernel, (triton.cdiv(C, cols) * triton.cdiv(N, rows),),
            x, bias,
            y,
-           C, cols,
+           N,
+           C, rows, cols,
            num_warps=4)
     return y
 
@@ -1289,7 +1297,8 @@ def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     launch(gelu_backward_kernel, (col_tiles, programs),
            dy, x, bias,
            dx, partial,
-           N, C, rows, cols,
+           N,
+           C, rows, cols,
            num_warps=4)
     return dx, partial.sum(0).to(bias.dtype)
 
@@ -1624,7 +1633,8 @@ def launch_attention(kernel, tensors, scales, n_head, p, seed):
            T,
            *scales,
            *dropout_arguments(p, seed),
-           C, D, BD, BM, BN, even, p > 0,
+           C, D, BD,
+           BM, BN, even, p > 0,
            num_warps=warps,
            num_stages=stages,
            default_dot_input_precision="ieee")  # fp32 products in fp32, not rounded to tf32
@@ -1804,7 +1814,8 @@ def cross_entropy_chunks(hidden: Tensor,
                losses[rows],
                count,
                ignore_index,
-               V, block, gradient,
+               V, block,
+               gradient,
                num_warps=16)
         if gradient:  # z is dZ now
             torch.mm(z, w, out=dhidden[rows])
