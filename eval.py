@@ -13,6 +13,7 @@ Dimensions: B rows, T time, C width, V vocabulary.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 import finetune
 from data import TASKS, load_meta, load_qa, val_batches
-from model import GPT
+from model import GPT, cross_entropy
 from tokenizer import Tokenizer, json_lines, load_named, read_documents, run_command
 from train import start_process
 
@@ -56,76 +57,60 @@ def perplexity(args):
     process = start_process(args.device, args.dtype)
     gpt = GPT.from_pretrained(args.init, device=process.device)
     tokenizer = Tokenizer.load(args.init)
-    nats = n_scored = 0
+    context = gpt.config.n_positions
     if (Path(args.data) / "meta.json").exists():
         meta = load_meta(args.data)
         if meta["tokenizer_sha256"] != tokenizer.fingerprint:
             raise ValueError(f"{args.data} was tokenized with another tokenizer than the model's: "
                              "tokenize with the model's, or give --data the text itself")
-        context = gpt.config.n_positions  # rows as in training
-        for x, y in val_batches(args.data, context, max(1, 8192 // context), device=process.device):
-            loss, count = summed_loss(gpt, x, y, process)
-            nats += loss
-            n_scored += count
+        batches = val_batches(args.data, context, max(1, 8192 // context))
         n_tokens = meta["val"]["tokens"]
         n_bytes = meta["val"]["bytes"]
     else:
-        n_bytes = 0
-        for _, text in progress(itertools.islice(read_documents(args.data), args.limit)):
-            loss, count = text_loss(gpt, text, tokenizer, process)
-            nats += loss
-            n_scored += count
-            n_bytes += len(text.encode())
-        n_tokens = n_scored
+        texts = [text for _, text in itertools.islice(read_documents(args.data), args.limit)]
+        batches = text_rows(texts, tokenizer, context)
+        n_tokens = None
+        n_bytes = len("".join(texts).encode())
+    nats, n_scored = summed_loss(gpt, progress(batches), process)
     if not n_scored:
         raise ValueError(f"{args.data} holds no token to score: give a folder with text")
     loss = nats / n_scored
-    bits_per_byte = loss * n_tokens / math.log(2) / n_bytes
+    bits_per_byte = loss * (n_tokens or n_scored) / math.log(2) / n_bytes
     result = dict(loss=loss, bits_per_byte=bits_per_byte, tokens=n_scored, bytes=n_bytes)
     print_table([result])
     return result
 
 
 @torch.no_grad()
-def summed_loss(gpt, x, y, process):
-    """(sum of the loss in nats, number of targets) of a batch.
+def summed_loss(gpt, batches, process):
+    """(sum of the loss in nats, number of targets) over batches x, y.
 
     x, y: (B, T) int64 ids, y one place ahead of x, -100 = no target. The model returns the mean
     over targets. Batches hold unlike numbers of them, so their means can't be averaged. Sums can be
     added.
     """
-    with process.autocast():
-        mean = gpt(x, y)[1].item()
-    count = (y != -100).sum().item()
-    return mean * count, count
+    nats = n_targets = 0
+    for x, y in batches:
+        with process.autocast():
+            mean = gpt(x.to(process.device), y.to(process.device))[1].item()
+        count = (y != -100).sum().item()
+        nats += mean * count
+        n_targets += count
+    return nats, n_targets
 
 
-def log_likelihood(gpt, prompt, ids, process):
-    """Summed log-probability, in nats, of token ids that follow a prompt of one token or more.
+def text_rows(texts, tokenizer, context):
+    """Yields x, y of one row (1, T <= context) at a time: documents, each given nothing but itself.
 
-    prompt [a, b], ids [c, d]:  x  a     b  c
-                                y  -100  c  d
-    """
-    row = torch.tensor([prompt + ids], device=process.device)  # (1, T)
-    targets = row[:, 1:].clone()
-    targets[:, :len(prompt) - 1] = -100  # the prompt itself is given
-    return -summed_loss(gpt, row[:, :-1], targets, process)[0]
-
-
-def text_loss(gpt, text, tokenizer, process):
-    """(sum of the loss in nats, number of tokens) of one document, given nothing but itself.
-
-    End-of-text stands before it, so that its first token is predicted too. A document longer than
-    the context is cut without overlap. Each later piece sees less than it could, so the loss is an
+    End-of-text stands before a document, so that its first token is predicted too. One longer than
+    the context is cut without overlap. Each later row sees less than it could, so the loss is an
     upper bound.
     """
-    ids = [tokenizer.eot_id, *tokenizer.encode(text)]
-    context = gpt.config.n_positions
-    nats = 0.0
-    for start in range(0, len(ids) - 1, context):
-        piece = ids[start:start + context + 1]
-        nats -= log_likelihood(gpt, piece[:1], piece[1:], process)
-    return nats, len(ids) - 1
+    for text in texts:
+        ids = torch.tensor([[tokenizer.eot_id, *tokenizer.encode(text)]])
+        for start in range(0, ids.size(1) - 1, context):
+            row = ids[:, start:start + context + 1]
+            yield row[:, :-1], row[:, 1:]
 
 
 def progress(items):
@@ -167,10 +152,10 @@ def answer_questions(args):
     Returns finetune.summarise's figures, with "groups" and, for likelihoods, "acc_norm".
     """
     process = start_process(args.device, args.dtype)
-    official = load_qa(args.task, args.data, args.split)
+    split, official = find_questions(args)
     questions = finetune.labeled(official, args.limit)
-    if not questions:  # as MedMCQA's test
-        raise ValueError(f"the {args.split} split of {args.task} has no labels: use --split dev")
+    if not questions:
+        raise ValueError(f"{args.task}'s {split} split has no answers: give another --split")
     if args.zero_shot:
         gpt = GPT.from_pretrained(args.init, device=process.device)
         examples, scores = zero_shot(gpt, Tokenizer.load(args.init), questions, process)
@@ -180,7 +165,7 @@ def answer_questions(args):
         scores = finetune.score_examples(model, examples, process)
     hits = finetune.correct(scores, examples)
     accuracy = fmean(hits)
-    result = finetune.summarise(args.task, args.split, len(official), examples, [accuracy])
+    result = finetune.summarise(args.task, split, len(official), examples, [accuracy])
     print(finetune.describe(result))
     if args.zero_shot:
         result["acc_norm"] = acc_norm(scores, examples)
@@ -192,23 +177,63 @@ def answer_questions(args):
     return result
 
 
+def find_questions(args):
+    """(split, its questions): --split, or test, or dev where test has no file or no answers."""
+    if args.split:
+        return args.split, load_qa(args.task, args.data, args.split)
+    with contextlib.suppress(FileNotFoundError):
+        questions = load_qa(args.task, args.data, "test")
+        if finetune.labeled(questions):  # MedMCQA's has no answers
+            return "test", questions
+    return "dev", load_qa(args.task, args.data, "dev")
+
+
+@torch.no_grad()
 def zero_shot(gpt, tokenizer, questions, process):
     """(examples, scores: for each example a list of its options' log-likelihoods).
 
-    Options run one by one, so that equal ones score the same to the last bit and the first wins.
+    Options share a row behind their prompt, which is computed once: 4 times cheaper on MedMCQA.
     A prompt that is too long loses its start: the question stands at the end.
     """
     limit = gpt.config.n_positions
     examples = []
-    scores = []
-    for q in progress(questions):
+    for q in questions:
         prompt = tokenizer.encode(zero_shot_prompt(q))
         options = [tokenizer.encode(" " + option)[:limit - 1] for option in q.options]
         room = limit - max(map(len, options))
         row = finetune.Row(prompt[-room:], options)
         examples.append(finetune.Example(q, [row], truncated=len(prompt) > room))
-        scores.append([log_likelihood(gpt, row.prefix, ids, process) for ids in options])
-    return examples, scores
+    found = {}  # by identity, since micro_batches sorts by length
+    for chunk in progress(finetune.micro_batches(examples, max_tokens=8192)):
+        batch = finetune.collate(chunk, process.device)
+        with process.autocast():
+            hidden = gpt.hidden(batch.idx, positions=batch.positions, mask=batch.mask)
+            for e, states in zip(chunk, hidden):  # (B, T, C) -> B times (T, C)
+                found[id(e)] = option_scores(gpt, states, e)
+    return examples, [found[id(e)] for e in examples]
+
+
+def option_scores(gpt, hidden, example):
+    """Log-likelihoods, in nats, of an example's options; hidden (T, C): its row's final states.
+
+    The state of one token predicts the next. That before any option is the prompt's last:
+
+        row               P0  P1  A0  A1  B0  B1
+        A's predictions       A0  A1
+        B's predictions       B0          B1
+    """
+    prompt, options = example.rows[0]
+    start = len(prompt)
+    scores = []
+    for ids in options:
+        before = [len(prompt) - 1, *range(start, start + len(ids) - 1)]
+        targets = torch.tensor(ids, device=hidden.device)
+        mean = cross_entropy(hidden[before], gpt.transformer.wte.weight, targets)
+        scores.append(-mean.item() * len(ids))
+        start += len(ids)
+    # Equal options must score the same, to the last bit: each takes the first one's score.
+    texts = example.question.options
+    return [scores[texts.index(text)] for text in texts]
 
 
 def zero_shot_prompt(question):
@@ -227,8 +252,8 @@ def acc_norm(scores, examples):
     """
     by_length = []
     for sums, example in zip(scores, examples):
-        lengths = [max(len(option), 1) for option in example.question.options]
-        by_length.append([score / length for score, length in zip(sums, lengths)])
+        options = example.question.options
+        by_length.append([score / max(len(option), 1) for score, option in zip(sums, options)])
     return fmean(finetune.correct(by_length, examples))
 
 
@@ -338,15 +363,17 @@ def audit_numbers(args):
     second test needs no generation: is a true text likelier than itself with one number changed?
     """
     process = start_process(args.device, args.dtype)
-    questions = finetune.labeled(load_qa(args.task, args.data, args.split), args.limit)
-    questions = [q for q in questions if q.target]
+    split, questions = find_questions(args)
+    questions = finetune.labeled(questions, args.limit)
+    print(f"{len(questions)} questions of {args.task}'s {split} split")
     references = [q.target for q in questions]
     changed = [perturb(text, seed) for seed, text in enumerate(references)]
     if not any(changed):
         raise ValueError(f"no reference answer of {args.data} holds a number: nothing to change")
     gpt, tokenizer, start = load_for_generation(args.init, process)
 
-    room = gpt.config.n_positions - args.max_new_tokens - 1  # for start
+    context = gpt.config.n_positions
+    room = context - args.max_new_tokens - 1  # for start
     prompts = []
     for q in questions:
         text = q.question if start else zero_shot_prompt(q)
@@ -360,15 +387,15 @@ def audit_numbers(args):
             judge("reference, against the question alone", references, asked)]
     print_table(rows)
 
-    gaps = []
+    wins = []
     for true, false in progress(list(zip(references, changed))):
         if false:
-            nats, _ = text_loss(gpt, true, tokenizer, process)
-            nats_changed, _ = text_loss(gpt, false, tokenizer, process)
-            gaps.append(nats_changed - nats)
-    preferred = fmean(gap > 0 for gap in gaps)
-    taste = dict(texts_with_numbers=len(gaps), true_preferred=preferred,
-                 ci95=finetune.wilson(preferred, len(gaps)), nats_gap=fmean(gaps))
+            nats, _ = summed_loss(gpt, text_rows([true], tokenizer, context), process)
+            nats_changed, _ = summed_loss(gpt, text_rows([false], tokenizer, context), process)
+            wins.append(nats < nats_changed)
+    preferred = fmean(wins)
+    taste = dict(texts_with_numbers=len(wins), true_preferred=preferred,
+                 ci95=finetune.wilson(preferred, len(wins)))
     print("a true text against itself with one number changed (chance 0.5):")
     print_table([taste])
     return dict(numbers=rows, perturbed=taste, answers=answers)
@@ -574,7 +601,7 @@ PANELS = {"loss": "training loss, nats a token", "val_loss": "validation loss, n
 
 
 def curves(args):
-    """The curves command: what the runs' log.jsonl hold, as a picture, and their last values.
+    """The curves command: a picture of what the runs' log.jsonl hold. Returns their rows.
 
     Runs of unlike tokenizers compare by bits a byte only. Needs matplotlib.
     """
@@ -587,30 +614,26 @@ def curves(args):
         raise ValueError("curves needs: pip install matplotlib") from None
     logged = set().union(*itertools.chain(*logs.values()))  # the names in any row
     panels = [name for name in PANELS if name in logged]
-    height = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(11, 3 * height), dpi=100, layout="constrained")
-    axes = figure.subplots(height, 2, squeeze=False)
-    last = [dict(run=run) for run in logs]
-    for name, ax in zip(panels, axes.flat):
-        ax.set_title(PANELS[name])
+    figure = Figure(figsize=(11, 12), dpi=100, layout="constrained")
+    for place, name in enumerate(panels, start=1):
+        ax = figure.add_subplot(4, 2, place, title=PANELS[name])
         ax.grid(alpha=0.3)
-        for row in last:
-            row[name] = draw(ax, logs[row["run"]], name, row["run"])
-    axes[0, 0].legend(fontsize="small")
-    figure.savefig(args.out)
-    print_table(last)
-    return dict(last=last)
+        for run, rows in logs.items():
+            draw(ax, rows, name, run)
+        ax.legend(fontsize="small")
+    figure.savefig(args.out, bbox_inches="tight")  # without the places of panels left out
+    return logs
 
 
 def draw(ax, rows, name, run):
-    """Draw one value of a log by step, or by epoch of finetune.py; returns the last, or None."""
+    """Draw one value of a log by step, or by epoch of finetune.py."""
     by_epoch = any("epoch" in row for row in rows)
     axis = "epoch" if by_epoch else "step"
-    rows = [row for row in rows if axis in row and name in row]
-    values = [row[name] for row in rows]
+    points = [(row[axis], row[name]) for row in rows if axis in row and name in row]
     # Several seeds pass the same epochs, so no line joins those points.
-    ax.plot([row[axis] for row in rows], values, "." if by_epoch else ".-", markersize=3, label=run)
-    return values[-1] if values else None
+    style = "." if by_epoch else ".-"
+    if points:
+        ax.plot(*zip(*points), style, markersize=3, label=run)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -630,34 +653,31 @@ def parse_args():
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     positive = finetune.positive
 
-    def command(name, function, sentence):
+    def command(name, function, sentence, model=True):
         p = commands.add_parser(name, help=sentence, description=sentence)
         p.set_defaults(command=function)
         add = p.add_argument
         add("--json", type=new_file, help="write the result here (default: none)")
+        if model:
+            add("--init", required=True,
+                help="run of train.py or finetune.py, or Hugging Face GPT-2 folder")
+            add("--device", help="cpu, cuda, … (default: cuda where there is one)")
+            add("--dtype", choices=["float32", "bfloat16"],
+                help="(default: bfloat16 on cuda, float32 on a CPU)")
         return add
-
-    def add_model(add):
-        add("--init", required=True,
-            help="run of train.py or finetune.py, or Hugging Face GPT-2 folder")
-        add("--device", help="cpu, cuda, … (default: cuda where there is one)")
-        add("--dtype", choices=["float32", "bfloat16"],
-            help="(default: bfloat16 on cuda, float32 on a CPU)")
 
     def add_questions(add):
         add("--data", required=True, help="folder with the official files")
-        add("--split", default="test",
-            help="train, dev or test; mmlu: dev, val or test (default: test)")
+        add("--split", choices=["train", "dev", "val", "test"],
+            help="val is mmlu's alone (default: test, else dev)")
         add("--limit", type=positive, help="N questions, evenly over the split (default: all)")
 
     add = command("perplexity", perplexity, "nats a token and bits a byte")
-    add_model(add)
     add("--data", required=True,
         help="folder of arrays (its val.bin), or a text file or folder: each document on its own")
     add("--limit", type=positive, help="only the first N documents of text (default: all)")
 
     add = command("qa", answer_questions, "accuracy on a question set")
-    add_model(add)
     add("--task", required=True, choices=[name for name in TASKS if name != "text"],
         help="which set")
     add_questions(add)
@@ -667,31 +687,31 @@ def parse_args():
         help="also write a JSON line a question (default: none)")
 
     add = command("generate", generate, "continue a text")
-    add_model(add)
     add("--prompt", required=True, nargs="+", help="one or several texts")
     add("--max_new_tokens", type=positive, default=64, help="tokens to add at most (default: 64)")
     add("--temperature", type=float, default=0.8, help="0 = greedy (default: 0.8)")
-    add("--top_k", type=int, help="sample among the k likeliest tokens (default: all)")
+    add("--top_k", type=positive, help="sample among the k likeliest tokens (default: all)")
     add("--top_p", type=float, help="sample within this probability mass (default: all)")
-    add("--num_beams", type=int, default=1, help="beam search instead of sampling (default: 1)")
+    add("--num_beams", type=positive, default=1,
+        help="beam search instead of sampling (default: 1)")
     add("--length_penalty", type=float, default=1.0, help="exponent, beams only (default: 1.0)")
     add("--seed", type=int, default=1, help="of sampling (default: 1)")
     add("--paper", action="store_true",
         help="BioMedLM's decoding: 5 beams, no repeated 6-gram, length penalty -0.5 (default: off)")
 
     add = command("numbers", audit_numbers, "audit of made-up numbers in generated answers")
-    add_model(add)
     add("--task", choices=["text", "pubmedqa"], default="text", help="which set (default: text)")
     add_questions(add)
     add("--max_new_tokens", type=positive, default=128, help="of an answer at most (default: 128)")
     add("--paper", action="store_true", help="BioMedLM's beams (default: greedy)")
 
-    add = command("tokenizer", tokenizer_tables, "how biomedical words break")
+    add = command("tokenizer", tokenizer_tables, "how biomedical words break", model=False)
     add("--tokenizer", required=True, help="folder of a tokenizer, or gpt2")
     add("--against", nargs="+", default=[], help="folders of others, or gpt2 (default: none)")
     add("--text", help="file or folder of text to measure on (default: none)")
 
-    add = command("curves", curves, "loss, rate, gradient norm and speed of runs as a picture")
+    add = command("curves", curves, "loss, rate, gradient norm and speed of runs as a picture",
+                  model=False)
     add("runs", nargs="+", metavar="RUN", help="folders with log.jsonl")
     add("--out", type=new_file, default="curves.png",
         help="picture to write (default: curves.png)")
