@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import random
@@ -26,7 +27,16 @@ import torch
 from conftest import ROOT, run
 
 import data
-from tokenizer import Tokenizer, read_documents, read_records, text_files
+from tokenizer import (
+    ALPHABET,
+    Tokenizer,
+    count_pretokens,
+    hash64,
+    read_documents,
+    read_records,
+    text_files,
+    train_bpe,
+)
 
 # ---------------------------------------------------------------------------------------------
 # small inputs, written here
@@ -40,10 +50,7 @@ def tokenizer(tmp_path_factory):
         folder / "t.jsonl.gz",
         [(str(i), f"dose {i} mg of the drug reduces pain") for i in range(50)],
     )
-    done = run(
-        "tokenizer.py", "train", "--input", folder, "--vocab_size", 300, "--out", folder / "t"
-    )
-    assert done.returncode == 0, done.stderr
+    Tokenizer.from_merges(train_bpe(count_pretokens([folder]), 300)).save(folder / "t")
     return folder / "t"
 
 
@@ -115,8 +122,9 @@ def contents(folder):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_epoch_is_every_row_once(tmp_path, tokenizer, world_size):
-    """A rank that repeats or skips rows, or a target that is not the next token (D1)."""
-    folder = write_arrays(tmp_path / "d", tokenizer, np.arange(64 * 8 + 5))
+    """A rank that repeats or skips rows, a target that is not the next token, an id above 2**15
+    read as negative (D1)."""
+    folder = write_arrays(tmp_path / "d", tokenizer, 2**15 + np.arange(64 * 8 + 5))
     seen = []
     for rank in range(world_size):
         loader = data.train_batches(folder, 8, 2, seed=3, rank=rank, world_size=world_size)
@@ -124,7 +132,7 @@ def test_epoch_is_every_row_once(tmp_path, tokenizer, world_size):
             x, y = next(loader)
             assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (2, 8)
             assert (y[:, :-1] == x[:, :-1] + 1).all() and (y[:, -1] == -100).all()
-            seen += (x[:, 0] // 8).tolist()
+            seen += ((x[:, 0] - 2**15) // 8).tolist()
     assert sorted(seen) == list(range(64)) and seen != sorted(seen)
 
 
@@ -136,12 +144,11 @@ def take(folder, n, **kwargs):
 def test_order_depends_on_seed_and_sample_only(tmp_path, tokenizer):
     """Order tied to world size or micro-batch, or the same in every epoch (D2)."""
     folder = write_arrays(tmp_path / "d", tokenizer, np.arange(60 * 8))
-    one = torch.cat(take(folder, 120, micro_batch=1))
-    ranks = [take(folder, 20, micro_batch=3, rank=r, world_size=2) for r in range(2)]
+    one = torch.cat(take(folder, 420, micro_batch=1))  # 64 steps are drawn at once
+    ranks = [take(folder, 70, micro_batch=3, rank=r, world_size=2) for r in range(2)]
     assert torch.equal(torch.cat([b for pair in zip(*ranks) for b in pair]), one)
-    assert sorted(one[:60].tolist()) == sorted(one[60:].tolist()) and not torch.equal(
-        one[:60], one[60:]
-    )
+    assert sorted(one[:60].tolist()) == sorted(one[60:120].tolist())
+    assert not torch.equal(one[:60], one[60:120])
     assert not torch.equal(next(data.train_batches(folder, 8, 60, seed=4))[0][:, 0] // 8, one[:60])
 
 
@@ -175,12 +182,12 @@ def test_orders_of_old_runs_stay():
 
 def test_validation_scores_every_row_once(tmp_path, tokenizer):
     """A dropped short last row, or ranks with unequal numbers of batches (FSDP would hang)."""
-    folder = write_arrays(tmp_path / "d", tokenizer, np.arange(8 * 5 + 3))
+    folder = write_arrays(tmp_path / "d", tokenizer, 2**15 + np.arange(8 * 5 + 3))
     for world_size in (1, 2, 4):
         ranks = [list(data.val_batches(folder, 8, 2, r, world_size)) for r in range(world_size)]
         assert len({len(batches) for batches in ranks}) == 1
         targets = torch.cat([y[y >= 0] for batches in ranks for _, y in batches])
-        assert sorted(targets.tolist()) == [t for t in range(43) if t % 8]
+        assert sorted(targets.tolist()) == [2**15 + t for t in range(43) if t % 8]
 
 
 def first_rows(folder, max_tokens, world_size):
@@ -194,17 +201,21 @@ def first_rows(folder, max_tokens, world_size):
 def test_first_validation_rows_are_a_fair_sample(tmp_path, tokenizer):
     """max_tokens that scores only the array's beginning, or other rows with more ranks."""
     folder = write_arrays(tmp_path / "d", tokenizer, np.arange(8 * 1000))
-    rows = first_rows(folder, 8 * 100, world_size=1)
+    rows = first_rows(folder, 8 * 99 + 1, world_size=1)
     assert len(rows) == 100 and 400 < np.mean(rows) < 600
-    assert first_rows(folder, 8 * 100, world_size=4) == rows
+    assert first_rows(folder, 8 * 99 + 1, world_size=4) == rows
 
 
 def test_end_of_text_targets_can_be_ignored(tmp_path, tokenizer):
-    """ignore_eot that drops other targets, or the inputs with them."""
+    """ignore_eot that drops other targets, or the inputs with them, or serves one loader only."""
     eot = Tokenizer.load(tokenizer).eot_id
     folder = write_arrays(tmp_path / "d", tokenizer, [1, eot, 2, 3] * 4)
-    x, y = next(data.train_batches(folder, 16, 1, seed=0, ignore_eot=True))
-    assert (x == eot).sum() == 4 and y[0].tolist() == [-100, 2, 3, 1] * 3 + [-100, 2, 3, -100]
+    for ignore, target in (True, -100), (False, eot):
+        for loader in (data.train_batches(folder, 16, 1, seed=0, ignore_eot=ignore),
+                       data.val_batches(folder, 16, 1, ignore_eot=ignore)):
+            x, y = next(loader)
+            assert (x == eot).sum() == 4
+            assert y[0].tolist() == [target, 2, 3, 1] * 3 + [target, 2, 3, -100]
 
 
 def test_bad_arrays_are_refused_with_the_mend(tmp_path, tokenizer):
@@ -213,14 +224,18 @@ def test_bad_arrays_are_refused_with_the_mend(tmp_path, tokenizer):
     data.load_meta(folder, verify=True)
     with pytest.raises(ValueError, match="less than one sequence"):
         next(data.train_batches(folder, 128, 1, seed=0))
-    raw = (folder / "train.bin").read_bytes()
-    (folder / "train.bin").write_bytes(raw[:-2])
-    with pytest.raises(ValueError, match="cut or replaced.*tokenize"):
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        raw = path.read_bytes()
+        for other in (raw[:-2], raw + raw):
+            path.write_bytes(other)
+            with pytest.raises(ValueError, match="cut or replaced.*tokenize"):
+                data.load_meta(folder)
+        path.write_bytes(raw[:-2] + b"\0\0")
         data.load_meta(folder)
-    (folder / "train.bin").write_bytes(raw[:-2] + b"\0\0")
-    data.load_meta(folder)
-    with pytest.raises(ValueError, match="sha256"):
-        data.load_meta(folder, verify=True)
+        with pytest.raises(ValueError, match="sha256"):
+            data.load_meta(folder, verify=True)
+        path.write_bytes(raw)
     with pytest.raises(ValueError, match="beyond the vocabulary of"):
         data.load_meta(write_arrays(tmp_path / "e", tokenizer, np.arange(301)), verify=True)
     meta = json.loads((tmp_path / "e/meta.json").read_text())
@@ -597,14 +612,15 @@ def test_real_files_extract(tmp_path, shared):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Six files of invented text with versions, deletions and equal texts across them."""
+    """Six files of invented text with versions, deletions and equal texts across them; many begin
+    alike, and some differ in a capital only."""
     rng, folder = random.Random(0), tmp_path / "text"
     folder.mkdir()
     for i in range(6):
-        records = [
-            (str(rng.randrange(400)), rng.choice([None] + [f"pain {rng.randrange(300)} mg"] * 9))
-            for _ in range(100)
-        ]
+        records = []
+        for _ in range(100):
+            text = f"Über die Wirkung auf {rng.choice('Ss')}chmerzen: {rng.randrange(150)} µg"
+            records.append((str(rng.randrange(400)), rng.choice([None] + [text] * 9)))
         write_text(folder / f"f{i}.jsonl.gz", records)
     return folder
 
@@ -619,17 +635,37 @@ def documents(folder):
     return [set(side) for side in sides]
 
 
-def test_last_record_of_an_id_stands(tmp_path, tokenizer, corpus):
-    """An outdated version, a deleted document or an equal text in the arrays (D7)."""
-    last = dict(pair for path in text_files(corpus) for pair in read_records(path))
-    data.tokenize(corpus, tokenizer, tmp_path / "out", val_fraction=0.2)
-    train, val = documents(tmp_path / "out")
-    assert train | val == set(last.values()) - {None} and not train & val
-    assert 0.1 < len(val) / len(train | val) < 0.3
+def main(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
+    data.main()
+
+
+def test_last_record_of_an_id_stands(tmp_path, tokenizer, corpus, monkeypatch):
+    """An outdated version, a deleted document or an equal text in the arrays; one on another side
+    than its id's hash tells, so that added text moves it; characters for bytes (D7)."""
+    held_out, seen = {}, set()
+    for path in reversed(text_files(corpus)):
+        for ident, text in reversed(list(read_records(path))):
+            if text and ident not in seen:
+                held_out.setdefault(text, hash64(ident) < 0.2 * 2**64)
+            seen.add(ident)
+    flags = ("tokenize", "--text", corpus, "--tokenizer", tokenizer, "--val_fraction", 0.2,
+             "--workers", 1)
+    main(monkeypatch, *flags, "--out", tmp_path / "out")
+    for found, split in zip(documents(tmp_path / "out"), ("train", "val")):
+        expected = {text for text in held_out if held_out[text] == (split == "val")}
+        sizes = data.load_meta(tmp_path / "out")[split]
+        assert found == expected and sizes["documents"] == len(expected) > 20
+        assert sizes["bytes"] == len("".join(expected).encode())
+    main(monkeypatch, *flags, "--out", tmp_path / "plain", "--no_eot")
+    meta = data.load_meta(tmp_path / "plain")
+    assert not meta["eot"] and meta["eot_id"] not in np.fromfile(tmp_path / "plain/val.bin", "H")
+    assert meta["val"]["tokens"] == sizes["tokens"] - sizes["documents"]
 
 
 def test_same_bytes_for_any_workers(tmp_path, tokenizer, corpus, monkeypatch):
-    """Arrays that depend on the number of processes, or on what an earlier run left (D7)."""
+    """Arrays that depend on the number of processes, or on what an earlier run left; new arrays
+    beside an old meta.json (D7)."""
     data.tokenize(corpus, tokenizer, tmp_path / "one", val_fraction=0.05)
     one = contents(tmp_path / "one")
     (tmp_path / "one/train.bin.1.tmp").write_text("left by a killed run")
@@ -638,6 +674,11 @@ def test_same_bytes_for_any_workers(tmp_path, tokenizer, corpus, monkeypatch):
     data.tokenize(corpus, tokenizer, tmp_path / "two", val_fraction=0.05, workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == one
     assert set(one) == {"train.bin", "val.bin", "meta.json", "vocab.json", "merges.txt"}
+    monkeypatch.setattr(Tokenizer, "save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        data.tokenize(corpus, tokenizer, tmp_path / "one", val_fraction=0.1)
+    with pytest.raises(FileNotFoundError, match="no meta.json"):
+        data.load_meta(tmp_path / "one")
 
 
 @pytest.mark.parametrize("val_fraction", [1e-9, 1 - 1e-9])
@@ -658,15 +699,6 @@ def test_own_text_as_one_txt(tmp_path, tokenizer):
     assert sum(map(len, train | val)) == pytest.approx(len(text), rel=0.01)
 
 
-def test_split_is_stable(tmp_path, tokenizer, corpus):
-    """A validation document that is trained on after more text is added (D7)."""
-    data.tokenize(corpus, tokenizer, tmp_path / "a", val_fraction=0.2)
-    write_text(corpus / "g.jsonl.gz", [(f"new{i}", f"new drug {i}") for i in range(50)])
-    data.tokenize(corpus, tokenizer, tmp_path / "b", val_fraction=0.2)
-    (train, val), (later_train, later_val) = documents(tmp_path / "a"), documents(tmp_path / "b")
-    assert val and val <= later_val and train <= later_train
-
-
 def test_tokenize_with_gpt2s_vocabulary(tmp_path, corpus, shared, monkeypatch):
     """GPT-2's vocabulary, for the paper's ablation, takes more than one command, or other ids."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken_cache"))
@@ -685,13 +717,16 @@ def test_tokenize_with_gpt2s_vocabulary(tmp_path, corpus, shared, monkeypatch):
 def test_tokenize_refuses_with_the_mend(tmp_path, tokenizer, corpus):
     """A half-written array, an empty corpus, a share that is none."""
     write_text(tmp_path / "empty.jsonl.gz", [("1", "a"), ("1", None)])
+    pairs = list(itertools.product(ALPHABET, repeat=2))
+    Tokenizer.from_merges(pairs).save(tmp_path / "large")
     for text, kwargs, message in [
+        (corpus, {"tokenizer_name": tmp_path / "large"}, "uint16 holds 65,536"),
         (tmp_path / "empty.jsonl.gz", {}, "two are needed"),
         (corpus, {"val_fraction": 2}, "between 0 and 1"),
         (tmp_path / "no", {}, "run python data.py extract"),
     ]:
         with pytest.raises((ValueError, OSError), match=message):
-            data.tokenize(text, tokenizer, tmp_path / "out", **kwargs)
+            data.tokenize(text, out=tmp_path / "out", **{"tokenizer_name": tokenizer} | kwargs)
     (corpus / "f3.jsonl.gz").write_bytes((corpus / "f3.jsonl.gz").read_bytes()[:-20])
     with pytest.raises(ValueError, match="f3.*damaged gzip"):
         data.tokenize(corpus, tokenizer, tmp_path / "out")
@@ -1027,18 +1062,38 @@ def test_download_unpacks(serve, tmp_path):
 # question sets
 
 
-def test_pubmedqa_split_is_the_official_one(shared):
-    """Another test set than everyone else's (F5)."""
-    truth = json.loads((shared / "qa/pubmedqa/test_ground_truth.json").read_text())
-    parts = {s: data.load_qa("pubmedqa", shared / "qa", s) for s in ("train", "dev", "test")}
-    assert [q.id for q in parts["test"]] == list(truth)
-    assert [q.options[q.answer] for q in parts["test"]] == list(truth.values())
-    assert [len(parts[s]) for s in parts] == [450, 50, 500]
-    assert len({q.id for p in parts.values() for q in p}) == 1000
+# What the official split_dataset.py makes of 96 questions, of which 10 are "maybe" and 32 "no".
+PUBMEDQA_DEV = "84 22 63 38 3"
+PUBMEDQA_TRAIN = """69 95 33 83 2 44 93 18 13 7 82 15 89 71 23 39 80 58 68 0 79 45 31 86 27 65 35 11
+    77 34 12 41 29 87 59 74 19 8 10 17 43 76 30"""
+PUBMEDQA_TEST = """55 57 92 49 70 85 25 67 91 20 75 40 24 94 32 72 47 60 42 52 62 64 37 14 54 90 50
+    48 51 36 88 81 46 53 21 73 28 56 26 16 78 66 61 1 4 5 6 9"""
+
+
+def test_pubmedqa_split_is_the_official_one(tmp_path):
+    """Another test set than everyone else's, or labels in another order (F5)."""
+    items = {}
+    for i in range(96):
+        label = "maybe" if i < 10 else "no" if i % 5 in (1, 3) and i < 90 else "yes"
+        items[str(i)] = {"QUESTION": f"Q{i}?", "CONTEXTS": ["A.", "B."], "final_decision": label,
+                         "LONG_ANSWER": "Long."}
+    (tmp_path / "ori_pqal.json").write_text(json.dumps(items))
+    for split, ids in (
+        ("dev", PUBMEDQA_DEV), ("train", PUBMEDQA_TRAIN), ("test", PUBMEDQA_TEST)
+    ):
+        found = data.load_qa("pubmedqa", tmp_path, split)
+        assert [q.id for q in found] == ids.split()
+        for q in found:
+            labels = ("maybe", "no", "yes")  # BioMedLM's order
+            answer = labels.index(items[q.id]["final_decision"])
+            assert q == data.Question(q.id, f"Q{q.id}?", "A. B.", labels, answer, "Long.")
 
 
 def test_official_files_load(shared):
-    """A row lost to quoting, an answer off by one."""
+    """A row lost to quoting, an answer off by one, another test set than the official one."""
+    truth = json.loads((shared / "qa/pubmedqa/test_ground_truth.json").read_text())
+    asked = data.load_qa("pubmedqa", shared / "qa", "test")
+    assert [(q.id, q.options[q.answer]) for q in asked] == list(truth.items())
     counts = {
         (t, s): len(data.load_qa(t, shared / "qa", s))
         for t, s in (("medqa", "dev"), ("medqa", "train"), ("mmlu", "test"))
@@ -1065,15 +1120,38 @@ def mcq(**changes):
 
 
 def test_medmcqa_counts_from_one_or_zero(tmp_path):
-    """Every answer off by one, silently, on the Hugging Face copy."""
+    """Every answer off by one, silently, on the Hugging Face copy; a lost subject or entity."""
     path = tmp_path / "train.json"
-    path.write_text(mcq(cop=4) + "\n" + mcq(id="b", cop=1))
-    assert [q.answer for q in data.load_qa("medmcqa", tmp_path, "train")] == [3, 0]
-    path.write_text(
-        mcq(cop=3, question="a &lt; b") + "\n" + mcq(id="b", cop=0) + "\n" + mcq(id="c", cop=-1)
-    )
-    questions = data.load_qa("medmcqa", tmp_path, "train")
-    assert [q.answer for q in questions] == [3, 0, None] and questions[0].question == "a < b"
+    for labels, answers in (
+        ([4, 1, None], [3, 0, None]),
+        ([3, 2], [2, 1]),
+        ([3, 0, -1], [3, 0, None]),
+    ):
+        rows = [mcq(id=str(i), cop=label) for i, label in enumerate(labels)]
+        path.write_text("\n".join(rows))
+        assert [q.answer for q in data.load_qa("medmcqa", tmp_path, "train")] == answers
+    row = {"question": "a &lt; b", "opd": "&gt; 4", "subject_name": "Dental", "choice_type": "one"}
+    path.write_text(mcq(**row))
+    assert data.load_qa("medmcqa", tmp_path, "train") == [
+        data.Question("a", "a < b", "", ("1", "2", "3", "> 4"), 0, subject="Dental", kind="one")
+    ]
+
+
+def test_mmlus_medical_subjects(tmp_path):
+    """A subject that isn't asked, or not; a row cut at its comma or quotes; MedQA's letters."""
+    subjects = ["anatomy", "clinical_knowledge", "college_biology", "college_medicine",
+                "medical_genetics", "professional_medicine", "virology"]
+    for subject in subjects:
+        (tmp_path / f"{subject}_val.csv").write_text('"Is ""it"", so?","a, b",c,d,e,C\n')
+    found = data.load_qa("mmlu", tmp_path, "val")
+    assert [q.subject for q in found] == subjects[:6]
+    assert found[0] == data.Question(
+        "anatomy-val-0", 'Is "it", so?', options=("a, b", "c", "d", "e"), answer=2,
+        subject="anatomy")
+    row = MEDQA | {"options": {"B": "no", "A": "yes"}}
+    (tmp_path / "phrases_no_exclude_dev.jsonl").write_text(json.dumps(row))
+    assert data.load_qa("medqa", tmp_path, "dev") == [
+        data.Question("dev-0", "Q?", options=("yes", "no"), answer=1, kind="step1")]
 
 
 @pytest.mark.parametrize(
@@ -1171,15 +1249,22 @@ def test_one_bad_field_is_one_line(tmp_path, task, name, good, bad):
 
 
 def test_bioasq_of_two_kinds(tmp_path):
-    """BLURB's and BioASQ's own files read differently."""
-    (tmp_path / "test.tsv").write_text("i1\tIs it?\tSome text\tyes\ni2\tIs it?\tText\tno\n")
-    assert [q.answer for q in data.load_qa("bioasq", tmp_path, "test")] == [1, 0]
+    """BLURB's and BioASQ's own files read differently; the golden answers trained on."""
+    path = tmp_path / "test.tsv"
+    path.write_text("i1\tIs it?\tSome text\tyes\ni2\tIs it?\tText\tno\n")
+    first, second = data.load_qa("bioasq", tmp_path, "test")
+    assert first == data.Question("i1", "Is it?", "Some text", ("no", "yes"), 1, kind="yesno")
+    assert second.answer == 0
+    path.unlink()
     item = {"type": "yesno", "body": "Is it?", "snippets": [{"text": "A."}, {"text": "B."}]}
     items = [item | {"id": str(i), "exact_answer": ["Yes", "no"][i % 2]} for i in range(20)]
     path = tmp_path / "7b_train.json"
     path.write_text(json.dumps({"questions": [*items, {"type": "list", "id": "l"}]}))
-    train, dev = (data.load_qa("bioasq", tmp_path, s) for s in ("train", "dev"))
-    assert len(train) == 18 and [q.id for q in dev] == ["0", "10"]
+    golden = [item | {"id": "g", "exact_answer": "yes"}]
+    (tmp_path / "7B1_golden.json").write_text(json.dumps({"questions": golden}))
+    train, dev, test = (data.load_qa("bioasq", tmp_path, s) for s in ("train", "dev", "test"))
+    assert [q.id for q in train] == [str(i) for i in range(20) if i % 10]
+    assert [q.id for q in dev] == ["0", "10"] and [q.id for q in test] == ["g"]
     assert dev[0].context == "A. B." and dev[0].answer == 1
     path.write_text(path.read_text().replace('"Yes"', '"perhaps"'))
     with pytest.raises(ValueError, match="question 2: label 'perhaps'"):
