@@ -1109,9 +1109,7 @@ def test_official_files_load(shared):
         and medmcqa[0].answer == 0
         and {q.answer for q in medmcqa} == {0, 1, 2, 3}
     )
-    texts = [data.load_qa("text", shared / "qa/medquad", s) for s in ("train", "dev", "test")]
-    assert len({q.id for part in texts for q in part}) == sum(map(len, texts)) > 2000
-    assert all(q.target for part in texts for q in part)
+    check_no_text_is_shared(shared / "qa/medquad", 2750)
 
 
 def mcq(**changes):
@@ -1271,18 +1269,28 @@ def test_bioasq_of_two_kinds(tmp_path):
         data.load_qa("bioasq", tmp_path, "train")
 
 
-def test_medquad_split_shares_no_text(tmp_path, shared):
-    """A question or a whole answer of the test that was trained on, in another file or not."""
+def check_no_text_is_shared(folder, n):
+    parts = [data.load_qa("text", folder, split) for split in ("train", "dev", "test")]
+    texts = [{text for q in part for text in (q.question, q.target)} for part in parts]
+    assert len(set.union(*texts)) == sum(map(len, texts))
+    train, dev, test = map(len, parts)
+    assert train + dev + test == n and 0.6 < train / n < 0.9 and min(dev, test) > 0.05 * n
+    return parts
+
+
+def test_medquad_split_shares_no_text(tmp_path):
+    """A question or a whole answer of the test that was trained on, in another file or not; an
+    answer that its authors withhold."""
     pairs = [(f"Q{i}?", f"A{i}.") for i in range(200)]
     pairs += [("Q1?", "A2."), ("Q2?", "A3."), ("Q3?", "A1."), ("Q1?", "A1.")] * 3
-    for i, (question, answer) in enumerate(pairs):
-        pair = f"<QAPair><Question>{question}</Question><Answer>{answer}</Answer></QAPair>"
-        (tmp_path / f"{i}.xml").write_text(f"<Document><QAPairs>{pair}</QAPairs></Document>")
-    for folder, n in ((tmp_path, len(pairs)), (shared / "qa/medquad", 2750)):
-        parts = [data.load_qa("text", folder, split) for split in ("train", "dev", "test")]
-        texts = [{text for q in part for text in (q.question, q.target)} for part in parts]
-        assert len(set.union(*texts)) == sum(map(len, texts))
-        assert sum(map(len, parts)) == n and n * 0.7 < len(parts[0]) < n * 0.9
+    pairs += [(f"Q{i}?", f"A{i + 1}.") for i in range(100, 120)]  # a long chain
+    (tmp_path / "1_GHR").mkdir()
+    for i, (question, answer) in enumerate([*pairs, ("Withheld?", "")]):
+        pair = f"<Question qtype='use'>{question}</Question><Answer>{answer}</Answer>"
+        text = f"<Document><QAPairs><QAPair>{pair}</QAPair></QAPairs></Document>"
+        (tmp_path / f"1_GHR/{i}.xml").write_text(text)
+    parts = check_no_text_is_shared(tmp_path, len(pairs))
+    assert {(q.subject, q.kind) for part in parts for q in part} == {("1_GHR", "use")}
 
 
 def test_lines_of_text(tmp_path):
@@ -1316,50 +1324,66 @@ def test_missing_questions(tmp_path, task, split, error):
 
 
 def cloze_corpus(folder):
-    """400 documents of 300 frequent words, and of 90 rarer ones with three endings."""
+    """400 documents of 300 frequent words, and of 90 rarer ones with three endings; every eighth
+    has paragraphs. Returns the text and a tokenizer that has some of the rarer words whole."""
     chance, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
-    grammar = [f"word{a}{b}" for a in letters for b in letters][:300]
+    grammar = [f"{a}{b}word" for a in letters for b in letters][:300]
     words = [f"{a}{b}{c}" for a in ("bron", "hepa", "arth", "gast", "neph", "derm")
              for b in ("chi", "ri", "to", "al", "u") for c in ("tis", "oma", "ine")]
     records = []
     for i in range(400):
-        first = [chance.choices(words, range(1, 91))[0] for _ in range(6)]
-        sentences = [f"Seen {' '.join(chance.sample(grammar, 30))} in {a} or {b} of {a}."
-                     for a, b in zip(first, reversed(first))]
-        records.append((str(i), " ".join(sentences)))
+        paragraphs = []
+        for _ in range(1 if i % 8 else 12):
+            first = chance.choices(words, range(1, 91), k=7)
+            sentences = [f"{first[6].capitalize()} is no start."]
+            sentences += [f"Seen {' '.join(chance.sample(grammar, 30))} in {a} or {b} of non-{c}."
+                          for a, b, c in zip(first, first[5::-1], first[3:] + first[:3])]
+            paragraphs.append(" ".join([*sentences, f"And {chance.choice(words)}"]))
+        records.append((str(i), "\n".join(paragraphs)))
     (folder / "text").mkdir()
     write_text(folder / "text/t.jsonl.gz", records + [("1", None), ("2", "New. " + records[3][1])])
-    return folder / "text"
+    some = [" " + word.removesuffix("oma") for word in words if not word.endswith("ine")] * 2
+    some += ["oma"] * 9
+    Tokenizer.from_merges(train_bpe(Counter(some), 400)).save(folder / "everyday")
+    return folder / "text", folder / "everyday"
 
 
 def test_cloze_questions(tmp_path, tokenizer):
     """Options that differ in more than a word, a word that the text gave away, others of another
-    ending or frequency, a question on a document that was trained on, or counts of a held-out."""
-    text = cloze_corpus(tmp_path)
+    ending or frequency, a question on a document that was trained on, or counts of a held-out; a
+    piece of a compound asked, a long document as one passage."""
+    text, everyday = cloze_corpus(tmp_path)
     for out in ("a", "b"):
-        data.cloze(text, text, tmp_path / out, 0.2, str(tokenizer))
+        data.cloze(text, text, tmp_path / out, 0.2, str(everyday))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     data.cloze(text, text, tmp_path / "c", 0.2, seed=3)
     asked = data.load_qa("medqa", tmp_path / "a", "test")
     other = data.load_qa("medqa", tmp_path / "c", "test")
     assert {q.question for q in asked} != {q.question for q in other}
-    assert all("medical" in q.kind for q in asked) and not any("medical" in q.kind for q in other)
+    assert not any("medical" in q.kind for q in other)
     data.tokenize(text, tokenizer, tmp_path / "arrays", val_fraction=0.2)
     trained, held_out = documents(tmp_path / "arrays")
-    counted = Counter(re.findall("[a-z]{5,}", " ".join(trained)))
-    asked_of = Counter()
+    passages = sum([[d] if len(d) < 4000 else d.split("\n") for d in held_out], [])
+    counted = Counter(re.findall(r"(?<!-)\b[a-z]{5,}", " ".join(trained)))
+    whole_words = Tokenizer.load(everyday)
+    asked_of, sorts = Counter(), Counter()
     for q in asked:
         words, rests = zip(*(re.fullmatch("([a-z]+)(.*)", option).groups() for option in q.options))
         word = words[q.answer]
-        (whole,) = [d for d in held_out if d.startswith(f"{q.question} {q.options[q.answer]}")]
-        asked_of[whole] += 1
+        (passage,) = [d for d in passages if d.startswith(f"{q.question} {q.options[q.answer]}")]
+        asked_of[passage] += 1
         assert len(set(words)) == 4 and set(rests) == {rests[0]} and rests[0].endswith(".")
-        assert {w[-3:] for w in words} == {word[-3:]} and word not in q.question
+        assert {w[-3:] for w in words} == {word[-3:]} != {"ord"}
+        assert word not in q.question.lower()
         assert all(counted[word] / 2 <= counted[w] <= 2 * counted[word] for w in words)
-        assert not set(words) - {word} & set(re.findall("[a-z]+", whole))
+        assert not set(words) - {word} & set(re.findall("[a-z]+", passage.lower()))
         low, high = map(int, re.search("seen ([0-9]+) to ([0-9]+) times", q.kind).groups())
         assert low <= counted[word] <= high < 100 * low
+        sort = "everyday" if len(whole_words.encode(" " + word)) == 1 else "medical"
+        assert q.kind.endswith(sort)
+        sorts[sort, len(whole_words.encode(" " + word))] += 1
     assert max(asked_of.values()) == 3 and len(asked_of) > 40
+    assert sorts["everyday", 1] and sorts["medical", 2]
     assert {q.answer for q in asked} == {0, 1, 2, 3}
     with pytest.raises(ValueError, match="raise --val_fraction"):
         data.cloze(text, text, tmp_path / "d", 1e-9)
