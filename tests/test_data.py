@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 from conftest import ROOT, run
 
@@ -699,21 +698,6 @@ def test_own_text_as_one_txt(tmp_path, tokenizer):
     assert sum(map(len, train | val)) == pytest.approx(len(text), rel=0.01)
 
 
-def test_tokenize_with_gpt2s_vocabulary(tmp_path, corpus, shared, monkeypatch):
-    """GPT-2's vocabulary, for the paper's ablation, takes more than one command, or other ids."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken_cache"))
-    args = ["--text", corpus, "--tokenizer", "gpt2", "--out", tmp_path / "out", "--workers", 1]
-    done = run("data.py", "tokenize", *args)
-    assert done.returncode == 0, done.stderr
-    meta = json.loads((tmp_path / "out/meta.json").read_text())
-    assert (meta["vocab_size"], meta["eot_id"]) == (50257, 50256)
-    ids = np.fromfile(tmp_path / "out/train.bin", np.uint16).tolist()
-    gpt2 = tiktoken.get_encoding("gpt2")
-    text = gpt2.decode(ids)
-    assert gpt2.encode(text, allowed_special="all") == ids
-    assert set(text.split("<|endoftext|>")) - {""} <= set(texts(corpus).values())
-
-
 def test_tokenize_refuses_with_the_mend(tmp_path, tokenizer, corpus):
     """A half-written array, an empty corpus, a share that is none."""
     write_text(tmp_path / "empty.jsonl.gz", [("1", "a"), ("1", None)])
@@ -1194,14 +1178,9 @@ DEEP = "[" * 900 + "]" * 900
         for changes in (
             {"answer": "yes"},
             {"answer_idx": None},
-            {"answer_idx": "AB"},
             {"answer_idx": json.loads(DEEP)},
             {"options": {"A": "yes", "B": 7}},
-            {"options": {"A": None, "B": "no"}},
-            {"options": ["yes", "no"]},
             {"options": None},
-            {"question": None},
-            {"question": {"a": "b"}},
             {"question": "\u2028 \n"},
             {"meta_info": 1},
             {"options": {str(i): "x" * 50 for i in range(50_000)}, "answer_idx": "B"},
@@ -1211,20 +1190,15 @@ DEEP = "[" * 900 + "]" * 900
         ("pubmedqa", "ori_pqal.json", PUBMEDQA, changes)
         for changes in (
             {"CONTEXTS": "one string"},
-            {"CONTEXTS": None},
             {"CONTEXTS": ["A.", None]},
-            {"QUESTION": None},
             {"LONG_ANSWER": None},
-            {"final_decision": ""},
             {"final_decision": "x" * 10**6},
-            {"final_decision": {"a": 1}},
         )
     ]
     + [
         ("mmlu", "anatomy_test.csv", ["Q?", "a", "b", "c", "d", "A"], row)
         for row in (
             ["Q?", "a", "b", "c", "d", ""],
-            ["Q?", "a", "b", "c", "d", "AB"],
             ["Q?", "a", "b", "c", "A"],
             ["Q?" * 200_000, "a", "b", "c", "d", "A"],
         )

