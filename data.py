@@ -449,7 +449,7 @@ def read_medqa(path, split):
         letters = sorted(row["options"])
         options = tuple(row["options"][letter] for letter in letters)
         answer = index_of(row["answer_idx"], letters, ident)
-        if row["answer"] != options[answer]:
+        if row.get("answer", options[answer]) != options[answer]:
             raise ValueError(f"question {ident}: answer is not option {row['answer_idx']}")
         yield Question(ident, row["question"], options=options, answer=answer,
                        kind=row.get("meta_info", ""))

@@ -25,6 +25,9 @@ import os
 import pickle
 import shutil
 import sys
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -37,8 +40,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
-except ImportError:  # needed for folders without a .bin file only
+    from safetensors.torch import load_file, save_file
+except ImportError:  # pytorch_model.bin holds the same
     load_file = None
     SafetensorError = RuntimeError
 
@@ -269,16 +272,21 @@ class GPTConfig:
     eot_id: int | None = None  # end-of-text; None: the last id, as in BioMedLM and GPT-2
 
     def __post_init__(self):
-        if min(self.n_layer, self.n_head, self.n_embd, self.n_positions, self.vocab_size) < 1:
-            raise ValueError(f"{self} has a size below 1: use positive numbers")
+        if self.eot_id is None:
+            self.eot_id = 10**6
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind = type(field.default)
+            least, most = LIMITS[kind]
+            if field.name == "n_layer":
+                most = 1000  # more would take minutes to build and to refuse
+            if type(value) not in (int, kind) or not least <= value <= most:
+                raise ValueError(f"{field.name} is {value!r}: use a value from {least} to {most}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: "
                              "choose a width that is a multiple of the number of heads")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} is no probability: use 0 to less than 1")
         # Hugging Face's default is GPT-2's 50256, in a smaller vocabulary too: the last id is meant
-        if self.eot_id is None or self.eot_id >= self.vocab_size:
-            self.eot_id = self.vocab_size - 1
+        self.eot_id = min(self.eot_id, self.vocab_size - 1)
 
     @staticmethod
     def preset(name, **overrides):
@@ -305,21 +313,31 @@ class GPTConfig:
     @staticmethod
     def from_hf(hf):
         """GPTConfig of a parsed config.json; ValueError where it describes another architecture."""
+        ours = {HF_NAMES.get(field.name, field.name): field.name for field in fields(GPTConfig)}
+        given = {ours[name]: value for name, value in hf.items() if name in ours}
+        eot_id = given.get("eot_id")
+        if isinstance(eot_id, list):
+            given["eot_id"] = eot_id[0] if eot_id else None
+        config = GPTConfig.preset("gpt2-124m", **given)  # its fields are Hugging Face's defaults
         wanted = {
             "model_type": ["gpt2"],
             "activation_function": ["gelu_new", "gelu_pytorch_tanh"],  # two names of one function
             "scale_attn_weights": [True],
-            "n_inner": [None, 4 * hf.get("n_embd", 768)],
+            "n_inner": [None, 4 * config.n_embd],
         }
         for key, allowed in wanted.items():
             if hf.get(key, allowed[0]) not in allowed:
                 raise ValueError(f"config.json has {key}={hf[key]!r}, this model is a GPT-2 with "
                                  f"{key}={allowed[0]!r}: use a GPT-2 folder")
-        ours = {HF_NAMES.get(field.name, field.name): field.name for field in fields(GPTConfig)}
-        given = {ours[name]: value for name, value in hf.items() if name in ours}
-        return GPTConfig.preset("gpt2-124m", **given)  # its fields are Hugging Face's defaults
+        for key in ("embd_pdrop", "attn_pdrop"):
+            if hf.get(key, 0.1) != config.dropout:  # 0.1: Hugging Face's default
+                print(f"warning: config.json's {key} is ignored, resid_pdrop's rate "
+                      f"{config.dropout} is used in its place", file=sys.stderr)
+        return config
 
 
+# Least and most of each field of GPTConfig, by the type of its default.
+LIMITS = {int: (1, 10**6), float: (0.0, 0.99), bool: (False, True), type(None): (0, 10**6)}
 HF_NAMES = {"dropout": "resid_pdrop", "eot_id": "eos_token_id"}  # the other fields are named alike
 
 PRESETS = {
@@ -354,21 +372,16 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         raise ValueError(f"temperature {temperature} is negative: use 0 (greedy) or more")
     if eot_id is None:
         eot_id = model.config.vocab_size  # no token has this id: nothing ends
-    starts = [0] * len(idx) if n_pad is None else n_pad.tolist()
     if num_beams > 1:
-        found = []  # one prompt at a time: what else is in the batch changes nothing
-        for row, start in zip(idx, starts):
-            found.append(beam_search(model, row[start:], max_new_tokens, num_beams,
-                                     no_repeat_ngram_size, length_penalty, eot_id))
-        new = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=eot_id)
-        return torch.cat([idx, new], dim=1)
+        return beam_search(model, idx, max_new_tokens, num_beams, no_repeat_ngram_size,
+                           length_penalty, eot_id, n_pad)
     cache = KVCache(n_pad)
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
     new = idx
     finished = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         logits = next_logits(model, new, cache)  # (B, V)
-        ban_repeats(logits, idx, no_repeat_ngram_size, starts)
+        ban_repeats(logits, idx, no_repeat_ngram_size, n_pad)
         new = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
         new[finished] = eot_id
         finished |= new[:, 0] == eot_id
@@ -446,6 +459,8 @@ class KVCache:
         """Keep the given batch rows, in that order: a beam's history follows the beam."""
         for layer, kv in self.layers.items():
             self.layers[layer] = kv[:, rows]
+        if self.n_pad is not None:
+            self.n_pad = self.n_pad[rows]
 
 
 def sample(logits, temperature, top_k, top_p, generator):
@@ -463,14 +478,15 @@ def sample(logits, temperature, top_k, top_p, generator):
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
 
 
-def ban_repeats(logits, idx, n, starts):
+def ban_repeats(logits, idx, n, n_pad):
     """Set to -inf, in place, the tokens that would repeat an n-gram of idx (B, T); n = 0: none.
 
-    For n = 3 and a row that ends in "a b": every token that has followed an earlier "a b". A row's
-    text begins at its start (int), after the padding.
+    For n = 3 and a row that ends in "a b": every token that has followed an earlier "a b". n_pad
+    (B,): each row's padding, which is no part of its text; None: none.
     """
     if n == 0:
         return
+    starts = [0] * len(idx) if n_pad is None else n_pad.tolist()
     for row, tokens, start in zip(logits, idx.tolist(), starts):
         last = tokens[len(tokens) - n + 1:]
         for i in range(start, len(tokens) - n + 1):
@@ -478,46 +494,53 @@ def ban_repeats(logits, idx, n, starts):
                 row[tokens[i + n - 1]] = -math.inf
 
 
-def beam_search(model, prompt, max_new_tokens, K, no_repeat_ngram_size, length_penalty, eot_id):
-    """The best continuation (<= max_new_tokens,) of prompt (T,) found with K beams.
+def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_penalty, eot_id, n_pad):
+    """Continue each row of idx (B, T) by the best text found with K beams, as Hugging Face does.
 
-    Searches as Hugging Face does. A text's score is its sum of log-probabilities divided by
-    length ** length_penalty.
+    A text's score is its sum of log-probabilities divided by length ** length_penalty. A row whose
+    search is over is frozen: others may go on, its text stands, whatever its beams still find.
     """
+    B = len(idx)
     V = model.config.vocab_size
-    cache = KVCache()
-    beams = prompt.expand(K, -1)  # (T,) -> (K, T)
-    logits = next_logits(model, beams[:1], cache).expand(K, -1)  # (1, V) -> (K, V)
-    cache.reorder([0] * K)
-    sums = torch.full((K, 1), -math.inf, device=prompt.device)
-    sums[0] = 0.0  # the beams start alike: only the first may branch
-    ended = []  # the best K texts that ended: (score, tokens)
+    rows = torch.arange(B, device=idx.device)[:, None]  # (B, 1)
+    cache = KVCache(n_pad)
+    beams = idx[:, None]  # (B, 1, T): one beam at first, K after a step
+    sums = torch.zeros(B, 1, 1, device=idx.device)
+    ended = [[] for _ in range(B)]  # each row's best K texts that ended: (score, tokens)
+    best = [None] * B
+    new = idx
     for length in range(1, max_new_tokens + 1):
         norm = length**length_penalty
-        log_probs = F.log_softmax(logits, dim=-1)  # before the ban, as Hugging Face has it
-        ban_repeats(log_probs, beams, no_repeat_ngram_size, [0] * K)
+        log_probs = F.log_softmax(next_logits(model, new, cache), dim=-1)  # (B·K, V)
+        # after the softmax, as Hugging Face has it
+        ban_repeats(log_probs, beams.flatten(0, 1), no_repeat_ngram_size, cache.n_pad)
         # 2K candidates: even if K of them end, K are left to go on
-        top, flat = (sums + log_probs).flatten().topk(2 * K)  # (K, V) -> (2K,)
+        scores = sums + log_probs.view(B, -1, V)
+        top, flat = scores.flatten(1).topk(2 * K)  # (B, K, V) -> (B, 2K)
         parents = flat // V
         tokens = flat % V
-        texts = torch.cat([beams[parents], tokens[:, None]], dim=1)  # (2K, T + length)
+        texts = torch.cat([beams[rows, parents], tokens[..., None]], dim=2)  # (B, 2K, T + length)
         ends = tokens == eot_id
-        for j in ends[:K].nonzero()[:, 0]:  # as Hugging Face: not an end among the lower K
-            ended.append((top[j].item() / norm, texts[j].tolist()))
-        ended = sorted(ended, reverse=True)[:K]
-        go_on = (~ends).nonzero()[:K, 0]
-        sums = top[go_on, None]
-        beams = texts[go_on]
-        running = sums[0].item() / norm  # the score of the best beam that goes on
-        done = len(ended) == K and ended[-1][0] >= running
-        if done or length == max_new_tokens:
+        go_on = ends.int().argsort(dim=1, stable=True)[:, :K]  # the first K that do not end
+        parents = rows * beams.size(1) + parents[rows, go_on]
+        cache.reorder(parents.flatten())
+        sums = top[rows, go_on, None]  # (B, K, 1)
+        beams = texts[rows, go_on]  # (B, K, T + length)
+        new = beams[..., -1].reshape(-1, 1)  # (B·K, 1)
+        for i in range(B):
+            if best[i] is not None:
+                continue
+            for j in ends[i, :K].nonzero()[:, 0]:  # as Hugging Face: not an end among the lower K
+                ended[i].append((top[i, j].item() / norm, texts[i, j].tolist()))
+            ended[i] = sorted(ended[i], reverse=True)[:K]
+            running = sums[i, 0].item() / norm  # the score of the best beam that goes on
+            over = len(ended[i]) == K and ended[i][-1][0] >= running
+            if over or length == max_new_tokens:
+                ended[i].append((running, beams[i, 0].tolist()))
+                best[i] = idx.new_tensor(max(ended[i])[1])
+        if all(text is not None for text in best):
             break
-        cache.reorder(parents[go_on])
-        logits = next_logits(model, beams[:, -1:], cache)
-    if len(ended) < K:
-        ended.append((running, beams[0].tolist()))
-    best = max(ended)[1]
-    return prompt.new_tensor(best[len(prompt):])
+    return nn.utils.rnn.pad_sequence(best, batch_first=True, padding_value=eot_id)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -533,7 +556,15 @@ def config_of(path):
         raise FileNotFoundError(f"no config.json in {path}: give the folder of a run or of a "
                                 "Hugging Face GPT-2; the released weights: "
                                 "python data.py download biomedlm --out DIR")
-    return GPTConfig.from_hf(json.loads(file.read_text()))
+    return GPTConfig.from_hf(read_json(file))
+
+
+def read_json(path):
+    """The object in a JSON file, as a dict."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged ({e}): copy it again") from e
 
 
 def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
@@ -546,20 +577,39 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     config = config_of(path)
     if dropout is not None:
         config = replace(config, dropout=dropout)
-    with torch.device("meta"):  # no memory, no random numbers spent on weights to be replaced
-        model = GPT(config)
+    model = without_memory(config)
     # bf16 on a CPU is to generate, not to train: there the tensors may lie as they are mapped
     mapped = dtype != torch.float32 and torch.device(device).type == "cpu"
     layout = torch.preserve_format if mapped else torch.contiguous_format
     saved = read_weights(Path(path))
+    check_shapes(saved, model.state_dict(), path)
+    head = saved.get("transformer.lm_head.weight")
+    if head is not None and not torch.equal(head, saved["transformer.wte.weight"]):
+        raise ValueError(f"{path} has a head (lm_head.weight) of its own, this model's is the "
+                         "embedding wte.weight: use a GPT-2 whose head is tied")
     state = {}
-    for name, tensor in model.state_dict().items():
-        if name not in saved or saved[name].shape != tensor.shape:
-            raise ValueError(f"{path} has no {name} of shape {tuple(tensor.shape)}, as config.json "
-                             "implies: use the config.json saved with the weights")
-        state[name] = saved[name].to(device, dtype, copy=not mapped, memory_format=layout)
+    for name in model.state_dict():
+        tensor = saved[name].to(device, dtype, copy=not mapped, memory_format=layout)
+        if not tensor.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier checkpoint")
+        state[name] = tensor
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(not mapped).eval()
+
+
+def without_memory(config):
+    """A GPT that has shapes and names only, and spends no random numbers."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def check_shapes(state, expected, path):
+    """ValueError unless the state dict has a tensor for each of the expected, as large."""
+    for name, tensor in expected.items():
+        found = state.get(name)
+        if not torch.is_tensor(found) or found.shape != tensor.shape:
+            raise ValueError(f"{path} has no {name} of shape {tuple(tensor.shape)}, as config.json "
+                             "implies: use the config.json saved with the weights")
 
 
 def read_weights(folder):
@@ -570,7 +620,7 @@ def read_weights(folder):
     for pattern in WEIGHTS:
         state = {}
         for file in sorted(folder.glob(pattern)):
-            state |= load_tensors(file)
+            state |= load_tensors(file, checksums=True)
         if state:
             return transposed(state)
     raise FileNotFoundError(f"{folder} holds neither checkpoint_*.pt nor model.safetensors nor "
@@ -578,41 +628,82 @@ def read_weights(folder):
 
 
 def newest_checkpoint(run):
-    """(path, contents) of a run's newest whole checkpoint, or (None, None); warns of others."""
-    for path in sorted(Path(run).glob("checkpoint_*.pt"), reverse=True):
+    """(path, contents) of a run's newest whole checkpoint; (None, None) where it has none.
+
+    A damaged one is skipped with a warning. ValueError where no whole one is left.
+    """
+    paths = sorted(Path(run).glob("checkpoint_*.pt"), reverse=True)
+    weights = without_memory(config_of(run)).state_dict() if paths else {}
+    for path in paths:
         try:
-            return path, load_tensors(path)
+            checkpoint = load_tensors(path, checksums=True)
+            check_checkpoint(checkpoint, weights, path)
+            return path, checkpoint
         except ValueError as e:
             print(f"warning: skipping {e}", file=sys.stderr)
+    if paths:
+        raise ValueError(f"no checkpoint in {run} is whole: restore one, or start --fresh")
     return None, None
 
 
-def load_tensors(path):
-    """Tensors of one file, memory-mapped: a pickle of plain tensors only, or safetensors."""
+def check_checkpoint(checkpoint, weights, path):
+    """ValueError unless it holds what train.py saves: "model", "optimizer" and "step"."""
+    try:  # what is missing or of another type raises by itself
+        check_shapes(checkpoint["model"], weights, path)
+        range(checkpoint["step"])  # TypeError: no whole number
+        optimizer = checkpoint["optimizer"]
+        optimizer["param_groups"][0]["params"]
+        for name, weight in weights.items():
+            for moment in optimizer["state"][name].values():
+                if torch.is_tensor(moment) and moment.shape not in (weight.shape, ()):
+                    raise TypeError(f"optimizer's state of {name} has another shape")
+    except (LookupError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}, no whole checkpoint: {type(e).__name__} {e}") from e
+
+
+def load_tensors(path, checksums=False):
+    """Contents (a dict) of one file, memory-mapped: a pickle of plain tensors, or safetensors.
+
+    checksums: read it once more, on all cores, to find damage. Safetensors have none.
+    """
+    def read(part):
+        with archive.open(part) as file:
+            while file.read(2**22):  # raises at the end of a part that has another CRC-32
+                pass
+
+    if path.suffix == ".safetensors" and load_file is None:
+        raise ValueError(f"reading {path} needs: pip install safetensors")
     try:
-        if path.suffix != ".safetensors":
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if load_file is None:
-            raise ValueError(f"reading {path} needs: pip install safetensors")
-        return load_file(path)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, SafetensorError) as e:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        if checksums:  # torch.save writes a zip file; 0.5 s per GB and core
+            with zipfile.ZipFile(path) as archive, ThreadPoolExecutor() as pool:
+                list(pool.map(read, archive.infolist()))
+        contents = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError,
+            zipfile.BadZipFile, zlib.error, SafetensorError) as e:
+        reason = str(e).partition("\n")[0]
         raise ValueError(f"{path} is missing, damaged or no file of plain tensors "
-                         f"({type(e).__name__}): copy or download it again") from e
+                         f"({type(e).__name__} {reason}): copy or download it again") from e
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} is damaged, it holds no dict of tensors: copy it again")
+    return contents
 
 
 def transposed(state):
     """A state dict out of Hugging Face's layout, or into it: its blocks' matrices are [in, out]."""
     other = {}
     for name, tensor in state.items():
-        name = "transformer." + name.removeprefix("transformer.")  # some files leave it out
-        is_block_matrix = ".h." in name and tensor.dim() == 2
+        name = "transformer." + str(name).removeprefix("transformer.")  # some files leave it out
+        is_block_matrix = ".h." in name and torch.is_tensor(tensor) and tensor.dim() == 2
         other[name] = tensor.t() if is_block_matrix else tensor
     return other
 
 
 def save_pretrained(model, path):
-    """Write config.json and pytorch_model.bin, a folder that `transformers` loads.
+    """Write config.json and the weights: a folder that `transformers` loads.
 
+    The weights go to model.safetensors, without the safetensors package to pytorch_model.bin.
     ValueError, before anything is written, for a fork whose parameters are not a GPT-2's.
     """
     C = model.config.n_embd
@@ -623,12 +714,39 @@ def save_pretrained(model, path):
                          f"its config.json {n:,}: that folder cannot hold a changed architecture")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    added = folder / "added_tokens.json"
+    special = list(read_json(added)) if added.exists() else []
+    # With it `transformers`' AutoTokenizer encodes as Tokenizer.encode does with allow_special.
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": model.config.n_positions,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|endoftext|>",
+        "pad_token": "[PAD]" if "[PAD]" in special else "<|endoftext|>",
+        "additional_special_tokens": special,
+    })
     state = {name: t.cpu().contiguous() for name, t in transposed(model.state_dict()).items()}
-    temporary = folder / "save_pretrained.tmp"
-    torch.save(state, temporary)
-    os.replace(temporary, folder / "pytorch_model.bin")
-    temporary.write_text(json.dumps(model.config.to_hf(), indent=2) + "\n")
-    os.replace(temporary, folder / "config.json")
+    if load_file is None:
+        write_whole(folder / "pytorch_model.bin", lambda file: torch.save(state, file))
+    else:
+        weights = folder / "model.safetensors"
+        write_whole(weights, lambda file: save_file(state, file, metadata={"format": "pt"}))
+        # save_file leaves a file that only its owner reads
+        shutil.copymode(folder / "tokenizer_config.json", weights)
+    write_json(folder / "config.json", model.config.to_hf())
+
+
+def write_json(path, contents):
+    write_whole(path, lambda file: file.write_text(json.dumps(contents, indent=2) + "\n"))
+
+
+def write_whole(path, write):
+    """Make a file by write(temporary path): under its own name it is whole, or not there."""
+    temporary = Path(f"{path}.tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 # The functions above as methods: model.generate(idx, 20), GPT.from_pretrained("out/demo"), ...
@@ -645,10 +763,12 @@ def main():
     parser.add_argument("--init", type=Path, required=True, help="folder of a run or of a GPT-2")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
-    GPT.from_pretrained(args.init).save_pretrained(args.out)
-    for name in ("vocab.json", "merges.txt", "added_tokens.json"):
+    model = GPT.from_pretrained(args.init)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json"):
         if (args.init / name).exists():
             shutil.copyfile(args.init / name, args.out / name)
+    model.save_pretrained(args.out)
     print(f"wrote {args.out}")
 
 
@@ -1244,25 +1364,17 @@ def attention_ref(qkv, n_head, scale, dropout_p=0.0, seed=0):
 
 
 @jit
-def tile_pointers(ptr, rows, stride, T,
-                  D: constexpr,
-                  BD: constexpr):
-    """Pointers to rows of one head, (len(rows), BD), and which of them lie in the tensor."""
-    d = tl.arange(0, BD)
-    at = ptr + rows[:, None] * stride + d[None, :]
-    return at, (rows < T)[:, None] & (d < D)[None, :]
-
-
-@jit
 def load_tile(ptr, rows, stride, T,
               D: constexpr,
               BD: constexpr,
               EVEN: constexpr):
-    """Rows of one head, zero outside the tensor; EVEN: nothing lies outside."""
-    at, inside = tile_pointers(ptr, rows, stride, T, D, BD)
+    """Rows of one head, (len(rows), BD), zero outside the tensor; EVEN: nothing lies outside."""
+    d = tl.arange(0, BD)
+    at = ptr + rows[:, None] * stride + d[None, :]
     if EVEN:
         return tl.load(at)
     else:
+        inside = (rows < T)[:, None] & (d < D)[None, :]
         return tl.load(at, mask=inside, other=0.0)
 
 
@@ -1270,8 +1382,9 @@ def load_tile(ptr, rows, stride, T,
 def store_tile(ptr, tile, rows, stride, T,
                D: constexpr,
                BD: constexpr):
-    at, inside = tile_pointers(ptr, rows, stride, T, D, BD)
-    tl.store(at, tile, mask=inside)
+    d = tl.arange(0, BD)
+    inside = (rows < T)[:, None] & (d < D)[None, :]
+    tl.store(ptr + rows[:, None] * stride + d[None, :], tile, mask=inside)
 
 
 @jit

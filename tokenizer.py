@@ -374,7 +374,8 @@ def read_tokenizer_json(path):
     """Arguments of Tokenizer from Hugging Face's single file."""
     top = read_json(path)
     cut = top["pre_tokenizer"] or {}
-    if cut.get("type") != "ByteLevel" or cut["add_prefix_space"] or top["normalizer"]:
+    as_gpt2 = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
+    if not as_gpt2 or cut["add_prefix_space"] or top["normalizer"]:
         raise ValueError("tokenizer.json cuts or changes the text in other ways than GPT-2")
     # a merge is "t h" in older files and ["t", "h"] in newer ones
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in top["model"]["merges"]]
@@ -423,7 +424,7 @@ def json_lines(path):
                 continue
             try:
                 value = {} | json.loads(line)  # TypeError where it is no object
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):  # the last: nested too deeply
                 raise ValueError(f"{path}: line {number} is no JSON object: get the file "
                                  "anew") from None
             yield number, value
@@ -586,6 +587,8 @@ def main():
 
 def train(args):
     counts = count_pretokens(args.input, args.workers)
+    if not counts:
+        raise ValueError("the input holds no text: give --input a folder with documents")
     tokenizer = Tokenizer.from_merges(train_bpe(counts, args.vocab_size))
     tokenizer.save(args.out)
     print(f"{args.out}: {tokenizer.vocab_size:,} tokens, {END_OF_TEXT} is {tokenizer.eot_id}")

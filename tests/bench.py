@@ -4,7 +4,7 @@
 
 Every comparison is interleaved (A B A B ...) and reported as medians and ratios, since machines
 are shared and noisy. Rows print as they come; --json also writes them to FILE. `plan` measures
-nothing: it computes the memory and hours of a preset by formula.
+nothing: it computes the memory, the step's time and the hours of a preset by formula.
 """
 
 import argparse
@@ -18,8 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import product
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
+from unittest import mock
 from xml.sax.saxutils import escape
 
 import torch
@@ -34,15 +36,17 @@ import finetune  # noqa: E402
 import model as gpt_model  # noqa: E402
 import train  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
-from tokenizer import Tokenizer, count_batch, train_bpe  # noqa: E402
+from tokenizer import Tokenizer, count_batch, read_documents, train_bpe  # noqa: E402
+
+ROWS = []  # all that was shown, for --json
 
 
 def show(row):
-    """Print a row as "key value  key value"; returns it."""
+    """Print a row as "key value  key value", and keep it."""
+    ROWS.append(row)
     cells = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
              for key, value in row.items()]
     print("  ".join(cells), flush=True)
-    return row
 
 
 def interleave(variants, rounds):
@@ -58,15 +62,24 @@ def interleave(variants, rounds):
 
 # ---------------------------------------------------------------------------------------------
 # plan: what a run needs, without running it
+#
+# N parameters, of a block B = 12*C*C + 13*C, outside of blocks R = (V + T + 2)*C; C width,
+# L layers, H heads, V vocabulary, T seq_len, t tokens of a micro-batch. S shards: FSDP cuts a
+# weight among the GPUs of a node; with DDP S is 1.
 
-MACHINES = (("H200", 1, 141), ("H100", 8, 80), ("A100", 128, 40))  # name, GPUs, GB each
+MACHINES = (  # name, GPUs, 8 a node; GB of each, bytes/s of its memory by the datasheet
+    ("H200", 1, 141, 4.8e12),
+    ("H100", 8, 80, 3.35e12),
+    ("H100", 128, 80, 3.35e12),
+    ("A100", 128, 40, 1.555e12))
+COPY_RATE = 5e9  # a guess: bytes/s at which the full state reaches rank 0's CPU; training waits
 
 
 def bench_plan(rest):
-    """Parameters, FLOPs, memory by part and hours on several machines, each with its formula."""
+    """Parameters, FLOPs, memory and step time by part, and hours, each with its formula."""
     parser = argparse.ArgumentParser(prog="bench.py plan")
-    parser.add_argument("--preset", default="biomedlm", choices=gpt_model.PRESETS,
-                        help="shape and recipe (default: biomedlm)")
+    parser.add_argument("--preset", default="biomedlm", help="shape and recipe (default: biomedlm)",
+                        choices=("biomedlm", "biomedlm-125m", "gpt2-124m"))
     preset = parser.parse_args(rest).preset
     settings = train.recipe(preset)
     config = GPTConfig.preset(preset)
@@ -74,70 +87,113 @@ def bench_plan(rest):
         n_params = GPT(config).n_params()
     flops = train.flops_per_token(config, n_params, settings["seq_len"])
     tokens = settings["total_steps"] * settings["batch_tokens"]
+    minutes = settings["save_minutes"]
+    stall = 12 * n_params / COPY_RATE
+    share = stall / (60 * minutes + stall)
     print(f"parameters N   {n_params:,} (the tied head counted once)")
-    print(f"FLOPs a token  {flops / 1e9:.2f} G = 6N + 12*L*T*C")
+    print(f"FLOPs a token  {flops / 1e9:.2f} G = 6*N + 12*L*T*C")
     print(f"tokens         {tokens / 1e9:.1f} G = {settings['total_steps']:,} steps * "
           f"{settings['batch_tokens']:,}")
-    print(f"FLOPs          {tokens * flops:.3g} = tokens * FLOPs a token")
-    print(f"checkpoint     {12 * n_params / 1e9:.1f} GB = 12N (weights and two moments)")
-    return [plan_machine(config, n_params, settings, tokens * flops, *machine)
-            for machine in MACHINES]
+    print(f"checkpoint     {12 * n_params / 1e9:.1f} GB = 12*N; training waits {stall:.1f} s = "
+          f"12*N / {COPY_RATE / 1e9:g} GB/s (a guess) every {minutes:g} minutes: {share:.2%}")
+    flops *= settings["batch_tokens"]  # a step's
+    for machine in MACHINES:
+        plan_machine(config, n_params, settings, flops, share, *machine)
 
 
-def plan_machine(config, n_params, settings, total_flops, name, gpus, gigabytes):
-    """Print and return the fastest way that fits a machine, with its memory and hours."""
+def plan_machine(config, n_params, settings, flops, share, name, gpus, gigabytes, bandwidth):
+    """Print the fastest way that fits a machine, with its memory, step and hours."""
     machine = f"{gpus} x {name}-{gigabytes}"
-    # the fastest first: no sharding, no recomputing, the largest micro-batch
-    for mode in product(("ddp", "fsdp"), (False, True), (32, 16, 8, 4, 2, 1)):
-        parallel, checkpointing, micro_batch = mode
-        parts = memory_parts(config, n_params, settings["seq_len"], gpus, *mode)
-        used = sum(size for _, size in parts) / 1e9
-        whole = settings["batch_tokens"] % (gpus * micro_batch * settings["seq_len"]) == 0
-        if whole and used < 0.92 * gigabytes:  # the rest is the allocator's and NCCL's
-            break
-    else:
-        return show({"machine": machine, "parallel": "does not fit"})
-    print(f"\n{machine}: --parallel {parallel} --{'' if checkpointing else 'no_'}"
-          f"activation_checkpointing --micro_batch {micro_batch}: "
-          f"{used:.1f} of {gigabytes} GB a GPU")
-    for formula, size in parts:
+    ideal = flops / gpus / train.PEAK_FLOPS[name]  # seconds a step at the peak
+    found = []
+    for way in ways(settings, gpus):
+        memory = memory_parts(config, n_params, way)
+        seconds = step_parts(config, n_params, way, ideal, bandwidth)
+        if total(memory) < 0.92e9 * gigabytes:  # the rest is the allocator's and NCCL's
+            found.append((total(seconds), way, memory, seconds))
+    step_s, way, memory, seconds = min(found, key=lambda row: row[0])  # fails where none fits
+    print(f"\n{machine}: --parallel {way['parallel']}, activation checkpointing "
+          f"{way['activation_checkpointing']}, --micro_batch {way['micro_batch']}")
+    for formula, size in memory:
         print(f"  {size / 1e9:7.2f} GB  {formula}")
-    row = {"machine": machine, "parallel": parallel, "micro_batch": micro_batch, "gb": used}
-    peak = train.PEAK_FLOPS[name]
+    for formula, part in seconds:
+        print(f"  {part:7.3f} s   {formula}")
+    hours = settings["total_steps"] / 3600
+    row = {"machine": machine, "gb": total(memory) / 1e9, "step_s": step_s,
+           "mfu": ideal / step_s, "hours": hours * step_s / (1 - share)}
     for mfu in (0.23, 0.40, 0.60):  # BioMedLM's own; a fair guess; our aim on an H200
-        hours = total_flops / (mfu * peak * gpus) / 3600
-        row[f"hours at {mfu:.0%}"] = hours
-        print(f"  {mfu:7.0%} MFU {hours:,.0f} hours = FLOPs / (MFU * {peak / 1e12:g}e12 FLOP/s * "
-              f"{gpus} GPUs)")
-    return row
+        row[f"hours at {mfu:.0%}"] = hours * ideal / mfu
+    show(row)
 
 
-def memory_parts(config, n_params, seq_len, gpus, parallel, checkpointing, micro_batch):
+def ways(settings, gpus):
+    """Yield each way to take a step on so many GPUs: settings of train.py, and "shards"."""
+    sequences = settings["batch_tokens"] // settings["seq_len"] // gpus  # a GPU's, a step
+    for parallel, checkpointing, micro_batch in product(
+            ("ddp", "fsdp"), (False, True), (1, 2, 4, 8, 16, 32)):
+        if sequences % micro_batch == 0:
+            yield settings | {
+                "parallel": parallel,
+                "activation_checkpointing": checkpointing,
+                "micro_batch": micro_batch,
+                "accumulation": sequences // micro_batch,
+                "shards": min(gpus, 8) if parallel == "fsdp" else 1}
+
+
+def total(parts):
+    return sum(amount for _, amount in parts)
+
+
+def memory_parts(config, n_params, way):
     """[("part = formula", bytes)] of one GPU in a block's backward, where it peaks (fused ops).
 
-    C width, L layers, H heads, V vocabulary, T seq_len, N parameters, t tokens of a micro-batch.
     A block saves, a token: the residual stream twice (8C in fp32), in bf16 two LayerNorm outputs
     (4C), qkv (6C), attention (2C), c_fc (8C) and its GELU (8C), and 4 statistics and H logsumexps.
     """
     C, L, H, V = config.n_embd, config.n_layer, config.n_head, config.vocab_size
-    t = micro_batch * seq_len
-    shards = gpus if parallel == "fsdp" else 1
+    t = way["micro_batch"] * way["seq_len"]
+    rows = gpt_model.CROSS_ENTROPY_CHUNK
     block = (36 * C + 4 * H + 16) * t
     parts = [
-        ("weights, gradients, two moments in fp32 = 16*N / shards", 16 * n_params / shards),
+        ("weights, gradients, two moments in fp32 = 16*N / S", 16 * n_params / way["shards"]),
         ("bf16 copies of the blocks' weights, kept by autocast = 24*C*C*L", 24 * C * C * L),
         ("a block's gradients in flight = (36*C + 4*H + 16) * t", block),
-        ("embedding and head = 9*C*t + 2*V*min(t, 8192) + 10*V*C",
-         9 * C * t + 2 * V * min(t, 8192) + 10 * V * C)]
-    if checkpointing:
+        (f"embedding and head = 9*C*t + 2*V*min(t, {rows}) + 10*V*C",
+         9 * C * t + 2 * V * min(t, rows) + 10 * V * C)]
+    if way["activation_checkpointing"]:
         parts.append(("inputs of L blocks, one block's inside = 6*C*L*t + (36*C + 4*H + 16) * t",
                       6 * C * L * t + block))
     else:
         parts.append(("saved activations = (36*C + 4*H + 16) * L * t", block * L))
-    if parallel == "fsdp":  # the block at work, the one fetched ahead, embeddings; and gradients
-        parts.append(("gathered in fp32 = 8 * (2*(12*C*C + 13*C) + (V + T)*C)",
-                      8 * (2 * (12 * C * C + 13 * C) + (V + seq_len) * C)))
+    if way["parallel"] == "fsdp":
+        # Of all blocks, or of the block at work, the one fetched ahead and what is outside.
+        whole = 4 * n_params
+        some = 4 * ((V + config.n_positions + 2) * C + 2 * (12 * C * C + 13 * C))
+        parts += [
+            ("gathered weights = 4*N, with activation checkpointing 4*(R + 2*B)",
+             some if way["activation_checkpointing"] else whole),
+            ("gradients to be reduced = 4*N, without accumulation 4*(R + 2*B)",
+             whole if way["accumulation"] > 1 else some)]
     return parts
+
+
+def step_parts(config, n_params, way, ideal, bandwidth):
+    """[("part = formula", seconds)] of a step on one GPU; ideal: its seconds at the peak FLOP/s.
+
+    The numbers are from an H100's step of BioMedLM, taken apart: 264-271 ms a micro-batch of 8,192
+    tokens. Another machine's are scaled by its datasheet. Traffic between GPUs runs beside backward
+    and isn't counted.
+    """
+    runs = 4 / 3 if way["activation_checkpointing"] else 1  # a third forward, two backward
+    accumulation = way["accumulation"]
+    tokens = accumulation * way["micro_batch"] * way["seq_len"]
+    n_bytes = 173 * config.n_layer * config.n_embd * tokens
+    return [
+        ("matrix products and attention = FLOPs / (67% of the peak)", runs * ideal / 0.67),
+        ("LayerNorm, GELU and the rest = 173*L*C bytes a token", runs * n_bytes / bandwidth),
+        ("weights to bf16, gradients to fp32, added = 24*N bytes a micro-batch",
+         accumulation * 24 * n_params / bandwidth),
+        ("gradient norm and AdamW = 44*N / S bytes", 44 * n_params / way["shards"] / bandwidth)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -146,13 +202,12 @@ def memory_parts(config, n_params, seq_len, gpus, parallel, checkpointing, micro
 TARGETS = {"sm_80": 80, "sm_90": 90}
 
 
-def recorded_launches(arch, C=2560, n_head=20, V=28896, dropout_p=0.1):
+def recorded_launches(arch, C=2560, n_head=20):
     """Every kernel launch of a forward and backward through all ops in bf16, recorded, not run:
     [(kernel, {argument: value}, options)]. So the table holds what really launches, as it does."""
     from triton.runtime.jit import JITFunction
 
     launches = []
-    saved = JITFunction.run, gpt_model.runs_kernel, gpt_model.gpu
 
     def record(kernel, *args, grid=None, warmup=False, **kwargs):
         options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
@@ -161,23 +216,24 @@ def recorded_launches(arch, C=2560, n_head=20, V=28896, dropout_p=0.1):
     def parameter(*shape, dtype=torch.float32):
         return torch.zeros(shape, dtype=dtype, requires_grad=True)
 
-    JITFunction.run, gpt_model.runs_kernel, gpt_model.gpu = record, lambda x: True, lambda: arch
-    try:
-        bf16 = torch.bfloat16
-        x = parameter(16, C, dtype=bf16)
-        weight = parameter(C)
-        bias = parameter(C)
-        outputs = [*gpt_model.add_layer_norm(x, parameter(16, C), weight, bias, 1e-5, dropout_p, 1),
-                   gpt_model.layer_norm(x, weight, bias),
-                   gpt_model.bias_gelu(parameter(16, 4 * C, dtype=bf16), parameter(4 * C))]
-        for p in sorted({0.0, dropout_p}):
-            qkv = parameter(1, 1024, 3 * C, dtype=bf16)
-            outputs.append(gpt_model.attention(qkv, n_head, 0.1, p, 1))
-        targets = torch.zeros(16, dtype=torch.int64)
-        outputs.append(gpt_model.cross_entropy(x, parameter(V, C, dtype=bf16), targets))
+    bf16 = torch.bfloat16
+    x = parameter(16, C, dtype=bf16)
+    weight = parameter(C)
+    bias = parameter(C)
+    residual = parameter(16, C)
+    qkv = parameter(1, 1024, 3 * C, dtype=bf16)
+    wte = parameter(28896, C, dtype=bf16)
+    targets = torch.zeros(16, dtype=torch.int64)
+    with (mock.patch.object(JITFunction, "run", record),
+          mock.patch.multiple(gpt_model, runs_kernel=lambda x: True, gpu=lambda: arch)):
+        outputs = [
+            *gpt_model.add_layer_norm(x, residual, weight, bias, 1e-5, 0.1, 1),
+            gpt_model.layer_norm(x, weight, bias),
+            gpt_model.bias_gelu(parameter(16, 4 * C, dtype=bf16), parameter(4 * C)),
+            gpt_model.attention(qkv, n_head, 0.1),
+            gpt_model.attention(qkv, n_head, 0.1, 0.1, 1),
+            gpt_model.cross_entropy(x, wte, targets)]
         torch.autograd.backward(outputs, [torch.zeros_like(o) for o in outputs])
-    finally:
-        JITFunction.run, gpt_model.runs_kernel, gpt_model.gpu = saved
     return launches
 
 
@@ -224,17 +280,15 @@ def resources(compiled):
 
 def static_table():
     """Registers, spills and shared memory of every kernel on every target."""
-    rows = []
     for target in TARGETS:
         for kernel, arguments, options in recorded_launches(target):
             compiled = cross_compile(kernel, arguments, options, target)
             registers, stack = resources(compiled)
-            rows.append(show({
+            show({
                 "kernel": kernel.__name__, "target": target,
                 "dropout": arguments.get("DROPOUT"), "warps": compiled.metadata.num_warps,
                 "registers": registers, "stack": stack,
-                "shared_kb": compiled.metadata.shared / 1024}))
-    return rows
+                "shared_kb": compiled.metadata.shared / 1024})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -250,24 +304,22 @@ def bench_kernels(rest):
                         help="16k rows only (default: 8k, 16k and 64k)")
     args = parser.parse_args(rest)
     if args.static or not torch.cuda.is_available():
-        return static_table()
+        static_table()
+        return
     torch._functorch.config.donated_buffer = False  # backward runs again and again on one graph
     ceilings = measured_ceilings()
-    out = []
-    for C, n_head in ((2560, 20), (768, 12)):
-        for rows in (16384,) if args.quick else (8192, 16384, 65536):
-            for p in (0.0, 0.1):
-                for op, case in kernel_cases(rows, C, n_head, p).items():
-                    if p == 0 or op in ("add_layer_norm", "attention"):
-                        where = {"op": op, "C": C, "rows": rows, "dropout": p}
-                        out += time_op(where, *case, ceilings)
-    return out
+    all_rows = [16384] if args.quick else [8192, 16384, 65536]
+    for (C, n_head), rows, p in product(((2560, 20), (768, 12)), all_rows, (0.0, 0.1)):
+        for op, case in kernel_cases(rows, C, n_head, p).items():
+            if p == 0 or op in ("add_layer_norm", "attention"):
+                where = {"op": op, "C": C, "rows": rows, "dropout": p}
+                time_op(where, ceilings, *case)
 
 
 def kernel_cases(rows, C, n_head, p, V=28896, T=1024):
-    """{op: (tensors, ours, plain, {direction: (bytes, FLOPs)})} in bf16, as autocast gives them:
-    parameters and residual stream fp32. Each input is counted once, each output once. Plain is
-    what one would write in torch, to run under autocast."""
+    """{op: (tensors, ours, plain, its ceiling, {direction: bytes or FLOPs})} in bf16, as autocast
+    gives them: parameters and residual stream fp32. Each input is counted once, each output once.
+    Plain is what one would write in torch, to run under autocast."""
 
     def rand(*shape, dtype=torch.bfloat16):
         return torch.randn(shape, device="cuda").to(dtype).requires_grad_()
@@ -296,35 +348,40 @@ def kernel_cases(rows, C, n_head, p, V=28896, T=1024):
             (rand(rows, C), rand(rows, C, dtype=fp32), rand(C, dtype=fp32), rand(C, dtype=fp32)),
             lambda x, r, w, b: gpt_model.add_layer_norm(x, r, w, b, 1e-5, p, 1),
             plain_add_layer_norm,
-            {"forward": ((12 * C + 8) * rows, 0), "backward": ((16 * C + 8) * rows, 0)}),
+            "copy",
+            {"forward": (12 * C + 8) * rows, "backward": (16 * C + 8) * rows}),
         "bias_gelu": (
-            (rand(rows, 4 * C), rand(4 * C, dtype=fp32)), gpt_model.bias_gelu, plain_bias_gelu,
-            {"forward": (16 * C * rows, 0), "backward": (24 * C * rows, 0)}),
+            (rand(rows, 4 * C), rand(4 * C, dtype=fp32)),
+            gpt_model.bias_gelu,
+            plain_bias_gelu,
+            "copy",
+            {"forward": 16 * C * rows, "backward": 24 * C * rows}),
         "attention": (
             (rand(rows // T, T, 3 * C),),
             lambda qkv: gpt_model.attention(qkv, n_head, (C // n_head) ** -0.5, p, 1),
             plain_attention,
-            {"forward": (0, 2 * T * C * rows), "backward": (0, 5 * T * C * rows)}),
+            "matmul",
+            {"forward": 2 * T * C * rows, "backward": 5 * T * C * rows}),
         "cross_entropy": (
-            (rand(rows, C), wte, targets), gpt_model.cross_entropy, plain_cross_entropy,
-            {"both": (0, 6 * rows * C * V)}),
+            (rand(rows, C), wte, targets),
+            gpt_model.cross_entropy,
+            plain_cross_entropy,
+            "matmul",
+            {"both": 6 * rows * C * V}),
     }
 
 
-def time_op(where, tensors, ours, plain, work, ceilings):
-    """Rows of one op at one shape: milliseconds, share of the device's ceiling, ratios."""
+def time_op(where, ceilings, tensors, ours, plain, ceiling, work):
+    """Show one op at one shape: milliseconds, share of the device's ceiling, ratios."""
     torch._dynamo.reset()
     variants = {"ours": ours, "eager": plain, "compile": torch.compile(plain)}
     ready = {name: directions(fn, tensors) for name, fn in variants.items()}
-    out = []
-    for direction, (n_bytes, flops) in work.items():
+    for direction, amount in work.items():
         ms = gpu_milliseconds({name: fns[direction] for name, fns in ready.items()})
-        rate = (n_bytes or flops) / ms["ours"] * 1e3
-        ceiling = ceilings[0] if n_bytes else ceilings[1]
-        out.append(show({**where, "direction": direction, **ms, "per_s": rate,
-                         "share_of_peak": rate / ceiling, "x_eager": ms["eager"] / ms["ours"],
-                         "x_compile": ms["compile"] / ms["ours"]}))
-    return out
+        rate = amount / ms["ours"] * 1e3
+        show({**where, "direction": direction, **ms, "per_s": rate,
+              "share_of_peak": rate / ceilings[ceiling], "x_eager": ms["eager"] / ms["ours"],
+              "x_compile": ms["compile"] / ms["ours"]})
 
 
 def directions(fn, tensors):
@@ -343,61 +400,52 @@ def directions(fn, tensors):
             "backward": lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True)}
 
 
-def gpu_milliseconds(variants, rounds=9, reps=4):
+def gpu_milliseconds(variants):
     """Median device milliseconds of each named callable, in turns. A sleeping kernel goes first,
     for longer than Python needs to queue the launches behind it, so that Python's own time stays
     out of the figure."""
     times = {name: [] for name in variants}
-    cycles = {}
-    for name, fn in variants.items():
-        for _ in range(3):
+    for _ in range(3):
+        for fn in variants.values():
             fn()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(reps):
-            fn()
-        cycles[name] = int(4e6 + 2 * 2e9 * (time.perf_counter() - start))  # at 2 GHz, twice
-        torch.cuda.synchronize()
-    for _ in range(rounds):
+    for _ in range(9):
         for name, fn in variants.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(cycles[name])
+            torch.cuda._sleep(40_000_000)  # cycles: 20 ms
             begin.record()
-            for _ in range(reps):
+            for _ in range(4):
                 fn()
             end.record()
             torch.cuda.synchronize()
-            times[name].append(begin.elapsed_time(end) / reps)
+            times[name].append(begin.elapsed_time(end) / 4)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def measured_ceilings():
-    """(copy bytes/s counting read + written, bf16 matrix FLOP/s) of this device, now."""
+    """{"copy": bytes/s read + written, "matmul": bf16 FLOP/s} of this device, now."""
     a = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
     other = torch.empty_like(a)
     b = torch.randn(8192, 8192).cuda().bfloat16()
     ms = gpu_milliseconds({"copy": lambda: other.copy_(a), "matmul": lambda: b @ b})
-    copy = 2**32 / ms["copy"] * 1e3  # 2**30 numbers of 2 bytes, read and written
-    matmul = 2**40 / ms["matmul"] * 1e3  # 2 * 8192**3
-    show({"device": torch.cuda.get_device_name(), "copy_per_s": copy, "matmul_per_s": matmul})
-    return copy, matmul
+    ceilings = {"copy": 2**32 / ms["copy"] * 1e3,  # 2**30 numbers of 2 bytes, read and written
+                "matmul": 2**40 / ms["matmul"] * 1e3}  # 2 * 8192**3
+    show({"device": torch.cuda.get_device_name(), **ceilings})
+    return ceilings
 
 
 # ---------------------------------------------------------------------------------------------
 # train: a whole step of train.py beside a plain GPT's, on the same weights and optimiser
 
-TRAIN_DEFAULTS = {"demo": (16, 1), "gpt2-124m": (32, 8), "biomedlm": (8, 8)}
-
 
 def bench_train(rest):
     """tokens/s, MFU and peak memory of a full step, ours and plain in turns on the same weights."""
     parser = argparse.ArgumentParser(prog="bench.py train")
-    parser.add_argument("--shape", default="demo", choices=TRAIN_DEFAULTS,
+    parser.add_argument("--shape", default="demo", choices=gpt_model.PRESETS,
                         help="preset of train.py (default: demo)")
-    parser.add_argument("--micro_batch", type=int, help="sequences a forward pass (default: demo "
-                        "16, gpt2-124m 32, biomedlm 8)")
-    parser.add_argument("--accumulation", type=int, help="micro-batches a step (default: demo 1, "
-                        "others 8, where a real run has 32 or more)")
+    parser.add_argument("--micro_batch", type=int, default=8,
+                        help="sequences a forward pass (default: 8)")
+    parser.add_argument("--accumulation", type=int, default=1,
+                        help="micro-batches a step (default: 1; a real run has 16 or more)")
     parser.add_argument("--seconds", type=float, default=30,
                         help="hot seconds of each variant (default: 30)")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1],
@@ -405,20 +453,17 @@ def bench_train(rest):
     parser.add_argument("--compile", action="store_true",
                         help="torch.compile our blocks too (default: off)")
     args = parser.parse_args(rest)
-    micro_batch, accumulation = TRAIN_DEFAULTS[args.shape]
     settings = train.recipe(args.shape) | {
-        "lr": 1e-5, "min_lr": 1e-5, "micro_batch": args.micro_batch or micro_batch,
-        "accumulation": args.accumulation or accumulation}
+        "lr": 1e-5, "min_lr": 1e-5, "micro_batch": args.micro_batch,
+        "accumulation": args.accumulation}
     torch.set_float32_matmul_precision("high")
     process = train.start_process()
-    rows = []
     for dropout in args.dropout:
-        rows += measure_train(args, process, settings | {"dropout": dropout})
-    return rows
+        measure_train(args, process, settings | {"dropout": dropout})
 
 
 def measure_train(args, process, settings):
-    """Rows of one dropout rate: medians over six interleaved segments of each variant."""
+    """Show one dropout rate: medians over six interleaved segments of each variant."""
     torch.manual_seed(0)
     config = GPTConfig.preset(args.shape, dropout=settings["dropout"])
     with process.device:
@@ -445,17 +490,15 @@ def measure_train(args, process, settings):
             segments[name].append(timed_segment(step, process, args.seconds / 6))
     flops = train.flops_per_token(config, model.n_params(), settings["seq_len"])
     peak = train.peak_flops(process.device)
-    rows = []
     for name, measured in segments.items():
         steps_per_s = statistics.median(rate for rate, _ in measured)
         tokens_per_s = steps_per_s * settings["accumulation"] * x.numel()
-        rows.append(show({
-            "variant": name, "dropout": settings["dropout"], "micro_batch": settings["micro_batch"],
+        show({
+            "variant": name, "dropout": settings["dropout"],
             "tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak if peak else None,
-            "memory_gib": measured[-1][1]}))
+            "memory_gib": measured[-1][1]})
     ratios = [ours / plain for (ours, _), (plain, _) in zip(segments["ours"], segments["plain"])]
-    rows.append(show({"variant": "ours / plain", "ratio": statistics.median(ratios)}))
-    return rows
+    show({"variant": "ours / plain", "ratio": statistics.median(ratios)})
 
 
 def timed_segment(step, process, seconds):
@@ -478,14 +521,12 @@ def plain_block(residual, branch, dropout, n_head, ln_1w, ln_1b, qkv_w, qkv_b, p
     """nanoGPT's block from torch's own ops; cut where ours is, so that compile fuses as much."""
     if branch is not None:
         residual = residual + F.dropout(branch, dropout)
-    B, T, C = residual.shape
-    x = F.layer_norm(residual, (C,), ln_1w, ln_1b)
-    q, k, v = F.linear(x, qkv_w, qkv_b).split(C, dim=2)
-    q, k, v = (t.view(B, T, n_head, C // n_head).transpose(1, 2) for t in (q, k, v))
+    x = F.layer_norm(residual, ln_1w.shape, ln_1w, ln_1b)
+    q, k, v = gpt_model.split_heads(F.linear(x, qkv_w, qkv_b), n_head)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-    y = F.linear(y.transpose(1, 2).reshape(B, T, C), proj_w, proj_b)
+    y = F.linear(y.transpose(1, 2).flatten(2), proj_w, proj_b)
     residual = residual + F.dropout(y, dropout)
-    x = F.layer_norm(residual, (C,), ln_2w, ln_2b)
+    x = F.layer_norm(residual, ln_2w.shape, ln_2w, ln_2b)
     x = F.gelu(F.linear(x, fc_w, fc_b), approximate="tanh")
     return residual, F.linear(x, out_w, out_b)
 
@@ -535,6 +576,7 @@ if part == "train":
     start = clock()
     tok.train([text + ".txt"], trainer)
     end = clock()
+    os.makedirs(folder, exist_ok=True)
     tok.model.save(folder)
     tok.save(folder + "/tokenizer.json")
     result = open(folder + "/merges.txt").read()
@@ -559,7 +601,7 @@ part, text, threads, folder = sys.argv[1:]
 from tokenizer import Tokenizer, count_pretokens, train_bpe
 if part == "train":
     start = clock()
-    counts = count_pretokens(text + ".jsonl", workers=int(threads))
+    counts = count_pretokens([text + ".jsonl"], workers=int(threads))
     merges = train_bpe(counts, 28896)
     end = clock()
     Tokenizer.from_merges(merges).save(folder)
@@ -588,31 +630,25 @@ def bench_tokenizer(rest):
     children = {"ours": (sys.executable, OUR_CHILD)}
     if args.hf_python:
         children["hf"] = (args.hf_python, HF_CHILD)
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         text = f"{folder}/all"
         megabytes = all_text(text) / 1e6
         for part, threads in (("train", 1), ("train", 2), ("encode", 1)):
             found = {name: [] for name in children}
-            digests = {}
+            digests = set()
             for _ in range(3):
                 for name, (python, code) in children.items():
-                    Path(folder, name).mkdir(exist_ok=True)
                     command = [python, "-c", code, part, text, str(threads), f"{folder}/{name}"]
                     done = subprocess.run(command, cwd=ROOT, check=True, text=True,
                                           stdout=subprocess.PIPE)
-                    digests[name], *figures = done.stdout.split()
+                    digest, *figures = done.stdout.split()
+                    digests.add(digest)
                     found[name].append([float(figure) for figure in figures])
-            seconds = {}
             for name, runs in found.items():
-                seconds[name], cpu, peak = (statistics.median(column) for column in zip(*runs))
-                rows.append(show({"part": part, "threads": threads, "who": name,
-                                  "seconds": seconds[name], "cpu_s": cpu,
-                                  "MB_per_s": megabytes / seconds[name], "peak_MB": peak}))
-            if args.hf_python:
-                rows.append(show({"part": part, "ours / hf": seconds["ours"] / seconds["hf"],
-                                  "equal": digests["ours"] == digests["hf"]}))
-    return rows
+                seconds, cpu, peak = (statistics.median(column) for column in zip(*runs))
+                show({"part": part, "threads": threads, "who": name, "seconds": seconds,
+                      "cpu_s": cpu, "MB_per_s": megabytes / seconds, "peak_MB": peak,
+                      "all_equal": len(digests) == 1})
 
 
 def all_text(stem):
@@ -622,7 +658,7 @@ def all_text(stem):
         for name in ("abstracts.jsonl.gz", "pmc_fulltext.jsonl.gz"):
             with gzip.open(SHARED / name) as lines:
                 for record in map(json.loads, lines):
-                    abstract = f"{record.get('title') or ''}\n{record.get('abstract') or ''}"
+                    abstract = f"{record.get('title')}\n{record.get('abstract')}"
                     text = record.get("text", abstract)
                     ours.write(json.dumps({"id": str(record["id"]), "text": text}) + "\n")
                     theirs.write(text.removesuffix("\n") + "\n")
@@ -634,46 +670,52 @@ def all_text(stem):
 
 
 def bench_data(rest):
-    """Extraction of 30,000 citations, tokenizing at 1 and 2 workers, the loader, hours in all."""
-    argparse.ArgumentParser(prog="bench.py data").parse_args(rest)  # no flags
+    """Extraction, tokenizing at 1 and 2 workers, the loader, small files, and hours in all."""
+    parser = argparse.ArgumentParser(prog="bench.py data")
+    parser.add_argument("--citations", type=int, default=30_000,
+                        help="of the large file, and small files of one each (default: 30000)")
+    n = parser.parse_args(rest).citations
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        figures, xml_mb = measure_extract(folder)
-        more, text_mb = measure_tokenize(folder)
-        figures |= more
-        figures["loader, M tokens/s"] = measure_loader(folder / "arrays1")
+        extract, xml_mb = measure_extract(folder, n)
+        tokenize, text_mb = measure_tokenize(folder)
+        measure_loader(folder / "arrays1")
+        measure_small_files(folder, n)
     # 1,300 files like this one; 100 GB of PMC's XML, half of it text; without disks
-    extract = figures["extract, MB/s of XML"] * 60 * 64
-    tokenize = figures["tokenize, 1 worker, MB/s of text"] * 60 * 64
-    figures["baseline, extract, minutes on 64 cores"] = 1300 * xml_mb / extract
-    figures["baseline, tokenize, minutes on 64 cores"] = 1300 * text_mb / tokenize
-    figures["100 GB of PMC, both, minutes on 64 cores"] = 1e5 / extract + 5e4 / tokenize
-    return [show({"what": name, "value": value}) for name, value in figures.items()]
+    extract *= 60 * 64
+    tokenize *= 60 * 64
+    show({"what": "minutes on 64 cores", "baseline, extract": 1300 * xml_mb / extract,
+          "baseline, tokenize": 1300 * text_mb / tokenize,
+          "100 GB of PMC, both": 1e5 / extract + 5e4 / tokenize})
 
 
-def citations_file(path, n):
-    """A baseline-like file: real titles and abstracts in the frames of NLM's sample citations."""
+def citations(n):
+    """Yield n citations of PubMed: real titles and abstracts in the frames of NLM's sample."""
+    abstracts = re.compile(r"(?s)<(Abstract|OtherAbstract)\b.*?</\1>")
+    title = re.compile(r"(?s)<ArticleTitle/>|<ArticleTitle>.*?</ArticleTitle>")
+    bad = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # XML allows none of them
     with gzip.open(SHARED / "pubmed_xml/pubmedsample18n0001.xml.gz", "rt") as f:
-        frames = re.findall(r"(?s)<PubmedArticle>.*?</PubmedArticle>", f.read())
-    abstracts = re.compile(r"(?s)<Abstract>.*?</Abstract>|<OtherAbstract.*</OtherAbstract>")
-    frames = [abstracts.sub("", frame) for frame in frames]
+        frames = re.findall(r"(?s)<PubmedArticle>.*?</PubmedArticle>", abstracts.sub("", f.read()))
     with gzip.open(SHARED / "abstracts.jsonl.gz", "rt") as f:
-        bad = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # XML allows none of them
         records = [json.loads(line) for line in f]
+    for i in range(n):
+        record = records[i % len(records)]
+        text = (f"<ArticleTitle>{escape(record['title'])}</ArticleTitle><Abstract><AbstractText>"
+                f"{escape(record['abstract'])} {i}</AbstractText></Abstract>")
+        before, after = title.split(frames[i % len(frames)], 1)
+        citation = before + bad.sub("", text) + after
+        yield re.sub(r"(<PMID [^>]*>)\d+", rf"\g<1>{i + 1}", citation, count=1)
+
+
+def write_citations(path, found):
+    """A file like PubMed's baseline."""
     with gzip.open(path, "wt", compresslevel=6) as f:
         f.write('<?xml version="1.0" encoding="utf-8"?>\n<PubmedArticleSet>\n')
-        for i in range(n):
-            record = records[i % len(records)]
-            title, abstract = (escape(bad.sub("", record[key])) for key in ("title", "abstract"))
-            text = (f"<ArticleTitle>{title}</ArticleTitle><Abstract><AbstractText>{abstract} {i}"
-                    "</AbstractText></Abstract>").replace("\\", r"\\")
-            frame = re.sub(r"(?s)<ArticleTitle>.*?</ArticleTitle>", text, frames[i % len(frames)],
-                           count=1)
-            f.write(re.sub(r"(<PMID [^>]*>)\d+", rf"\g<1>{i + 1}", frame, count=1) + "\n")
+        f.writelines(f"{citation}\n" for citation in found)
         f.write("</PubmedArticleSet>\n")
 
 
-def peak_mib(*args):
+def usage(*args):
     """(CPU seconds, peak resident MiB) of a command in a process of its own."""
     code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
             "r = resource.getrusage(resource.RUSAGE_CHILDREN);"
@@ -684,6 +726,12 @@ def peak_mib(*args):
     return float(seconds), int(kib) / 1024
 
 
+def usage_of_extract(source, out, workers=1):
+    """The same of `data.py extract`, from the start."""
+    shutil.rmtree(out, ignore_errors=True)
+    return usage(ROOT / "data.py", "extract", source, "--out", out, "--workers", workers)
+
+
 ITERPARSE = """import gzip, sys, xml.etree.ElementTree as ET
 context = ET.iterparse(gzip.open(sys.argv[1]), ("start", "end"))
 _, root = next(context)
@@ -692,48 +740,42 @@ for event, e in context:
         root.clear()"""
 
 
-def measure_extract(folder):
-    """({name: figure}, MB of XML): CPU MB/s beside the XML parser's own, and peak memory."""
-    large = folder / "30000.xml.gz"
-    small = folder / "3000.xml.gz"
-    citations_file(large, 30_000)
-    citations_file(small, 3_000)
+def measure_extract(folder, n):
+    """CPU MB/s beside the XML parser's own, and peak memory. Returns (MB/s, MB of XML)."""
+    large = folder / "large.xml.gz"
+    small = folder / "small.xml.gz"
+    write_citations(large, citations(n))
+    write_citations(small, citations(n // 10))
     with gzip.open(large) as f:
         xml_mb = f.seek(0, os.SEEK_END) / 1e6
-    (folder / "reference.py").write_text(ITERPARSE)
-
-    def extract(path):
-        shutil.rmtree(folder / "text", ignore_errors=True)
-        return peak_mib(ROOT / "data.py", "extract", path, "--out", folder / "text",
-                        "--workers", 1)
-
-    small_peak = extract(small)[1]
-    seconds, alone = [], []
+    _, small_peak = usage_of_extract(small, folder / "text")
+    alone, ours = [], []
     for _ in range(2):
-        taken, peak = extract(large)
-        seconds.append(taken)
-        alone.append(peak_mib(folder / "reference.py", large)[0])
-    return {"extract, MB/s of XML": xml_mb / statistics.median(seconds),
-            "gunzip + iterparse alone, same file, MB/s": xml_mb / statistics.median(alone),
-            "extract, peak MiB at 3,000 citations": small_peak,
-            "extract, peak MiB at 30,000 citations": peak}, xml_mb
+        alone.append(usage("-c", ITERPARSE, large)[0])
+        seconds, peak = usage_of_extract(large, folder / "text")
+        ours.append(seconds)
+    rate = xml_mb / statistics.median(ours)
+    show({"what": "extract", "citations": n, "MB_per_s": rate,
+          "gunzip + iterparse alone": xml_mb / statistics.median(alone), "peak_MiB": peak,
+          f"peak_MiB at {n // 10}": small_peak})
+    return rate, xml_mb
 
 
 def measure_tokenize(folder):
-    """({name: figure}, MB of text): MB/s of that text on 1 and 2 workers, everything included."""
+    """MB/s of that text on 1 and 2 workers, all included. Returns (MB/s of one, MB of text)."""
     tokenizer = folder / "tokenizer"
-    subprocess.run([sys.executable, ROOT / "tokenizer.py", "train", "--input", folder / "text",
-                    "--vocab_size", "8192", "--out", tokenizer], check=True, capture_output=True)
-    text_mb = sum(len(text.encode()) for _, text in data.read_documents(folder / "text")) / 1e6
+    usage(ROOT / "tokenizer.py", "train", "--input", folder / "text", "--vocab_size", 8192,
+             "--out", tokenizer)
+    text_mb = sum(len(text.encode()) for _, text in read_documents(folder / "text")) / 1e6
 
     def tokenize(workers):
-        peak_mib(ROOT / "data.py", "tokenize", "--text", folder / "text", "--tokenizer", tokenizer,
+        usage(ROOT / "data.py", "tokenize", "--text", folder / "text", "--tokenizer", tokenizer,
                  "--out", folder / f"arrays{workers}", "--workers", workers)
 
     seconds = interleave({1: lambda: tokenize(1), 2: lambda: tokenize(2)}, 2)
-    return {"tokenize, 1 worker, MB/s of text": text_mb / seconds[1],
-            "tokenize, 2 workers, MB/s of text": text_mb / seconds[2],
-            "tokenize, 2 workers over 1": seconds[1] / seconds[2]}, text_mb
+    rate = text_mb / seconds[1]
+    show({"what": "tokenize", "MB_per_s": rate, "with 2 workers": text_mb / seconds[2]})
+    return rate, text_mb
 
 
 def measure_loader(arrays):
@@ -743,7 +785,22 @@ def measure_loader(arrays):
     start = time.perf_counter()
     for _ in range(5000):
         next(batches)
-    return 5000 * 8 * 1024 / (time.perf_counter() - start) / 1e6
+    seconds = time.perf_counter() - start
+    show({"what": "loader", "M_tokens_per_s": 5000 * 8 * 1024 / seconds / 1e6})
+
+
+def measure_small_files(folder, n):
+    """Seconds to extract n files of a citation each, and the same text in 30, on 2 workers."""
+    for name, size in ("many", 1), ("few", n // 30):
+        (folder / name).mkdir()
+        stream = citations(n)
+        for i in range(n // size):
+            write_citations(folder / name / f"{i}.xml.gz", islice(stream, size))
+    extract = partial(usage_of_extract, out=folder / "text", workers=2)
+    seconds = interleave({"many": lambda: extract(folder / "many"),
+                          "few": lambda: extract(folder / "few")}, 3)
+    show({"what": "extract, 2 workers", f"{n} files, s": seconds["many"],
+          "30 files, s": seconds["few"], "many over few": seconds["many"] / seconds["few"]})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -754,7 +811,7 @@ def bench_finetune(rest):
     """Questions a second on MedQA dev: train step (forward, backward) and scoring, fp32."""
     argparse.ArgumentParser(prog="bench.py finetune").parse_args(rest)  # no flags
     questions = data.load_qa("medqa", SHARED / "qa/medqa", "dev")
-    texts = [(q.id, " ".join((q.question, *q.options))) for q in questions]
+    texts = [(q.id, f"{q.question} {' '.join(q.options)}") for q in questions]
     tokenizer = Tokenizer.from_merges(train_bpe(count_batch(texts), 8192))
     shared = finetune.encode_all(questions[:32], "medqa", tokenizer, {"length": 512})
     alone = [split_options(example) for example in shared]
@@ -774,17 +831,12 @@ def bench_finetune(rest):
             finetune.loss_sum(model, finetune.collate(chunk)).backward()
         model.zero_grad()
 
-    rows = []
     for what, run in ("scoring", score), ("train step", step):
-        seconds = interleave({name: lambda run=run, chunks=chunks: run(chunks)
-                              for name, chunks in variants.items()}, 3)
+        seconds = interleave({name: partial(run, chunks) for name, chunks in variants.items()}, 3)
         for name, chunks in variants.items():
             saved_mb = max(saved_bytes(model, chunk) for chunk in chunks) / 1e6
-            rows.append(show({"what": what, "how": name, "saved_mb": saved_mb,
-                              "questions_per_s": len(shared) / seconds[name]}))
-        first, second = seconds.values()
-        rows.append(show({"what": what, "how": "ratio", "speedup": second / first}))
-    return rows
+            show({"what": what, "how": name, "saved_mb": saved_mb,
+                  "questions_per_s": len(shared) / seconds[name]})
 
 
 def split_options(example):
@@ -856,26 +908,21 @@ def bench_generate(rest):
             children[who] = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE,
                                              stdout=subprocess.PIPE)
             load_s[who] = float(children[who].stdout.readline())
-        for turn in range(6):
+        for _ in range(6):
             rates.append(read_rate())
             for who, child in children.items():
                 print("go", file=child.stdin, flush=True)
                 seconds, peak_gb[who] = map(float, child.stdout.readline().split())
-                if turn > 0:  # the first one touches the mapped file
-                    speeds[who].append(16 / seconds)
+                speeds[who].append(16 / seconds)
         for child in children.values():
             child.communicate()
     floor = statistics.median(rates) / n_bytes
-    rows = [show({"who": "floor", "tokens_per_s": floor, "weights_gb": n_bytes / 1e9,
-                  "read_gb_per_s": floor * n_bytes / 1e9})]
+    show({"who": "floor", "tokens_per_s": floor, "weights_gb": n_bytes / 1e9,
+          "read_gb_per_s": floor * n_bytes / 1e9})
     for who in pythons:
-        speed = statistics.median(speeds[who])
-        rows.append(show({"who": who, "tokens_per_s": speed, "of_floor": speed / floor,
-                          "load_s": load_s[who], "peak_gb": peak_gb[who]}))
-    if args.hf_python:
-        ratios = [ours / hf for ours, hf in zip(speeds["ours"], speeds["hf"])]
-        rows.append(show({"who": "ours / hf", "ratio": statistics.median(ratios)}))
-    return rows
+        speed = statistics.median(speeds[who][1:])  # the first one touches the mapped file
+        show({"who": who, "tokens_per_s": speed, "of_floor": speed / floor,
+              "load_s": load_s[who], "peak_gb": peak_gb[who]})
 
 
 def random_folder(shape, folder):
@@ -909,9 +956,9 @@ def main():
     parser.add_argument("part", choices=PARTS, help="what to measure")
     parser.add_argument("--json", metavar="FILE", help="also write the rows here (default: none)")
     args, rest = parser.parse_known_args()
-    rows = PARTS[args.part](rest)
+    PARTS[args.part](rest)
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1))
+        Path(args.json).write_text(json.dumps(ROWS, indent=1))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import run
 
-from model import GPT, GPTConfig, KVCache, Linear, newest_checkpoint
+import model as model_module
+from model import GPT, GPTConfig, KVCache, Linear, load_tensors, newest_checkpoint
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures/hf_gpt2.json").read_text())
 TINY = GPTConfig(n_layer=3, n_head=2, n_embd=16, n_positions=32, vocab_size=61, dropout=0.0)
@@ -56,9 +57,29 @@ def test_logits_equal_hugging_face():
 def test_beams_equal_hugging_face():
     """A beam search that scores, bans n-grams or ends otherwise than the paper's decoding."""
     model = waves(GPT(GPTConfig.from_hf(FIXTURE["config"])))
+    prompts = torch.tensor(FIXTURE["idx"])[:, :4]
     for case in FIXTURE["beams"]:
-        out = model.generate(torch.tensor(FIXTURE["idx"])[:, :4], 12, **case["settings"])
+        out = model.generate(prompts, 12, **case["settings"])
         assert out.tolist() == case["tokens"]
+
+
+@pytest.mark.parametrize("length_penalty", [-0.5, 1.0, 2.0])
+def test_beams_of_a_batch_are_those_of_each_alone(model, length_penalty):
+    """A row that goes on to collect texts when its search is over, or one that sees padding."""
+    torch.manual_seed(2)
+    for p in model.parameters():
+        p.data.mul_(8 if p.dim() == 2 else 1)  # at the initialisation no token is likely
+    lengths = [3, 9, 5, 9, 4]
+    prompts = [torch.randint(61, (n,)) for n in lengths]
+    n_pad = torch.tensor([9 - n for n in lengths])
+    batch = torch.stack([torch.cat([torch.full((9 - len(p),), 7), p]) for p in prompts])
+    options = dict(num_beams=4, no_repeat_ngram_size=3, length_penalty=length_penalty)
+    for end in (5, 17, 40):
+        together = model.generate(batch, 16, eot_id=end, n_pad=n_pad, **options)[:, 9:]
+        for new, prompt in zip(together, prompts):
+            alone = model.generate(prompt[None], 16, eot_id=end, **options)[0, len(prompt):]
+            assert new[:len(alone)].tolist() == alone.tolist()
+            assert (new[len(alone):] == end).all()
 
 
 def test_inverse_layer_scale_matters(model, idx):
@@ -143,9 +164,18 @@ def test_checkpointed_block_repeats_its_dropout(idx):
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
 
-def test_save_and_load(model, idx, tmp_path):
+@pytest.mark.parametrize("packages", ["safetensors", "none"])
+def test_save_and_load(model, idx, tmp_path, packages, monkeypatch):
     """A folder that loses a tensor, the configuration, or the tie between wte and the head."""
+    if packages == "none":
+        monkeypatch.setattr(model_module, "load_file", None)
+    else:
+        pytest.importorskip("safetensors")
     model.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json", "tokenizer_config.json",
+        "pytorch_model.bin" if packages == "none" else "model.safetensors"}
+    assert {path.stat().st_mode & 0o044 for path in tmp_path.iterdir()} == {0o044}  # umask's 022
     again = GPT.from_pretrained(tmp_path)
     assert again.config == model.config and not again.training
     assert torch.equal(again(idx)[0], model(idx)[0])
@@ -153,10 +183,17 @@ def test_save_and_load(model, idx, tmp_path):
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
+def old_folder(model, folder):
+    """pytorch_model.bin and config.json, whether or not safetensors is there; returns the state."""
+    state = model_module.transposed(model.state_dict())
+    torch.save(state, folder / "pytorch_model.bin")
+    (folder / "config.json").write_text(json.dumps(model.config.to_hf()))
+    return state
+
+
 def test_loads_what_old_versions_saved(model, idx, tmp_path):
-    """The released file's mask buffers and untied head, or a bare `h.0...` prefix, refused."""
-    model.save_pretrained(tmp_path)
-    state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    """The released file's mask buffers and a head saved beside wte, or a bare prefix, refused."""
+    state = old_folder(model, tmp_path)
     state["lm_head.weight"] = state["transformer.wte.weight"].clone()
     state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32, dtype=torch.bool)
     state = {name.removeprefix("transformer."): t for name, t in state.items()}
@@ -171,41 +208,156 @@ def test_loads_what_old_versions_saved(model, idx, tmp_path):
         GPT.from_pretrained(tmp_path)
 
 
-def test_safetensors_folder(model, idx, tmp_path):
-    """The format that Hugging Face writes today refused; a traceback where such a file is cut."""
-    safetensors = pytest.importorskip("safetensors.torch")
-    model.save_pretrained(tmp_path)
-    state = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
-    safetensors.save_file(state, tmp_path / "model.safetensors")
-    (tmp_path / "pytorch_model.bin").unlink()
-    assert torch.equal(GPT.from_pretrained(tmp_path)(idx)[0], model(idx)[0])
-    (tmp_path / "model.safetensors").write_bytes(b"\0" * 1000)
-    with pytest.raises(ValueError, match="damaged"):
+def test_folders_of_others(capsys):
+    """Ends in a list, or unlike dropout rates, that end in a traceback or pass without a word."""
+    hf = TINY.to_hf()
+    assert GPTConfig.from_hf({**hf, "eos_token_id": [7, 9]}).eot_id == 7
+    assert GPTConfig.from_hf({**hf, "eos_token_id": []}).eot_id == 60
+    assert GPTConfig.from_hf({**hf, "eos_token_id": 50256}).eot_id == 60
+    assert capsys.readouterr().err == ""
+    assert GPTConfig.from_hf({**hf, "attn_pdrop": 0.3, "resid_pdrop": 0.2}).dropout == 0.2
+    assert "attn_pdrop is ignored, resid_pdrop's rate 0.2" in capsys.readouterr().err
+
+
+# Damage: a folder that a disk, a person or another program has spoiled. Each ends in one error that
+# names the file or the field, or, for a checkpoint, in a warning and the checkpoint before it.
+
+BAD_FIELDS = [{"n_layer": 10**7}, {"n_layer": "12"}, {"n_layer": None}, {"n_layer": 2.5},
+              {"n_head": 0}, {"n_head": 3}, {"n_embd": 18}, {"n_embd": 10**30}, {"n_embd": True},
+              {"vocab_size": -1}, {"vocab_size": [61]}, {"resid_pdrop": float("nan")},
+              {"layer_norm_epsilon": None}, {"initializer_range": float("inf")},
+              {"scale_attn_by_inverse_layer_idx": "no"}, {"eos_token_id": "end"},
+              {"eos_token_id": -1}, {"eos_token_id": ["end"]}, {"n_inner": "wide"},
+              {"activation_function": "gelu_fast"}, {"model_type": None}]
+
+
+@pytest.mark.parametrize("field", BAD_FIELDS, ids=str)
+def test_damaged_fields(model, tmp_path, field):
+    """A traceback, a hang or another model, where a field of config.json is spoiled."""
+    old_folder(model, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**TINY.to_hf(), **field}))
+    [(name, value)] = field.items()
+    name = {"resid_pdrop": "dropout", "eos_token_id": "eot_id"}.get(name, name)
+    with pytest.raises(ValueError, match=name if name != "n_embd" else "config.json|n_embd"):
         GPT.from_pretrained(tmp_path)
 
 
-def test_bad_folders_say_what_to_do(model, tmp_path):
-    """A traceback, or silence, where a person gave the wrong folder."""
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"null", b"\xff\xfe{}", b"[" * 10**5], ids=str)
+@pytest.mark.parametrize("name", ["config.json", "added_tokens.json"])
+def test_damaged_json(model, tmp_path, name, text):
+    """A traceback, or an error that doesn't name the file."""
+    old_folder(model, tmp_path)
+    (tmp_path / name).write_bytes(text)
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        GPT.from_pretrained(tmp_path).save_pretrained(tmp_path)
+
+
+def training(model):
+    """What train.py saves of a model after its first updates."""
+    weights = model.state_dict()
+    state = {name: {"step": torch.tensor(1.0), "exp_avg": w * 2, "exp_avg_sq": w * w}
+             for name, w in weights.items()}
+    groups = [{"lr": 1e-3, "params": list(weights)}]
+    return {"model": weights, "optimizer": {"state": state, "param_groups": groups}, "step": 1}
+
+
+def flipped(path):
+    """One bit of the last weights is another."""
+    data = bytearray(path.read_bytes())
+    at = data.index(load_tensors(path)["model"][LN].numpy().tobytes())
+    data[at + 5] ^= 16
+    return bytes(data)
+
+
+LN = "transformer.ln_f.bias"
+BAD_BYTES = {
+    "empty": lambda path: b"",
+    "truncated": lambda path: path.read_bytes()[:-3000],
+    "flipped bit": flipped,
+    "text": lambda path: b"<html>404</html>",
+    "zip of nothing": lambda path: b"PK\5\6" + bytes(18),
+    "directory lost": lambda path: path.read_bytes().replace(b"PK\1\2", bytes(4)),
+    "zeros inside": lambda path: path.read_bytes()[:5000] + bytes(5000) + path.read_bytes()[10000:],
+}
+BAD_CONTENTS = {
+    "list": lambda c: [c],
+    "tensor": lambda c: c["model"][LN],
+    "code": lambda c: Path("x"),
+    "no model": lambda c: c.pop("model"),
+    "no step": lambda c: c.pop("step"),
+    "text for step": lambda c: c.update(step="1"),
+    "no optimizer": lambda c: c.pop("optimizer"),
+    "list for model": lambda c: c.update(model=[c["model"]]),
+    "missing weight": lambda c: c["model"].pop(LN),
+    "text for a weight": lambda c: c["model"].update({LN: "0"}),
+    "wrong shape": lambda c: c["model"].update({LN: torch.zeros(17)}),
+    "no groups": lambda c: c["optimizer"].pop("param_groups"),
+    "no moments": lambda c: c["optimizer"]["state"].pop(LN),
+    "moments' shape": lambda c: c["optimizer"]["state"][LN].update(exp_avg=torch.zeros(17)),
+}
+
+
+@pytest.mark.parametrize("damage", [*BAD_BYTES, *BAD_CONTENTS])
+def test_damaged_checkpoints(model, tmp_path, damage, capsys):
+    """A spoiled checkpoint loaded without a word, or one that keeps the good one from use."""
+    contents = training(model)
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
+    good, bad = tmp_path / "checkpoint_0000001.pt", tmp_path / "checkpoint_0000002.pt"
+    torch.save(contents, good)
+    if damage in BAD_BYTES:
+        bad.write_bytes(BAD_BYTES[damage](good))
+    else:
+        returned = BAD_CONTENTS[damage](contents)
+        torch.save(returned if damage in ("list", "tensor", "code") else contents, bad)
+    assert newest_checkpoint(tmp_path)[0] == good
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: skipping {bad}") and warning.count("\n") == 1
+    good.unlink()
+    with pytest.raises(ValueError, match="no checkpoint in .* is whole"):
+        GPT.from_pretrained(tmp_path)
+
+
+BAD_STATES = {
+    "NaN": lambda s: s.update({LN: torch.full((16,), math.nan)}),
+    "infinity": lambda s: s.update({LN: torch.full((16,), math.inf)}),
+    "untied head": lambda s: s.update({"lm_head.weight": torch.zeros(61, 16)}),
+    "missing weight": lambda s: s.pop(LN),
+    "wrong shape": lambda s: s.update({LN: torch.zeros(17)}),
+    "nested": lambda s: s.update({LN: {"weight": s[LN]}}),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_STATES)
+def test_damaged_weights(model, tmp_path, damage):
+    """Another model's numbers without a word."""
+    state = old_folder(model, tmp_path)
+    BAD_STATES[damage](state)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="ln_f.bias|lm_head.weight"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "header", "text"])
+def test_damaged_safetensors(model, idx, tmp_path, damage):
+    """The format that Hugging Face writes today refused; a traceback where such a file is cut."""
+    pytest.importorskip("safetensors")
+    model.save_pretrained(tmp_path)
+    assert torch.equal(GPT.from_pretrained(tmp_path)(idx)[0], model(idx)[0])
+    file = tmp_path / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes({"empty": b"", "half": data[:len(data) // 2], "text": b"<html>404</html>",
+                      "header": data.replace(b"F32", b"F64", 1)}[damage])
+    with pytest.raises(ValueError, match="model.safetensors is missing, damaged"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_missing_folders_say_what_to_do(tmp_path):
+    """A traceback where a person gave a model's name, or a folder without weights."""
     with pytest.raises(FileNotFoundError, match="data.py download biomedlm"):
         GPT.from_pretrained("stanford-crfm/BioMedLM")
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "n_embd": 18}))
-    with pytest.raises(ValueError, match="config.json"):
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
+    with pytest.raises(FileNotFoundError, match="holds neither"):
         GPT.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**config, "activation_function": "relu"}))
-    with pytest.raises(ValueError, match="activation_function"):
-        GPT.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    data = (tmp_path / "pytorch_model.bin").read_bytes()
-    (tmp_path / "pytorch_model.bin").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="damaged"):
-        GPT.from_pretrained(tmp_path)
-
-
-def test_pickles_with_code_are_refused(tmp_path):
-    """A checkpoint that runs code when it is opened."""
-    torch.save({"model": Path("x")}, tmp_path / "checkpoint_0000001.pt")
     assert newest_checkpoint(tmp_path) == (None, None)
 
 
@@ -264,14 +416,17 @@ def test_export_command(model, idx, tmp_path):
     """A run exported without its tokenizer, or a mistake that ends in a traceback."""
     source, out = tmp_path / "run", tmp_path / "out"
     source.mkdir()
-    torch.save({"model": model.state_dict()}, source / "checkpoint_0000001.pt")
+    torch.save(training(model), source / "checkpoint_0000001.pt")
     (source / "config.json").write_text(json.dumps(TINY.to_hf()))
     for name in ("vocab.json", "merges.txt"):
         (source / name).write_text(name)
+    (source / "added_tokens.json").write_text('{"[PAD]": 59, "<|ANSWER|>": 60}')
     done = run("model.py", "export", "--init", source, "--out", out)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in out.iterdir()) == [
-        "config.json", "merges.txt", "pytorch_model.bin", "vocab.json"]
+    assert {"added_tokens.json", "merges.txt", "vocab.json"} < {p.name for p in out.iterdir()}
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    assert written["pad_token"] == "[PAD]" and written["model_max_length"] == 32
+    assert written["additional_special_tokens"] == ["[PAD]", "<|ANSWER|>"]
     assert torch.equal(GPT.from_pretrained(out)(idx)[0], model(idx)[0])
     done = run("model.py", "export", "--init", tmp_path / "none", "--out", out)
     assert done.returncode == 1 and done.stderr.startswith("model.py: error: no config.json")
@@ -281,7 +436,7 @@ def test_config_errors():
     """Shapes that cannot be, found late by a matrix product's traceback."""
     with pytest.raises(ValueError, match="n_head 3 does not divide"):
         GPTConfig(n_embd=16, n_head=3)
-    with pytest.raises(ValueError, match="use positive numbers"):
+    with pytest.raises(ValueError, match="n_head is 0: use a value from 1"):
         GPTConfig(n_head=0)
-    with pytest.raises(ValueError, match="dropout 1 is no probability"):
+    with pytest.raises(ValueError, match="dropout is 1: use a value from 0.0 to 0.99"):
         GPTConfig(dropout=1)

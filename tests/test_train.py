@@ -503,7 +503,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(arrays, tmp_path, undist
     assert_same(tmp_path / "run", undisturbed)
     for out in (tmp_path / "run", undisturbed):
         (tmp_path / f"{out.name}15").mkdir()
-        shutil.copy(out / name, tmp_path / f"{out.name}15")
+        for file in (name, "config.json"):
+            shutil.copy(out / file, tmp_path / f"{out.name}15")
     assert_same(tmp_path / "run15", tmp_path / "undisturbed15")
 
 
