@@ -1348,7 +1348,7 @@ def test_cloze_questions(tmp_path, tokenizer):
         asked_of[passage] += 1
         assert len(set(words)) == 4 and set(rests) == {rests[0]} and rests[0].endswith(".")
         assert {w[-3:] for w in words} == {word[-3:]} != {"ord"}
-        assert word not in q.question.lower()
+        assert word not in q.question.lower() and len(q.question) >= 200
         assert all(counted[word] / 2 <= counted[w] <= 2 * counted[word] for w in words)
         assert not set(words) - {word} & set(re.findall("[a-z]+", passage.lower()))
         low, high = map(int, re.search("seen ([0-9]+) to ([0-9]+) times", q.kind).groups())
