@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import random
@@ -21,12 +22,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 from conftest import ROOT, run
 
 import data
-from tokenizer import Tokenizer, read_documents, read_records, text_files
+from tokenizer import (
+    ALPHABET,
+    Tokenizer,
+    count_pretokens,
+    hash64,
+    read_documents,
+    read_records,
+    text_files,
+    train_bpe,
+)
 
 # ---------------------------------------------------------------------------------------------
 # small inputs, written here
@@ -40,10 +49,7 @@ def tokenizer(tmp_path_factory):
         folder / "t.jsonl.gz",
         [(str(i), f"dose {i} mg of the drug reduces pain") for i in range(50)],
     )
-    done = run(
-        "tokenizer.py", "train", "--input", folder, "--vocab_size", 300, "--out", folder / "t"
-    )
-    assert done.returncode == 0, done.stderr
+    Tokenizer.from_merges(train_bpe(count_pretokens([folder]), 300)).save(folder / "t")
     return folder / "t"
 
 
@@ -115,8 +121,9 @@ def contents(folder):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_epoch_is_every_row_once(tmp_path, tokenizer, world_size):
-    """A rank that repeats or skips rows, or a target that is not the next token (D1)."""
-    folder = write_arrays(tmp_path / "d", tokenizer, np.arange(64 * 8 + 5))
+    """A rank that repeats or skips rows, a target that is not the next token, an id above 2**15
+    read as negative (D1)."""
+    folder = write_arrays(tmp_path / "d", tokenizer, 2**15 + np.arange(64 * 8 + 5))
     seen = []
     for rank in range(world_size):
         loader = data.train_batches(folder, 8, 2, seed=3, rank=rank, world_size=world_size)
@@ -124,7 +131,7 @@ def test_epoch_is_every_row_once(tmp_path, tokenizer, world_size):
             x, y = next(loader)
             assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (2, 8)
             assert (y[:, :-1] == x[:, :-1] + 1).all() and (y[:, -1] == -100).all()
-            seen += (x[:, 0] // 8).tolist()
+            seen += ((x[:, 0] - 2**15) // 8).tolist()
     assert sorted(seen) == list(range(64)) and seen != sorted(seen)
 
 
@@ -136,12 +143,11 @@ def take(folder, n, **kwargs):
 def test_order_depends_on_seed_and_sample_only(tmp_path, tokenizer):
     """Order tied to world size or micro-batch, or the same in every epoch (D2)."""
     folder = write_arrays(tmp_path / "d", tokenizer, np.arange(60 * 8))
-    one = torch.cat(take(folder, 120, micro_batch=1))
-    ranks = [take(folder, 20, micro_batch=3, rank=r, world_size=2) for r in range(2)]
+    one = torch.cat(take(folder, 420, micro_batch=1))  # 64 steps are drawn at once
+    ranks = [take(folder, 70, micro_batch=3, rank=r, world_size=2) for r in range(2)]
     assert torch.equal(torch.cat([b for pair in zip(*ranks) for b in pair]), one)
-    assert sorted(one[:60].tolist()) == sorted(one[60:].tolist()) and not torch.equal(
-        one[:60], one[60:]
-    )
+    assert sorted(one[:60].tolist()) == sorted(one[60:120].tolist())
+    assert not torch.equal(one[:60], one[60:120])
     assert not torch.equal(next(data.train_batches(folder, 8, 60, seed=4))[0][:, 0] // 8, one[:60])
 
 
@@ -175,12 +181,12 @@ def test_orders_of_old_runs_stay():
 
 def test_validation_scores_every_row_once(tmp_path, tokenizer):
     """A dropped short last row, or ranks with unequal numbers of batches (FSDP would hang)."""
-    folder = write_arrays(tmp_path / "d", tokenizer, np.arange(8 * 5 + 3))
+    folder = write_arrays(tmp_path / "d", tokenizer, [0] * 8, val=2**15 + np.arange(8 * 8 + 3))
     for world_size in (1, 2, 4):
         ranks = [list(data.val_batches(folder, 8, 2, r, world_size)) for r in range(world_size)]
         assert len({len(batches) for batches in ranks}) == 1
         targets = torch.cat([y[y >= 0] for batches in ranks for _, y in batches])
-        assert sorted(targets.tolist()) == [t for t in range(43) if t % 8]
+        assert sorted(targets.tolist()) == [2**15 + t for t in range(67) if t % 8]
 
 
 def first_rows(folder, max_tokens, world_size):
@@ -194,35 +200,43 @@ def first_rows(folder, max_tokens, world_size):
 def test_first_validation_rows_are_a_fair_sample(tmp_path, tokenizer):
     """max_tokens that scores only the array's beginning, or other rows with more ranks."""
     folder = write_arrays(tmp_path / "d", tokenizer, np.arange(8 * 1000))
-    rows = first_rows(folder, 8 * 100, world_size=1)
+    rows = first_rows(folder, 8 * 99 + 1, world_size=1)
     assert len(rows) == 100 and 400 < np.mean(rows) < 600
-    assert first_rows(folder, 8 * 100, world_size=4) == rows
+    assert first_rows(folder, 8 * 99 + 1, world_size=4) == rows
 
 
 def test_end_of_text_targets_can_be_ignored(tmp_path, tokenizer):
-    """ignore_eot that drops other targets, or the inputs with them."""
+    """ignore_eot that drops other targets, or the inputs with them, or serves one loader only."""
     eot = Tokenizer.load(tokenizer).eot_id
     folder = write_arrays(tmp_path / "d", tokenizer, [1, eot, 2, 3] * 4)
-    x, y = next(data.train_batches(folder, 16, 1, seed=0, ignore_eot=True))
-    assert (x == eot).sum() == 4 and y[0].tolist() == [-100, 2, 3, 1] * 3 + [-100, 2, 3, -100]
+    for ignore, target in (True, -100), (False, eot):
+        for loader in (data.train_batches(folder, 16, 1, seed=0, ignore_eot=ignore),
+                       data.val_batches(folder, 16, 1, ignore_eot=ignore)):
+            x, y = next(loader)
+            assert (x == eot).sum() == 4
+            assert y[0].tolist() == [target, 2, 3, 1] * 3 + [target, 2, 3, -100]
 
 
 def test_bad_arrays_are_refused_with_the_mend(tmp_path, tokenizer):
     """Training for days on a cut array, another tokenizer, or ids beyond the vocabulary (D5)."""
     folder = write_arrays(tmp_path / "d", tokenizer, np.arange(100))
-    data.load_meta(folder, verify=True)
+    meta = data.load_meta(folder, verify=True)
     with pytest.raises(ValueError, match="less than one sequence"):
         next(data.train_batches(folder, 128, 1, seed=0))
-    raw = (folder / "train.bin").read_bytes()
-    (folder / "train.bin").write_bytes(raw[:-2])
-    with pytest.raises(ValueError, match="cut or replaced.*tokenize"):
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        raw = path.read_bytes()
+        for other in (raw[:-2], raw + raw):
+            path.write_bytes(other)
+            with pytest.raises(ValueError, match="cut or replaced.*tokenize"):
+                data.load_meta(folder)
+        path.write_bytes(raw[:-2] + b"\0\0")
         data.load_meta(folder)
-    (folder / "train.bin").write_bytes(raw[:-2] + b"\0\0")
-    data.load_meta(folder)
-    with pytest.raises(ValueError, match="sha256"):
-        data.load_meta(folder, verify=True)
+        with pytest.raises(ValueError, match="sha256"):
+            data.load_meta(folder, verify=True)
+        path.write_bytes(raw)
     with pytest.raises(ValueError, match="beyond the vocabulary of"):
-        data.load_meta(write_arrays(tmp_path / "e", tokenizer, np.arange(301)), verify=True)
+        data.load_meta(write_arrays(tmp_path / "e", tokenizer, [meta["vocab_size"]]), verify=True)
     meta = json.loads((tmp_path / "e/meta.json").read_text())
     (tmp_path / "e/meta.json").write_text(json.dumps(meta | {"tokenizer_sha256": "0" * 64}))
     with pytest.raises(ValueError, match="tokenizer"):
@@ -597,14 +611,15 @@ def test_real_files_extract(tmp_path, shared):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Six files of invented text with versions, deletions and equal texts across them."""
+    """Six files of invented text with versions, deletions and equal texts across them; many begin
+    alike, and some differ in a capital only."""
     rng, folder = random.Random(0), tmp_path / "text"
     folder.mkdir()
     for i in range(6):
-        records = [
-            (str(rng.randrange(400)), rng.choice([None] + [f"pain {rng.randrange(300)} mg"] * 9))
-            for _ in range(100)
-        ]
+        records = []
+        for _ in range(100):
+            text = f"Über die Wirkung auf {rng.choice('Ss')}chmerzen: {rng.randrange(150)} µg"
+            records.append((str(rng.randrange(400)), rng.choice([None] + [text] * 9)))
         write_text(folder / f"f{i}.jsonl.gz", records)
     return folder
 
@@ -619,17 +634,37 @@ def documents(folder):
     return [set(side) for side in sides]
 
 
-def test_last_record_of_an_id_stands(tmp_path, tokenizer, corpus):
-    """An outdated version, a deleted document or an equal text in the arrays (D7)."""
-    last = dict(pair for path in text_files(corpus) for pair in read_records(path))
-    data.tokenize(corpus, tokenizer, tmp_path / "out", val_fraction=0.2)
-    train, val = documents(tmp_path / "out")
-    assert train | val == set(last.values()) - {None} and not train & val
-    assert 0.1 < len(val) / len(train | val) < 0.3
+def main(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
+    data.main()
+
+
+def test_last_record_of_an_id_stands(tmp_path, tokenizer, corpus, monkeypatch):
+    """An outdated version, a deleted document or an equal text in the arrays; one on another side
+    than its id's hash tells, so that added text moves it; characters for bytes (D7)."""
+    held_out, seen = {}, set()
+    for path in reversed(text_files(corpus)):
+        for ident, text in reversed(list(read_records(path))):
+            if text and ident not in seen:
+                held_out.setdefault(text, hash64(ident) < 0.2 * 2**64)
+            seen.add(ident)
+    flags = ("tokenize", "--text", corpus, "--tokenizer", tokenizer, "--val_fraction", 0.2,
+             "--workers", 1)
+    main(monkeypatch, *flags, "--out", tmp_path / "out")
+    for found, split in zip(documents(tmp_path / "out"), ("train", "val")):
+        expected = {text for text in held_out if held_out[text] == (split == "val")}
+        sizes = data.load_meta(tmp_path / "out")[split]
+        assert found == expected and sizes["documents"] == len(expected) > 20
+        assert sizes["bytes"] == len("".join(expected).encode())
+    main(monkeypatch, *flags, "--out", tmp_path / "plain", "--no_eot")
+    meta = data.load_meta(tmp_path / "plain")
+    assert not meta["eot"] and meta["eot_id"] not in np.fromfile(tmp_path / "plain/val.bin", "H")
+    assert meta["val"]["tokens"] == sizes["tokens"] - sizes["documents"]
 
 
 def test_same_bytes_for_any_workers(tmp_path, tokenizer, corpus, monkeypatch):
-    """Arrays that depend on the number of processes, or on what an earlier run left (D7)."""
+    """Arrays that depend on the number of processes, or on what an earlier run left; new arrays
+    beside an old meta.json (D7)."""
     data.tokenize(corpus, tokenizer, tmp_path / "one", val_fraction=0.05)
     one = contents(tmp_path / "one")
     (tmp_path / "one/train.bin.1.tmp").write_text("left by a killed run")
@@ -638,6 +673,11 @@ def test_same_bytes_for_any_workers(tmp_path, tokenizer, corpus, monkeypatch):
     data.tokenize(corpus, tokenizer, tmp_path / "two", val_fraction=0.05, workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == one
     assert set(one) == {"train.bin", "val.bin", "meta.json", "vocab.json", "merges.txt"}
+    monkeypatch.setattr(Tokenizer, "save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        data.tokenize(corpus, tokenizer, tmp_path / "one", val_fraction=0.1)
+    with pytest.raises(FileNotFoundError, match="no meta.json"):
+        data.load_meta(tmp_path / "one")
 
 
 @pytest.mark.parametrize("val_fraction", [1e-9, 1 - 1e-9])
@@ -658,40 +698,19 @@ def test_own_text_as_one_txt(tmp_path, tokenizer):
     assert sum(map(len, train | val)) == pytest.approx(len(text), rel=0.01)
 
 
-def test_split_is_stable(tmp_path, tokenizer, corpus):
-    """A validation document that is trained on after more text is added (D7)."""
-    data.tokenize(corpus, tokenizer, tmp_path / "a", val_fraction=0.2)
-    write_text(corpus / "g.jsonl.gz", [(f"new{i}", f"new drug {i}") for i in range(50)])
-    data.tokenize(corpus, tokenizer, tmp_path / "b", val_fraction=0.2)
-    (train, val), (later_train, later_val) = documents(tmp_path / "a"), documents(tmp_path / "b")
-    assert val and val <= later_val and train <= later_train
-
-
-def test_tokenize_with_gpt2s_vocabulary(tmp_path, corpus, shared, monkeypatch):
-    """GPT-2's vocabulary, for the paper's ablation, takes more than one command, or other ids."""
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken_cache"))
-    args = ["--text", corpus, "--tokenizer", "gpt2", "--out", tmp_path / "out", "--workers", 1]
-    done = run("data.py", "tokenize", *args)
-    assert done.returncode == 0, done.stderr
-    meta = json.loads((tmp_path / "out/meta.json").read_text())
-    assert (meta["vocab_size"], meta["eot_id"]) == (50257, 50256)
-    ids = np.fromfile(tmp_path / "out/train.bin", np.uint16).tolist()
-    gpt2 = tiktoken.get_encoding("gpt2")
-    text = gpt2.decode(ids)
-    assert gpt2.encode(text, allowed_special="all") == ids
-    assert set(text.split("<|endoftext|>")) - {""} <= set(texts(corpus).values())
-
-
 def test_tokenize_refuses_with_the_mend(tmp_path, tokenizer, corpus):
     """A half-written array, an empty corpus, a share that is none."""
     write_text(tmp_path / "empty.jsonl.gz", [("1", "a"), ("1", None)])
+    pairs = list(itertools.product(ALPHABET, repeat=2))
+    Tokenizer.from_merges(pairs).save(tmp_path / "large")
     for text, kwargs, message in [
+        (corpus, {"tokenizer_name": tmp_path / "large"}, "uint16 holds 65,536"),
         (tmp_path / "empty.jsonl.gz", {}, "two are needed"),
         (corpus, {"val_fraction": 2}, "between 0 and 1"),
         (tmp_path / "no", {}, "run python data.py extract"),
     ]:
         with pytest.raises((ValueError, OSError), match=message):
-            data.tokenize(text, tokenizer, tmp_path / "out", **kwargs)
+            data.tokenize(text, out=tmp_path / "out", **{"tokenizer_name": tokenizer} | kwargs)
     (corpus / "f3.jsonl.gz").write_bytes((corpus / "f3.jsonl.gz").read_bytes()[:-20])
     with pytest.raises(ValueError, match="f3.*damaged gzip"):
         data.tokenize(corpus, tokenizer, tmp_path / "out")
@@ -1027,18 +1046,38 @@ def test_download_unpacks(serve, tmp_path):
 # question sets
 
 
-def test_pubmedqa_split_is_the_official_one(shared):
-    """Another test set than everyone else's (F5)."""
-    truth = json.loads((shared / "qa/pubmedqa/test_ground_truth.json").read_text())
-    parts = {s: data.load_qa("pubmedqa", shared / "qa", s) for s in ("train", "dev", "test")}
-    assert [q.id for q in parts["test"]] == list(truth)
-    assert [q.options[q.answer] for q in parts["test"]] == list(truth.values())
-    assert [len(parts[s]) for s in parts] == [450, 50, 500]
-    assert len({q.id for p in parts.values() for q in p}) == 1000
+# What the official split_dataset.py makes of 96 questions, of which 10 are "maybe" and 32 "no".
+PUBMEDQA_DEV = "84 22 63 38 3"
+PUBMEDQA_TRAIN = """69 95 33 83 2 44 93 18 13 7 82 15 89 71 23 39 80 58 68 0 79 45 31 86 27 65 35 11
+    77 34 12 41 29 87 59 74 19 8 10 17 43 76 30"""
+PUBMEDQA_TEST = """55 57 92 49 70 85 25 67 91 20 75 40 24 94 32 72 47 60 42 52 62 64 37 14 54 90 50
+    48 51 36 88 81 46 53 21 73 28 56 26 16 78 66 61 1 4 5 6 9"""
+
+
+def test_pubmedqa_split_is_the_official_one(tmp_path):
+    """Another test set than everyone else's, or labels in another order (F5)."""
+    items = {}
+    for i in range(96):
+        label = "maybe" if i < 10 else "no" if i % 5 in (1, 3) and i < 90 else "yes"
+        items[str(i)] = {"QUESTION": f"Q{i}?", "CONTEXTS": ["A.", "B."], "final_decision": label,
+                         "LONG_ANSWER": "Long."}
+    (tmp_path / "ori_pqal.json").write_text(json.dumps(items))
+    for split, ids in (
+        ("dev", PUBMEDQA_DEV), ("train", PUBMEDQA_TRAIN), ("test", PUBMEDQA_TEST)
+    ):
+        found = data.load_qa("pubmedqa", tmp_path, split)
+        assert [q.id for q in found] == ids.split()
+        for q in found:
+            labels = ("maybe", "no", "yes")  # BioMedLM's order
+            answer = labels.index(items[q.id]["final_decision"])
+            assert q == data.Question(q.id, f"Q{q.id}?", "A. B.", labels, answer, "Long.")
 
 
 def test_official_files_load(shared):
-    """A row lost to quoting, an answer off by one."""
+    """A row lost to quoting, an answer off by one, another test set than the official one."""
+    truth = json.loads((shared / "qa/pubmedqa/test_ground_truth.json").read_text())
+    asked = data.load_qa("pubmedqa", shared / "qa", "test")
+    assert [(q.id, q.options[q.answer]) for q in asked] == list(truth.items())
     counts = {
         (t, s): len(data.load_qa(t, shared / "qa", s))
         for t, s in (("medqa", "dev"), ("medqa", "train"), ("mmlu", "test"))
@@ -1054,9 +1093,7 @@ def test_official_files_load(shared):
         and medmcqa[0].answer == 0
         and {q.answer for q in medmcqa} == {0, 1, 2, 3}
     )
-    texts = [data.load_qa("text", shared / "qa/medquad", s) for s in ("train", "dev", "test")]
-    assert len({q.id for part in texts for q in part}) == sum(map(len, texts)) > 2000
-    assert all(q.target for part in texts for q in part)
+    check_no_text_is_shared(shared / "qa/medquad", 2750)
 
 
 def mcq(**changes):
@@ -1065,15 +1102,38 @@ def mcq(**changes):
 
 
 def test_medmcqa_counts_from_one_or_zero(tmp_path):
-    """Every answer off by one, silently, on the Hugging Face copy."""
+    """Every answer off by one, silently, on the Hugging Face copy; a lost subject or entity."""
     path = tmp_path / "train.json"
-    path.write_text(mcq(cop=4) + "\n" + mcq(id="b", cop=1))
-    assert [q.answer for q in data.load_qa("medmcqa", tmp_path, "train")] == [3, 0]
-    path.write_text(
-        mcq(cop=3, question="a &lt; b") + "\n" + mcq(id="b", cop=0) + "\n" + mcq(id="c", cop=-1)
-    )
-    questions = data.load_qa("medmcqa", tmp_path, "train")
-    assert [q.answer for q in questions] == [3, 0, None] and questions[0].question == "a < b"
+    for labels, answers in (
+        ([4, 1, None], [3, 0, None]),
+        ([3, 2], [2, 1]),
+        ([3, 0, -1], [3, 0, None]),
+    ):
+        rows = [mcq(id=str(i), cop=label) for i, label in enumerate(labels)]
+        path.write_text("\n".join(rows))
+        assert [q.answer for q in data.load_qa("medmcqa", tmp_path, "train")] == answers
+    row = {"question": "a &lt; b", "opd": "&gt; 4", "subject_name": "Dental", "choice_type": "one"}
+    path.write_text(mcq(**row))
+    assert data.load_qa("medmcqa", tmp_path, "train") == [
+        data.Question("a", "a < b", "", ("1", "2", "3", "> 4"), 0, subject="Dental", kind="one")
+    ]
+
+
+def test_mmlus_medical_subjects(tmp_path):
+    """A subject that isn't asked, or not; a row cut at its comma or quotes; MedQA's letters."""
+    subjects = ["anatomy", "clinical_knowledge", "college_biology", "college_medicine",
+                "medical_genetics", "professional_medicine", "virology"]
+    for subject in subjects:
+        (tmp_path / f"{subject}_val.csv").write_text('"Is ""it"", so?","a, b",c,d,e,C\n')
+    found = data.load_qa("mmlu", tmp_path, "val")
+    assert [q.subject for q in found] == subjects[:6]
+    assert found[0] == data.Question(
+        "anatomy-val-0", 'Is "it", so?', options=("a, b", "c", "d", "e"), answer=2,
+        subject="anatomy")
+    row = MEDQA | {"options": {"B": "no", "A": "yes"}}
+    (tmp_path / "phrases_no_exclude_dev.jsonl").write_text(json.dumps(row))
+    assert data.load_qa("medqa", tmp_path, "dev") == [
+        data.Question("dev-0", "Q?", options=("yes", "no"), answer=1, kind="step1")]
 
 
 @pytest.mark.parametrize(
@@ -1118,14 +1178,9 @@ DEEP = "[" * 900 + "]" * 900
         for changes in (
             {"answer": "yes"},
             {"answer_idx": None},
-            {"answer_idx": "AB"},
             {"answer_idx": json.loads(DEEP)},
             {"options": {"A": "yes", "B": 7}},
-            {"options": {"A": None, "B": "no"}},
-            {"options": ["yes", "no"]},
             {"options": None},
-            {"question": None},
-            {"question": {"a": "b"}},
             {"question": "\u2028 \n"},
             {"meta_info": 1},
             {"options": {str(i): "x" * 50 for i in range(50_000)}, "answer_idx": "B"},
@@ -1135,20 +1190,15 @@ DEEP = "[" * 900 + "]" * 900
         ("pubmedqa", "ori_pqal.json", PUBMEDQA, changes)
         for changes in (
             {"CONTEXTS": "one string"},
-            {"CONTEXTS": None},
             {"CONTEXTS": ["A.", None]},
-            {"QUESTION": None},
             {"LONG_ANSWER": None},
-            {"final_decision": ""},
             {"final_decision": "x" * 10**6},
-            {"final_decision": {"a": 1}},
         )
     ]
     + [
         ("mmlu", "anatomy_test.csv", ["Q?", "a", "b", "c", "d", "A"], row)
         for row in (
             ["Q?", "a", "b", "c", "d", ""],
-            ["Q?", "a", "b", "c", "d", "AB"],
             ["Q?", "a", "b", "c", "A"],
             ["Q?" * 200_000, "a", "b", "c", "d", "A"],
         )
@@ -1171,33 +1221,50 @@ def test_one_bad_field_is_one_line(tmp_path, task, name, good, bad):
 
 
 def test_bioasq_of_two_kinds(tmp_path):
-    """BLURB's and BioASQ's own files read differently."""
-    (tmp_path / "test.tsv").write_text("i1\tIs it?\tSome text\tyes\ni2\tIs it?\tText\tno\n")
-    assert [q.answer for q in data.load_qa("bioasq", tmp_path, "test")] == [1, 0]
+    """BLURB's and BioASQ's own files read differently; the golden answers trained on."""
+    path = tmp_path / "test.tsv"
+    path.write_text("i1\tIs it?\tSome text\tyes\ni2\tIs it?\tText\tno\n")
+    first, second = data.load_qa("bioasq", tmp_path, "test")
+    assert first == data.Question("i1", "Is it?", "Some text", ("no", "yes"), 1, kind="yesno")
+    assert second.answer == 0
+    path.unlink()
     item = {"type": "yesno", "body": "Is it?", "snippets": [{"text": "A."}, {"text": "B."}]}
     items = [item | {"id": str(i), "exact_answer": ["Yes", "no"][i % 2]} for i in range(20)]
     path = tmp_path / "7b_train.json"
     path.write_text(json.dumps({"questions": [*items, {"type": "list", "id": "l"}]}))
-    train, dev = (data.load_qa("bioasq", tmp_path, s) for s in ("train", "dev"))
-    assert len(train) == 18 and [q.id for q in dev] == ["0", "10"]
+    golden = [item | {"id": "g", "exact_answer": "yes"}]
+    (tmp_path / "7B1_golden.json").write_text(json.dumps({"questions": golden}))
+    train, dev, test = (data.load_qa("bioasq", tmp_path, s) for s in ("train", "dev", "test"))
+    assert [q.id for q in train] == [str(i) for i in range(20) if i % 10]
+    assert [q.id for q in dev] == ["0", "10"] and [q.id for q in test] == ["g"]
     assert dev[0].context == "A. B." and dev[0].answer == 1
     path.write_text(path.read_text().replace('"Yes"', '"perhaps"'))
     with pytest.raises(ValueError, match="question 2: label 'perhaps'"):
         data.load_qa("bioasq", tmp_path, "train")
 
 
-def test_medquad_split_shares_no_text(tmp_path, shared):
-    """A question or a whole answer of the test that was trained on, in another file or not."""
+def check_no_text_is_shared(folder, n):
+    parts = [data.load_qa("text", folder, split) for split in ("train", "dev", "test")]
+    texts = [{text for q in part for text in (q.question, q.target)} for part in parts]
+    assert len(set.union(*texts)) == sum(map(len, texts))
+    train, dev, test = map(len, parts)
+    assert train + dev + test == n and 0.6 < train / n < 0.9 and min(dev, test) > 0.05 * n
+    return parts
+
+
+def test_medquad_split_shares_no_text(tmp_path):
+    """A question or a whole answer of the test that was trained on, in another file or not; an
+    answer that its authors withhold."""
     pairs = [(f"Q{i}?", f"A{i}.") for i in range(200)]
     pairs += [("Q1?", "A2."), ("Q2?", "A3."), ("Q3?", "A1."), ("Q1?", "A1.")] * 3
-    for i, (question, answer) in enumerate(pairs):
-        pair = f"<QAPair><Question>{question}</Question><Answer>{answer}</Answer></QAPair>"
-        (tmp_path / f"{i}.xml").write_text(f"<Document><QAPairs>{pair}</QAPairs></Document>")
-    for folder, n in ((tmp_path, len(pairs)), (shared / "qa/medquad", 2750)):
-        parts = [data.load_qa("text", folder, split) for split in ("train", "dev", "test")]
-        texts = [{text for q in part for text in (q.question, q.target)} for part in parts]
-        assert len(set.union(*texts)) == sum(map(len, texts))
-        assert sum(map(len, parts)) == n and n * 0.7 < len(parts[0]) < n * 0.9
+    pairs += [(f"Q{i}?", f"A{i + 1}.") for i in range(100, 120)]  # a long chain
+    (tmp_path / "1_GHR").mkdir()
+    for i, (question, answer) in enumerate([*pairs, ("Withheld?", "")]):
+        pair = f"<Question qtype='use'>{question}</Question><Answer>{answer}</Answer>"
+        text = f"<Document><QAPairs><QAPair>{pair}</QAPair></QAPairs></Document>"
+        (tmp_path / f"1_GHR/{i}.xml").write_text(text)
+    parts = check_no_text_is_shared(tmp_path, len(pairs))
+    assert {(q.subject, q.kind) for part in parts for q in part} == {("1_GHR", "use")}
 
 
 def test_lines_of_text(tmp_path):
@@ -1231,50 +1298,66 @@ def test_missing_questions(tmp_path, task, split, error):
 
 
 def cloze_corpus(folder):
-    """400 documents of 300 frequent words, and of 90 rarer ones with three endings."""
+    """400 documents of 300 frequent words, and of 90 rarer ones with three endings; every eighth
+    has paragraphs. Returns the text and a tokenizer that has some of the rarer words whole."""
     chance, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
-    grammar = [f"word{a}{b}" for a in letters for b in letters][:300]
+    grammar = [f"{a}{b}word" for a in letters for b in letters][:300]
     words = [f"{a}{b}{c}" for a in ("bron", "hepa", "arth", "gast", "neph", "derm")
-             for b in ("chi", "ri", "to", "al", "u") for c in ("tis", "oma", "ine")]
+             for b in ("chi", "ri", "to", "al", "u") for c in ("tis", "oma", "ina")]
     records = []
     for i in range(400):
-        first = [chance.choices(words, range(1, 91))[0] for _ in range(6)]
-        sentences = [f"Seen {' '.join(chance.sample(grammar, 30))} in {a} or {b} of {a}."
-                     for a, b in zip(first, reversed(first))]
-        records.append((str(i), " ".join(sentences)))
+        paragraphs = []
+        for _ in range(1 if i % 8 else 12):
+            first = chance.choices(words, range(1, 91), k=7)
+            sentences = [f"{first[6].capitalize()} is no start of {first[4]}."]
+            sentences += [f"Seen {' '.join(chance.sample(grammar, 30))} in {a} or {b} of non-{c}."
+                          for a, b, c in zip(first, first[5::-1], first[3:] + first[:3])]
+            paragraphs.append(" ".join([*sentences, f"And {chance.choice(words)}"]))
+        records.append((str(i), "\n".join(paragraphs)))
     (folder / "text").mkdir()
     write_text(folder / "text/t.jsonl.gz", records + [("1", None), ("2", "New. " + records[3][1])])
-    return folder / "text"
+    some = [" " + word.removesuffix("oma") for word in words if not word.endswith("ina")] * 2
+    some += ["oma"] * 9
+    Tokenizer.from_merges(train_bpe(Counter(some), 400)).save(folder / "everyday")
+    return folder / "text", folder / "everyday"
 
 
 def test_cloze_questions(tmp_path, tokenizer):
     """Options that differ in more than a word, a word that the text gave away, others of another
-    ending or frequency, a question on a document that was trained on, or counts of a held-out."""
-    text = cloze_corpus(tmp_path)
+    ending or frequency, a question on a document that was trained on, or counts of a held-out; a
+    piece of a compound asked, a long document as one passage."""
+    text, everyday = cloze_corpus(tmp_path)
     for out in ("a", "b"):
-        data.cloze(text, text, tmp_path / out, 0.2, str(tokenizer))
+        data.cloze(text, text, tmp_path / out, 0.2, str(everyday))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     data.cloze(text, text, tmp_path / "c", 0.2, seed=3)
     asked = data.load_qa("medqa", tmp_path / "a", "test")
     other = data.load_qa("medqa", tmp_path / "c", "test")
     assert {q.question for q in asked} != {q.question for q in other}
-    assert all("medical" in q.kind for q in asked) and not any("medical" in q.kind for q in other)
+    assert not any("medical" in q.kind for q in other)
     data.tokenize(text, tokenizer, tmp_path / "arrays", val_fraction=0.2)
     trained, held_out = documents(tmp_path / "arrays")
-    counted = Counter(re.findall("[a-z]{5,}", " ".join(trained)))
-    asked_of = Counter()
+    passages = sum([[d] if len(d) < 4000 else d.split("\n") for d in held_out], [])
+    counted = Counter(re.findall(r"(?<!-)\b[a-z]{5,}", " ".join(trained)))
+    whole_words = Tokenizer.load(everyday)
+    asked_of, sorts = Counter(), Counter()
     for q in asked:
         words, rests = zip(*(re.fullmatch("([a-z]+)(.*)", option).groups() for option in q.options))
         word = words[q.answer]
-        (whole,) = [d for d in held_out if d.startswith(f"{q.question} {q.options[q.answer]}")]
-        asked_of[whole] += 1
+        (passage,) = [d for d in passages if d.startswith(f"{q.question} {q.options[q.answer]}")]
+        asked_of[passage] += 1
         assert len(set(words)) == 4 and set(rests) == {rests[0]} and rests[0].endswith(".")
-        assert {w[-3:] for w in words} == {word[-3:]} and word not in q.question
+        assert {w[-3:] for w in words} == {word[-3:]} != {"ord"}
+        assert word not in q.question.lower() and len(q.question) >= 200
         assert all(counted[word] / 2 <= counted[w] <= 2 * counted[word] for w in words)
-        assert not set(words) - {word} & set(re.findall("[a-z]+", whole))
+        assert not set(words) - {word} & set(re.findall("[a-z]+", passage.lower()))
         low, high = map(int, re.search("seen ([0-9]+) to ([0-9]+) times", q.kind).groups())
         assert low <= counted[word] <= high < 100 * low
+        sort = "everyday" if len(whole_words.encode(" " + word)) == 1 else "medical"
+        assert q.kind.endswith(sort)
+        sorts[sort, len(whole_words.encode(" " + word))] += 1
     assert max(asked_of.values()) == 3 and len(asked_of) > 40
+    assert sorts["everyday", 1] and sorts["medical", 2]
     assert {q.answer for q in asked} == {0, 1, 2, 3}
     with pytest.raises(ValueError, match="raise --val_fraction"):
         data.cloze(text, text, tmp_path / "d", 1e-9)

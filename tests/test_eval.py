@@ -16,7 +16,7 @@ from test_finetune import TEXT, questions, small_gpt, small_tokenizer, write_med
 
 import eval as evaluate
 from data import Question, load_qa, tokenize
-from finetune import Example, write_lines
+from finetune import Example, wilson, write_lines
 from model import GPT
 from tokenizer import Tokenizer, json_lines, train_bpe
 from train import start_process
@@ -74,6 +74,8 @@ def test_perplexity_of_text(parts, call):
         nats += sum(naive_nats(gpt, ids[at:at + 49]) for at in range(0, len(ids) - 1, 48))
         n_tokens += len(ids) - 1
     check_perplexity(row, nats, n_tokens, n_tokens, len("".join(DOCUMENTS[:7]).encode()))
+    low = call("perplexity --init m --data a.jsonl --limit 7 --dtype bfloat16")["loss"]
+    assert low != row["loss"]
 
 
 def test_perplexity_of_arrays(parts, call):
@@ -105,16 +107,18 @@ def test_likelihood_of_options_equals_plain_logits(parts):
     for n in range(10, 60):  # at some n a prompt just fits
         options = ("no", "maybe", "no")
         asked.append(Question("", TEXT[:n], options=options, answer=0))
+    asked.append(Question("", "Which?", options=("no", TEXT), answer=0))  # longer than the context
     examples, scores = evaluate.zero_shot(gpt, tokenizer, asked, CPU)
     for q, e, found in zip(asked, examples, scores, strict=True):
-        options = [tokenizer.encode(" " + option) for option in q.options]
+        options = [tokenizer.encode(" " + option)[:47] for option in q.options]
         prompt = tokenizer.encode(f"Question: {q.question}\nAnswer:")
         kept = prompt[max(0, len(prompt) + max(map(len, options)) - 48):]
         assert e.truncated == (len(kept) < len(prompt))
-        expected = [naive_nats(gpt, kept) - naive_nats(gpt, kept + ids) for ids in options]
+        before = naive_nats(gpt, kept) if kept[1:] else 0
+        expected = [before - naive_nats(gpt, kept + ids) for ids in options]
         assert found == pytest.approx(expected, abs=2e-4)
-    assert all(found[0] == found[2] for found in scores[7:])
-    assert {e.truncated for e in examples[7:]} == {False, True}
+    assert all(found[0] == found[2] for found in scores[7:-1])
+    assert {e.truncated for e in examples[7:-1]} == {False, True}
 
 
 def test_prompts():
@@ -142,6 +146,7 @@ def test_breakdown():
     rows = evaluate.breakdown(asked, [1, 0])
     assert [(row["group"], row["n"], row["accuracy"]) for row in rows] == [
         ("kind x", 2, 0.5), ("subject s", 1, 1.0), ("words < 4", 1, 1.0), ("words < 8", 1, 0.0)]
+    assert rows[1]["ci95"] == wilson(1.0, 1)
 
 
 def test_default_split(monkeypatch):
@@ -164,17 +169,21 @@ def test_default_split(monkeypatch):
 
 
 def test_qa_command(call):
-    """Catches a split or limit that is ignored, and figures that are not the predictions'."""
+    """Catches a split, limit or dtype that is ignored, figures that are not the predictions'."""
     write_medqa(Path("qa"))
+    command = "qa --zero_shot --task medqa --data qa --init m --limit 6 --predictions p --split "
     for split in ("test", "dev"):
-        row = call("qa --zero_shot --task medqa --data qa --init m --limit 6 "
-                   f"--predictions p.jsonl --split {split}")
+        row = call(command + split)
         asked = load_qa("medqa", "qa", split)[::2]
-        lines = [line for _, line in json_lines("p.jsonl")]
+        lines = [line for _, line in json_lines("p")]
         assert [line["id"] for line in lines] == [q.id for q in asked]
-        right = sum(q.answer == np.argmax(line["scores"]) for q, line in zip(asked, lines))
-        assert row["accuracy"] == row["groups"][0]["accuracy"] == right / 6
+        scores = np.array([line["scores"] for line in lines])
+        right = scores.argmax(1) == [q.answer for q in asked]
+        assert row["accuracy"] == row["groups"][0]["accuracy"] == right.mean()
         assert (row["split"], row["available"], row["n"]) == (split, 12, 6)
+    call(command + "dev --dtype bfloat16")
+    low = np.array([line["scores"] for _, line in json_lines("p")])
+    assert (low != scores).any()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -204,7 +213,7 @@ def test_flags_of_generate_reach_the_model(call, parts, monkeypatch):
     def generate(self, idx, max_new_tokens, **decoding):
         given.update(decoding, max_new_tokens=max_new_tokens, idx=idx.tolist(),
                      dtype=self.transformer.wte.weight.dtype)
-        new = torch.tensor([[65, 66, tokenizer.eot_id, 67]] * len(idx))
+        new = torch.tensor([[65, 66, tokenizer.eot_id, 67, tokenizer.eot_id]] * len(idx))
         return torch.cat([idx, new], dim=1)
 
     monkeypatch.setattr(GPT, "generate", generate)
@@ -260,16 +269,17 @@ def test_perturbed_text_differs_in_one_number():
 
 def test_audit_and_its_controls(call, monkeypatch):
     """Catches an answer judged by another's source, a control that is the question's own reference,
-    a reference judged by itself, and a preference for the changed text."""
+    a reference judged by itself, and a preference for the changed text; a flag without effect."""
     targets = ["It took 11 days.", "It took 22 days.", "None at all."]
     asked = [Question("1", "Of 5 rats?", target=targets[0]),
              Question("2", "How long?", context="After 22 days.", target=targets[1]),
-             Question("3", "How?", target=targets[2])]
+             Question("3", "How?", target=targets[2]),
+             Question("4", "Without an answer?")]
     monkeypatch.setattr(evaluate, "load_qa", lambda task, dir, split: asked)
-    prompts = []
+    calls = []
 
-    def answer(gpt, tokenizer, given, *args, **decoding):
-        prompts.extend(given)
+    def answer(*given, **decoding):
+        calls.append((*given[2:], decoding))
         return ["5 of 11 days", "11 days or 22 kg", "7 kg"]
 
     def loss(gpt, rows, process):  # the second text and its change are as likely
@@ -279,13 +289,21 @@ def test_audit_and_its_controls(call, monkeypatch):
     monkeypatch.setattr(evaluate, "continue_prompts", answer)
     monkeypatch.setattr(evaluate, "summed_loss", loss)
     result = call("numbers --init m --data qa --max_new_tokens 40")
-    assert prompts[0] == small_tokenizer().encode("Question: Of 5 rats?\nAnswer:")[-7:]
+    (prompts, max_new_tokens, decoding), = calls
+    tokenizer = small_tokenizer()
+    assert prompts[0] == tokenizer.encode("Question: Of 5 rats?\nAnswer:")[-7:]
+    assert (max_new_tokens, decoding) == (40, dict(temperature=0.0))
     assert [list(row.values())[1:] for row in result["numbers"]] == [
         [3, 3, 5, 2 / 5, 1 / 5, 2 / 5],  # 5, 11 days | 11 days | 22 kg, 7 kg
         [3, 2, 2, 0.0, 1 / 2, 1 / 2],  # 22 days to question 1, 11 days to question 3
         [3, 2, 2, 1 / 2, 0.0, 1 / 2]]  # 11 days and nothing, 22 days and the context
-    taste = result["perturbed"]  # a tie is no preference
-    assert (taste["texts_with_numbers"], taste["true_preferred"]) == (2, 0.5)
+    # of two texts with numbers; a tie is no preference
+    assert list(result["perturbed"].values()) == [2, 0.5, wilson(0.5, 2)]
+    tokenizer.add_special_tokens(["<|startoftext|>"])  # as after fine-tuning
+    tokenizer.save("m")
+    call("numbers --init m --data qa --limit 2 --paper --max_new_tokens 9")
+    asked_again = [[*tokenizer.encode(text), 300] for text in ("Of 5 rats?", "How long?")]
+    assert calls[1] == (asked_again, 9, evaluate.PAPER_DECODING)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -301,7 +319,9 @@ def test_tokenizer_tables(call):
     tokenizer = small_tokenizer()
     text = " ".join(["Genome, (genome) é"] * 6)
     Path("t.txt").write_text(text)
-    table, groups, of_text, bands = call("tokenizer --tokenizer m --text t.txt")
+    one.save("one")
+    table, groups, of_text, bands = call("tokenizer --tokenizer m --against one --text t.txt")
+    assert list(table[-1]) == ["word", "m", "one"]
     assert table[-1]["m"] == "t/h/r/o/m/b/in" and groups[-1]["terms"] == 210
     n_tokens = len(tokenizer.encode(text + "\n"))
     assert list(of_text[0].values()) == ["m", 18, n_tokens, n_tokens / 18, 120 / n_tokens]

@@ -192,8 +192,8 @@ def test_heads_equal_transformers(task, kind, labels):
 
 
 def test_weights_of_a_seed(init):
-    """Catches --random_init that keeps learned weights, a resize that changes learned rows, seeds
-    that share a head, dropout lost."""
+    """Catches --random_init that keeps learned weights, a resize that changes learned rows or cuts
+    a padded folder's, seeds that share a head, dropout lost."""
     tokenizer = Tokenizer.load(init)
     tokenizer.add_special_tokens(["[PAD]", "[SEP]"])
     settings = {"init": init, "random_init": False, "dropout": 0.3, "kind": "labels",
@@ -210,6 +210,10 @@ def test_weights_of_a_seed(init):
     assert wte.requires_grad and one.gpt.activation_checkpointing
     assert torch.equal(one.head.weight, again.head.weight)
     assert not torch.equal(one.head.weight, two.head.weight)
+    small_gpt(304).save_pretrained(init)
+    padded = build(settings | {"kind": "choice", "labels": ()}, tokenizer, 1)
+    assert len(padded.gpt.transformer.wte.weight) == 304
+    assert padded.head.bias.tolist() == [0]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -219,13 +223,17 @@ def test_weights_of_a_seed(init):
 @pytest.mark.parametrize("task, n_options", [("medqa", 5), ("pubmedqa", 2), ("text", 0)])
 def test_loss_gradient_and_scores_do_not_depend_on_the_cut(task, n_options, monkeypatch):
     """F2, F6: catches a mean per micro-batch or rank, wrong once lengths differ; a wrong stride of
-    ranks, a lost order; a rank without a question that adds one; a loss that isn't the scores'."""
+    ranks, a lost order; a rank without a question that adds one; a loss that isn't the scores';
+    gradients that DDP exchanges too early or too often; bfloat16 that isn't used; a graph kept."""
     qs = [dataclasses.replace(q, options=q.options[:n_options]) for q in questions()]
     examples, _ = encode(qs, task)
     model = task_model(TASKS[task].kind, "ab" if task == "pubmedqa" else "")
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer.zero_grad = lambda **_: None
+    exchanged, graphs = [], []
+    model.register_forward_hook(lambda *_: exchanged.append(model.require_backward_grad_sync))
+    model.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
 
     def run(world_size, max_tokens):
         """What the ranks find together: loss, gradients after DDP's mean, scores."""
@@ -235,9 +243,12 @@ def test_loss_gradient_and_scores_do_not_depend_on_the_cut(task, n_options, monk
         model.zero_grad()
         for rank in range(world_size):
             process = rank_of(world_size, rank, lambda value: parts.append(value) or [])
+            exchanged.clear()
             loss += train_step(model, examples, optimizer, process).item()
+            assert exchanged == [False] * (len(exchanged) - 1) + [True]
             score_examples(model, examples, process)
         scores = score_examples(model, examples, rank_of(world_size, 0, lambda value: parts))
+        assert not graphs[-1]
         return loss, [p.grad / world_size for p in model.parameters()], scores
 
     loss, _, scores = whole = run(1, 8192)
@@ -248,6 +259,9 @@ def test_loss_gradient_and_scores_do_not_depend_on_the_cut(task, n_options, monk
         nats = [torch.tensor(s).logsumexp(0) - s[q.answer] for q, s in zip(qs, scores)]
         expected = sum(nats).item() / len(qs)
     assert loss == pytest.approx(expected, rel=1e-4)
+    low = start_process("cpu", "bfloat16")
+    assert abs(train_step(model, examples, optimizer, low).item() / loss - 1) > 1e-5
+    assert score_examples(model, examples, low) != scores
 
 
 @pytest.mark.parametrize("factor", [1e3, 1e-3, math.nan])
@@ -285,7 +299,8 @@ def test_the_best_epochs_weights_are_kept(choice, monkeypatch, last, chosen):
     steps, after, log = [], [], []
 
     def fake_step(model, batch, optimizer, process):
-        assert model.training and optimizer.defaults["weight_decay"] == 0
+        recipe = [optimizer.defaults[name] for name in ("betas", "eps", "weight_decay")]
+        assert model.training and recipe == [(0.9, 0.999), 1e-8, 0]
         steps.append((len(batch), optimizer.param_groups[0]["lr"]))
         model.head.bias.data += 1
         return torch.tensor(0.5)
@@ -299,9 +314,11 @@ def test_the_best_epochs_weights_are_kept(choice, monkeypatch, last, chosen):
     monkeypatch.setattr(finetune, "score_examples", fake_scores)
     monkeypatch.setattr(finetune, "quality", lambda *_: [0.2, 0.7, 0.7, 0.1][len(after) - 1])
     settings = SETTINGS | {"last": last}
-    score = finetune.train(model, examples, examples[:2], settings, 5, CPU, log)
+    process = rank_of(1, 0)
+    process.all_reduce = lambda values: [3 * values[0]]  # as if of three ranks
+    score = finetune.train(model, examples, examples[:2], settings, 5, process, log)
     assert (score, model.head.bias.item()) == (0.1 if last else 0.7, after[chosen - 1])
-    assert [row["loss"] for row in log] == [0.5] * 4 and log[1]["dev"] == 0.7
+    assert [row["loss"] for row in log] == [1.5] * 4 and log[1]["dev"] == 0.7
     assert steps == [((3, 3, 1)[i % 3], learning_rate(i, 12, 0.1)) for i in range(12)]
 
 
@@ -345,8 +362,9 @@ def test_summary():
     examples = [Example(Question("", "?", options=options[i % 2], answer=i // 3), [], i < 2)
                 for i in range(4)]
     row = summarise("medqa", "test", 9, examples, [0.5, 1.0])
-    expected = {"ci95": wilson(0.75, 4), "accuracy": 0.75, "n": 4, "available": 9, "truncated": 2,
-                "chance": 0.375, "majority": 0.75, "task": "medqa", "split": "test"}
+    expected = {"ci95": wilson(0.75, 4), "accuracy": 0.75, "std": pytest.approx(0.125**0.5),
+                "n": 4, "available": 9, "truncated": 2, "chance": 0.375, "majority": 0.75,
+                "task": "medqa", "split": "test"}
     assert row == row | expected
 
 
@@ -355,8 +373,11 @@ def write_medqa(folder, n=12):
     folder.mkdir(parents=True)
     options = dict(A="aspirin", B="heparin", C="insulin", D="no")
     for split, first in (("train", 0), ("dev", 5), ("test", 100)):
-        rows = [dict(question=f"Which drug helps patient {i}?", options=options,
-                     answer_idx="ABCD"[i % 4], meta_info="step1") for i in range(first, first + n)]
+        rows = []
+        for i in range(first, first + n):
+            letter = "ABCD"[i % 4]
+            rows.append(dict(question=f"Which drug helps patient {i}?", options=options,
+                             answer_idx=letter, answer=options[letter], meta_info="step1"))
         write_lines(folder / f"phrases_no_exclude_{split}.jsonl", rows)
 
 
@@ -370,16 +391,16 @@ def test_questions_of_dev_and_test_leave_train(monkeypatch):
     def fake(task, folder, split):
         if (task, folder, split) not in files:
             raise FileNotFoundError(f"no {split} in {folder}")
-        return [Question(id=text, question=text, options=("x", "y"),
+        return [Question(id=split + text, question="Q?", options=("x", text),
                          answer=None if split + text == "test3" else 0)
                 for text in files[task, folder, split]]
 
     monkeypatch.setattr(finetune, "load_qa", fake)
     sets = read_questions("mmlu", ["a", "b"])
-    assert {split: "".join(q.id for q in found) for split, found in sets.items()} == {
-        "train": "5", "dev": "1", "test": "23"}
-    assert [q.id for q in labeled(sets["test"])] == ["2"]
-    assert [q.id for q in labeled(fake("medmcqa", "b", "train"), 2)] == ["5", "2"]
+    assert {split: [q.id for q in found] for split, found in sets.items()} == {
+        "train": ["train5"], "dev": ["val1"], "test": ["test2", "test3"]}
+    assert [q.id for q in labeled(sets["test"])] == ["test2"]
+    assert [q.options[1] for q in labeled(fake("medmcqa", "b", "train"), 2)] == ["5", "2"]
     for task, folders in ("mmlu", ["a", "c"]), ("pubmedqa", ["c"]):
         with pytest.raises(FileNotFoundError, match="no test in c"):
             read_questions(task, folders)
@@ -447,30 +468,40 @@ def test_dev_chooses_and_test_is_reported(tmp_path, tune, monkeypatch, split, sa
 
     def fake_train(model, train_set, dev_set, settings, seed, process, log):
         assert len(train_set) == 5 and len(dev_set) == (12 if split == "test" else 0)
+        assert process.dtype == torch.bfloat16
         model.head.bias.data.fill_(seed)
         return {3: 0.5, 1: 0.9, 2: 0.9}[seed] if dev_set else None
 
     monkeypatch.setattr(finetune, "train", fake_train)
     monkeypatch.setattr(finetune, "score_examples", lambda model, examples, process: [
         [0, model.head.bias.item(), 0, 0]] * len(examples))
-    result = tune("--seeds", "3,1,2")
+    result = tune("--seeds", "3,1,2", "--dtype", "bfloat16")
     assert (result["split"], result["saved_seed"]) == (split, saved)
     assert load_finetuned(tmp_path / "out", "medqa")[0].head.bias.item() == saved
-    assert lines(tmp_path / "out/predictions.jsonl")[0]["scores"][1] == saved
+    row = lines(tmp_path / "out/predictions.jsonl")[0]
+    assert (row["scores"], row["prediction"]) == ([0, saved, 0, 0], 1)
 
 
 def test_flags_and_defaults_reach_the_settings(init, monkeypatch):
-    """Catches a flag that changes nothing, a default of another size, a row past the context."""
-    def settings(flags=""):
-        given = f"finetune.py --task medqa --data x --init {init} --out y {flags}"
+    """Catches a flag that changes nothing, a default of another task or size, a row past the
+    context."""
+    def settings(flags="", task="medqa"):
+        given = f"finetune.py --task {task} --data x --init {init} --out y {flags}"
         monkeypatch.setattr(sys, "argv", given.split())
         found, _ = finetune.resolve(finetune.parse_args())
-        return [found[name] for name in ("lr", "epochs", "dropout", "length")]
+        return [found[name] for name in ("lr", "epochs", "length", "dropout")]
 
-    assert settings("--lr 1 --epochs 2 --dropout 0 --length 9") == [1, 2, 0, 9]
-    for n_params, expected in (2e9, [1e-5, 5]), (6e7, [5e-5, 5]), (1e6, [3e-4, 10]):
+    assert settings("--lr 1 --epochs 2 --dropout 0 --length 9") == [1, 2, 9, 0]
+    assert settings()[2:] == [64, None]
+    config = dataclasses.replace(GPT.config_of(init), n_positions=2048)
+    monkeypatch.setattr(GPT, "config_of", lambda folder: config)
+    for n_params, task, *expected in [
+            (2e9, "medqa", 1e-5, 5, 512), (2e9, "pubmedqa", 2e-6, 20, 512),
+            (2e9, "bioasq", 2e-6, 20, 1024), (2e9, "text", 1e-5, 3, 1022),
+            (6e7, "medqa", 5e-5, 5, 512), (1e6, "medqa", 3e-4, 10, 512),
+            (1e6, "bioasq", 3e-4, 20, 1024)]:
         monkeypatch.setattr(GPT, "n_params", lambda model, n=n_params: n)
-        assert settings() == [*expected, None, 64]
+        assert settings(task=task)[:3] == expected
 
 
 @pytest.mark.parametrize("flag, value, needs", [
