@@ -388,7 +388,8 @@ def audit_numbers(args):
     for q in questions:
         text = q.question if finetuned else zero_shot_prompt(q)
         prompts.append(tokenizer.encode(text)[-room:])  # a long one loses its start
-    answers = continue_prompts(gpt, tokenizer, prompts, args.max_new_tokens, temperature=0.0)
+    decoding = PAPER_DECODING if args.paper else {"temperature": 0.0}
+    answers = continue_prompts(gpt, tokenizer, prompts, args.max_new_tokens, **decoding)
     asked = [f"{q.question}\n{q.context}" for q in questions]
     sources = [f"{q.question}\n{q.context}\n{q.target}" for q in questions]
     rows = [judge("generated", answers, sources),
@@ -696,6 +697,7 @@ def main():
     add("--task", choices=["text", "pubmedqa"], default="text", help="which set (default: text)")
     add_questions(add)
     add("--max_new_tokens", type=positive, default=128, help="of an answer at most (default: 128)")
+    add("--paper", action="store_true", help="BioMedLM's decoding, as above (default: greedy)")
 
     add = command("tokenizer", tokenizer_tables, "how biomedical words break", model=False)
     add("--tokenizer", required=True, help="folder of a tokenizer, or gpt2")

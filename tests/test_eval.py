@@ -302,7 +302,7 @@ def test_audit_and_its_controls(call, monkeypatch):
     tokenizer.add_special_tokens(["<|startoftext|>"])  # as after fine-tuning
     tokenizer.save("m")
     call("numbers --init m --data qa --limit 2 --paper --max_new_tokens 9")
-    asked_again = [[*tokenizer.encode(text), 300] for text in ("Of 5 rats?", "How long?")]
+    asked_again = [tokenizer.encode(text) for text in ("Of 5 rats?", "How long?")]
     assert calls[1] == (asked_again, 9, evaluate.PAPER_DECODING)
 
 

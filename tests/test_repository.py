@@ -67,7 +67,8 @@ def test_readme_names_real_flags():
     """A flag in README, in or out of a block, that no script has."""
     source = "".join(path.read_text() for path in (*ROOT.glob("*.py"), ROOT / "tests/bench.py"))
     others = {"standalone", "nproc_per_node", "nnodes", "max_restarts", "rdzv_backend", "rdzv_id",
-              "rdzv_endpoint", "nodes", "gpus", "cpus", "requeue", "ntasks"}  # torchrun, sbatch
+              "rdzv_endpoint", "nodes", "gpus", "cpus", "requeue", "ntasks",  # torchrun, sbatch
+              "model", "model_args", "tasks"}  # lm_eval
     for flag in set(re.findall(r"--(\w+)", (ROOT / "README.md").read_text())) - others:
         assert re.search(rf'"(--)?{flag}"', source), flag
 
