@@ -528,10 +528,11 @@ def test_two_processes_equal_one(tmp_path, init):
     for n in (1, 2):
         out = tmp_path / f"out{n}"
         command = (f"{sys.executable} -m torch.distributed.run --nproc_per_node={n} "
-                   f"--master_port=29617 {ROOT}/finetune.py --task medqa --data {tmp_path}/qa "
+                   f"--master_port=29617 finetune.py --task medqa --data {tmp_path}/qa "
                    f"--init {init} --out {out} --epochs 2 --seeds 1 --batch_size 400 "
                    "--dropout 0")
-        done = subprocess.run(command.split(), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True,
+                              timeout=300)
         assert done.returncode == 0, done.stderr
         rows.append([row for row in lines(out / "log.jsonl") if "epoch" in row])
     for one, two in zip(*rows, strict=True):
