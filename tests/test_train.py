@@ -86,6 +86,7 @@ def rank_main(rank, world_size, node_size, port, argv, fault, output):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     torch.set_num_threads(1)
+    train.tqdm.set_lock(threading.RLock())  # forks share its own: one killed while writing keeps it
     faulthandler.dump_traceback_later(50)
     if world_size > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % node_size),
