@@ -94,8 +94,7 @@ def test_readme_commands(tmp_path, shared):
                         "TIKTOKEN_CACHE_DIR": str(shared / "tiktoken_cache")}
     for command in readme_commands():
         small = command.replace("--nproc_per_node=8", "--nproc_per_node=2")
-        if "--plan" not in command:
-            small += "".join(f" {flags}" for name, flags in SMALLER.items() if name in command)
+        small += "".join(f" {flags}" for name, flags in SMALLER.items() if name in command)
         done = subprocess.run(["bash", "-c", small], cwd=home, env=env, capture_output=True,
                               text=True, timeout=300)
         assert done.returncode == 0, f"{small}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
