@@ -41,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import GPT, GPTConfig, kernels_active, load_tensors, newest_checkpoint
+from model import GPT, GPTConfig, Linear, kernels_active, load_tensors, newest_checkpoint
 from tokenizer import Tokenizer, replacing, run_command
 
 # ---------------------------------------------------------------------------------------------
@@ -102,6 +102,9 @@ def main():
         torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets
         for block in gpt.transformer.h:
             block.compile()
+    else:  # torch.compile can't look into it
+        for layer in linear_layers(gpt):
+            layer.accumulates = True
     process.print(f"{run}: {n_params:,} parameters, steps {start} to {total_steps} of "
                   f"{settings['batch_tokens']:,} tokens = {process.world_size} ranks x "
                   f"{accumulation} micro-batches x {micro_batch} sequences x "
@@ -574,6 +577,21 @@ def make_optimizer(model, settings):
                              weight_decay=settings["weight_decay"], fused=True)
 
 
+def linear_layers(model):
+    return [module for module in model.modules() if isinstance(module, Linear)]
+
+
+def cast_weights(model, dtype):
+    """Give the linear layers their weights in bf16, once a step and not in each micro-batch.
+
+    With FSDP a rank has no whole weight to cast before a block gathers it.
+    """
+    if dtype == torch.float32 or isinstance(model, FSDPModule):
+        return
+    for layer in linear_layers(model):
+        layer.working = layer.weight.detach().to(dtype)
+
+
 def train_step(model, optimizer, batches, step, settings, process):
     """Update `step`: (this rank's loss as a 0-d tensor, gradient norm as a float).
 
@@ -583,6 +601,7 @@ def train_step(model, optimizer, batches, step, settings, process):
     # Dropout is all that is random in a step. Seeded anew in each, a resumed run repeats it. A hash
     # in 32 bits, since torch's CPU generator ignores the upper half of a 64-bit seed.
     torch.manual_seed(zlib.crc32(f"{settings['seed']} {step} {process.rank}".encode()))
+    cast_weights(model, process.dtype)
     accumulation = settings["accumulation"]
     positions = accumulation * settings["micro_batch"] * (settings["seq_len"] - 1)
     total = 0.0
