@@ -497,3 +497,24 @@ def test_export_command(model, idx, tmp_path):
     assert torch.equal(GPT.from_pretrained(out)(idx)[0], model(idx)[0])
     done = run("model.py", "export", "--init", tmp_path / "none", "--out", out)
     assert done.returncode == 1 and done.stderr.startswith("model.py: error: no config.json")
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_weight_gradient_adds_up_in_place(held):
+    """The sum in another place than before, or cloned where DDP's bucket holds it too."""
+    torch.manual_seed(0)
+    ours, plain = Linear(6, 4), torch.nn.Linear(6, 4)
+    plain.load_state_dict(ours.state_dict())
+    ours.accumulates = True
+    places = set()
+    for _ in range(3):
+        x = torch.randn(2, 5, 6)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        for layer, x in zip((ours, plain), inputs):
+            layer(x).square().sum().backward()
+        assert torch.equal(inputs[0].grad, inputs[1].grad)
+        places.add(ours.weight.grad.data_ptr())
+        bucket = ours.weight.grad if held else None
+    assert len(places) == 1 and (bucket is None or torch.equal(bucket, plain.weight.grad))
+    for p, q in zip(ours.parameters(), plain.parameters()):
+        assert torch.equal(p.grad, q.grad)
