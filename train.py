@@ -98,13 +98,7 @@ def main():
     if checkpoint is not None:
         load_checkpoint(checkpoint, model, optimizer, process)
     settle_gradients(model, process)
-    if settings["compile"]:
-        torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets
-        for block in gpt.transformer.h:
-            block.compile()
-    else:  # torch.compile can't look into it
-        for layer in linear_layers(gpt):
-            layer.accumulates = True
+    speed_up(gpt, settings["compile"])
     process.print(f"{run}: {n_params:,} parameters, steps {start} to {total_steps} of "
                   f"{settings['batch_tokens']:,} tokens = {process.world_size} ranks x "
                   f"{accumulation} micro-batches x {micro_batch} sequences x "
@@ -530,6 +524,20 @@ def settle_gradients(model, process):
     model.zero_grad(set_to_none=False)
 
 
+def speed_up(model, compiled):
+    """Compile each block, or let weight gradients add up in place: compiling can't look into that."""
+    if compiled:
+        torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets
+        for block in model.transformer.h:
+            block.compile()
+    for layer in linear_layers(model):
+        layer.accumulates = not compiled
+
+
+def linear_layers(model):
+    return [module for module in model.modules() if isinstance(module, Linear)]
+
+
 def catch_signals():
     """SIGTERM or SIGINT now asks for a stop at the step's edge; a second one ends the process.
 
@@ -575,10 +583,6 @@ def make_optimizer(model, settings):
     """
     return torch.optim.AdamW(model.parameters(), lr=settings["lr"], betas=(0.9, 0.95), eps=1e-8,
                              weight_decay=settings["weight_decay"], fused=True)
-
-
-def linear_layers(model):
-    return [module for module in model.modules() if isinstance(module, Linear)]
 
 
 def cast_weights(model, dtype):
