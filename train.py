@@ -525,7 +525,7 @@ def settle_gradients(model, process):
 
 
 def speed_up(model, compiled):
-    """Compile each block, or let weight gradients add up in place: compiling can't look into that."""
+    """Compile each block, or let weight gradients add up in place, which compiling can't follow."""
     if compiled:
         torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets
         for block in model.transformer.h:
