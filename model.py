@@ -11,7 +11,7 @@ task heads (finetune.py).
 Legend: B batch, T time, C width, H heads, D head width (C = H·D), V vocabulary, N = B·T rows, S all
 tokens of a row when T new ones follow cached ones.
 
-The model calls five fused ops: layer_norm, add_layer_norm, bias_gelu, attention, cross_entropy.
+The model calls four fused ops: add_layer_norm, bias_gelu, attention, cross_entropy.
 Each computes what its name says; an op with dropout draws its mask from a seed. In the second half
 of this file each stands in the same order: a note that derives its backward, the reference (plain
 PyTorch, any dtype), the forward kernel, the backward kernel, the autograd wiring, the public op. A
@@ -34,8 +34,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     from safetensors import SafetensorError
@@ -825,21 +823,16 @@ def jit(fn):
     return triton.jit(fn, do_not_specialize=["seed"]) if triton else fn
 
 
-def custom_op(fn):
-    """Make fn an op that torch.compile calls and never looks into.
-
-    Tracing runs fn too, on tensors without data (FakeTensor), to learn its outputs' shapes and
-    dtypes. No kernel is launched then.
-    """
-    op = torch.library.custom_op(f"biomedlm::{fn.__name__}", mutates_args=())(fn)
-    op.register_fake(fn)
-    return op
-
-
 def launch(kernel, grid, *args, **options):
-    """Run a kernel over a grid; none runs on an empty grid, nor on tensors without data."""
-    if not isinstance(args[0], FakeTensor) and 0 not in grid:
+    """Run a kernel over a grid; none runs on an empty grid."""
+    if 0 not in grid:
         kernel[grid](*args, **options)
+
+
+@torch.compiler.disable  # torch.compile calls the op and never looks into it
+def run_op(function, *args):
+    """The op of an autograd.Function: its forward now, its backward when gradients flow."""
+    return function.apply(*args)
 
 
 def n_programs(x, per_sm):
@@ -906,7 +899,7 @@ def dropout(x, key, col, p24):
 
 
 # ---------------------------------------------------------------------------------------------
-# fused ops: (residual add, dropout,) LayerNorm
+# fused ops: dropout, residual add, LayerNorm
 #
 #     r = residual + dropout(x)      x̂ = (r - mean(r)) · rstd      y = x̂ · w + b
 #
@@ -928,16 +921,19 @@ def dropout(x, key, col, p24):
 # the loop over them, because a tuple's index must be known when the kernel is compiled.
 
 
-def layer_norm_ref(x, weight, bias, eps=1e-5):
+def layer_norm(x, weight, bias, eps=1e-5):
+    """LayerNorm over the last dimension, without a kernel: only the first block's ln_1 has nothing
+    to add. x (..., C) of any float dtype; weight, bias (C,), fp32 under autocast. Returns (..., C)
+    in x's dtype, or autocast's."""
     wide = at_least_fp32(x)
     y = F.layer_norm(wide, weight.shape, weight.to(wide), bias.to(wide), eps)
-    return y.to(x.dtype)
+    return y.to(compute_dtype(x))
 
 
 def add_layer_norm_ref(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=0):
     branch = dropout_ref(at_least_fp32(x), dropout_p, seed)
     new_residual = (residual + branch).to(residual.dtype)
-    return layer_norm_ref(new_residual, weight, bias, eps).to(x.dtype), new_residual
+    return layer_norm(new_residual, weight, bias, eps).to(x.dtype), new_residual
 
 
 @jit
@@ -951,7 +947,6 @@ def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
                         C: constexpr,
                         PIECE: constexpr,
                         N_PIECES: constexpr,
-                        ADD: constexpr,  # False: r = x, and new is not written
                         DROPOUT: constexpr):
     """One row: its new residual r, its mean and rstd, and y."""
     row = tl.program_id(0).to(tl.int64)  # int64: row * C passes 2^31 on long batches
@@ -964,13 +959,12 @@ def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
         cols = i * PIECE + tl.arange(0, PIECE)
         inside = cols < C
         r = load_fp32(x_ptr + start + cols, inside)
-        if ADD:
-            if DROPOUT:
-                r = dropout(r, dropout_key(seed, row), cols, p24)
-            r += load_fp32(residual_ptr + start + cols, inside)
-            stored = r.to(new_ptr.dtype.element_ty)
-            tl.store(new_ptr + start + cols, stored, mask=inside)
-            r = stored.to(tl.float32)  # rounded: normalise what backward will read
+        if DROPOUT:
+            r = dropout(r, dropout_key(seed, row), cols, p24)
+        r += load_fp32(residual_ptr + start + cols, inside)
+        stored = r.to(new_ptr.dtype.element_ty)
+        tl.store(new_ptr + start + cols, stored, mask=inside)
+        r = stored.to(tl.float32)  # rounded: normalise what backward will read
         total += r
         pieces += (r,)
     mean = tl.sum(total, 0) / C
@@ -1008,8 +1002,6 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
                          C: constexpr,
                          PIECE: constexpr,
                          N_PIECES: constexpr,
-                         ADD: constexpr,
-                         HAS_DNEW: constexpr,  # False: nothing flows back along the stream
                          DROPOUT: constexpr):
     """Many rows: their dx and d_residual, and this program's part of dw and db."""
     # The program takes rows program, program + programs, program + 2 · programs, …
@@ -1036,9 +1028,7 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
             inside = cols < C
             dy = load_fp32(dy_ptr + start + cols, inside)
             r = load_fp32(r_ptr + start + cols, inside)
-            later = 0.0
-            if HAS_DNEW:
-                later = load_fp32(dnew_ptr + start + cols, inside)
+            later = load_fp32(dnew_ptr + start + cols, inside)
             xhat = tl.where(inside, (r - mean) * rstd, 0.0)
             g = dy * load_fp32(w_ptr + cols, inside)
             sum_g += g
@@ -1058,8 +1048,7 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
             cols = i * PIECE + tl.arange(0, PIECE)
             inside = cols < C
             dr = rstd * (gs[i] - mean_g - xhats[i] * mean_gx) + laters[i]
-            if ADD:
-                tl.store(dresidual_ptr + start + cols, dr, mask=inside)
+            tl.store(dresidual_ptr + start + cols, dr, mask=inside)
             if DROPOUT:
                 dr = dropout(dr, dropout_key(seed, row), cols, p24)
             tl.store(dx_ptr + start + cols, dr, mask=inside)
@@ -1083,109 +1072,64 @@ def norm_launch(C):
     return piece, triton.cdiv(C, piece), warps
 
 
-@custom_op
-def norm_forward(x: Tensor,
-                 residual: Tensor | None,
-                 weight: Tensor,
-                 bias: Tensor,
-                 eps: float,
-                 p: float,
-                 seed: int,
-                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> y, new residual (empty where none came in), mean, rstd."""
-    x = x.contiguous()
-    C = x.shape[-1]
-    add = residual is not None
-    residual = residual.contiguous() if add else x  # x: a pointer that is never read
-    new = torch.empty_like(residual) if add else x.new_empty(0)
-    y = torch.empty_like(x)
-    mean = x.new_empty(x.numel() // C, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
-    piece, n_pieces, warps = norm_launch(C)
-    launch(norm_forward_kernel, (len(mean),),
-           x, residual, weight, bias,
-           y, new, mean, rstd,
-           *dropout_arguments(p, seed),
-           eps,
-           C, piece, n_pieces,
-           add, p > 0,
-           num_warps=warps)
-    return y, new, mean, rstd
+class AddLayerNorm(torch.autograd.Function):
+    """The two kernels as one op of autograd."""
 
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, eps, p, seed):
+        x = x.contiguous()
+        residual = residual.contiguous()
+        C = x.shape[-1]
+        y = torch.empty_like(x)
+        new = torch.empty_like(residual)
+        mean = x.new_empty(x.numel() // C, dtype=torch.float32)
+        rstd = torch.empty_like(mean)
+        piece, n_pieces, warps = norm_launch(C)
+        launch(norm_forward_kernel, (len(mean),),
+               x, residual, weight, bias,
+               y, new, mean, rstd,
+               *dropout_arguments(p, seed),
+               eps,
+               C, piece, n_pieces,
+               p > 0,
+               num_warps=warps)
+        ctx.dropout = (p, seed)
+        ctx.save_for_backward(new, weight, mean, rstd)
+        return y, new
 
-@custom_op
-def norm_backward(dy: Tensor,
-                  dnew: Tensor | None,
-                  r: Tensor,
-                  weight: Tensor,
-                  mean: Tensor,
-                  rstd: Tensor,
-                  add: bool,
-                  p: float,
-                  seed: int,
-                  ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dx, d_residual (empty unless add), dw and db as (2, C)."""
-    r = r.contiguous()
-    dy = dy.contiguous()
-    N = len(mean)
-    C = r.shape[-1]
-    has_dnew = dnew is not None
-    dnew = dnew.contiguous() if has_dnew else dy  # dy: a pointer that is never read
-    dx = torch.empty_like(dy)  # y has x's dtype
-    dresidual = torch.empty_like(r) if add else r.new_empty(0)
-    per_sm = min(max(6144 // C, 2), 16)  # C = 2560: 2 programs a multiprocessor; 768: 8
-    programs = min(N, n_programs(r, per_sm))
-
-    partial = r.new_empty(programs, 2, C, dtype=torch.float32)
-    piece, n_pieces, warps = norm_launch(C)
-    launch(norm_backward_kernel, (programs,),
-           dy, dnew, r, weight, mean, rstd,
-           dx, dresidual, partial,
-           N,
-           *dropout_arguments(p, seed),
-           C, piece, n_pieces,
-           add, has_dnew, p > 0,
-           num_warps=warps)
-    return dx, dresidual, partial.sum(0).to(weight.dtype)
-
-
-def norm_setup(ctx, inputs, output):
-    x, residual, weight, _, _, p, seed = inputs
-    _, new, mean, rstd = output
-    add = residual is not None
-    ctx.set_materialize_grads(False)  # an unused output's gradient stays None, not a zero tensor
-    ctx.settings = (add, p, seed)
-    ctx.save_for_backward(new if add else x, weight, mean, rstd)
-
-
-def norm_autograd(ctx, dy, dnew, *_):
-    r, *rest = ctx.saved_tensors  # read once: under checkpointing a second look raises
-    if dy is None:
-        dy = torch.zeros_like(r)
-    dx, dresidual, (dw, db) = norm_backward(dy, dnew, r, *rest, *ctx.settings)
-    add = ctx.settings[0]
-    return dx, dresidual if add else None, dw, db, None, None, None
-
-
-norm_forward.register_autograd(norm_autograd, setup_context=norm_setup)
-
-
-def layer_norm(x, weight, bias, eps=1e-5):
-    """LayerNorm over the last dimension. x (..., C) of any float dtype; weight, bias (C,), fp32
-    under autocast. Returns (..., C) in x's dtype, or autocast's."""
-    if runs_kernel(x):
-        y = norm_forward(x, None, weight, bias, eps, 0.0, 0)[0]
-    else:
-        y = layer_norm_ref(x, weight, bias, eps)
-    return y.to(compute_dtype(x))
+    @staticmethod
+    def backward(ctx, dy, dnew):
+        r, weight, mean, rstd = ctx.saved_tensors
+        p, seed = ctx.dropout
+        dy = dy.contiguous()
+        dnew = dnew.contiguous()
+        N = len(mean)
+        C = r.shape[-1]
+        dx = torch.empty_like(dy)  # y has x's dtype
+        dresidual = torch.empty_like(r)
+        per_sm = min(max(6144 // C, 2), 16)  # C = 2560: 2 programs a multiprocessor; 768: 8
+        programs = min(N, n_programs(r, per_sm))
+        partial = r.new_empty(programs, 2, C, dtype=torch.float32)
+        piece, n_pieces, warps = norm_launch(C)
+        launch(norm_backward_kernel, (programs,),
+               dy, dnew, r, weight, mean, rstd,
+               dx, dresidual, partial,
+               N,
+               *dropout_arguments(p, seed),
+               C, piece, n_pieces,
+               p > 0,
+               num_warps=warps)
+        dw, db = partial.sum(0).to(weight.dtype)
+        return dx, dresidual, dw, db, None, None, None
 
 
 def add_layer_norm(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=0):
     """new_residual = residual + dropout(x) in residual's dtype, and y = LayerNorm(new_residual) in
     x's dtype (or autocast's). x, residual (..., C). The mask is a function of the int seed.
     Returns (y, new_residual)."""
-    op = norm_forward if runs_kernel(x) else add_layer_norm_ref
-    y, new_residual, *_ = op(x, residual, weight, bias, eps, dropout_p, seed)
+    inputs = (x, residual, weight, bias, eps, dropout_p, seed)
+    y, new_residual = (run_op(AddLayerNorm, *inputs) if runs_kernel(x)
+                       else add_layer_norm_ref(*inputs))
     return y.to(compute_dtype(x)), new_residual
 
 
@@ -1262,63 +1206,55 @@ def gelu_backward_kernel(dy_ptr, x_ptr,  # (N, C)
     tl.store(partial_ptr + tl.program_id(1) * C + cols, tl.sum(db, 0), mask=cols < C)
 
 
-@custom_op
-def gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    C = x.shape[-1]
-    N = x.numel() // C
-    rows = 1
-    cols = min(1024, triton.next_power_of_2(C))
-    launch(gelu_forward_kernel, (triton.cdiv(C, cols) * triton.cdiv(N, rows),),
-           x, bias,
-           y,
-           N,
-           C, rows, cols,
-           num_warps=4)
-    return y
+class BiasGelu(torch.autograd.Function):
+    """The two kernels as one op of autograd."""
 
+    @staticmethod
+    def forward(ctx, x, bias):
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        C = x.shape[-1]
+        N = x.numel() // C
+        rows = 1
+        cols = min(1024, triton.next_power_of_2(C))
+        launch(gelu_forward_kernel, (triton.cdiv(C, cols) * triton.cdiv(N, rows),),
+               x, bias,
+               y,
+               N,
+               C, rows, cols,
+               num_warps=4)
+        ctx.save_for_backward(x, bias)
+        return y
 
-@custom_op
-def gelu_backward(dy: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.contiguous()
-    dy = dy.contiguous()
-    dx = torch.empty_like(x)
-    C = x.shape[-1]
-    N = x.numel() // C
-    rows = 2
-    cols = min(512, triton.next_power_of_2(C))
-    col_tiles = triton.cdiv(C, cols)
+    @staticmethod
+    def backward(ctx, dy):
+        x, bias = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx = torch.empty_like(x)
+        C = x.shape[-1]
+        N = x.numel() // C
+        rows = 2
+        cols = min(512, triton.next_power_of_2(C))
+        col_tiles = triton.cdiv(C, cols)
 
-    # The grid: col_tiles x programs. As in norm_backward each program sums its own rows first.
-    programs = triton.cdiv(n_programs(x, 8), col_tiles)
-    programs = min(programs, triton.cdiv(N, rows))
-    partial = x.new_empty(programs, C, dtype=torch.float32)
-    launch(gelu_backward_kernel, (col_tiles, programs),
-           dy, x, bias,
-           dx, partial,
-           N,
-           C, rows, cols,
-           num_warps=4)
-    return dx, partial.sum(0).to(bias.dtype)
-
-
-def gelu_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def gelu_autograd(ctx, dy):
-    return gelu_backward(dy, *ctx.saved_tensors)
-
-
-gelu_forward.register_autograd(gelu_autograd, setup_context=gelu_setup)
+        # The grid: col_tiles x programs. As in LayerNorm each program sums its own rows first.
+        programs = triton.cdiv(n_programs(x, 8), col_tiles)
+        programs = min(programs, triton.cdiv(N, rows))
+        partial = x.new_empty(programs, C, dtype=torch.float32)
+        launch(gelu_backward_kernel, (col_tiles, programs),
+               dy, x, bias,
+               dx, partial,
+               N,
+               C, rows, cols,
+               num_warps=4)
+        return dx, partial.sum(0).to(bias.dtype)
 
 
 def bias_gelu(x, bias):
     """GELU(x + bias), tanh approximation (GPT-2's gelu_new). x (..., C), bias (C,). Returns x's
     dtype, or autocast's."""
     x = x.to(compute_dtype(x))
-    return gelu_forward(x, bias) if runs_kernel(x) else bias_gelu_ref(x, bias)
+    return run_op(BiasGelu, x, bias) if runs_kernel(x) else bias_gelu_ref(x, bias)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1640,54 +1576,35 @@ def launch_attention(kernel, tensors, scales, n_head, p, seed):
            default_dot_input_precision="ieee")  # fp32 products in fp32, not rounded to tf32
 
 
-@custom_op
-def attention_forward(qkv: Tensor,
-                      n_head: int,
-                      scale: float,
-                      p: float,
-                      seed: int,
-                      ) -> tuple[Tensor, Tensor]:
-    """-> O (B, T, C) and lse (B, H, T)."""
-    B, T, C3 = qkv.shape
-    o = qkv.new_empty(B, T, C3 // 3)
-    lse = qkv.new_empty(B, n_head, T, dtype=torch.float32)
-    launch_attention(attention_forward_kernel, (qkv, o, lse), (scale * LOG2_E,), n_head, p, seed)
-    return o, lse
+class Attention(torch.autograd.Function):
+    """The three kernels as one op of autograd."""
 
+    @staticmethod
+    def forward(ctx, qkv, n_head, scale, p, seed):
+        qkv = qkv.contiguous()
+        B, T, C3 = qkv.shape
+        o = qkv.new_empty(B, T, C3 // 3)
+        lse = qkv.new_empty(B, n_head, T, dtype=torch.float32)
+        launch_attention(attention_forward_kernel, (qkv, o, lse), (scale * LOG2_E,),
+                         n_head, p, seed)
+        ctx.settings = (n_head, scale, p, seed)
+        ctx.save_for_backward(qkv, o, lse)
+        return o
 
-@custom_op
-def attention_backward(do: Tensor,
-                       qkv: Tensor,
-                       o: Tensor,
-                       lse: Tensor,
-                       n_head: int,
-                       scale: float,
-                       p: float,
-                       seed: int,
-                       ) -> Tensor:
-    """-> dqkv (B, T, 3C)."""
-    do = do.contiguous()
-    dqkv = torch.empty_like(qkv)
-    delta = torch.empty_like(lse)
-    scales = (scale, scale * LOG2_E)
-    # The first writes delta and dqkv's first third; the second reads delta and writes the rest.
-    launch_attention(attention_dq_kernel, (qkv, o, do, lse, delta, dqkv), scales, n_head, p, seed)
-    launch_attention(attention_dkv_kernel, (qkv, do, lse, delta, dqkv), scales, n_head, p, seed)
-    return dqkv
-
-
-def attention_setup(ctx, inputs, output):
-    qkv, *ctx.settings = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(qkv, *output)
-
-
-def attention_autograd(ctx, do, *_):
-    dqkv = attention_backward(do, *ctx.saved_tensors, *ctx.settings)
-    return dqkv, None, None, None, None
-
-
-attention_forward.register_autograd(attention_autograd, setup_context=attention_setup)
+    @staticmethod
+    def backward(ctx, do):
+        qkv, o, lse = ctx.saved_tensors
+        n_head, scale, p, seed = ctx.settings
+        do = do.contiguous()
+        dqkv = torch.empty_like(qkv)
+        delta = torch.empty_like(lse)
+        scales = (scale, scale * LOG2_E)
+        # The first writes delta and dqkv's first third; the second reads delta, writes the rest.
+        launch_attention(attention_dq_kernel, (qkv, o, do, lse, delta, dqkv), scales,
+                         n_head, p, seed)
+        launch_attention(attention_dkv_kernel, (qkv, do, lse, delta, dqkv), scales,
+                         n_head, p, seed)
+        return dqkv, None, None, None, None
 
 
 def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
@@ -1695,7 +1612,7 @@ def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
     1/sqrt(D) and BioMedLM's 1/(layer_idx + 1)). Returns (B, T, C) in qkv's dtype, or autocast's."""
     qkv = qkv.to(compute_dtype(qkv))
     if runs_kernel(qkv):
-        return attention_forward(qkv.contiguous(), n_head, scale, dropout_p, seed)[0]
+        return run_op(Attention, qkv, n_head, scale, dropout_p, seed)
     return attention_ref(qkv, n_head, scale, dropout_p, seed)
 
 
@@ -1790,51 +1707,42 @@ def product_fp32(a, b):
 CROSS_ENTROPY_BLOCK = 8192  # columns at a time
 
 
-@custom_op
-def cross_entropy_chunks(hidden: Tensor,
-                         weight: Tensor,
-                         targets: Tensor,
-                         ignore_index: int,
-                         gradient: bool,
-                         ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> loss, dhidden, dweight; the last two are empty unless `gradient`."""
-    targets = targets.contiguous()
-    w = weight.to(hidden.dtype)
-    V = len(weight)
-    block = min(CROSS_ENTROPY_BLOCK, triton.next_power_of_2(V))
-    count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device: no wait for it
-    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
-    dhidden = torch.empty_like(hidden) if gradient else hidden.new_empty(0)
-    dweight = torch.zeros_like(weight, dtype=torch.float32) if gradient else weight.new_empty(0)
-    for start in range(0, len(hidden), CROSS_ENTROPY_CHUNK):
-        rows = slice(start, start + CROSS_ENTROPY_CHUNK)
-        z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
-        launch(cross_entropy_kernel, (len(z),),
-               z, targets[rows],
-               losses[rows],
-               count,
-               ignore_index,
-               V, block,
-               gradient,
-               num_warps=16)
-        if gradient:  # z is dZ now
-            torch.mm(z, w, out=dhidden[rows])
-            dweight += product_fp32(z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
-    return losses.sum() / count, dhidden, dweight.to(weight.dtype)
+class CrossEntropy(torch.autograd.Function):
+    """The kernel and its matrix products as one op of autograd."""
 
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, ignore_index, gradient):
+        targets = targets.contiguous()
+        w = weight.to(hidden.dtype)
+        V = len(weight)
+        block = min(CROSS_ENTROPY_BLOCK, triton.next_power_of_2(V))
+        count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device: no wait
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        if gradient:
+            dhidden = torch.empty_like(hidden)
+            dweight = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(hidden), CROSS_ENTROPY_CHUNK):
+            rows = slice(start, start + CROSS_ENTROPY_CHUNK)
+            z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
+            launch(cross_entropy_kernel, (len(z),),
+                   z, targets[rows],
+                   losses[rows],
+                   count,
+                   ignore_index,
+                   V, block,
+                   gradient,
+                   num_warps=16)
+            if gradient:  # z is dZ now
+                torch.mm(z, w, out=dhidden[rows])
+                dweight += product_fp32(z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
+        if gradient:
+            ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
+        return losses.sum() / count
 
-def cross_entropy_setup(ctx, inputs, output):
-    _, dhidden, dweight = output
-    ctx.set_materialize_grads(False)  # else backward would fill zeros of their size
-    ctx.save_for_backward(dhidden, dweight)
-
-
-def cross_entropy_autograd(ctx, dloss, *_):
-    dhidden, dweight = ctx.saved_tensors  # made for a loss gradient of 1
-    return dhidden * dloss, dweight * dloss, None, None, None
-
-
-cross_entropy_chunks.register_autograd(cross_entropy_autograd, setup_context=cross_entropy_setup)
+    @staticmethod
+    def backward(ctx, dloss):
+        dhidden, dweight = ctx.saved_tensors  # made for a loss gradient of 1
+        return dhidden * dloss, dweight * dloss, None, None, None
 
 
 def cross_entropy(hidden, weight, targets, ignore_index=-100):
@@ -1846,7 +1754,7 @@ def cross_entropy(hidden, weight, targets, ignore_index=-100):
     if not runs_kernel(hidden):
         return cross_entropy_ref(hidden, weight, targets, ignore_index)
     gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return cross_entropy_chunks(hidden, weight, targets, ignore_index, gradient)[0]
+    return run_op(CrossEntropy, hidden, weight, targets, ignore_index, gradient)
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def recorded_launches(arch, C=2560, n_head=20):
           mock.patch.multiple(gpt_model, runs_kernel=lambda x: True, gpu=lambda: arch)):
         outputs = [
             *gpt_model.add_layer_norm(x, residual, weight, bias, 1e-5, 0.1, 1),
-            gpt_model.layer_norm(x, weight, bias),
+            *gpt_model.add_layer_norm(x, residual, weight, bias),
             gpt_model.bias_gelu(parameter(16, 4 * C, dtype=bf16), parameter(4 * C)),
             gpt_model.attention(qkv, n_head, 0.1),
             gpt_model.attention(qkv, n_head, 0.1, 0.1, 1),

@@ -52,7 +52,7 @@ class Case(NamedTuple):
     rest: tuple = ()  # arguments after the tensors
 
 
-NAMES = ["add_layer_norm", "layer_norm", "bias_gelu", "cross_entropy", "attention"]
+NAMES = ["add_layer_norm", "bias_gelu", "cross_entropy", "attention"]
 WITH_AND_WITHOUT_DROPOUT = [*((name, 0.0) for name in NAMES),
                             ("add_layer_norm", 0.1), ("attention", 0.1)]
 F32 = torch.float32
@@ -74,13 +74,10 @@ def some_targets(rows, V):
     return targets
 
 
-def plain_norm(x, weight, bias, eps):
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
-
-
 def plain_add_norm(x, residual, weight, bias, eps):
     new_residual = residual + x
-    return plain_norm(new_residual, weight, bias, eps).to(x.dtype), new_residual
+    y = F.layer_norm(new_residual, weight.shape, weight, bias, eps)
+    return y.to(x.dtype), new_residual
 
 
 def plain_gelu(x, bias):
@@ -113,8 +110,6 @@ def make_case(name, rows, width, heads=2, dtype=F32):
     if name == "add_layer_norm":
         return Case(op, plain_add_norm, (x, residual, weight, bias), (dtype, F32, F32, F32),
                     (0.1,))
-    if name == "layer_norm":
-        return Case(op, plain_norm, (residual, weight, bias), (F32, F32, F32), (0.1,))
     if name == "bias_gelu":
         return Case(op, plain_gelu, (x, bias), (dtype, F32))
     if name == "cross_entropy":
@@ -166,17 +161,31 @@ def check(case):
         assert error <= allowed, f"tensor {i}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def check_compiled(name, case, p, **compile_options):
-    """Compiled equals eager for every seed, in one graph, without a recompilation."""
+def check_compiled(device, tolerance, **compile_options):
+    """Compiled blocks give eager's loss and gradients, and new seeds compile nothing anew."""
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(case.op, fullgraph=True, **compile_options)
-    for seed in (3, 4, 5, 6):
-        seeded = with_dropout(name, case, p, seed)
-        expected = ours(seeded)
-        for a, b in zip(ours(seeded._replace(op=compiled)), expected):
-            assert a.dtype == b.dtype and torch.equal(a, b), name
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, name
+    graphs = torch._dynamo.utils.counters["stats"]
+    config = model.GPTConfig(2, 2, 64, 16, 61, dropout=0.2)
+    idx = torch.arange(16, device=device)[None]
+
+    def train(compiled):
+        torch.manual_seed(1)
+        gpt = model.GPT(config).to(device)
+        if compiled:
+            for block in gpt.transformer.h:
+                block.compile(**compile_options)
+        count = []
+        for _ in range(4):
+            loss = gpt(idx, idx)[1]
+            loss.backward()
+            count.append(graphs["unique_graphs"])
+        return count, [loss.detach(), *(p.grad for p in gpt.parameters())]
+
+    _, expected = train(False)
+    count, got = train(True)
+    assert 0 < count[1] == count[3]  # the second seed may: it becomes a variable
+    for a, b in zip(got, expected):
+        assert a.dtype == b.dtype and (a - b).abs().max() <= tolerance * b.abs().max()
 
 
 def check_rate(kept, p):
@@ -196,7 +205,7 @@ def check_rate(kept, p):
     pytest.param(130, 7, marks=slow), pytest.param(130, 768, marks=slow)])
 def test_norms_and_gelu_match_fp64(rows, width):
     """K1: a wrong dx, dγ or dβ, a lane outside the row in a sum, cancellation at mean 100."""
-    for name in ("layer_norm", "add_layer_norm", "bias_gelu"):
+    for name in ("add_layer_norm", "bias_gelu"):
         check(make_case(name, rows, width))
 
 
@@ -327,12 +336,9 @@ def test_attention_dropout_is_one_mask():
 
 
 @interpreted
-@pytest.mark.parametrize("name", [
-    "add_layer_norm", *(pytest.param(name, marks=slow) for name in NAMES[1:])])
-def test_compiled_equals_eager(name):
-    """K5 without a GPU: a fake that lies about a shape or dtype, a graph break, a recompilation
-    for every seed. The kernels still run in the interpreter, behind AOTAutograd's graph."""
-    check_compiled(name, make_case(name, 6, 32), 0.2, backend="aot_eager")
+def test_compiled_equals_eager():
+    """K5 without a GPU: a graph that goes on without an op's backward, or is made for each seed."""
+    check_compiled("cpu", 0, backend="aot_eager")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -444,12 +450,10 @@ class TestOnGPU:
         """A kernel less exact in bf16 than torch's own op."""
         check(self.case(name, width=width, heads=heads))
 
-    @pytest.mark.parametrize("name,p", WITH_AND_WITHOUT_DROPOUT)
-    def test_compiled_and_autocast_equal_eager(self, name, p):
-        """K5: a fake that lies about shape, dtype or device, a graph break, a recompilation for
-        each seed."""
+    def test_compiled_equals_eager(self):
+        """K5: the same by inductor, in bf16."""
         with torch.autocast("cuda", torch.bfloat16):
-            check_compiled(name, self.case(name), p)
+            check_compiled("cuda", 2**-6)
 
     @pytest.mark.parametrize("name,p", WITH_AND_WITHOUT_DROPOUT)
     def test_bit_identical(self, name, p):
@@ -489,10 +493,10 @@ class TestOnGPU:
         x = torch.randn(300_000, 10_240, device="cuda", dtype=torch.bfloat16)
         tail = x[-100:].clone()
         zeros = torch.zeros(10_240, device="cuda")
-        ones = zeros + 1
         assert torch.equal(model.bias_gelu(x, zeros)[-100:], model.bias_gelu(tail, zeros))
-        assert torch.equal(model.layer_norm(x, ones, zeros)[-100:],
-                           model.layer_norm(tail, ones, zeros))
+        # One by one: each tensor is 6 or 12 GB.
+        y = model.add_layer_norm(x, x, zeros + 1, zeros)[0][-100:].clone()
+        assert torch.equal(y, model.add_layer_norm(tail, tail, zeros + 1, zeros)[0])
 
 
 @slow
