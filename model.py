@@ -1629,10 +1629,12 @@ def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
 # rows go in chunks, and one chunk of logits is all that ever exists. A product makes the chunk's Z,
 # the kernel takes the loss and writes dZ over Z, and two products use dZ up at once. So the
 # gradients are made in forward already (if anybody wants them), for a loss gradient of 1; backward
-# multiplies by the real one. The reference makes each chunk's logits again in backward instead.
+# multiplies by the real one, which nobody knows before. That reads and writes dW once more, by
+# arithmetic 0.2 ms on an H100. The reference makes each chunk's logits again in backward instead: a
+# third more products, 1.7 ms.
 
 
-CROSS_ENTROPY_CHUNK = 4096  # rows
+CROSS_ENTROPY_CHUNK = 8192  # rows: a micro-batch of 8 x 1024 in one
 
 
 def chunk_loss(hidden, weight, targets, ignore_index):
@@ -1697,11 +1699,13 @@ def cross_entropy_kernel(z_ptr,  # logits (N, V); overwritten with their gradien
             tl.store(z_ptr + cols, dz, mask=cols < V)
 
 
-def product_fp32(a, b):
-    """a @ b summed and returned in fp32; operands in bf16 still take the tensor cores."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
+def add_product(total, a, b):
+    """total += a @ b, where total is fp32. a and b in bf16 still take the tensor cores, and their
+    product is never rounded to bf16."""
+    if total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
 
 
 CROSS_ENTROPY_BLOCK = 8192  # columns at a time
@@ -1734,7 +1738,7 @@ class CrossEntropy(torch.autograd.Function):
                    num_warps=16)
             if gradient:  # z is dZ now
                 torch.mm(z, w, out=dhidden[rows])
-                dweight += product_fp32(z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
+                add_product(dweight, z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
         if gradient:
             ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
         return losses.sum() / count
