@@ -851,6 +851,32 @@ def load_fp32(ptr, mask, other: constexpr = 0.0):
     return tl.load(ptr, mask=mask, other=other).to(tl.float32)
 
 
+@jit
+def sum_kernel(partial_ptr,  # (N, C)
+               total_ptr,  # written, (C,)
+               n_rows,
+               C: constexpr,
+               ROWS: constexpr,
+               COLS: constexpr):
+    """COLS columns of the sum over all rows."""
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, n_rows, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
+        total += load_fp32(partial_ptr + rows[:, None] * C + cols[None, :], inside)
+    tl.store(total_ptr + cols, tl.sum(total, 0), mask=cols < C)
+
+
+def sum_programs(partial, dtype):
+    """The sum of what each program has summed: (programs, ...) -> (...) in `dtype`."""
+    total = partial.new_empty(partial.shape[1:], dtype=dtype)
+    C = total.numel()
+    cols = 32
+    launch(sum_kernel, (triton.cdiv(C, cols),), partial, total, len(partial), C, 64, cols)
+    return total
+
+
 # ---------------------------------------------------------------------------------------------
 # fused ops: dropout
 #
@@ -913,7 +939,7 @@ def dropout(x, key, col, p24):
 #     dw = Σ_rows dy · x̂      db = Σ_rows dy
 #
 # The last two sums run over all rows. Each program walks many rows, keeps its own sums in registers
-# and writes them once; torch adds the programs' sums up. The order is fixed and there are no
+# and writes them once; sum_kernel adds the programs' sums up. The order is fixed and there are no
 # atomics, so that every run is bit-identical.
 #
 # A Triton block has a power of two of lanes. For C = 2560 that would be 4096, 37% of them idle. So
@@ -1119,7 +1145,7 @@ class AddLayerNorm(torch.autograd.Function):
                C, piece, n_pieces,
                p > 0,
                num_warps=warps)
-        dw, db = partial.sum(0).to(weight.dtype)
+        dw, db = sum_programs(partial, weight.dtype)
         return dx, dresidual, dw, db, None, None, None
 
 
@@ -1247,7 +1273,7 @@ class BiasGelu(torch.autograd.Function):
                N,
                C, rows, cols,
                num_warps=4)
-        return dx, partial.sum(0).to(bias.dtype)
+        return dx, sum_programs(partial, bias.dtype)
 
 
 def bias_gelu(x, bias):

@@ -198,6 +198,14 @@ def check_rate(kept, p):
 # in the interpreter
 
 
+@interpreted
+def test_sum_programs():
+    """Programs past the first tile lost, or a column past the first: a GPU has more than a CPU."""
+    partial = rand(130, 2, 37)
+    assert torch.allclose(model.sum_programs(partial.float(), F32), partial.sum(0).float(),
+                          atol=1e-5)
+
+
 # every width and every row count of tests.md, not every pair; 130 rows are slow here
 @interpreted
 @pytest.mark.parametrize("rows,width", [
@@ -416,7 +424,7 @@ def test_kernels_cross_compile(target, C, n_head):
     the chip has; attention off the tensor cores' fast path on Hopper."""
     from bench import recorded_launches
     launches = recorded_launches(target, C, n_head)
-    assert len({kernel.__name__ for kernel, *_ in launches}) == 8  # every kernel of model.py
+    assert len({kernel.__name__ for kernel, *_ in launches}) == 9  # every kernel of model.py
     for launch in launches:
         assert_fits(*launch, target)
 
