@@ -823,12 +823,6 @@ def jit(fn):
     return triton.jit(fn, do_not_specialize=["seed"]) if triton else fn
 
 
-def launch(kernel, grid, *args, **options):
-    """Run a kernel over a grid; none runs on an empty grid."""
-    if 0 not in grid:
-        kernel[grid](*args, **options)
-
-
 @torch.compiler.disable  # torch.compile calls the op and never looks into it
 def run_op(function, *args):
     """The op of an autograd.Function: its forward now, its backward when gradients flow."""
@@ -873,7 +867,7 @@ def sum_programs(partial, dtype):
     total = partial.new_empty(partial.shape[1:], dtype=dtype)
     C = total.numel()
     cols = 32
-    launch(sum_kernel, (triton.cdiv(C, cols),), partial, total, len(partial), C, 64, cols)
+    sum_kernel[(triton.cdiv(C, cols),)](partial, total, len(partial), C, 64, cols)
     return total
 
 
@@ -881,47 +875,60 @@ def sum_programs(partial, dtype):
 # fused ops: dropout
 #
 # Forward and backward must draw the same mask, and storing it would cost a byte an element. So the
-# kernels compute it from (seed, row, column) with a 32-bit integer hash. It gives each element 24
-# random bits. The element is dropped if those, as a number, lie below p24 = p · 2^24.
+# kernels compute it from (seed, row, column) with a 32-bit integer hash. An element is dropped if
+# its hash, as a number, lies below threshold = p · 2^32. The reference computes the same mask.
 #
-# The hash is "lowbias32" of Chris Wellons' hash-prospector: two multiplications an element. Triton
-# has a generator of its own, Philox. It takes ten times the instructions, more than attention does.
-
-
-def dropout_ref(x, p, seed):
-    """Dropout whose mask depends on seed alone: not the kernels' mask, but as reproducible."""
-    if p == 0:
-        return x
-    generator = torch.Generator(x.device).manual_seed(seed)
-    keep = torch.rand(x.shape, generator=generator, device=x.device) >= p
-    return x * keep / (1 - p)
+# A row's key is made with "lowbias32" of Chris Wellons' hash-prospector, in which every input bit
+# changes every output bit with probability one half. Most of the work is done once an element: its
+# hash is shorter, two multiplications and one shift. That is just enough: without the last one
+# test_dropout_statistics fails. Triton has a generator of its own, Philox. It takes ten times the
+# instructions, more than attention does.
 
 
 def dropout_arguments(p, seed):
-    """What kernels take as `seed` and `p24`: the seed in 31 bits, and p · 2^24."""
-    return seed % 2**31, round(p * 2**24)
+    """What kernels take: the seed in 31 bits, p · 2^32, the factor 1 / (1 - p), p > 0."""
+    return seed % 2**31, round(p * 2**32), 1 / (1 - p), p > 0
 
 
-@jit
-def hash_u32(x):
-    """lowbias32: every input bit changes every output bit with probability one half."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
+def lowbias32(x):
+    """x is uint32 in a kernel. In the reference it is int64, and "&" keeps it at 32 bits."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     return x ^ (x >> 16)
+
+
+def stays(key, col, threshold):
+    """True where the element of a column stays; key is its row's."""
+    # 0x9E3779B1 is 2^32 over the golden ratio: it spreads neighbouring columns far apart.
+    x = ((key ^ (col * 0x9E3779B1)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x >= threshold
+
+
+lowbias32_kernel = jit(lowbias32)
+stays_kernel = jit(stays)
+
+
+def dropout_ref(x, p, seed):
+    """Dropout of x (..., columns), bit for bit the kernels' mask. All of ... counts as rows."""
+    if p == 0:
+        return x
+    seed, threshold, factor, _ = dropout_arguments(p, seed)
+    *lead, C = x.shape
+    row = torch.arange(math.prod(lead), device=x.device).view(*lead, 1)
+    key = lowbias32(lowbias32(seed) ^ row)
+    return x * stays(key, torch.arange(C, device=x.device), threshold) * factor
 
 
 @jit
 def dropout_key(seed, row):
     """The part of the hash that a row's elements share, so that it is made once a row."""
-    return hash_u32(hash_u32(seed.to(tl.uint32)) ^ row.to(tl.uint32))
+    return lowbias32_kernel(lowbias32_kernel(seed.to(tl.uint32)) ^ row.to(tl.uint32))
 
 
 @jit
-def dropout(x, key, col, p24):
-    """x / (1 - p) where the element stays, else 0. key is dropout_key(seed, row)."""
-    # 0x9E3779B1 is 2^32 over the golden ratio: it spreads neighbouring columns far apart.
-    random24 = hash_u32(key + col.to(tl.uint32) * 0x9E3779B1) >> 8
-    return tl.where(random24.to(tl.int32) >= p24, x * (1 / (1 - p24 / 16777216)), 0.0)
+def keeps(key, col, threshold):
+    return stays_kernel(key, col.to(tl.uint32), threshold.to(tl.uint32))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -968,12 +975,13 @@ def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
                         y_ptr, new_ptr,  # written, (N, C)
                         mean_ptr, rstd_ptr,  # written, (N,)
                         seed,
-                        p24,
+                        threshold,
+                        factor,
+                        DROPOUT: constexpr,
                         eps,
                         C: constexpr,
                         PIECE: constexpr,
-                        N_PIECES: constexpr,
-                        DROPOUT: constexpr):
+                        N_PIECES: constexpr):
     """One row: its new residual r, its mean and rstd, and y."""
     row = tl.program_id(0).to(tl.int64)  # int64: row * C passes 2^31 on long batches
     start = row * C
@@ -986,7 +994,7 @@ def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
         inside = cols < C
         r = load_fp32(x_ptr + start + cols, inside)
         if DROPOUT:
-            r = dropout(r, dropout_key(seed, row), cols, p24)
+            r = tl.where(keeps(dropout_key(seed, row), cols, threshold), r * factor, 0.0)
         r += load_fp32(residual_ptr + start + cols, inside)
         stored = r.to(new_ptr.dtype.element_ty)
         tl.store(new_ptr + start + cols, stored, mask=inside)
@@ -1024,11 +1032,12 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
                          partial_ptr,  # written, (programs, 2, C)
                          n_rows,
                          seed,
-                         p24,
+                         threshold,
+                         factor,
+                         DROPOUT: constexpr,
                          C: constexpr,
                          PIECE: constexpr,
-                         N_PIECES: constexpr,
-                         DROPOUT: constexpr):
+                         N_PIECES: constexpr):
     """Many rows: their dx and d_residual, and this program's part of dw and db."""
     # The program takes rows program, program + programs, program + 2 · programs, …
     program = tl.program_id(0).to(tl.int64)
@@ -1076,7 +1085,7 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
             dr = rstd * (gs[i] - mean_g - xhats[i] * mean_gx) + laters[i]
             tl.store(dresidual_ptr + start + cols, dr, mask=inside)
             if DROPOUT:
-                dr = dropout(dr, dropout_key(seed, row), cols, p24)
+                dr = tl.where(keeps(dropout_key(seed, row), cols, threshold), dr * factor, 0.0)
             tl.store(dx_ptr + start + cols, dr, mask=inside)
 
     # The program's own sums: partial[program, 0] is its dw, partial[program, 1] its db.
@@ -1110,23 +1119,21 @@ class AddLayerNorm(torch.autograd.Function):
         new = torch.empty_like(residual)
         mean = x.new_empty(x.numel() // C, dtype=torch.float32)
         rstd = torch.empty_like(mean)
+        ctx.dropout = dropout_arguments(p, seed)
         piece, n_pieces, warps = norm_launch(C)
-        launch(norm_forward_kernel, (len(mean),),
-               x, residual, weight, bias,
-               y, new, mean, rstd,
-               *dropout_arguments(p, seed),
-               eps,
-               C, piece, n_pieces,
-               p > 0,
-               num_warps=warps)
-        ctx.dropout = (p, seed)
+        norm_forward_kernel[(len(mean),)](
+            x, residual, weight, bias,
+            y, new, mean, rstd,
+            *ctx.dropout,
+            eps,
+            C, piece, n_pieces,
+            num_warps=warps)
         ctx.save_for_backward(new, weight, mean, rstd)
         return y, new
 
     @staticmethod
     def backward(ctx, dy, dnew):
         r, weight, mean, rstd = ctx.saved_tensors
-        p, seed = ctx.dropout
         dy = dy.contiguous()
         dnew = dnew.contiguous()
         N = len(mean)
@@ -1137,14 +1144,13 @@ class AddLayerNorm(torch.autograd.Function):
         programs = min(N, n_programs(r, per_sm))
         partial = r.new_empty(programs, 2, C, dtype=torch.float32)
         piece, n_pieces, warps = norm_launch(C)
-        launch(norm_backward_kernel, (programs,),
-               dy, dnew, r, weight, mean, rstd,
-               dx, dresidual, partial,
-               N,
-               *dropout_arguments(p, seed),
-               C, piece, n_pieces,
-               p > 0,
-               num_warps=warps)
+        norm_backward_kernel[(programs,)](
+            dy, dnew, r, weight, mean, rstd,
+            dx, dresidual, partial,
+            N,
+            *ctx.dropout,
+            C, piece, n_pieces,
+            num_warps=warps)
         dw, db = sum_programs(partial, weight.dtype)
         return dx, dresidual, dw, db, None, None, None
 
@@ -1243,12 +1249,12 @@ class BiasGelu(torch.autograd.Function):
         N = x.numel() // C
         rows = 1
         cols = min(1024, triton.next_power_of_2(C))
-        launch(gelu_forward_kernel, (triton.cdiv(C, cols) * triton.cdiv(N, rows),),
-               x, bias,
-               y,
-               N,
-               C, rows, cols,
-               num_warps=4)
+        gelu_forward_kernel[(triton.cdiv(C, cols) * triton.cdiv(N, rows),)](
+            x, bias,
+            y,
+            N,
+            C, rows, cols,
+            num_warps=4)
         ctx.save_for_backward(x, bias)
         return y
 
@@ -1267,12 +1273,12 @@ class BiasGelu(torch.autograd.Function):
         programs = triton.cdiv(n_programs(x, 8), col_tiles)
         programs = min(programs, triton.cdiv(N, rows))
         partial = x.new_empty(programs, C, dtype=torch.float32)
-        launch(gelu_backward_kernel, (col_tiles, programs),
-               dy, x, bias,
-               dx, partial,
-               N,
-               C, rows, cols,
-               num_warps=4)
+        gelu_backward_kernel[col_tiles, programs](
+            dy, x, bias,
+            dx, partial,
+            N,
+            C, rows, cols,
+            num_warps=4)
         return dx, sum_programs(partial, bias.dtype)
 
 
@@ -1295,12 +1301,15 @@ def bias_gelu(x, bias):
 # lse = m + log(sum), since P = exp(S - lse). The kernels use powers of 2, which are one
 # instruction: scale2 = scale · log2(e) turns logits to base 2, and lse is stored in base 2.
 #
-# Backward, with dropout's mask M (0 or 1/(1 - p)). O = (P∘M) V is a matrix product, so
-#     dV = (P∘M)ᵀ dO      dP = (dO Vᵀ)∘M
+# Backward, with dropout's mask M (0 or 1) and factor f = 1/(1 - p). O = f (P∘M) V is a matrix
+# product, so
+#     dV = f (P∘M)ᵀ dO      dP = f (dO Vᵀ)∘M
 # Softmax, row i: a logit S_ij moves P_ij by P_ij, and every P_ik of the row by -P_ik P_ij. So
 #     dS_ij = P_ij (dP_ij - δ_i),  δ_i = Σ_k P_ik dP_ik
-# δ needs no walk over the keys: Σ_k P_ik dP_ik = Σ_k (P∘M)_ik (dO_i · V_k) = dO_i · O_i. Last,
+# δ needs no walk over the keys: Σ_k P_ik dP_ik = Σ_k f (P∘M)_ik (dO_i · V_k) = dO_i · O_i. Last,
 #     dQ = scale · dS K      dK = scale · dSᵀ Q
+# To save work in a tile, its dP and dS are taken without f, so δ is divided by f first, and the
+# finished dQ, dK and dV are multiplied by f.
 # dQ is a sum over keys, so a program owns a tile of queries, as in forward. dK and dV are sums over
 # queries, so a program owns a tile of keys. That makes two kernels, which both make P again tile by
 # tile, and neither needs atomics.
@@ -1370,21 +1379,22 @@ def attention_forward_kernel(qkv_ptr,  # (B, T, 3C)
                              T,
                              scale2,  # scale · log2(e)
                              seed,
-                             p24,
+                             threshold,
+                             factor,  # 1 / (1 - p)
+                             DROPOUT: constexpr,
                              C: constexpr,
                              D: constexpr,
                              BD: constexpr,
                              BM: constexpr,
                              BN: constexpr,
-                             EVEN: constexpr,  # the tiles fit: no mask
-                             DROPOUT: constexpr):
+                             EVEN: constexpr):  # the tiles fit: no mask
     """O and lse of a tile of query rows."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # longest rows first: even load
     pair = tl.program_id(1)  # batch · H + head
     qkv_at, o_at = head_offsets(pair, T, C, D)
     rows = first + tl.arange(0, BM)
     row_at = pair.to(tl.int64) * T + rows  # in (B, H, T)
-    dropout_keys = dropout_key(seed, pair * T + rows)[:, None]
+    dropout_keys = dropout_key(seed, pair * T + rows)
 
     # Q stays. acc, m and total are each row's output, largest logit and sum, so far.
     q_ptr = qkv_ptr + qkv_at
@@ -1417,47 +1427,49 @@ def attention_forward_kernel(qkv_ptr,  # (B, T, 3C)
 
             # Add this tile's part of O.
             if DROPOUT:
-                prob = dropout(prob, dropout_keys, cols[None, :], p24)
+                prob = tl.where(keeps(dropout_keys[:, None], cols[None, :], threshold), prob, 0.0)
             v = load_tile(q_ptr + 2 * C, cols, 3 * C, T, D, BD, EVEN)
             acc = tl.dot(prob.to(v.dtype), v, acc * alpha[:, None])
             m = m_new
 
-    # Divide by the sum: once a row, not in each step.
+    # Divide by the sum, multiply by dropout's factor: once a row, not in each step.
     tl.store(lse_ptr + row_at, m + tl.log2(total), mask=rows < T)
-    store_tile(o_ptr + o_at, acc / total[:, None], rows, C, T, D, BD)
+    store_tile(o_ptr + o_at, acc * (factor / total)[:, None], rows, C, T, D, BD)
 
 
 @jit
 def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
                         o_ptr, do_ptr,  # (B, T, C)
                         lse_ptr,  # (B, H, T)
-                        delta_ptr,  # written, (B, H, T)
+                        delta_ptr, keys_ptr,  # written, (B, H, T)
                         dqkv_ptr,  # its first third is written, (B, T, 3C)
                         T,
                         scale,
                         scale2,
                         seed,
-                        p24,
+                        threshold,
+                        factor,
+                        DROPOUT: constexpr,
                         C: constexpr,
                         D: constexpr,
                         BD: constexpr,
                         BM: constexpr,
                         BN: constexpr,
-                        EVEN: constexpr,
-                        DROPOUT: constexpr):
-    """δ and dQ of a tile of query rows."""
+                        EVEN: constexpr):
+    """δ, dropout keys and dQ of a tile of query rows."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
     pair = tl.program_id(1)  # batch · H + head
     qkv_at, o_at = head_offsets(pair, T, C, D)
     rows = first + tl.arange(0, BM)
     row_at = pair.to(tl.int64) * T + rows  # in (B, H, T)
-    dropout_keys = dropout_key(seed, pair * T + rows)[:, None]
+    dropout_keys = dropout_key(seed, pair * T + rows)
 
-    # δ from O and dO. It is stored for the other kernel, which runs next.
+    # δ from O and dO, without f. δ and keys are stored for the other kernel, which runs next.
     do = load_tile(do_ptr + o_at, rows, C, T, D, BD, EVEN)
     o = load_tile(o_ptr + o_at, rows, C, T, D, BD, EVEN)
-    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) / factor
     tl.store(delta_ptr + row_at, delta, mask=rows < T)
+    tl.store(keys_ptr + row_at, dropout_keys, mask=rows < T)
 
     # Walk over the key tiles as forward does.
     q_ptr = qkv_ptr + qkv_at
@@ -1487,29 +1499,29 @@ def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
             # dP with dropout's mask; dS by the softmax's rule; dQ's part from this tile's keys.
             dp = tl.dot(do, tl.trans(v))
             if DROPOUT:
-                dp = dropout(dp, dropout_keys, cols[None, :], p24)
+                dp = tl.where(keeps(dropout_keys[:, None], cols[None, :], threshold), dp, 0.0)
             ds = prob * (dp - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq)
-    store_tile(dqkv_ptr + qkv_at, dq * scale, rows, 3 * C, T, D, BD)
+    store_tile(dqkv_ptr + qkv_at, dq * (scale * factor), rows, 3 * C, T, D, BD)
 
 
 @jit
 def attention_dkv_kernel(qkv_ptr,  # (B, T, 3C)
                          do_ptr,  # (B, T, C)
-                         lse_ptr, delta_ptr,  # (B, H, T)
+                         lse_ptr, delta_ptr, keys_ptr,  # (B, H, T)
                          dqkv_ptr,  # its other two thirds are written
                          T,
                          scale,
                          scale2,
-                         seed,
-                         p24,
+                         threshold,
+                         factor,
+                         DROPOUT: constexpr,
                          C: constexpr,
                          D: constexpr,
                          BD: constexpr,
                          BM: constexpr,
                          BN: constexpr,
-                         EVEN: constexpr,
-                         DROPOUT: constexpr):
+                         EVEN: constexpr):
     """dK and dV of a tile of keys, from the query tiles at and below the diagonal.
 
     All is transposed: s, prob and ds are (keys, queries), as the products for dK and dV take them.
@@ -1552,21 +1564,22 @@ def attention_dkv_kernel(qkv_ptr,  # (B, T, 3C)
             dp = tl.dot(v, tl.trans(do))
             dropped = prob
             if DROPOUT:
-                dropout_keys = dropout_key(seed, pair * T + rows)[None, :]
-                dropped = dropout(prob, dropout_keys, cols[:, None], p24)
-                dp = dropout(dp, dropout_keys, cols[:, None], p24)
+                dropout_keys = tl.load(keys_ptr + row_at, mask=rows < T, other=0).to(tl.uint32)
+                kept = keeps(dropout_keys[None, :], cols[:, None], threshold)
+                dropped = tl.where(kept, prob, 0.0)
+                dp = tl.where(kept, dp, 0.0)
             dv = tl.dot(dropped.to(do.dtype), do, dv)
             ds = prob * (dp - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk)
     dq_ptr = dqkv_ptr + qkv_at
-    store_tile(dq_ptr + C, dk * scale, cols, 3 * C, T, D, BD)
-    store_tile(dq_ptr + 2 * C, dv, cols, 3 * C, T, D, BD)
+    store_tile(dq_ptr + C, dk * (scale * factor), cols, 3 * C, T, D, BD)
+    store_tile(dq_ptr + 2 * C, dv * factor, cols, 3 * C, T, D, BD)
 
 
 LOG2_E = 1.4426950408889634
 
 
-def attention_tile(kernel, dtype, p):
+def attention_tile(kernel, dtype, has_dropout):
     """(BM, BN, num_warps, num_stages), measured on each chip; autotuning would cost minutes."""
     if dtype == torch.float32:
         return 32, 32, 4, 1
@@ -1576,30 +1589,30 @@ def attention_tile(kernel, dtype, p):
         return 64, 32, 4, 1
     if kernel is attention_forward_kernel:
         return 64, 64, 4, 3
-    if kernel is attention_dkv_kernel and p > 0:
+    if kernel is attention_dkv_kernel and has_dropout:
         return 32, 64, 4, 2  # at 64 rows the dropout mask's registers would spill
     return 64, 64, 4, 2
 
 
-def launch_attention(kernel, tensors, scales, n_head, p, seed):
-    """Run one attention kernel over all its tiles; tensors begins with qkv."""
+def launch_attention(kernel, tensors, n_head, *scalars):
+    """Run one attention kernel over all its tiles. tensors begins with qkv; the last of scalars
+    says if there is dropout."""
     B, T, C3 = tensors[0].shape
     C = C3 // 3
     D = C // n_head
     BD = max(triton.next_power_of_2(D), 16)  # tl.dot takes no less
-    BM, BN, warps, stages = attention_tile(kernel, tensors[0].dtype, p)
+    BM, BN, warps, stages = attention_tile(kernel, tensors[0].dtype, scalars[-1])
     even = T % BM == 0 and T % BN == 0 and BD == D
     owned = BN if kernel is attention_dkv_kernel else BM  # rows of one program
-    launch(kernel, (triton.cdiv(T, owned), B * n_head),
-           *tensors,
-           T,
-           *scales,
-           *dropout_arguments(p, seed),
-           C, D, BD,
-           BM, BN, even, p > 0,
-           num_warps=warps,
-           num_stages=stages,
-           default_dot_input_precision="ieee")  # fp32 products in fp32, not rounded to tf32
+    kernel[triton.cdiv(T, owned), B * n_head](
+        *tensors,
+        T,
+        *scalars,
+        C, D, BD,
+        BM, BN, even,
+        num_warps=warps,
+        num_stages=stages,
+        default_dot_input_precision="ieee")  # fp32 products in fp32, not rounded to tf32
 
 
 class Attention(torch.autograd.Function):
@@ -1611,25 +1624,25 @@ class Attention(torch.autograd.Function):
         B, T, C3 = qkv.shape
         o = qkv.new_empty(B, T, C3 // 3)
         lse = qkv.new_empty(B, n_head, T, dtype=torch.float32)
-        launch_attention(attention_forward_kernel, (qkv, o, lse), (scale * LOG2_E,),
-                         n_head, p, seed)
-        ctx.settings = (n_head, scale, p, seed)
+        dropout = dropout_arguments(p, seed)
+        launch_attention(attention_forward_kernel, (qkv, o, lse), n_head, scale * LOG2_E, *dropout)
+        ctx.settings = (n_head, scale, *dropout)
         ctx.save_for_backward(qkv, o, lse)
         return o
 
     @staticmethod
     def backward(ctx, do):
         qkv, o, lse = ctx.saved_tensors
-        n_head, scale, p, seed = ctx.settings
+        n_head, scale, seed, *dropout = ctx.settings
         do = do.contiguous()
         dqkv = torch.empty_like(qkv)
         delta = torch.empty_like(lse)
-        scales = (scale, scale * LOG2_E)
-        # The first writes delta and dqkv's first third; the second reads delta, writes the rest.
-        launch_attention(attention_dq_kernel, (qkv, o, do, lse, delta, dqkv), scales,
-                         n_head, p, seed)
-        launch_attention(attention_dkv_kernel, (qkv, do, lse, delta, dqkv), scales,
-                         n_head, p, seed)
+        keys = torch.empty_like(lse, dtype=torch.int32)
+        # The first writes delta, keys and dqkv's first third. The second reads delta and keys.
+        launch_attention(attention_dq_kernel, (qkv, o, do, lse, delta, keys, dqkv), n_head,
+                         scale, scale * LOG2_E, seed, *dropout)
+        launch_attention(attention_dkv_kernel, (qkv, do, lse, delta, keys, dqkv), n_head,
+                         scale, scale * LOG2_E, *dropout)
         return dqkv, None, None, None, None
 
 
@@ -1754,14 +1767,14 @@ class CrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), CROSS_ENTROPY_CHUNK):
             rows = slice(start, start + CROSS_ENTROPY_CHUNK)
             z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
-            launch(cross_entropy_kernel, (len(z),),
-                   z, targets[rows],
-                   losses[rows],
-                   count,
-                   ignore_index,
-                   V, block,
-                   gradient,
-                   num_warps=16)
+            cross_entropy_kernel[(len(z),)](
+                z, targets[rows],
+                losses[rows],
+                count,
+                ignore_index,
+                V, block,
+                gradient,
+                num_warps=16)
             if gradient:  # z is dZ now
                 torch.mm(z, w, out=dhidden[rows])
                 add_product(dweight, z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)

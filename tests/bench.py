@@ -243,7 +243,8 @@ def cross_compile(kernel, arguments, options, target):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
+             torch.int64: "*i64"}
     signature, constants, attributes = {}, {}, {}
     for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params)):
         value = arguments[name]
