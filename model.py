@@ -823,10 +823,17 @@ def jit(fn):
     return triton.jit(fn, do_not_specialize=["seed"]) if triton else fn
 
 
-@torch.compiler.disable  # torch.compile calls the op and never looks into it
-def run_op(function, *args):
-    """The op of an autograd.Function: its forward now, its backward when gradients flow."""
+@torch.compiler.disable  # torch.compile calls a kernel's op and never looks into it
+def apply(function, *args):
+    """Run an autograd.Function."""
     return function.apply(*args)
+
+
+def run_op(function, reference, *args):
+    """An op by its kernels, or by its reference: the first argument's device and dtype decide."""
+    if runs_kernel(args[0]):
+        return apply(function, *args)
+    return reference(*args)
 
 
 def n_programs(x, per_sm):
@@ -850,24 +857,22 @@ def sum_kernel(partial_ptr,  # (N, C)
                total_ptr,  # written, (C,)
                n_rows,
                C: constexpr,
-               ROWS: constexpr,
                COLS: constexpr):
-    """COLS columns of the sum over all rows."""
+    """COLS columns of the sum over all rows, 64 at a time."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    total = tl.zeros([ROWS, COLS], tl.float32)
-    for start in range(0, n_rows, ROWS):
-        rows = start + tl.arange(0, ROWS)
+    total = tl.zeros([64, COLS], tl.float32)
+    for start in range(0, n_rows, 64):
+        rows = start + tl.arange(0, 64)
         inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
         total += load_fp32(partial_ptr + rows[:, None] * C + cols[None, :], inside)
     tl.store(total_ptr + cols, tl.sum(total, 0), mask=cols < C)
 
 
-def sum_programs(partial, dtype):
-    """The sum of what each program has summed: (programs, ...) -> (...) in `dtype`."""
-    total = partial.new_empty(partial.shape[1:], dtype=dtype)
+def sum_programs(partial):
+    """The sum of what each program has summed: (programs, ...) -> (...)."""
+    total = partial.new_empty(partial.shape[1:])
     C = total.numel()
-    cols = 32
-    sum_kernel[(triton.cdiv(C, cols),)](partial, total, len(partial), C, 64, cols)
+    sum_kernel[(triton.cdiv(C, 32),)](partial, total, len(partial), C, 32)
     return total
 
 
@@ -880,7 +885,7 @@ def sum_programs(partial, dtype):
 #
 # A row's key is made with "lowbias32" of Chris Wellons' hash-prospector, in which every input bit
 # changes every output bit with probability one half. Most of the work is done once an element: its
-# hash is shorter, two multiplications and one shift. That is just enough: without the last one
+# hash is shorter, and just enough: without its last multiplication
 # test_dropout_statistics fails. Triton has a generator of its own, Philox. It takes ten times the
 # instructions, more than attention does.
 
@@ -892,16 +897,16 @@ def dropout_arguments(p, seed):
 
 def lowbias32(x):
     """x is uint32 in a kernel. In the reference it is int64, and "&" keeps it at 32 bits."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)
 
 
 def stays(key, col, threshold):
     """True where the element of a column stays; key is its row's."""
     # 0x9E3779B1 is 2^32 over the golden ratio: it spreads neighbouring columns far apart.
-    x = ((key ^ (col * 0x9E3779B1)) * 0x7FEB352D) & 0xFFFFFFFF
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    x = (key ^ (col * 0x9E3779B1)) * 0x7FEB352D & 0xFFFFFFFF
+    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x >= threshold
 
 
@@ -914,10 +919,9 @@ def dropout_ref(x, p, seed):
     if p == 0:
         return x
     seed, threshold, factor, _ = dropout_arguments(p, seed)
-    *lead, C = x.shape
-    row = torch.arange(math.prod(lead), device=x.device).view(*lead, 1)
-    key = lowbias32(lowbias32(seed) ^ row)
-    return x * stays(key, torch.arange(C, device=x.device), threshold) * factor
+    row = torch.arange(x[..., 0].numel(), device=x.device).view(x[..., :1].shape)
+    col = torch.arange(x.shape[-1], device=x.device)
+    return x * stays(lowbias32(lowbias32(seed) ^ row), col, threshold) * factor
 
 
 @jit
@@ -985,16 +989,17 @@ def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
     """One row: its new residual r, its mean and rstd, and y."""
     row = tl.program_id(0).to(tl.int64)  # int64: row * C passes 2^31 on long batches
     start = row * C
+    lanes = tl.arange(0, PIECE)
 
     # Make r piece by piece and sum it. The pieces stay in registers for the two steps below.
     pieces = ()
     total = tl.zeros([PIECE], tl.float32)
     for i in tl.static_range(N_PIECES):
-        cols = i * PIECE + tl.arange(0, PIECE)
+        cols = i * PIECE + lanes
         inside = cols < C
         r = load_fp32(x_ptr + start + cols, inside)
         if DROPOUT:
-            r = tl.where(keeps(dropout_key(seed, row), cols, threshold), r * factor, 0.0)
+            r = tl.where(keeps(dropout_key(seed, row), cols, threshold), r, 0.0) * factor
         r += load_fp32(residual_ptr + start + cols, inside)
         stored = r.to(new_ptr.dtype.element_ty)
         tl.store(new_ptr + start + cols, stored, mask=inside)
@@ -1007,8 +1012,7 @@ def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
     # loses all digits at a mean of 100. Lanes outside the row must not count: r - mean isn't 0.
     total = tl.zeros([PIECE], tl.float32)
     for i in tl.static_range(N_PIECES):
-        inside = i * PIECE + tl.arange(0, PIECE) < C
-        centred = tl.where(inside, pieces[i] - mean, 0.0)
+        centred = tl.where(i * PIECE + lanes < C, pieces[i] - mean, 0.0)
         total += centred * centred
     rstd = 1 / tl.sqrt(tl.sum(total, 0) / C + eps)
     tl.store(mean_ptr + row, mean)
@@ -1016,7 +1020,7 @@ def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
 
     # Normalise.
     for i in tl.static_range(N_PIECES):
-        cols = i * PIECE + tl.arange(0, PIECE)
+        cols = i * PIECE + lanes
         inside = cols < C
         w = load_fp32(w_ptr + cols, inside)
         b = load_fp32(b_ptr + cols, inside)
@@ -1041,6 +1045,7 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
     """Many rows: their dx and d_residual, and this program's part of dw and db."""
     # The program takes rows program, program + programs, program + 2 · programs, …
     program = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, PIECE)
     dws = (tl.zeros([PIECE], tl.float32),) * N_PIECES
     dbs = (tl.zeros([PIECE], tl.float32),) * N_PIECES
     for step in range(0, n_rows - program, tl.num_programs(0)):
@@ -1059,18 +1064,17 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
         new_dws = ()
         new_dbs = ()
         for i in tl.static_range(N_PIECES):
-            cols = i * PIECE + tl.arange(0, PIECE)
+            cols = i * PIECE + lanes
             inside = cols < C
             dy = load_fp32(dy_ptr + start + cols, inside)
             r = load_fp32(r_ptr + start + cols, inside)
-            later = load_fp32(dnew_ptr + start + cols, inside)
             xhat = tl.where(inside, (r - mean) * rstd, 0.0)
             g = dy * load_fp32(w_ptr + cols, inside)
             sum_g += g
             sum_gx += g * xhat
             gs += (g,)
             xhats += (xhat,)
-            laters += (later,)
+            laters += (load_fp32(dnew_ptr + start + cols, inside),)
             new_dws += (dws[i] + dy * xhat,)
             new_dbs += (dbs[i] + dy,)
         dws = new_dws
@@ -1080,17 +1084,17 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
 
         # Write dr to the residual stream, and through dropout's mask to the branch.
         for i in tl.static_range(N_PIECES):
-            cols = i * PIECE + tl.arange(0, PIECE)
+            cols = i * PIECE + lanes
             inside = cols < C
             dr = rstd * (gs[i] - mean_g - xhats[i] * mean_gx) + laters[i]
             tl.store(dresidual_ptr + start + cols, dr, mask=inside)
             if DROPOUT:
-                dr = tl.where(keeps(dropout_key(seed, row), cols, threshold), dr * factor, 0.0)
+                dr = tl.where(keeps(dropout_key(seed, row), cols, threshold), dr, 0.0) * factor
             tl.store(dx_ptr + start + cols, dr, mask=inside)
 
     # The program's own sums: partial[program, 0] is its dw, partial[program, 1] its db.
     for i in tl.static_range(N_PIECES):
-        cols = i * PIECE + tl.arange(0, PIECE)
+        cols = i * PIECE + lanes
         tl.store(partial_ptr + 2 * program * C + cols, dws[i], mask=cols < C)
         tl.store(partial_ptr + (2 * program + 1) * C + cols, dbs[i], mask=cols < C)
 
@@ -1135,7 +1139,6 @@ class AddLayerNorm(torch.autograd.Function):
     def backward(ctx, dy, dnew):
         r, weight, mean, rstd = ctx.saved_tensors
         dy = dy.contiguous()
-        dnew = dnew.contiguous()
         N = len(mean)
         C = r.shape[-1]
         dx = torch.empty_like(dy)  # y has x's dtype
@@ -1145,13 +1148,13 @@ class AddLayerNorm(torch.autograd.Function):
         partial = r.new_empty(programs, 2, C, dtype=torch.float32)
         piece, n_pieces, warps = norm_launch(C)
         norm_backward_kernel[(programs,)](
-            dy, dnew, r, weight, mean, rstd,
+            dy, dnew.contiguous(), r, weight, mean, rstd,
             dx, dresidual, partial,
             N,
             *ctx.dropout,
             C, piece, n_pieces,
             num_warps=warps)
-        dw, db = sum_programs(partial, weight.dtype)
+        dw, db = sum_programs(partial)
         return dx, dresidual, dw, db, None, None, None
 
 
@@ -1159,9 +1162,8 @@ def add_layer_norm(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=0):
     """new_residual = residual + dropout(x) in residual's dtype, and y = LayerNorm(new_residual) in
     x's dtype (or autocast's). x, residual (..., C). The mask is a function of the int seed.
     Returns (y, new_residual)."""
-    inputs = (x, residual, weight, bias, eps, dropout_p, seed)
-    y, new_residual = (run_op(AddLayerNorm, *inputs) if runs_kernel(x)
-                       else add_layer_norm_ref(*inputs))
+    y, new_residual = run_op(AddLayerNorm, add_layer_norm_ref,
+                             x, residual, weight, bias, eps, dropout_p, seed)
     return y.to(compute_dtype(x)), new_residual
 
 
@@ -1194,19 +1196,14 @@ def gelu_gate(u):
 def gelu_forward_kernel(x_ptr,  # (N, C)
                         b_ptr,  # (C,)
                         y_ptr,  # written, (N, C)
-                        n_rows,
                         C: constexpr,
-                        ROWS: constexpr,
                         COLS: constexpr):
-    """One tile of ROWS x COLS. The tiles lie on one grid axis: the others end at 65,535."""
+    """COLS columns of one row. The tiles lie on one grid axis: the others end at 65,535."""
     n_tiles = tl.cdiv(C, COLS)
     cols = tl.program_id(0) % n_tiles * COLS + tl.arange(0, COLS)
-    rows = (tl.program_id(0) // n_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
-    at = rows[:, None] * C + cols[None, :]
-    b = load_fp32(b_ptr + cols[None, :], (cols < C)[None, :])
-    u = load_fp32(x_ptr + at, inside) + b
-    tl.store(y_ptr + at, u * gelu_gate(u), mask=inside)
+    at = (tl.program_id(0) // n_tiles).to(tl.int64) * C + cols
+    u = load_fp32(x_ptr + at, cols < C) + load_fp32(b_ptr + cols, cols < C)
+    tl.store(y_ptr + at, u * gelu_gate(u), mask=cols < C)
 
 
 @jit
@@ -1216,17 +1213,15 @@ def gelu_backward_kernel(dy_ptr, x_ptr,  # (N, C)
                          partial_ptr,  # written, (programs, C)
                          n_rows,
                          C: constexpr,
-                         ROWS: constexpr,
                          COLS: constexpr):
-    """COLS columns of many rows, ROWS at a time: their dx, and this program's part of db."""
+    """COLS columns of many rows: their dx, and this program's part of db."""
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    b = load_fp32(b_ptr + cols[None, :], (cols < C)[None, :])
-    db = tl.zeros([ROWS, COLS], tl.float32)
-    first = tl.program_id(1).to(tl.int64) * ROWS
-    for step in range(0, n_rows - first, tl.num_programs(1) * ROWS):
-        rows = first + step + tl.arange(0, ROWS)
-        inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
-        at = rows[:, None] * C + cols[None, :]
+    inside = cols < C
+    b = load_fp32(b_ptr + cols, inside)
+    db = tl.zeros([COLS], tl.float32)
+    program = tl.program_id(1).to(tl.int64)
+    for step in range(0, n_rows - program, tl.num_programs(1)):
+        at = (program + step) * C + cols
         dy = load_fp32(dy_ptr + at, inside)
         u = load_fp32(x_ptr + at, inside) + b
 
@@ -1235,7 +1230,10 @@ def gelu_backward_kernel(dy_ptr, x_ptr,  # (N, C)
         dx = dy * (s + u * s * (1 - s) * (1.5957691216057308 + 0.2140644488 * u * u))
         db += dx
         tl.store(dx_ptr + at, dx, mask=inside)
-    tl.store(partial_ptr + tl.program_id(1) * C + cols, tl.sum(db, 0), mask=cols < C)
+    tl.store(partial_ptr + program * C + cols, db, mask=inside)
+
+
+GELU_COLS = 1024  # columns of a program
 
 
 class BiasGelu(torch.autograd.Function):
@@ -1245,48 +1243,35 @@ class BiasGelu(torch.autograd.Function):
     def forward(ctx, x, bias):
         x = x.contiguous()
         y = torch.empty_like(x)
-        C = x.shape[-1]
-        N = x.numel() // C
-        rows = 1
-        cols = min(1024, triton.next_power_of_2(C))
-        gelu_forward_kernel[(triton.cdiv(C, cols) * triton.cdiv(N, rows),)](
-            x, bias,
-            y,
-            N,
-            C, rows, cols,
-            num_warps=4)
+        C = len(bias)
+        col_tiles = triton.cdiv(C, GELU_COLS)
+        gelu_forward_kernel[(x.numel() // C * col_tiles,)](x, bias, y, C, GELU_COLS)
         ctx.save_for_backward(x, bias)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         x, bias = ctx.saved_tensors
-        dy = dy.contiguous()
         dx = torch.empty_like(x)
-        C = x.shape[-1]
+        C = len(bias)
         N = x.numel() // C
-        rows = 2
-        cols = min(512, triton.next_power_of_2(C))
-        col_tiles = triton.cdiv(C, cols)
+        col_tiles = triton.cdiv(C, GELU_COLS)
 
         # The grid: col_tiles x programs. As in LayerNorm each program sums its own rows first.
-        programs = triton.cdiv(n_programs(x, 8), col_tiles)
-        programs = min(programs, triton.cdiv(N, rows))
+        programs = min(N, triton.cdiv(n_programs(x, 8), col_tiles))
         partial = x.new_empty(programs, C, dtype=torch.float32)
         gelu_backward_kernel[col_tiles, programs](
-            dy, x, bias,
+            dy.contiguous(), x, bias,
             dx, partial,
             N,
-            C, rows, cols,
-            num_warps=4)
-        return dx, sum_programs(partial, bias.dtype)
+            C, GELU_COLS)
+        return dx, sum_programs(partial)
 
 
 def bias_gelu(x, bias):
     """GELU(x + bias), tanh approximation (GPT-2's gelu_new). x (..., C), bias (C,). Returns x's
     dtype, or autocast's."""
-    x = x.to(compute_dtype(x))
-    return run_op(BiasGelu, x, bias) if runs_kernel(x) else bias_gelu_ref(x, bias)
+    return run_op(BiasGelu, bias_gelu_ref, x.to(compute_dtype(x)), bias)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1368,8 +1353,8 @@ def head_offsets(pair, T, C: constexpr, D: constexpr):
     """Where the (batch, head) pair begins in qkv (B, T, 3C), and in an output (B, T, C)."""
     H = C // D
     batch = (pair // H).to(tl.int64)
-    head = (pair % H) * D
-    return batch * T * (3 * C) + head, batch * T * C + head
+    head = pair % H * D
+    return batch * T * 3 * C + head, batch * T * C + head
 
 
 @jit
@@ -1650,9 +1635,7 @@ def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
     """Causal self-attention. qkv (B, T, 3C) packed [q | k | v]; scale multiplies q·k (it holds
     1/sqrt(D) and BioMedLM's 1/(layer_idx + 1)). Returns (B, T, C) in qkv's dtype, or autocast's."""
     qkv = qkv.to(compute_dtype(qkv))
-    if runs_kernel(qkv):
-        return run_op(Attention, qkv, n_head, scale, dropout_p, seed)
-    return attention_ref(qkv, n_head, scale, dropout_p, seed)
+    return run_op(Attention, attention_ref, qkv, n_head, scale, dropout_p, seed)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1668,28 +1651,21 @@ def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
 # rows go in chunks, and one chunk of logits is all that ever exists. A product makes the chunk's Z,
 # the kernel takes the loss and writes dZ over Z, and two products use dZ up at once. So the
 # gradients are made in forward already (if anybody wants them), for a loss gradient of 1; backward
-# multiplies by the real one, which nobody knows before. That reads and writes dW once more, by
-# arithmetic 0.2 ms on an H100. The reference makes each chunk's logits again in backward instead: a
-# third more products, 1.7 ms.
+# multiplies by the real one, which nobody knows before. That reads and writes dW once more: by
+# arithmetic 0.2 ms on an H100. To make the logits again in backward would be 1.7 ms.
 
 
 CROSS_ENTROPY_CHUNK = 8192  # rows: a micro-batch of 8 x 1024 in one
 
 
-def chunk_loss(hidden, weight, targets, ignore_index):
-    """The sum of one chunk's losses."""
-    logits = at_least_fp32(hidden @ weight.to(hidden.dtype).T)  # (chunk, V)
-    return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
-
-
-def cross_entropy_ref(hidden, weight, targets, ignore_index=-100):
-    loss = 0.0
-    chunks = zip(hidden.split(CROSS_ENTROPY_CHUNK), targets.split(CROSS_ENTROPY_CHUNK))
-    for rows, row_targets in chunks:
-        # checkpoint throws the logits away and makes them again in backward
-        loss = loss + torch.utils.checkpoint.checkpoint(
-            chunk_loss, rows, weight, row_targets, ignore_index, use_reentrant=False)
-    return loss / (targets != ignore_index).sum().clamp(min=1)
+def cross_entropy_ref(z, targets, losses, count, ignore_index, gradient):
+    """What the kernel does."""
+    with torch.enable_grad():
+        leaf = at_least_fp32(z).detach().requires_grad_()
+        loss = F.cross_entropy(leaf, targets, ignore_index=ignore_index, reduction="none")
+        losses.copy_(loss.detach())
+        if gradient:
+            z.copy_(torch.autograd.grad(loss.sum() / count, leaf)[0])
 
 
 @jit
@@ -1698,9 +1674,9 @@ def cross_entropy_kernel(z_ptr,  # logits (N, V); overwritten with their gradien
                          loss_ptr,  # written, (N,)
                          count_ptr,  # one number: the targets that count
                          ignore_index,
+                         GRADIENT: constexpr,
                          V: constexpr,
-                         BLOCK: constexpr,
-                         GRADIENT: constexpr):
+                         BLOCK: constexpr):
     """One row of logits: its loss and, in place, its gradient."""
     row = tl.program_id(0).to(tl.int64)  # int64: row * V passes 2^31 at 74k rows
     target = tl.load(target_ptr + row)
@@ -1739,12 +1715,11 @@ def cross_entropy_kernel(z_ptr,  # logits (N, V); overwritten with their gradien
 
 
 def add_product(total, a, b):
-    """total += a @ b, where total is fp32. a and b in bf16 still take the tensor cores, and their
-    product is never rounded to bf16."""
-    if total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    """total += a @ b. If a and b are bf16 and total is fp32, their product is never rounded."""
+    if total.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total.addmm_(a.float(), b.float())
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 CROSS_ENTROPY_BLOCK = 8192  # columns at a time
@@ -1757,29 +1732,25 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, ignore_index, gradient):
         targets = targets.contiguous()
         w = weight.to(hidden.dtype)
-        V = len(weight)
-        block = min(CROSS_ENTROPY_BLOCK, triton.next_power_of_2(V))
         count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device: no wait
-        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        losses = at_least_fp32(hidden.new_empty(len(hidden)))
         if gradient:
             dhidden = torch.empty_like(hidden)
-            dweight = torch.zeros_like(weight, dtype=torch.float32)
+            dweight = at_least_fp32(torch.zeros_like(weight))
         for start in range(0, len(hidden), CROSS_ENTROPY_CHUNK):
             rows = slice(start, start + CROSS_ENTROPY_CHUNK)
             z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
-            cross_entropy_kernel[(len(z),)](
-                z, targets[rows],
-                losses[rows],
-                count,
-                ignore_index,
-                V, block,
-                gradient,
-                num_warps=16)
+            chunk = (z, targets[rows], losses[rows], count, ignore_index, gradient)
+            if runs_kernel(hidden):
+                cross_entropy_kernel[(len(z),)](*chunk, len(weight), CROSS_ENTROPY_BLOCK,
+                                                num_warps=16)
+            else:
+                cross_entropy_ref(*chunk)
             if gradient:  # z is dZ now
                 torch.mm(z, w, out=dhidden[rows])
                 add_product(dweight, z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
         if gradient:
-            ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
+            ctx.save_for_backward(dhidden, dweight)
         return losses.sum() / count
 
     @staticmethod
@@ -1794,10 +1765,7 @@ def cross_entropy(hidden, weight, targets, ignore_index=-100):
     hidden (N, C), weight (V, C), targets (N,) int64 below V. Returns an fp32 scalar. With every
     target ignored it is 0 with zero gradients (torch's is NaN). No host synchronisation."""
     hidden = hidden.to(compute_dtype(hidden))
-    if not runs_kernel(hidden):
-        return cross_entropy_ref(hidden, weight, targets, ignore_index)
-    gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return run_op(CrossEntropy, hidden, weight, targets, ignore_index, gradient)
+    return apply(CrossEntropy, hidden, weight, targets, ignore_index, torch.is_grad_enabled())
 
 
 if __name__ == "__main__":
