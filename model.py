@@ -884,10 +884,9 @@ def sum_programs(partial):
 # its hash, as a number, lies below threshold = p · 2^32. The reference computes the same mask.
 #
 # A row's key is made with "lowbias32" of Chris Wellons' hash-prospector, in which every input bit
-# changes every output bit with probability one half. Most of the work is done once an element: its
-# hash is shorter, and just enough: without its last multiplication
-# test_dropout_statistics fails. Triton has a generator of its own, Philox. It takes ten times the
-# instructions, more than attention does.
+# changes every output bit with probability one half. An element's hash must cost less. `stays` is
+# just good enough: without its last multiplication test_dropout_statistics fails. Triton has a
+# generator of its own, Philox. It takes ten times the instructions, more than attention does.
 
 
 def dropout_arguments(p, seed):
