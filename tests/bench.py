@@ -228,7 +228,7 @@ def recorded_launches(arch, C=2560, n_head=20):
           mock.patch.multiple(gpt_model, runs_kernel=lambda x: True, gpu=lambda: arch)):
         outputs = [
             *gpt_model.add_layer_norm(x, residual, weight, bias, 1e-5, 0.1, 1),
-            gpt_model.layer_norm(x, weight, bias),
+            *gpt_model.add_layer_norm(x, residual, weight, bias),
             gpt_model.bias_gelu(parameter(16, 4 * C, dtype=bf16), parameter(4 * C)),
             gpt_model.attention(qkv, n_head, 0.1),
             gpt_model.attention(qkv, n_head, 0.1, 0.1, 1),
@@ -243,7 +243,8 @@ def cross_compile(kernel, arguments, options, target):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64"}
+    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
+             torch.int64: "*i64"}
     signature, constants, attributes = {}, {}, {}
     for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params)):
         value = arguments[name]

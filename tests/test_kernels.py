@@ -6,6 +6,8 @@ process that has TRITON_INTERPRET=1: tests marked `interpreted` run there, the o
 
 import json
 import os
+from functools import partial
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy
@@ -52,9 +54,7 @@ class Case(NamedTuple):
     rest: tuple = ()  # arguments after the tensors
 
 
-NAMES = ["add_layer_norm", "layer_norm", "bias_gelu", "cross_entropy", "attention"]
-WITH_AND_WITHOUT_DROPOUT = [*((name, 0.0) for name in NAMES),
-                            ("add_layer_norm", 0.1), ("attention", 0.1)]
+NAMES = ["add_layer_norm", "bias_gelu", "cross_entropy", "attention"]
 F32 = torch.float32
 
 
@@ -74,13 +74,10 @@ def some_targets(rows, V):
     return targets
 
 
-def plain_norm(x, weight, bias, eps):
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
-
-
 def plain_add_norm(x, residual, weight, bias, eps):
     new_residual = residual + x
-    return plain_norm(new_residual, weight, bias, eps).to(x.dtype), new_residual
+    y = F.layer_norm(new_residual, weight.shape, weight, bias, eps)
+    return y.to(x.dtype), new_residual
 
 
 def plain_gelu(x, bias):
@@ -113,8 +110,6 @@ def make_case(name, rows, width, heads=2, dtype=F32):
     if name == "add_layer_norm":
         return Case(op, plain_add_norm, (x, residual, weight, bias), (dtype, F32, F32, F32),
                     (0.1,))
-    if name == "layer_norm":
-        return Case(op, plain_norm, (residual, weight, bias), (F32, F32, F32), (0.1,))
     if name == "bias_gelu":
         return Case(op, plain_gelu, (x, bias), (dtype, F32))
     if name == "cross_entropy":
@@ -124,12 +119,12 @@ def make_case(name, rows, width, heads=2, dtype=F32):
 
 
 def with_dropout(name, case, p, seed):
-    """The case, with dropout where its op has any."""
-    if name == "add_layer_norm":
-        return case._replace(rest=(1e-5, p, seed))
-    if name == "attention":
-        return case._replace(rest=(*case.rest, p, seed))
-    return case
+    """The case with dropout, if its op has any. Then the reference is what it must equal: that
+    draws the same mask in float64."""
+    if p == 0 or name not in ("add_layer_norm", "attention"):
+        return case
+    plain = getattr(model, f"{name}_ref")
+    return case._replace(plain=plain, rest=(*case.rest, p, seed))
 
 
 def results(fn, tensors, dtypes, *rest):
@@ -166,27 +161,43 @@ def check(case):
         assert error <= allowed, f"tensor {i}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def check_compiled(name, case, p, **compile_options):
-    """Compiled equals eager for every seed, in one graph, without a recompilation."""
+def check_compiled(device, tolerance, **compile_options):
+    """Compiled blocks give eager's loss and gradients, and new seeds compile nothing anew."""
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(case.op, fullgraph=True, **compile_options)
-    for seed in (3, 4, 5, 6):
-        seeded = with_dropout(name, case, p, seed)
-        expected = ours(seeded)
-        for a, b in zip(ours(seeded._replace(op=compiled)), expected):
-            assert a.dtype == b.dtype and torch.equal(a, b), name
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, name
+    graphs = torch._dynamo.utils.counters["stats"]
+    config = model.GPTConfig(1, 2, 32, 16, 61, dropout=0.2)
+    idx = torch.arange(16, device=device)[None]
 
+    def train(compiled):
+        torch.manual_seed(1)
+        gpt = model.GPT(config).to(device)
+        if compiled:
+            for block in gpt.transformer.h:
+                block.compile(**compile_options)
+        count = []
+        for _ in range(4):
+            loss = gpt(idx, idx)[1]
+            loss.backward()
+            count.append(graphs["unique_graphs"])
+        return count, [loss.detach(), *(p.grad for p in gpt.parameters())]
 
-def check_rate(kept, p):
-    """The share of True in `kept` lies within three standard deviations of 1 - p."""
-    three_sigma = 3 * (p * (1 - p) / kept.numel()) ** 0.5
-    assert abs(kept.float().mean() - (1 - p)) < three_sigma
+    _, expected = train(False)
+    count, got = train(True)
+    assert 0 < count[1] == count[3]  # the second seed may: it becomes a variable
+    for a, b in zip(got, expected):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
 # ---------------------------------------------------------------------------------------------
 # in the interpreter
+
+
+@interpreted
+def test_sum_programs():
+    """Programs past the first tile lost, or a column past the first: a GPU has more than a CPU."""
+    partial = rand(130, 2, 37)
+    assert torch.allclose(model.sum_programs(partial.float()), partial.sum(0).float(),
+                          atol=1e-5)
 
 
 # every width and every row count of tests.md, not every pair; 130 rows are slow here
@@ -195,9 +206,10 @@ def check_rate(kept, p):
     (3, 1), (35, 7), (3, 64), (1, 1000), (3, 1023), (1, 2560), (3, 2560), (20, 768),
     pytest.param(130, 7, marks=slow), pytest.param(130, 768, marks=slow)])
 def test_norms_and_gelu_match_fp64(rows, width):
-    """K1: a wrong dx, dγ or dβ, a lane outside the row in a sum, cancellation at mean 100."""
-    for name in ("layer_norm", "add_layer_norm", "bias_gelu"):
-        check(make_case(name, rows, width))
+    """K1: a wrong dx, dγ or dβ, a lane outside the row in a sum, cancellation at mean 100. K8:
+    forward or backward with another mask, rate or factor than the reference."""
+    for name, p in ("add_layer_norm", 0.0), ("add_layer_norm", 0.3), ("bias_gelu", 0.0):
+        check(with_dropout(name, make_case(name, rows, width), p, 2**31 - 8))
 
 
 @interpreted
@@ -205,10 +217,17 @@ def test_norms_and_gelu_match_fp64(rows, width):
                                        (48, 16, 16, 32), (100, 40, 32, 64)])
 def test_attention_matches_fp64(T, D, BM, BN, monkeypatch):
     """K1: tiles at the diagonal and past the end, wide and high, padded head widths, head and batch
-    offsets, the scale."""
+    offsets, the scale, a read past the end (NaN lies there). K8: one of the three kernels with
+    another mask than the reference, heads or rows of the batch that share one."""
     monkeypatch.setattr(model, "attention_tile", lambda *_: (BM, BN, 4, 1))
-    qkv = rand(2, T, 3 * 2 * D)
-    check(Case(model.attention, plain_attention, (qkv,), (F32,), (2, 0.3)))
+
+    def op(qkv, *rest):
+        beyond = torch.full_like(qkv[:1], torch.nan)
+        return model.attention(torch.cat([qkv, beyond])[:-1], *rest)
+
+    case = Case(op, plain_attention, (rand(2, T, 3 * 2 * D),), (F32,), (2, 0.3))
+    for p in (0.0, 0.25):
+        check(with_dropout("attention", case, p, 3))
 
 
 @interpreted
@@ -222,16 +241,13 @@ def test_cross_entropy_matches_fp64(rows, width, V, monkeypatch):
 
 @interpreted
 def test_cross_entropy_at_its_edges():
-    """K4: overflow at logits of 1e4, gradient rows that don't sum to 0, ln V missed; K3: a mean
-    over no target (0 with zero gradients, by our choice), negative ignore_index read as an
-    address."""
+    """K4: overflow at logits of 1e4, gradient rows that don't sum to 0; K3: a mean over no target
+    (0 with zero gradients, by our choice), negative ignore_index read as an address."""
     V = 32
     hidden = (1e4 * rand(6, V).sign().float()).requires_grad_()
     loss = model.cross_entropy(hidden, torch.eye(V), torch.arange(6))
     (dhidden,) = grad(loss, hidden)
     assert loss.isfinite() and dhidden.isfinite().all() and dhidden.sum(1).abs().max() < 1e-6
-    uniform = model.cross_entropy(torch.zeros(6, V), torch.eye(V), torch.arange(6))
-    assert abs(uniform - torch.tensor(float(V)).log()) < 1e-6
     loss = model.cross_entropy(hidden, torch.eye(V), torch.full((6,), -100))
     assert loss == 0 and (grad(loss, hidden)[0] == 0).all()
 
@@ -247,20 +263,14 @@ def test_strided_empty_and_no_grad(name):
     def strided(t):
         return torch.stack([t, t + 1], -1)[..., 0]
 
-    def op(*args):  # its inputs have strides, and the gradients that it gets
+    def transposed(fn, *args):  # so the gradients that fn gets have strides
+        return tuple(o.mT.contiguous() if o.dim() else o for o in as_tuple(fn(*args)))
+
+    def op(*args):
         args = [strided(t) if i in holds_rows else t for i, t in enumerate(args)]
-        return tuple(StridedGradient.apply(o) for o in as_tuple(case.op(*args)))
+        return transposed(case.op, *args)
 
-    class StridedGradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return strided(gradient)
-
-    check(case._replace(op=op))
+    check(case._replace(op=op, plain=partial(transposed, case.plain)))
     with torch.no_grad():
         assert all(o.grad_fn is None for o in as_tuple(case.op(*tensors, *case.rest)))
     for i in holds_rows:
@@ -269,70 +279,56 @@ def test_strided_empty_and_no_grad(name):
     grad([o.sum() for o in outputs], tensors[0])
 
 
-def test_dropout_masks():
-    """K8: backward dropping other elements than forward, a wrong rate or scale, a mask that
-    ignores the seed, the row or the column."""
-    N, C, p = 32, 1000, 0.3
-    x = torch.ones(N, C, requires_grad=True)
-
-    def dropped(seed):
-        return model.add_layer_norm(x, torch.zeros(N, C), torch.ones(C), torch.zeros(C), 1e-5, p,
-                                    seed)[1]
-
-    new = dropped(7)
-    (dx,) = grad(new.sum(), x)
-    assert torch.equal(dx, new.detach())  # with x = 1 both are mask / (1 - p)
-    kept = new.detach() > 0
-    assert torch.allclose(new[kept], torch.tensor(1 / (1 - p)))
-    check_rate(kept, p)
-    for axis, n in ((0, N), (1, C)):  # no column or row, of n draws each, has another rate
-        off = (kept.float().mean(axis) - (1 - p)).abs()
-        assert (off < 5 * (p * (1 - p) / n) ** 0.5).all()
-    assert torch.equal(dropped(7) > 0, kept)
-    for seed in (8, 2**31 - 9, 2**31 - 8):  # the model draws them from all 31 bits
-        agree = ((dropped(seed) > 0) == kept).float().mean()
-        assert abs(agree - 0.58) < 0.02  # 0.7² + 0.3²
-        kept = dropped(seed) > 0
+def test_dropout_is_a_function_of_its_seed():
+    """K8: a wrong rate or factor, in the kernels too, or seeds that share a mask: the model draws
+    them from all 31 bits."""
+    masks = []
+    for seed in (7, 8, 2**31 - 9, 2**31 - 8):
+        x = model.dropout_ref(torch.ones(8, 4, 1000), 0.3, seed)
+        assert torch.equal(x, model.dropout_ref(torch.ones(8, 4, 1000), 0.3, seed))
+        assert torch.allclose(x.unique(), torch.tensor([0, 1 / 0.7]))
+        assert abs(x.mean() - 1) < 0.02
+        masks.append(x > 0)
+    assert all((a == b).float().mean() < 0.6 for a, b in combinations(masks, 2))  # 0.58 by chance
 
 
-def test_attention_dropout_is_one_mask():
-    """K8: forward, dK/dV and dQ kernels that disagree on the mask, or heads or rows of the batch
-    that share one. V = identity shows P∘M, which a plain fp64 attention with that very mask must
-    then reproduce, gradients included."""
-    T, H, p, scale = 48, 2, 0.25, 0.2
-    below = torch.ones(T, T).tril().bool()
+def worst_deviation(p):
+    """How far 128 masks of neighbouring seeds are from independent draws, in standard deviations:
+    their mean, and χ² of the sums of rows, of columns, and of products of elements a lag apart;
+    the correlations of all 8,128 pairs of masks."""
+    masks = [model.dropout_ref(torch.ones(128, 512), p, seed) > 0 for seed in range(128)]
+    z = (torch.stack(masks).float() - (1 - p)) / (p * (1 - p)) ** 0.5  # mean 0, variance 1
 
-    def probabilities(qkv):
-        q, k, _ = model.split_heads(qkv, H)
-        return (scale * q @ k.mT).masked_fill(~below, -torch.inf).softmax(-1)
+    def chi2(x, axis):
+        squares = (x.sum(axis) / x.shape[axis] ** 0.5).square()
+        return (squares.mean() - 1) / squares.std() * squares.numel() ** 0.5
 
-    qkv = rand(2, T, 3 * H * T)
-    shown = qkv.float()
-    shown[..., 2 * H * T:] = torch.eye(T).repeat(1, H)
-    seen = model.attention(shown, H, scale, p, 3).unflatten(2, (H, T)).transpose(1, 2)
-    mask = (seen / probabilities(shown)).nan_to_num()  # (B, H, T, T)
-    assert ((mask - 1 / (1 - p)).abs().lt(1e-3) | (mask == 0)).all()
-    kept = mask.flatten(0, 1)[:, below] > 0
-    check_rate(kept, p)
-    assert all((kept[0] == other).float().mean() < 0.7 for other in kept[1:])  # 0.75² + 0.25²
-
-    def masked(qkv):
-        v = model.split_heads(qkv, H)[2]
-        return ((probabilities(qkv) * mask.sign() / (1 - p)) @ v).transpose(1, 2).flatten(2)
-
-    def dropped(qkv):
-        return model.attention(qkv, H, scale, p, 3)
-
-    check(Case(dropped, masked, (qkv,), (F32,)))
+    found = [z.mean() * z.numel() ** 0.5, chi2(z, 1), chi2(z, 2)]
+    for lag in (1, 2, 3, 5, 8, 64):
+        for apart in (z[:, lag:] * z[:, :-lag], z[:, :, lag:] * z[:, :, :-lag]):
+            found += [chi2(apart, 1), chi2(apart, 2)]
+    pairs = z.flatten(1) @ z.flatten(1).T / z[0].numel() ** 0.5
+    return max(*map(abs, found), pairs.triu(1).abs().max())
 
 
+@slow
+def test_dropout_statistics(monkeypatch):
+    """K8: a hash too weak to look random. Without its last multiplication it must fail."""
+    assert worst_deviation(0.1) < 6 and worst_deviation(0.5) < 6
+
+    def weak(key, col, threshold):
+        x = ((key ^ (col * 0x9E3779B1)) * 0x7FEB352D) & 0xFFFFFFFF
+        return (x ^ (x >> 15)) >= threshold
+
+    monkeypatch.setattr(model, "stays", weak)
+    assert worst_deviation(0.1) > 10
+
+
+@slow  # half a minute of compiling
 @interpreted
-@pytest.mark.parametrize("name", [
-    "add_layer_norm", *(pytest.param(name, marks=slow) for name in NAMES[1:])])
-def test_compiled_equals_eager(name):
-    """K5 without a GPU: a fake that lies about a shape or dtype, a graph break, a recompilation
-    for every seed. The kernels still run in the interpreter, behind AOTAutograd's graph."""
-    check_compiled(name, make_case(name, 6, 32), 0.2, backend="aot_eager")
+def test_compiled_equals_eager():
+    """K5 without a GPU: a graph that goes on without an op's backward, or is made for each seed."""
+    check_compiled("cpu", 0, backend="aot_eager")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -361,13 +357,12 @@ def test_autocast_dtypes(no_kernel):
             case = make_case(name, 4, 32)
             outputs = as_tuple(case.op(*[t.to(d) for t, d in zip(case.tensors, case.dtypes)],
                                        *case.rest))
-            narrow = [torch.float32 if name == "cross_entropy" else torch.bfloat16]
+            narrow = [F32 if name == "cross_entropy" else torch.bfloat16]
             assert [o.dtype for o in outputs] == narrow + [F32] * (len(outputs) - 1), name
 
 
 def test_reference_cross_entropy_in_chunks(no_kernel, monkeypatch):
-    """The CPU's path building whole logits, or keeping a chunk's until backward, or wrong at a
-    chunk's edge, at ignored rows, or where all are ignored."""
+    """The CPU's path building whole logits, or wrong at a chunk's edge or at ignored rows."""
     monkeypatch.setattr(model, "CROSS_ENTROPY_CHUNK", 50)
     case = cross_entropy_case(130, 64, 515)
     check(case)
@@ -375,10 +370,7 @@ def test_reference_cross_entropy_in_chunks(no_kernel, monkeypatch):
         ours(case)
     rows = [event.input_shapes[0][0] for event in profile.events()
             if event.name == "aten::_log_softmax"]
-    assert rows.count(50) == 4 and rows.count(30) == 2 and len(rows) == 6  # made again in backward
-    hidden = case.tensors[0].float().requires_grad_()
-    ignored = model.cross_entropy(hidden, case.tensors[1].float(), torch.full((130,), -100))
-    assert ignored == 0 and (grad(ignored, hidden)[0] == 0).all()
+    assert rows == [50, 50, 30]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -410,7 +402,7 @@ def test_kernels_cross_compile(target, C, n_head):
     the chip has; attention off the tensor cores' fast path on Hopper."""
     from bench import recorded_launches
     launches = recorded_launches(target, C, n_head)
-    assert len({kernel.__name__ for kernel, *_ in launches}) == 8  # every kernel of model.py
+    assert len({kernel.__name__ for kernel, *_ in launches}) == 9  # every kernel of model.py
     for launch in launches:
         assert_fits(*launch, target)
 
@@ -444,55 +436,40 @@ class TestOnGPU:
         """A kernel less exact in bf16 than torch's own op."""
         check(self.case(name, width=width, heads=heads))
 
-    @pytest.mark.parametrize("name,p", WITH_AND_WITHOUT_DROPOUT)
-    def test_compiled_and_autocast_equal_eager(self, name, p):
-        """K5: a fake that lies about shape, dtype or device, a graph break, a recompilation for
-        each seed."""
+    def test_compiled_equals_eager(self):
+        """K5: the same by inductor, in bf16."""
         with torch.autocast("cuda", torch.bfloat16):
-            check_compiled(name, self.case(name), p)
+            check_compiled("cuda", 2**-6)
 
-    @pytest.mark.parametrize("name,p", WITH_AND_WITHOUT_DROPOUT)
+    @pytest.mark.parametrize("p", [0.0, 0.1])
+    @pytest.mark.parametrize("name", NAMES)
     def test_bit_identical(self, name, p):
         """K6: a race, or a sum whose order depends on timing. K8: a mask that depends on the
-        generator's state, or that moves it, or that ignores the seed."""
-        case = self.case(name, rows=4000)
+        generator's state, or that moves it."""
+        case = with_dropout(name, self.case(name, rows=4000), p, 5)
         before = torch.cuda.get_rng_state()
-        first, *again = (ours(with_dropout(name, case, p, 5)) for _ in range(4))
+        first, *again = (ours(case) for _ in range(4))
         assert all(torch.equal(a, b) for other in again for a, b in zip(first, other))
         assert torch.equal(before, torch.cuda.get_rng_state())
-        if p > 0:
-            assert not torch.equal(first[0], ours(with_dropout(name, case, p, 6))[0])
 
     def test_logits_past_2_to_31(self, monkeypatch):
-        """K7: 32-bit row offsets, at 80,000 rows of 28,896 logits."""
+        """K7: 32-bit row offsets, at 80,000 rows of 28,896 logits in one chunk."""
+        case = cross_entropy_case(80_000, 64, 28_896, torch.bfloat16)
+        case = case._replace(tensors=[t.cuda() for t in case.tensors])
+        small = ours(case)
         monkeypatch.setattr(model, "CROSS_ENTROPY_CHUNK", 80_000)
-        torch.manual_seed(0)
-        hidden = torch.randn(80_000, 64, device="cuda", dtype=torch.bfloat16)
-        weight = torch.randn(28_896, 64, device="cuda") / 8
-        targets = torch.randint(0, 28_896, (80_000,), device="cuda")
-        targets[:79_000] = -100  # only rows past 2^31 count
-
-        dtypes = (torch.bfloat16, F32, torch.int64)
-        loss, dhidden, _ = results(model.cross_entropy, (hidden, weight, targets), dtypes)
-        assert (dhidden[:79_000] == 0).all()
-        # The tail alone is another product for cuBLAS, so not bit-equal: compare errors in fp64.
-        tail = (hidden[79_000:], weight.bfloat16(), targets[79_000:])
-        alone = results(model.cross_entropy, tail, dtypes)
-        wide = (torch.float64, torch.float64, torch.int64)
-        exact = results(model.cross_entropy_ref, tail, wide)
-        for got, other, e in zip((loss, dhidden[79_000:]), alone, exact):
-            allowed = 2 * (other - e).abs().amax() + 1e-5 * e.abs().amax()
-            assert (got - e).abs().amax() <= allowed
+        for a, b in zip(ours(case), small):
+            assert (a - b).abs().max() <= 2**-6 * b.abs().max()
 
     def test_rows_past_2_to_31(self):
         """K7: 32-bit row offsets, at 300,000 rows of 10,240 columns."""
         x = torch.randn(300_000, 10_240, device="cuda", dtype=torch.bfloat16)
         tail = x[-100:].clone()
         zeros = torch.zeros(10_240, device="cuda")
-        ones = zeros + 1
         assert torch.equal(model.bias_gelu(x, zeros)[-100:], model.bias_gelu(tail, zeros))
-        assert torch.equal(model.layer_norm(x, ones, zeros)[-100:],
-                           model.layer_norm(tail, ones, zeros))
+        # One by one: each tensor is 6 or 12 GB.
+        y = model.add_layer_norm(x, x, zeros + 1, zeros)[0][-100:].clone()
+        assert torch.equal(y, model.add_layer_norm(tail, tail, zeros + 1, zeros)[0])
 
 
 @slow
