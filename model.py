@@ -561,7 +561,10 @@ def config_of(path):
         raise FileNotFoundError(f"no config.json in {path}: give the folder of a run or of a "
                                 "Hugging Face GPT-2; the released weights: "
                                 "python data.py download biomedlm --out DIR")
-    return GPTConfig.from_hf(read_json(file))
+    try:
+        return GPTConfig.from_hf(read_json(file))
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from e
 
 
 def read_json(path, **kinds):

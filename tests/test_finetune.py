@@ -504,19 +504,6 @@ def test_flags_and_defaults_reach_the_settings(init, monkeypatch):
         assert settings(task=task)[:3] == expected
 
 
-@pytest.mark.parametrize("flag, value, needs", [
-    ("--out", "run", "a folder of its own"), ("--out", "init", "a folder of its own"),
-    ("--init", "stanford-crfm/BioMedLM", "data.py download"),
-    ("--data", "init", "put the official file")])
-def test_mistakes_are_one_line(tmp_path, tune, monkeypatch, flag, value, needs):
-    """Catches an --out that would shadow a run's checkpoints, and messages without their mend."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/checkpoint_0000001.pt").touch()
-    with pytest.raises((ValueError, OSError), match=needs):
-        tune(flag, value)
-
-
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, init):
     """Catches a gradient averaged over ranks instead of summed over the global batch."""
