@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import finetune
 from data import TASKS, load_meta, load_qa, val_batches
-from finetune import REQUIRED, add_flag, new_file
+from finetune import LIST, REQUIRED, SWITCH, add_flag, new_file
 from model import GPT, cross_entropy
 from tokenizer import json_lines, load_named, read_documents, run_command
 from train import COUNT, COUNT_OR_0, POSITIVE_OR_0, numbers, start_process, write_json
@@ -642,34 +642,32 @@ COMMANDS = {
     "curves": (curves, "loss, rate, gradient norm and speed of runs as a picture", "runs --out"),
 }
 
-FLAGS = finetune.FLAGS | {  # flag: (kind, default, help)
-    "--init": (str, REQUIRED, "run of train.py or finetune.py, or Hugging Face GPT-2 folder"),
-    "--data": (str, REQUIRED, "folder with a question set's official files; perplexity: arrays "
+FLAGS = finetune.FLAGS | {  # flag: (kind, help) or (kind, help, default)
+    "--init": (REQUIRED, "run of train.py or finetune.py, or Hugging Face GPT-2 folder"),
+    "--data": (REQUIRED, "folder with a question set's official files; perplexity: arrays "
                "(their val.bin), or text: each document on its own"),
-    "--limit": (COUNT, None, "N questions, evenly over the split; perplexity: the first N "
+    "--limit": (COUNT, "N questions, evenly over the split; perplexity: the first N "
                 "documents of text (default: all)"),
-    "--task": (tuple(TASKS), "text", "question set; qa has no text (default: text)"),
-    "--split": (("train", "dev", "val", "test"), None,
+    "--task": ({"choices": TASKS}, "question set; qa has no text (default: text)", "text"),
+    "--split": ({"choices": ["train", "dev", "val", "test"]},
                 "val is mmlu's alone (default: test, else dev)"),
-    "--zero_shot": (bool, False,
-                    "score options by likelihood, without a fine-tuned head (default: off)"),
-    "--predictions": (new_file, None, "also write a JSON line a question (default: none)"),
-    "--prompt": (list, REQUIRED, "one or several texts"),
-    "--max_new_tokens": (COUNT, None, "tokens to add at most (default: 64, numbers 128)"),
-    "--paper": (bool, False, "BioMedLM's decoding: 5 beams, no repeated 6-gram, length penalty "
+    "--zero_shot": (SWITCH, "score options by likelihood, not by a fine-tuned head (default: off)"),
+    "--predictions": (new_file, "also write a JSON line a question (default: none)"),
+    "--prompt": (REQUIRED | LIST, "one or several texts"),
+    "--max_new_tokens": (COUNT, "tokens to add at most (default: 64, numbers 128)"),
+    "--paper": (SWITCH, "BioMedLM's decoding: 5 beams, no repeated 6-gram, length penalty "
                 "-0.5 (default: off)"),
-    "--temperature": (POSITIVE_OR_0, 0.8, "0 = greedy (default: 0.8)"),
-    "--top_k": (COUNT, None, "sample among the k likeliest tokens (default: all)"),
-    "--top_p": (numbers(float, 0, 1.01), None,
-                "sample within this probability mass (default: all)"),
-    "--num_beams": (COUNT, 1, "beam search instead of sampling (default: 1)"),
-    "--length_penalty": (numbers(float, -100, 100), 1.0, "exponent, beams only (default: 1.0)"),
-    "--seed": (COUNT_OR_0, 1, "of sampling (default: 1)"),
-    "--tokenizer": (str, REQUIRED, "folder of a tokenizer, or gpt2"),
-    "--against": (list, [], "folders of others, or gpt2 (default: none)"),
-    "--text": (str, None, "file or folder of text to measure on (default: none)"),
-    "runs": (list, None, "folders with log.jsonl"),
-    "--out": (new_file, "curves.png", "picture to write (default: curves.png)"),
+    "--temperature": (POSITIVE_OR_0, "0 = greedy (default: 0.8)", 0.8),
+    "--top_k": (COUNT, "sample among the k likeliest tokens (default: all)"),
+    "--top_p": (numbers(float, 0, 1.01), "sample within this probability mass (default: all)"),
+    "--num_beams": (COUNT, "beam search instead of sampling (default: 1)", 1),
+    "--length_penalty": (numbers(float, -100, 100), "exponent, beams only (default: 1.0)", 1.0),
+    "--seed": (COUNT_OR_0, "of sampling (default: 1)", 1),
+    "--tokenizer": (REQUIRED, "folder of a tokenizer, or gpt2"),
+    "--against": (LIST, "folders of others, or gpt2 (default: none)", []),
+    "--text": (str, "file or folder of text to measure on (default: none)"),
+    "runs": (LIST, "folders with log.jsonl"),
+    "--out": (new_file, "picture to write (default: curves.png)", "curves.png"),
 }
 
 

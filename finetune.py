@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import math
+from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import fmean, mode, stdev
 from typing import NamedTuple
@@ -103,8 +104,8 @@ def train(task_model, train_set, dev_set, settings, seed, process, log):
                                   fused=process.device.type == "cuda")
     torch.manual_seed(1000 * seed + process.rank)  # dropout differs between ranks
     epochs = settings["epochs"]
-    dev_chooses = dev_set and not settings["last"]
     best = -math.inf
+    kept = None
     step = 0
     for epoch in range(epochs):
         # One pass over the questions. Their order depends on (seed, epoch) alone: all ranks agree.
@@ -126,11 +127,12 @@ def train(task_model, train_set, dev_set, settings, seed, process, log):
         score = quality(score_examples(task_model, dev_set, process), dev_set)
         process.print(f"seed {seed}, epoch {epoch + 1}: loss {loss:.4f}, dev {score}")
         log.append({"seed": seed, "epoch": epoch + 1, "loss": loss, "dev": score})
-        if dev_chooses and score >= best:  # the last of equals: it has trained longest
+        # Of equal scores the last counts: it has trained longest.
+        if dev_set and not settings["last"] and score >= best:
             best = score
             kept = {name: tensor.to("cpu", copy=True)  # a GPU may have no room for a second copy
                     for name, tensor in task_model.state_dict().items()}
-    if not dev_chooses:
+    if kept is None:
         return score
     task_model.load_state_dict(kept)
     return best
@@ -501,12 +503,10 @@ def score_examples(model, examples, process):
         rows = scores.view(len(chunk), -1).tolist()
         for e, row in zip(chunk, rows):
             found[id(e)] = row[:len(e.question.options) or 1]  # without -inf of missing options
-    # Rank r scored examples r, r + world_size, …: put all ranks' scores back in that order.
-    ordered = [None] * len(examples)
+    # Rank r scored examples r, r + world_size, …: take one of each rank in turn.
     parts = process.gather([found[id(e)] for e in share])
-    for rank, part in enumerate(parts):
-        ordered[rank::process.world_size] = part
-    return ordered
+    in_turn = zip_longest(*parts)
+    return list(chain.from_iterable(in_turn))[:len(examples)]
 
 
 def correct(scores, examples):
@@ -571,11 +571,8 @@ def describe(row, n_seeds=1):
 
 def predictions(scores, examples):
     """Rows of predictions.jsonl."""
-    rows = []
-    for s, e in zip(scores, examples):
-        rows.append({"id": e.question.id, "answer": e.question.answer,
-                     "prediction": s.index(max(s)), "scores": s})
-    return rows
+    return [dict(id=e.question.id, answer=e.question.answer, prediction=s.index(max(s)), scores=s)
+            for s, e in zip(scores, examples)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -676,46 +673,42 @@ def new_file(text):
     return text
 
 
-REQUIRED = object()  # the default of a flag that must be given
+REQUIRED = {"required": True}
+SWITCH = {"action": "store_true"}
+LIST = {"nargs": "+"}
 
-FLAGS = {  # flag: (kind, default, help)
-    "--task": (tuple(TASKS), REQUIRED, "which question set --data holds"),
-    "--data": (list, REQUIRED,
+FLAGS = {  # flag: (kind, help) or (kind, help, default)
+    "--task": (REQUIRED | {"choices": TASKS}, "which question set --data holds"),
+    "--data": (REQUIRED | LIST,
                "folder with the official files; further ones add training questions"),
-    "--init": (str, REQUIRED, "run of train.py or Hugging Face GPT-2 folder"),
-    "--out": (str, REQUIRED, "folder to write"),
-    "--random_init": (bool, False, "fresh weights of --init's shape (default: off)"),
-    "--markers": (bool, False,
+    "--init": (REQUIRED, "run of train.py or Hugging Face GPT-2 folder"),
+    "--out": (REQUIRED, "folder to write"),
+    "--random_init": (SWITCH, "fresh weights of --init's shape (default: off)"),
+    "--markers": (SWITCH,
                   "pubmedqa, bioasq: the paper's prompt, with marker tokens (default: the "
                   "script's)"),
-    "--seeds": (counts, [1, 2, 3], "a training for each, their mean is reported (default: 1,2,3)"),
-    "--lr": (POSITIVE, None, "peak learning rate (default: by task and size)"),
-    "--batch_size": (COUNT, 16, "questions a step (default: 16)"),
-    "--epochs": (COUNT, None, "passes over the training questions (default: by task)"),
-    "--length": (COUNT, None, "most tokens of a row (default: the task's, or context)"),
-    "--dropout": (PROBABILITY, None, "probability (default: --init's own)"),
-    "--limit": (COUNT, None, "N questions of each split, evenly spread (default: all)"),
-    "--last": (bool, False, "report the last epoch, as BioMedLM (default: best)"),
+    "--seeds": (counts, "a training for each, their mean is reported (default: 1,2,3)", [1, 2, 3]),
+    "--lr": (POSITIVE, "peak learning rate (default: by task and size)"),
+    "--batch_size": (COUNT, "questions a step (default: 16)", 16),
+    "--epochs": (COUNT, "passes over the training questions (default: by task)"),
+    "--length": (COUNT, "most tokens of a row (default: the task's, or context)"),
+    "--dropout": (PROBABILITY, "probability (default: --init's own)"),
+    "--limit": (COUNT, "N questions of each split, evenly spread (default: all)"),
+    "--last": (SWITCH, "report the last epoch, as BioMedLM (default: best)"),
     "--activation_checkpointing": (
-        bool, False, "recompute blocks in backward: less memory, a third more time (default: off)"),
-    "--device": (str, None, "cpu, cuda, cuda:1 … (default: cuda where there is one)"),
-    "--dtype": (("float32", "bfloat16"), None, "(default: bfloat16 autocast on cuda)"),
-    "--json": (new_file, None, "also write the result here (default: none)"),
+        SWITCH, "recompute blocks in backward: less memory, a third more time (default: off)"),
+    "--device": (str, "cpu, cuda, cuda:1 … (default: cuda where there is one)"),
+    "--dtype": ({"choices": ["float32", "bfloat16"]}, "(default: bfloat16 autocast on cuda)"),
+    "--json": (new_file, "also write the result here (default: none)"),
 }
 
 
-def add_flag(parser, name, kind, default, sentence):
-    """Add a row of FLAGS. kind: a type, or the words to choose from, or list: one or more texts."""
-    options = {"type": kind}
-    if kind is bool:
-        options = {"action": "store_true"}
-    elif kind is list:
-        options = {"nargs": "+"}
-    elif isinstance(kind, tuple):
-        options = {"choices": kind}
-    if default is REQUIRED:
-        options["required"] = True
-    parser.add_argument(name, default=default, help=sentence, **options)
+def add_flag(parser, name, kind, sentence, default=None):
+    """Add a row of FLAGS. kind: a type for one value, or options of argparse."""
+    options = kind if isinstance(kind, dict) else {"type": kind}
+    if kind is not SWITCH:  # its default is False
+        options = options | {"default": default}
+    parser.add_argument(name, help=sentence, **options)
 
 
 def parse_args():
