@@ -158,16 +158,11 @@ def test_breakdown():
 def test_default_split(monkeypatch):
     """Catches a test split without answers, or without a file, that doesn't give way to dev."""
     q = Question("", "?", options=("a", "b"), answer=0)
-    for module in (evaluate, finetune):
-        monkeypatch.setattr(module, "load_qa", lambda task, data, split: files[split])
-    monkeypatch.setattr(finetune, "FileNotFoundError", KeyError, raising=False)
+    monkeypatch.setattr(evaluate, "load_qa", lambda task, data, split: [split])
     args = Namespace(task="medqa", data="", split=None)
-    files = {"test": [q], "dev": [q, q]}
-    assert evaluate.find_questions(args) == ("test", [q])
-    files["test"] = [replace(q, answer=None)]
-    assert evaluate.find_questions(args) == ("dev", [q, q])
-    del files["test"]
-    assert evaluate.find_questions(args) == ("dev", [q, q])
+    for found, split in ([q], "test"), ([replace(q, answer=None)], "dev"), ([], "dev"):
+        monkeypatch.setattr(finetune, "find_split", lambda *_, found=found: found)
+        assert evaluate.find_questions(args) == (split, [split])
 
 
 def test_qa_command(call):
@@ -252,12 +247,9 @@ def test_numbers_and_their_verdicts():
         assert evaluate.numbers_in(text) == [(1e5, "")], text
     assert evaluate.numbers_in("3 × 10^−6 g, 110(5)") == [(3e-6, "g"), (110, ""), (5, "")]
     known = evaluate.numbers_in("1500 mg for 3 years in 40 rats")
-    verdicts = {"1500 mg": "supported", "1500": "supported", "40 kg": "supported",
-                "1500 years": "contradicted", "2 years": "contradicted",
-                "7 kg": "unsupported", "7": "unsupported"}
-    for text, expected in verdicts.items():
-        number, = evaluate.numbers_in(text)
-        assert evaluate.verdict(number, known) == expected, text
+    verdicts = [evaluate.verdict(number, known) for number in evaluate.numbers_in(
+        "1500 mg, 1500, 40 kg; 1500 years, 2 years; 7 kg, 7")]
+    assert verdicts == ["supported"] * 3 + ["contradicted"] * 2 + ["unsupported"] * 2
 
 
 def test_perturbed_text_differs_in_one_number():
@@ -363,6 +355,7 @@ COMMANDS = {
 BYTES = {"empty": lambda old: b"", "page": lambda old: b"<html>404</html>",
          "half": lambda old: old[:len(old) // 2], "null": lambda old: b"null",
          "list": lambda old: b"[1]", "utf16": lambda old: b"\xff\xfe{}",
+         "zip": lambda old: b"PK\5\6" + bytes(18), "lost": lambda old: old.replace(b"PK\1\2", b""),
          "deep": lambda old: b"[" * 10**5,
          "flip": lambda old: old[:len(old) // 2] + bytes([old[len(old) // 2] ^ 16])
          + old[len(old) // 2 + 1:]}
@@ -371,7 +364,7 @@ DAMAGE = [  # file, the commands that read it, ways to spoil it
      "empty page half null list utf16 deep n_layer=2 n_head=null vocab_size=10000000"),
     ("pretrained/run.json", "train", "empty page half utf16"),
     ("pretrained/checkpoint_0000004.pt", "train",
-     "empty page half null flip step=1 step=null model=[] optimizer=null "
+     "empty page half null flip zip lost step=1 step=null model=[] optimizer=null "
      "model/transformer.ln_f.bias=NaN model/transformer.wte.weight=Infinity "
      "optimizer/state/transformer.ln_f.bias/exp_avg=NaN"),
     ("pretrained/vocab.json", "tune, perplexity, export", "empty page half utf16"),
@@ -412,6 +405,7 @@ def whole(tmp_path_factory):
         tokenize("a.jsonl", "tok", "arrays", val_fraction=0.6)
         write_medqa(Path("qa"))
         assert told("train") + told("tune") == ""
+        assert '"pad_token": "[PAD]"' in Path("tuned/tokenizer_config.json").read_text()
     return folder
 
 

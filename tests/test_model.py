@@ -297,16 +297,6 @@ def test_damaged_fields(model, tmp_path, field):
         GPT.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"null", b"\xff\xfe{}", b"[" * 10**5], ids=str)
-@pytest.mark.parametrize("name", ["config.json", "added_tokens.json"])
-def test_damaged_json(model, tmp_path, name, text):
-    """A traceback, or an error that doesn't name the file."""
-    old_folder(model, tmp_path)
-    (tmp_path / name).write_bytes(text)
-    with pytest.raises(ValueError, match=f"{name} is damaged"):
-        GPT.from_pretrained(tmp_path).save_pretrained(tmp_path)
-
-
 def training(model):
     """What train.py saves of a model after its first updates."""
     weights = model.state_dict()
@@ -316,24 +306,7 @@ def training(model):
     return {"model": weights, "optimizer": {"state": state, "param_groups": groups}, "step": 1}
 
 
-def flipped(path):
-    """One bit of the last weights is another."""
-    data = bytearray(path.read_bytes())
-    at = data.index(load_tensors(path)["model"][LN].numpy().tobytes())
-    data[at + 5] ^= 16
-    return bytes(data)
-
-
 LN = "transformer.ln_f.bias"
-BAD_BYTES = {
-    "empty": lambda path: b"",
-    "truncated": lambda path: path.read_bytes()[:-3000],
-    "flipped bit": flipped,
-    "text": lambda path: b"<html>404</html>",
-    "zip of nothing": lambda path: b"PK\5\6" + bytes(18),
-    "directory lost": lambda path: path.read_bytes().replace(b"PK\1\2", bytes(4)),
-    "zeros inside": lambda path: path.read_bytes()[:5000] + bytes(5000) + path.read_bytes()[10000:],
-}
 BAD_CONTENTS = {
     "list": lambda c: [c],
     "tensor": lambda c: c["model"][LN],
@@ -354,19 +327,16 @@ BAD_CONTENTS = {
 }
 
 
-@pytest.mark.parametrize("damage", [*BAD_BYTES, *BAD_CONTENTS])
+@pytest.mark.parametrize("damage", BAD_CONTENTS)
 def test_damaged_checkpoints(model, tmp_path, damage, capsys):
     """A spoiled checkpoint loaded without a word, or one that keeps the good one from use."""
     contents = training(model)
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
     good, bad = tmp_path / "checkpoint_0000001.pt", tmp_path / "checkpoint_0000002.pt"
     torch.save(contents, good)
-    if damage in BAD_BYTES:
-        bad.write_bytes(BAD_BYTES[damage](good))
-    else:
-        contents["step"] = 2
-        returned = BAD_CONTENTS[damage](contents)
-        torch.save(returned if damage in ("list", "tensor", "code") else contents, bad)
+    contents["step"] = 2
+    returned = BAD_CONTENTS[damage](contents)
+    torch.save(returned if damage in ("list", "tensor", "code") else contents, bad)
     assert newest_checkpoint(tmp_path)[0] == good
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: skipping {bad}") and warning.count("\n") == 1
