@@ -448,7 +448,7 @@ def test_damage_is_told(whole, tmp_path, monkeypatch, file, commands, ways):
 
 @pytest.mark.parametrize("name, flags, mend", [
     ("tune", "--out pretrained", "a folder of its own"),
-    ("tune", "--init pretrained --out pretrained", "a folder of its own"),
+    ("tune", "--init tuned --out pretrained", "a folder of its own"),
     ("tune", "--init stanford-crfm/BioMedLM", "data.py download"),
     ("tune", "--data arrays", "put the official file"),
     ("tune", "--json no/r.json", "make it first"),
