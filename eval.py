@@ -13,7 +13,6 @@ Dimensions: B rows, T time, C width, V vocabulary.
 """
 
 import argparse
-import contextlib
 import itertools
 import math
 import random
@@ -28,9 +27,10 @@ from tqdm import tqdm
 
 import finetune
 from data import TASKS, load_meta, load_qa, val_batches
+from finetune import LIST, REQUIRED, SWITCH, add_flag, new_file
 from model import GPT, cross_entropy
-from tokenizer import Tokenizer, json_lines, load_named, read_documents, run_command
-from train import start_process, write_json
+from tokenizer import json_lines, load_named, read_documents, run_command
+from train import COUNT, COUNT_OR_0, POSITIVE_OR_0, numbers, start_process, write_json
 
 # ---------------------------------------------------------------------------------------------
 # perplexity: how well does the model predict text?
@@ -56,6 +56,7 @@ def perplexity(args):
     """
     gpt, tokenizer, process = load_model(args)
     context = gpt.config.n_positions
+    n_tokens = None  # all are predicted
     if (Path(args.data) / "meta.json").exists():
         meta = load_meta(args.data)
         if meta["tokenizer_sha256"] != tokenizer.fingerprint:
@@ -67,7 +68,6 @@ def perplexity(args):
     else:
         texts = [text for _, text in itertools.islice(read_documents(args.data), args.limit)]
         batches = text_rows(texts, tokenizer, context)
-        n_tokens = None  # all are predicted
         n_bytes = len("".join(texts).encode())
     nats, n_scored = summed_loss(gpt, progress(batches), process)
     if not n_scored:
@@ -91,7 +91,7 @@ def load_model(args, to_generate=False):
     if to_generate:
         dtype, process.dtype = process.dtype, dtype
     gpt = GPT.from_pretrained(args.init, dtype=dtype, device=process.device)
-    return gpt, Tokenizer.load(args.init), process
+    return gpt, finetune.load_tokenizer(args.init, gpt), process
 
 
 @torch.no_grad()
@@ -162,6 +162,8 @@ def answer_questions(args):
 
     Returns finetune.summarise's figures, with "groups" and, for likelihoods, "acc_norm".
     """
+    if args.task == "text":
+        raise ValueError("qa compares options: give --task, one of " + ", ".join(TASKS))
     split, official = find_questions(args)
     questions = finetune.labeled(official, args.limit)
     if not questions:
@@ -189,13 +191,11 @@ def answer_questions(args):
 
 def find_questions(args):
     """(split, its questions): --split, or test, or dev where test has no file or no answers."""
-    if args.split:
-        return args.split, load_qa(args.task, args.data, args.split)
-    with contextlib.suppress(FileNotFoundError):
-        questions = load_qa(args.task, args.data, "test")
-        if finetune.labeled(questions):  # MedMCQA's has no answers
-            return "test", questions
-    return "dev", load_qa(args.task, args.data, "dev")
+    split = args.split
+    if split is None:
+        questions = finetune.find_split(args.task, args.data, "test")
+        split = "test" if finetune.labeled(questions) else "dev"  # MedMCQA's test has no answers
+    return split, load_qa(args.task, args.data, split)
 
 
 @torch.no_grad()
@@ -288,14 +288,7 @@ def breakdown(questions, hits):
 # ---------------------------------------------------------------------------------------------
 # generation
 
-DECODING = {  # flag: (type, default, help)
-    "temperature": (float, 0.8, "0 = greedy (default: 0.8)"),
-    "top_k": (finetune.positive, None, "sample among the k likeliest tokens (default: all)"),
-    "top_p": (float, None, "sample within this probability mass (default: all)"),
-    "num_beams": (finetune.positive, 1, "beam search instead of sampling (default: 1)"),
-    "length_penalty": (float, 1.0, "exponent, beams only (default: 1.0)"),
-    "seed": (int, 1, "of sampling (default: 1)"),
-}
+DECODING = ("temperature", "top_k", "top_p", "num_beams", "length_penalty", "seed")
 # BioMedLM: its decoding, for answers of at most 400 tokens
 PAPER_DECODING = dict(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)
 
@@ -307,10 +300,8 @@ def generate(args):
     """
     gpt, tokenizer, _ = load_model(args, to_generate=True)
     prompts = [tokenizer.encode(text) or [tokenizer.eot_id] for text in args.prompt]
-    decoding = {name: getattr(args, name) for name in DECODING}
-    if args.paper:
-        decoding = PAPER_DECODING
-    texts = continue_prompts(gpt, tokenizer, prompts, args.max_new_tokens, **decoding)
+    decoding = PAPER_DECODING if args.paper else {name: vars(args)[name] for name in DECODING}
+    texts = continue_prompts(gpt, tokenizer, prompts, args.max_new_tokens or 64, **decoding)
     for prompt, text in zip(args.prompt, texts):
         print(prompt + text)
     return dict(texts=texts)
@@ -367,29 +358,25 @@ def audit_numbers(args):
     A control shows what chance does: references of other questions, as if they were answers. A
     second test needs no generation: is a true text likelier than itself with one number changed?
     """
-    split, questions = find_questions(args)
+    _, questions = find_questions(args)
     questions = finetune.labeled(questions, args.limit)
-    print(f"{len(questions)} questions of {args.task}'s {split} split")
     references = [q.target for q in questions]
-    pairs = []  # a true text, and itself with one number changed
-    for seed, text in enumerate(references):
-        changed = perturb(text, seed)
-        if changed:
-            pairs.append((text, changed))
-    if not pairs:
+    changed = [perturb(text, seed) for seed, text in enumerate(references)]
+    if not any(changed):
         raise ValueError(f"no reference answer of {args.data} holds a number: nothing to change")
     gpt, tokenizer, process = load_model(args, to_generate=True)
     context = gpt.config.n_positions
 
     # Generate answers, and judge their numbers.
     finetuned = "<|startoftext|>" in tokenizer.special  # by finetune.py --task text
-    room = context - args.max_new_tokens - 1  # for <|startoftext|>
+    max_new_tokens = args.max_new_tokens or 128
+    room = context - max_new_tokens - 1  # for <|startoftext|>
     prompts = []
     for q in questions:
         text = q.question if finetuned else zero_shot_prompt(q)
         prompts.append(tokenizer.encode(text)[-room:])  # a long one loses its start
     decoding = PAPER_DECODING if args.paper else {"temperature": 0.0}
-    answers = continue_prompts(gpt, tokenizer, prompts, args.max_new_tokens, **decoding)
+    answers = continue_prompts(gpt, tokenizer, prompts, max_new_tokens, **decoding)
     asked = [f"{q.question}\n{q.context}" for q in questions]
     sources = [f"{q.question}\n{q.context}\n{q.target}" for q in questions]
     rows = [judge("generated", answers, sources),
@@ -401,7 +388,8 @@ def audit_numbers(args):
     def nats(text):
         return summed_loss(gpt, text_rows([text], tokenizer, context), process)[0]
 
-    wins = [nats(true) < nats(changed) for true, changed in progress(pairs)]
+    pairs = [pair for pair in zip(references, changed) if all(pair)]
+    wins = [nats(true) < nats(false) for true, false in progress(pairs)]
     preferred = fmean(wins)
     taste = dict(texts_with_numbers=len(wins), true_preferred=preferred,
                  ci95=finetune.wilson(preferred, len(wins)))
@@ -412,13 +400,14 @@ def audit_numbers(args):
 
 def judge(name, answers, sources):
     """Shares of verdicts over all numbers of answers, each against its own question's source."""
-    numbers = [numbers_in(answer) for answer in answers]
     verdicts = []
-    for found, source in zip(numbers, sources):
+    n_with_numbers = 0
+    for answer, source in zip(answers, sources):
+        found = numbers_in(answer)
         known = numbers_in(source)
         verdicts += [verdict(number, known) for number in found]
-    row = dict(answers=name, n=len(answers), with_numbers=sum(map(bool, numbers)),
-               numbers=len(verdicts))
+        n_with_numbers += bool(found)
+    row = dict(answers=name, n=len(answers), with_numbers=n_with_numbers, numbers=len(verdicts))
     for kind in ("supported", "contradicted", "unsupported"):
         row[kind] = verdicts.count(kind) / len(verdicts) if verdicts else None
     return row
@@ -619,99 +608,79 @@ def curves(args):
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("curves needs: pip install matplotlib") from None
-    panels = [name for name in PANELS if any(name in row for rows in logs.values() for row in rows)]
     figure = Figure(figsize=(11, 12), dpi=100, layout="constrained")
-    for place, name in enumerate(panels, start=1):
-        ax = figure.add_subplot(4, 2, place, title=PANELS[name])
-        ax.grid(alpha=0.3)
-        for run, rows in logs.items():
-            # train.py counts steps, finetune.py epochs. There several seeds pass the same epochs,
-            # so no line joins the points.
-            for axis, style in ("step", ".-"), ("epoch", "."):
-                points = [(row[axis], row[name]) for row in rows if axis in row and name in row]
-                if points:
-                    ax.plot(*zip(*points), style, markersize=3, label=run)
-        ax.legend(fontsize="small")
-    figure.savefig(args.out, bbox_inches="tight")  # without the places of panels left out
+    for ax, name in zip(figure.subplots(4, 2).flat, PANELS):
+        ax.set_title(PANELS[name])
+        # train.py counts steps, finetune.py epochs. There several seeds pass the same epochs, so no
+        # line joins the points.
+        for run, axis in itertools.product(args.runs, ("step", "epoch")):
+            points = [(row[axis], row[name]) for row in logs[run] if axis in row and name in row]
+            if points:
+                ax.plot(*zip(*points), ".-" if axis == "step" else ".", markersize=3, label=run)
+                ax.legend(fontsize="small")
+    figure.savefig(args.out)
     return logs
 
 
 # ---------------------------------------------------------------------------------------------
-# the command line: each command's flags, and the function that runs it
+# the command line
+#
+# A new command is a row of COMMANDS: its function, a sentence, its flags. Each flag is described
+# once, in FLAGS.
 
+COMMANDS = {
+    "perplexity": (perplexity, "nats a token and bits a byte",
+                   "--init --device --dtype --data --limit"),
+    "qa": (answer_questions, "accuracy on a question set",
+           "--init --device --dtype --data --limit --task --split --zero_shot --predictions"),
+    "generate": (generate, "continue a text",
+                 "--init --device --dtype --prompt --max_new_tokens --paper --temperature --top_k "
+                 "--top_p --num_beams --length_penalty --seed"),
+    "numbers": (audit_numbers, "audit of made-up numbers in generated answers, greedy ones",
+                "--init --device --dtype --data --limit --task --split --max_new_tokens --paper"),
+    "tokenizer": (tokenizer_tables, "how biomedical words break", "--tokenizer --against --text"),
+    "curves": (curves, "loss, rate, gradient norm and speed of runs as a picture", "runs --out"),
+}
 
-def new_file(text):
-    """A file to write, for argparse: refused before the work if its folder is missing."""
-    if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder for {text}: make it first")
-    return text
+FLAGS = finetune.FLAGS | {  # flag: (kind, help) or (kind, help, default)
+    "--init": (REQUIRED, "run of train.py or finetune.py, or Hugging Face GPT-2 folder"),
+    "--data": (REQUIRED, "folder with a question set's official files; perplexity: arrays "
+               "(their val.bin), or text: each document on its own"),
+    "--limit": (COUNT, "N questions, evenly over the split; perplexity: the first N "
+                "documents of text (default: all)"),
+    "--task": ({"choices": TASKS}, "question set; qa has no text (default: text)", "text"),
+    "--split": ({"choices": ["train", "dev", "val", "test"]},
+                "val is mmlu's alone (default: test, else dev)"),
+    "--zero_shot": (SWITCH, "score options by likelihood, not by a fine-tuned head (default: off)"),
+    "--predictions": (new_file, "also write a JSON line a question (default: none)"),
+    "--prompt": (REQUIRED | LIST, "one or several texts"),
+    "--max_new_tokens": (COUNT, "tokens to add at most (default: 64, numbers 128)"),
+    "--paper": (SWITCH, "BioMedLM's decoding: 5 beams, no repeated 6-gram, length penalty "
+                "-0.5 (default: off)"),
+    "--temperature": (POSITIVE_OR_0, "0 = greedy (default: 0.8)", 0.8),
+    "--top_k": (COUNT, "sample among the k likeliest tokens (default: all)"),
+    "--top_p": (numbers(float, 0, 1.01), "sample within this probability mass (default: all)"),
+    "--num_beams": (COUNT, "beam search instead of sampling (default: 1)", 1),
+    "--length_penalty": (numbers(float, -100, 100), "exponent, beams only (default: 1.0)", 1.0),
+    "--seed": (COUNT_OR_0, "of sampling (default: 1)", 1),
+    "--tokenizer": (REQUIRED, "folder of a tokenizer, or gpt2"),
+    "--against": (LIST, "folders of others, or gpt2 (default: none)", []),
+    "--text": (str, "file or folder of text to measure on (default: none)"),
+    "runs": (LIST, "folders with log.jsonl"),
+    "--out": (new_file, "picture to write (default: curves.png)", "curves.png"),
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    positive = finetune.positive
-
-    def command(name, function, sentence, model=True):
-        p = commands.add_parser(name, help=sentence, description=sentence)
-        p.set_defaults(command=function)
-        add = p.add_argument
-        add("--json", type=new_file, help="write the result here (default: none)")
-        if model:
-            add("--init", required=True,
-                help="run of train.py or finetune.py, or Hugging Face GPT-2 folder")
-            add("--device", help="cpu, cuda, … (default: cuda where there is one)")
-            add("--dtype", choices=["float32", "bfloat16"],
-                help="(default: bfloat16 on cuda, float32 on a CPU)")
-        return add
-
-    def add_questions(add):
-        add("--data", required=True, help="folder with the official files")
-        add("--split", choices=["train", "dev", "val", "test"],
-            help="val is mmlu's alone (default: test, else dev)")
-        add("--limit", type=positive, help="N questions, evenly over the split (default: all)")
-
-    add = command("perplexity", perplexity, "nats a token and bits a byte")
-    add("--data", required=True,
-        help="folder of arrays (its val.bin), or a text file or folder: each document on its own")
-    add("--limit", type=positive, help="only the first N documents of text (default: all)")
-
-    add = command("qa", answer_questions, "accuracy on a question set")
-    add("--task", required=True, choices=[name for name in TASKS if name != "text"],
-        help="which set")
-    add_questions(add)
-    add("--zero_shot", action="store_true",
-        help="score options by likelihood, without a fine-tuned head (default: off)")
-    add("--predictions", type=new_file,
-        help="also write a JSON line a question (default: none)")
-
-    add = command("generate", generate, "continue a text")
-    add("--prompt", required=True, nargs="+", help="one or several texts")
-    add("--max_new_tokens", type=positive, default=64, help="tokens to add at most (default: 64)")
-    for name, (kind, default, sentence) in DECODING.items():
-        add(f"--{name}", type=kind, default=default, help=sentence)
-    add("--paper", action="store_true",
-        help="BioMedLM's decoding: 5 beams, no repeated 6-gram, length penalty -0.5 (default: off)")
-
-    add = command("numbers", audit_numbers, "audit of made-up numbers in generated answers")
-    add("--task", choices=["text", "pubmedqa"], default="text", help="which set (default: text)")
-    add_questions(add)
-    add("--max_new_tokens", type=positive, default=128, help="of an answer at most (default: 128)")
-    add("--paper", action="store_true", help="BioMedLM's decoding, as above (default: greedy)")
-
-    add = command("tokenizer", tokenizer_tables, "how biomedical words break", model=False)
-    add("--tokenizer", required=True, help="folder of a tokenizer, or gpt2")
-    add("--against", nargs="+", default=[], help="folders of others, or gpt2 (default: none)")
-    add("--text", help="file or folder of text to measure on (default: none)")
-
-    add = command("curves", curves, "loss, rate, gradient norm and speed of runs as a picture",
-                  model=False)
-    add("runs", nargs="+", metavar="RUN", help="folders with log.jsonl")
-    add("--out", type=new_file, default="curves.png",
-        help="picture to write (default: curves.png)")
-
+    for name, (function, sentence, flags) in COMMANDS.items():
+        command = commands.add_parser(name, help=sentence, description=sentence)
+        command.set_defaults(function=function)
+        for flag in ["--json", *flags.split()]:
+            add_flag(command, flag, *FLAGS[flag])
     args = parser.parse_args()
-    result = args.command(args)
+    result = args.function(args)
     if args.json:
         write_json(args.json, result)
 

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import math
+from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import fmean, mode, stdev
 from typing import NamedTuple
@@ -26,9 +27,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import TASKS, load_qa
-from model import GPT, check_shapes, cross_entropy, load_tensors, read_json
+from model import GPT, check_tensors, cross_entropy, load_tensors, read_json
 from tokenizer import Tokenizer, replacing, run_command
-from train import distribute, start_process, write_json
+from train import COUNT, POSITIVE, PROBABILITY, distribute, start_process, write_json
 
 # ---------------------------------------------------------------------------------------------
 # the run: settings, questions; for each seed a model, its training, its scores; then the report
@@ -103,8 +104,8 @@ def train(task_model, train_set, dev_set, settings, seed, process, log):
                                   fused=process.device.type == "cuda")
     torch.manual_seed(1000 * seed + process.rank)  # dropout differs between ranks
     epochs = settings["epochs"]
-    dev_chooses = dev_set and not settings["last"]
     best = -math.inf
+    kept = None
     step = 0
     for epoch in range(epochs):
         # One pass over the questions. Their order depends on (seed, epoch) alone: all ranks agree.
@@ -126,11 +127,12 @@ def train(task_model, train_set, dev_set, settings, seed, process, log):
         score = quality(score_examples(task_model, dev_set, process), dev_set)
         process.print(f"seed {seed}, epoch {epoch + 1}: loss {loss:.4f}, dev {score}")
         log.append({"seed": seed, "epoch": epoch + 1, "loss": loss, "dev": score})
-        if dev_chooses and score >= best:  # the last of equals: it has trained longest
+        # Of equal scores the last counts: it has trained longest.
+        if dev_set and not settings["last"] and score >= best:
             best = score
             kept = {name: tensor.to("cpu", copy=True)  # a GPU may have no room for a second copy
                     for name, tensor in task_model.state_dict().items()}
-    if not dev_chooses:
+    if kept is None:
         return score
     task_model.load_state_dict(kept)
     return best
@@ -187,12 +189,12 @@ def read_questions(task, folders):
     """
     questions = {"train": [], "dev": [], "test": []}
     for folder in folders:
-        found = load_splits(task, folder, questions)
+        found = {split: find_split(task, folder, split) for split in questions}
         # No file of this task: borrow from another task whose head is the same.
         for other in TASKS:
-            if not found and TASKS[other].kind == TASKS[task].kind == "choice":
-                found = load_splits(other, folder, ["train"])
-        if not found:
+            if not any(found.values()) and TASKS[other].kind == TASKS[task].kind == "choice":
+                found["train"] = find_split(other, folder, "train")
+        if not any(found.values()):
             load_qa(task, folder, "test")  # raises, and says which file is missing
         for split in found:
             questions[split] += found[split]
@@ -206,16 +208,13 @@ def read_questions(task, folders):
     return questions
 
 
-def load_splits(task, folder, splits):
-    """{split: questions} of those among splits whose official file the folder has."""
-    found = {}
-    for split in splits:
-        name = split
-        if task == "mmlu" and split == "dev":  # its own "dev" is five examples a subject
-            name = "val"
-        with contextlib.suppress(FileNotFoundError):
-            found[split] = load_qa(task, folder, name)
-    return found
+def find_split(task, folder, split):
+    """Questions of a split; none where the folder lacks its official file."""
+    if task == "mmlu" and split == "dev":  # its own "dev" is five examples a subject
+        split = "val"
+    with contextlib.suppress(FileNotFoundError):
+        return load_qa(task, folder, split)
+    return []
 
 
 def labeled(questions, limit=None):
@@ -271,6 +270,9 @@ def encode_all(questions, task, tokenizer, settings):
     settings["length"]: most tokens of a row. settings["markers"]: the prompt for yes/no/maybe that
     the paper describes, in place of the released script's.
     """
+    if settings["length"] < 8:
+        raise ValueError(f"length {settings['length']} leaves no room for a question: use --length "
+                         "8 or more (run.json has what finetune.py used)")
     kind = TASKS[task].kind
     names = TASKS[task].special_tokens
     if kind == "labels" and not settings["markers"]:
@@ -501,12 +503,10 @@ def score_examples(model, examples, process):
         rows = scores.view(len(chunk), -1).tolist()
         for e, row in zip(chunk, rows):
             found[id(e)] = row[:len(e.question.options) or 1]  # without -inf of missing options
-    # Rank r scored examples r, r + world_size, …: put all ranks' scores back in that order.
-    ordered = [None] * len(examples)
+    # Rank r scored examples r, r + world_size, …: take one of each rank in turn.
     parts = process.gather([found[id(e)] for e in share])
-    for rank, part in enumerate(parts):
-        ordered[rank::process.world_size] = part
-    return ordered
+    in_turn = zip_longest(*parts)
+    return list(chain.from_iterable(in_turn))[:len(examples)]
 
 
 def correct(scores, examples):
@@ -521,9 +521,9 @@ def quality(scores, examples):
     """
     if not examples:
         return None
-    if examples[0].n_targets:
-        nats = sum(s[0] for s in scores)
-        return -nats / sum(e.n_targets for e in examples)
+    n_targets = sum(e.n_targets for e in examples)
+    if n_targets:
+        return -sum(s[0] for s in scores) / n_targets
     return fmean(correct(scores, examples))
 
 
@@ -546,19 +546,16 @@ def summarise(task, split, available, examples, values):
     giving the commonest answer.
     """
     mean = fmean(values)
-    row = {
-        "task": task, "split": split, "available": available, "n": len(examples),
-        "accuracy": None, "ci95": None,
-        "truncated": sum(e.truncated for e in examples)}
+    n = len(examples)
+    row = dict(task=task, split=split, available=available, n=n, accuracy=None, ci95=None,
+               truncated=sum(e.truncated for e in examples))
     if task == "text":
-        return row | {"loss": -mean}
+        return row | dict(loss=-mean)
     answers = [e.question.answer for e in examples]
-    return row | {
-        "accuracy": mean,
-        "ci95": wilson(mean, len(examples)),
-        "std": stdev(values) if len(values) > 1 else None,
-        "chance": fmean(1 / len(e.question.options) for e in examples),
-        "majority": answers.count(mode(answers)) / len(answers)}
+    return row | dict(accuracy=mean, ci95=wilson(mean, n),
+                      std=stdev(values) if len(values) > 1 else None,
+                      chance=fmean(1 / len(e.question.options) for e in examples),
+                      majority=answers.count(mode(answers)) / n)
 
 
 def describe(row, n_seeds=1):
@@ -574,11 +571,8 @@ def describe(row, n_seeds=1):
 
 def predictions(scores, examples):
     """Rows of predictions.jsonl."""
-    rows = []
-    for s, e in zip(scores, examples):
-        rows.append({"id": e.question.id, "answer": e.question.answer,
-                     "prediction": s.index(max(s)), "scores": s})
-    return rows
+    return [dict(id=e.question.id, answer=e.question.answer, prediction=s.index(max(s)), scores=s)
+            for s, e in zip(scores, examples)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -587,8 +581,8 @@ def predictions(scores, examples):
 
 def save(out, model, tokenizer, settings, answers):
     """A folder that `transformers` loads, and beside it what load_finetuned needs."""
-    model.gpt.save_pretrained(out)
     tokenizer.save(out)
+    model.gpt.save_pretrained(out)  # its tokenizer_config.json names the added tokens
     with replacing(out / "head.pt") as file:
         torch.save(model.head.state_dict(), file)
     write_lines(out / "predictions.jsonl", answers)
@@ -608,21 +602,30 @@ def load_finetuned(folder, task, device="cpu"):
     Encode questions with these settings, as in training. A head for multiple choice serves any
     such task, another head only the task that it was trained on.
     """
-    path = Path(folder) / "run.json"
-    settings = read_json(path) if path.exists() else {}
     kind = TASKS[task].kind
-    any_choice = settings.get("kind") == kind == "choice"
-    if settings.get("task") != task and not any_choice:
+    path = Path(folder) / "head.pt"
+    settings = {"task": None, "kind": None}  # of a folder that train.py wrote
+    if path.exists():
+        settings = read_json(path.with_name("run.json"), task=str, kind=str, labels=list,
+                             length=int, markers=bool)
+    any_choice = settings["kind"] == kind == "choice"
+    if settings["task"] != task and not any_choice:
         raise ValueError(f"{folder} has no head for {task}: run finetune.py --task {task} on it "
                          "first, or give --zero_shot")
-    for name, type_ in {"labels": list, "length": int, "markers": bool}.items():
-        if not isinstance(settings.get(name), type_):
-            raise ValueError(f"{path} has no {name}, it is damaged or old: run finetune.py again")
     model = TaskModel(GPT.from_pretrained(folder), kind, settings["labels"])
-    head = load_tensors(Path(folder) / "head.pt", checksums=True)
-    check_shapes(head, model.head.state_dict(), f"{folder}/head.pt")
+    head = load_tensors(path, checksums=True)
+    check_tensors(head, model.head.state_dict(), path)
     model.head.load_state_dict(head, strict=False)  # more than these are of no use
-    return model.to(device), Tokenizer.load(folder), settings
+    return model.to(device), load_tokenizer(folder, model.gpt), settings
+
+
+def load_tokenizer(folder, gpt):
+    """The Tokenizer of a model's folder."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size > gpt.config.vocab_size:
+        raise ValueError(f"{folder}: its tokenizer has more tokens than its model, one of them is "
+                         "another's: copy the folder again")
+    return tokenizer
 
 
 # ---------------------------------------------------------------------------------------------
@@ -641,10 +644,10 @@ def resolve(args):
     epochs = task.epochs
     # A small model takes larger steps, and more of them: our choice.
     with torch.device("meta"):  # to count parameters takes no memory
-        n_params = GPT(config).n_params()
-    if n_params < 1e9:
+        gpt = GPT(config)
+    if gpt.n_params() < 1e9:
         lr = 5e-5
-    if n_params < 50e6:
+    if gpt.n_params() < 50e6:
         lr = 3e-4
         if task.kind == "choice":
             epochs = 10
@@ -655,49 +658,63 @@ def resolve(args):
         "epochs": args.epochs or epochs,
         "length": min(args.length or task.length, config.n_positions),
         "torch": torch.__version__}
-    return settings, Tokenizer.load(args.init)
+    return settings, load_tokenizer(args.init, gpt)
 
 
-def positive(text):
-    """argparse's type of a count."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
+def counts(text):
+    """argparse's type of a list: "1,2,3" -> [1, 2, 3]."""
+    return [COUNT(part) for part in text.split(",")]
 
 
-def positives(text):
-    """From "1,2,3" to [1, 2, 3]."""
-    return [positive(part) for part in text.split(",")]
+def new_file(text):
+    """argparse's type of a file to write: refused before the work if its folder is missing."""
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder for {text}: make it first")
+    return text
+
+
+REQUIRED = {"required": True}
+SWITCH = {"action": "store_true"}
+LIST = {"nargs": "+"}
+
+FLAGS = {  # flag: (kind, help) or (kind, help, default)
+    "--task": (REQUIRED | {"choices": TASKS}, "which question set --data holds"),
+    "--data": (REQUIRED | LIST,
+               "folder with the official files; further ones add training questions"),
+    "--init": (REQUIRED, "run of train.py or Hugging Face GPT-2 folder"),
+    "--out": (REQUIRED, "folder to write"),
+    "--random_init": (SWITCH, "fresh weights of --init's shape (default: off)"),
+    "--markers": (SWITCH,
+                  "pubmedqa, bioasq: the paper's prompt, with marker tokens (default: the "
+                  "script's)"),
+    "--seeds": (counts, "a training for each, their mean is reported (default: 1,2,3)", [1, 2, 3]),
+    "--lr": (POSITIVE, "peak learning rate (default: by task and size)"),
+    "--batch_size": (COUNT, "questions a step (default: 16)", 16),
+    "--epochs": (COUNT, "passes over the training questions (default: by task)"),
+    "--length": (COUNT, "most tokens of a row (default: the task's, or context)"),
+    "--dropout": (PROBABILITY, "probability (default: --init's own)"),
+    "--limit": (COUNT, "N questions of each split, evenly spread (default: all)"),
+    "--last": (SWITCH, "report the last epoch, as BioMedLM (default: best)"),
+    "--activation_checkpointing": (
+        SWITCH, "recompute blocks in backward: less memory, a third more time (default: off)"),
+    "--device": (str, "cpu, cuda, cuda:1 … (default: cuda where there is one)"),
+    "--dtype": ({"choices": ["float32", "bfloat16"]}, "(default: bfloat16 autocast on cuda)"),
+    "--json": (new_file, "also write the result here (default: none)"),
+}
+
+
+def add_flag(parser, name, kind, sentence, default=None):
+    """Add a row of FLAGS. kind: a type for one value, or options of argparse."""
+    options = kind if isinstance(kind, dict) else {"type": kind}
+    if kind is not SWITCH:  # its default is False
+        options = options | {"default": default}
+    parser.add_argument(name, help=sentence, **options)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--task", required=True, choices=TASKS,
-        help="which question set --data holds")
-    add("--data", required=True, nargs="+", metavar="DIR",
-        help="folder with the official files; further ones add training questions")
-    add("--init", required=True, metavar="DIR",
-        help="run of train.py or Hugging Face GPT-2 folder")
-    add("--out", required=True, metavar="DIR", help="folder to write")
-    add("--random_init", action="store_true",
-        help="fresh weights of --init's shape (default: off)")
-    add("--markers", action="store_true",
-        help="pubmedqa, bioasq: the paper's prompt, with marker tokens (default: the script's)")
-    add("--seeds", type=positives, default=[1, 2, 3],
-        help="a training for each, their mean is reported (default: 1,2,3)")
-    add("--lr", type=float, help="peak learning rate (default: by task and size)")
-    add("--batch_size", type=positive, default=16, help="questions a step (default: 16)")
-    add("--epochs", type=positive, help="passes over the training questions (default: by task)")
-    add("--length", type=positive, help="most tokens of a row (default: the task's, or context)")
-    add("--dropout", type=float, help="probability (default: --init's own)")
-    add("--limit", type=positive, help="N questions of each split, evenly spread (default: all)")
-    add("--last", action="store_true", help="report the last epoch, as BioMedLM (default: best)")
-    add("--activation_checkpointing", action="store_true",
-        help="recompute blocks in backward: less memory, a third more time (default: off)")
-    add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
-    add("--dtype", choices=["float32", "bfloat16"], help="(default: bfloat16 autocast on cuda)")
-    add("--json", metavar="FILE", help="also write the result here (default: none)")
+    for name, row in FLAGS.items():
+        add_flag(parser, name, *row)
     return parser.parse_args()
 
 

@@ -27,6 +27,7 @@ import pickle
 import shutil
 import sys
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -36,7 +37,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 try:
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file, save_file
 except ImportError:  # pytorch_model.bin holds the same
     load_file = None
@@ -566,15 +567,22 @@ def config_of(path):
         raise FileNotFoundError(f"no config.json in {path}: give the folder of a run or of a "
                                 "Hugging Face GPT-2; the released weights: "
                                 "python data.py download biomedlm --out DIR")
-    return GPTConfig.from_hf(read_json(file))
-
-
-def read_json(path):
-    """The object in a JSON file, as a dict."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as e:
-        raise ValueError(f"{path} is damaged ({e}): copy it again") from e
+        return GPTConfig.from_hf(read_json(file))
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}") from e
+
+
+def read_json(path, **kinds):
+    """The object in a JSON file, as a dict. kinds: fields that it must have, and their types."""
+    try:
+        contents = dict(json.loads(path.read_text(encoding="utf-8")))
+        for name, kind in kinds.items():
+            if type(contents[name]) is not kind:
+                raise TypeError(f"{name} is {contents[name]!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged ({e!r}): copy it again") from e
+    return contents
 
 
 def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
@@ -591,18 +599,14 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     # bf16 on a CPU is to generate, not to train: there the tensors may lie as they are mapped
     mapped = dtype != torch.float32 and torch.device(device).type == "cpu"
     layout = torch.preserve_format if mapped else torch.contiguous_format
-    saved = read_weights(Path(path))
-    check_shapes(saved, model.state_dict(), path)
+    saved = read_weights(Path(path), model.state_dict())
     head = saved.get("transformer.lm_head.weight")
     if head is not None and not torch.equal(head, saved["transformer.wte.weight"]):
         raise ValueError(f"{path} has a head (lm_head.weight) of its own, this model's is the "
                          "embedding wte.weight: use a GPT-2 whose head is tied")
     state = {}
     for name in model.state_dict():
-        tensor = saved[name].to(device, dtype, copy=not mapped, memory_format=layout)
-        if not tensor.sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier checkpoint")
-        state[name] = tensor
+        state[name] = saved[name].to(device, dtype, copy=not mapped, memory_format=layout)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -613,16 +617,11 @@ def without_memory(config):
         return GPT(config)
 
 
-def check_shapes(state, expected, path):
-    """ValueError unless the state dict has a tensor for each of the expected, as large."""
-    for name, tensor in expected.items():
-        if getattr(state.get(name), "shape", None) != tensor.shape:
-            raise ValueError(f"{path} has no {name} of shape {tuple(tensor.shape)}, as config.json "
-                             "implies: use the config.json saved with the weights")
+def read_weights(folder, expected):
+    """State dict of a folder in this model's names and layout; it may hold tensors of no use.
 
-
-def read_weights(folder):
-    """State dict of a folder in this model's names and layout; it may hold tensors of no use."""
+    expected: a state dict of the tensors that it must hold.
+    """
     _, checkpoint = newest_checkpoint(folder)
     if checkpoint is not None:
         return checkpoint["model"]
@@ -631,9 +630,23 @@ def read_weights(folder):
         for file in sorted(folder.glob(pattern)):
             state |= load_tensors(file, checksums=True)
         if state:
-            return transposed(state)
+            state = transposed(state)
+            check_tensors(state, expected, folder)
+            return state
     raise FileNotFoundError(f"{folder} holds neither checkpoint_*.pt nor model.safetensors nor "
                             "pytorch_model.bin: give the folder of a run or of a GPT-2")
+
+
+def check_tensors(state, expected, path):
+    """ValueError unless the state dict has a tensor for each of the expected: as large, finite."""
+    for name, like in expected.items():
+        tensor = state.get(name)
+        plain = isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_sparse
+        if not plain or tensor.shape != like.shape:
+            raise ValueError(f"{path} has no {name} of shape {tuple(like.shape)}, as config.json "
+                             "implies: use the config.json saved with the weights")
+        if not tensor.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier checkpoint")
 
 
 def newest_checkpoint(run):
@@ -658,37 +671,51 @@ def newest_checkpoint(run):
 
 def check_checkpoint(checkpoint, weights, path):
     """Touch all that train.py needs: what is missing or of another type raises by itself."""
-    check_shapes(checkpoint["model"], weights, path)
-    range(checkpoint["step"])  # TypeError: no whole number
+    check_tensors(checkpoint["model"], weights, path)
     optimizer = checkpoint["optimizer"]
     optimizer["param_groups"][0]["params"]
     for name, weight in weights.items():
         for moment in optimizer["state"][name].values():
-            if torch.is_tensor(moment) and moment.shape not in (weight.shape, ()):
-                raise ValueError(f"optimizer's state of {name} has another shape")
+            like = weight if moment.dim() else moment  # AdamW's step counter is one number
+            check_tensors({name: moment}, {name: like}, f"{path}'s optimizer")
+    if path.name != f"checkpoint_{checkpoint['step']:07d}.pt":
+        raise ValueError(f"it is of step {checkpoint['step']}")
 
 
 def load_tensors(path, checksums=False):
     """Contents (a dict) of one file, memory-mapped: a pickle of plain tensors, or safetensors.
 
-    checksums: read a pickle once more, to find damage; 0.5 s per GB. Safetensors have none.
+    checksums: read a pickle once more, to find damage; 0.5 s per GB. Of the safetensors only those
+    that save_pretrained wrote have one, which is always checked.
     """
     if path.suffix == ".safetensors" and load_file is None:
         raise ValueError(f"reading {path} needs: pip install safetensors")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        if checksums and zipfile.ZipFile(path).testzip():  # torch.save writes a zip file
+            contents = load_file(path)
+            with safe_open(path, "pt") as file:
+                expected = (file.metadata() or {}).get("crc32")
+            damaged = expected not in (None, crc32(contents))
+        else:
+            damaged = checksums and zipfile.ZipFile(path).testzip()  # torch.save writes a zip file
+            contents = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if damaged:
             raise ValueError("a part has another CRC-32")
-        contents = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError,
+        return {} | contents  # TypeError where it is no dict
+    except (ValueError, RuntimeError, OSError, EOFError, TypeError, pickle.UnpicklingError,
             zipfile.BadZipFile, SafetensorError) as e:
         reason = str(e).partition("\n")[0]
         raise ValueError(f"{path} is missing, damaged or no file of plain tensors "
                          f"({type(e).__name__} {reason}): copy or download it again") from e
-    if not isinstance(contents, dict):
-        raise ValueError(f"{path} is damaged, it holds no dict of tensors: copy it again")
-    return contents
+
+
+def crc32(state):
+    """CRC-32 over all bytes of a state dict in the order of its names, in hexadecimal."""
+    crc = 0
+    for name in sorted(state):
+        numbers = state[name].contiguous().flatten().view(torch.uint8)
+        crc = zlib.crc32(numbers.numpy(), crc)
+    return f"{crc:08x}"
 
 
 def transposed(state):
@@ -696,7 +723,7 @@ def transposed(state):
     other = {}
     for name, tensor in state.items():
         name = "transformer." + name.removeprefix("transformer.")  # some files leave it out
-        is_block_matrix = ".h." in name and tensor.dim() == 2
+        is_block_matrix = ".h." in name and getattr(tensor, "ndim", 0) == 2
         other[name] = tensor.t() if is_block_matrix else tensor
     return other
 
@@ -707,13 +734,14 @@ def save_pretrained(model, path):
     The weights go to model.safetensors, without the safetensors package to pytorch_model.bin.
     ValueError, before anything is written, for a fork whose parameters are not a GPT-2's.
     """
-    C = model.config.n_embd
-    layer = 12 * C * C + 13 * C  # 4 matrices (3, 1, 4, 4), their biases (3, 1, 4, 1), 2 LayerNorms
-    n = (model.config.vocab_size + model.config.n_positions + 2) * C + model.config.n_layer * layer
+    config = model.config
+    C = config.n_embd
+    layer = 12 * C + 13  # 4 matrices (3, 1, 4, 4), their biases (3, 1, 4, 1), 2 LayerNorms; times C
+    n = C * (config.vocab_size + config.n_positions + 2 + config.n_layer * layer)
     if MODEL_TYPE == "gpt2" and model.n_params() != n:
-        raise ValueError(f"the model has {model.n_params():,} parameters, Hugging Face's GPT-2 of "
-                         f"its config.json {n:,}: that folder cannot hold a changed architecture; "
-                         "give yours a name of its own in MODEL_TYPE")
+        raise ValueError(f"Hugging Face's GPT-2 of this config.json has {n:,} parameters: its "
+                         "folder cannot hold a changed architecture; give yours a name of its own "
+                         "in MODEL_TYPE")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     added = folder / "added_tokens.json"
@@ -721,7 +749,7 @@ def save_pretrained(model, path):
     # With it `transformers`' AutoTokenizer encodes as Tokenizer.encode does with allow_special.
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": model.config.n_positions,
+        "model_max_length": config.n_positions,
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|endoftext|>",
         "pad_token": "[PAD]" if "[PAD]" in special else "<|endoftext|>",
@@ -732,10 +760,11 @@ def save_pretrained(model, path):
         write_whole(folder / "pytorch_model.bin", lambda file: torch.save(state, file))
     else:
         weights = folder / "model.safetensors"
-        write_whole(weights, lambda file: save_file(state, file, metadata={"format": "pt"}))
+        about = {"format": "pt", "crc32": crc32(state)}
+        write_whole(weights, lambda file: save_file(state, file, metadata=about))
         # save_file leaves a file that only its owner reads
         shutil.copymode(folder / "tokenizer_config.json", weights)
-    write_json(folder / "config.json", model.config.to_hf())
+    write_json(folder / "config.json", config.to_hf())
 
 
 def write_json(path, contents):
@@ -765,11 +794,9 @@ def main():
     args = parser.parse_args()
     if MODEL_TYPE != "gpt2":
         raise ValueError(f"`transformers` has no {MODEL_TYPE}: only a GPT-2 can be exported")
+    from tokenizer import Tokenizer  # the model itself needs nothing of the project
     model = GPT.from_pretrained(args.init)
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json"):
-        if (args.init / name).exists():
-            shutil.copyfile(args.init / name, args.out / name)
+    Tokenizer.load(args.init).save(args.out)
     model.save_pretrained(args.out)
     print(f"wrote {args.out}")
 

@@ -1,8 +1,11 @@
 """eval.py: sums of losses, likelihoods, batched generation, the audit's verdicts, tables."""
 
+import contextlib
+import io
 import json
 import math
 import shlex
+import shutil
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -15,10 +18,13 @@ import torch.nn.functional as F
 from test_finetune import TEXT, questions, small_gpt, small_tokenizer, write_medqa
 
 import eval as evaluate
+import finetune
+import model
+import train
 from data import Question, load_qa, tokenize
 from finetune import Example, wilson, write_lines
 from model import GPT
-from tokenizer import Tokenizer, json_lines, train_bpe
+from tokenizer import Tokenizer, json_lines, run_command, train_bpe
 from train import start_process
 
 CPU = start_process("cpu")
@@ -152,20 +158,11 @@ def test_breakdown():
 def test_default_split(monkeypatch):
     """Catches a test split without answers, or without a file, that doesn't give way to dev."""
     q = Question("", "?", options=("a", "b"), answer=0)
-    files = {"test": [q]}
-
-    def load_qa(task, data, split):
-        if split not in files:
-            raise FileNotFoundError
-        return files[split]
-
-    monkeypatch.setattr(evaluate, "load_qa", load_qa)
+    monkeypatch.setattr(evaluate, "load_qa", lambda task, data, split: [split])
     args = Namespace(task="medqa", data="", split=None)
-    assert evaluate.find_questions(args) == ("test", [q])
-    files.update(test=[replace(q, answer=None)], dev=[q])
-    assert evaluate.find_questions(args) == ("dev", [q])
-    del files["test"]
-    assert evaluate.find_questions(args) == ("dev", [q])
+    for found, split in ([q], "test"), ([replace(q, answer=None)], "dev"), ([], "dev"):
+        monkeypatch.setattr(finetune, "find_split", lambda *_, found=found: found)
+        assert evaluate.find_questions(args) == (split, [split])
 
 
 def test_qa_command(call):
@@ -230,6 +227,7 @@ def test_flags_of_generate_reach_the_model(call, parts, monkeypatch):
 
     tokenizer.add_special_tokens(["<|startoftext|>"])
     tokenizer.save("m")
+    small_gpt(301).save_pretrained("m")
     call("generate --init m --prompt 'A drug' --paper")
     assert given["idx"] == [[*ids, tokenizer.special["<|startoftext|>"]]]
     paper = dict(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)
@@ -249,12 +247,9 @@ def test_numbers_and_their_verdicts():
         assert evaluate.numbers_in(text) == [(1e5, "")], text
     assert evaluate.numbers_in("3 × 10^−6 g, 110(5)") == [(3e-6, "g"), (110, ""), (5, "")]
     known = evaluate.numbers_in("1500 mg for 3 years in 40 rats")
-    verdicts = {"1500 mg": "supported", "1500": "supported", "40 kg": "supported",
-                "1500 years": "contradicted", "2 years": "contradicted",
-                "7 kg": "unsupported", "7": "unsupported"}
-    for text, expected in verdicts.items():
-        number, = evaluate.numbers_in(text)
-        assert evaluate.verdict(number, known) == expected, text
+    verdicts = [evaluate.verdict(number, known) for number in evaluate.numbers_in(
+        "1500 mg, 1500, 40 kg; 1500 years, 2 years; 7 kg, 7")]
+    assert verdicts == ["supported"] * 3 + ["contradicted"] * 2 + ["unsupported"] * 2
 
 
 def test_perturbed_text_differs_in_one_number():
@@ -301,6 +296,7 @@ def test_audit_and_its_controls(call, monkeypatch):
     assert list(result["perturbed"].values()) == [2, 0.5, wilson(0.5, 2)]
     tokenizer.add_special_tokens(["<|startoftext|>"])  # as after fine-tuning
     tokenizer.save("m")
+    small_gpt(301, n_positions=48).save_pretrained("m")
     call("numbers --init m --data qa --limit 2 --paper --max_new_tokens 9")
     asked_again = [tokenizer.encode(text) for text in ("Of 5 rats?", "How long?")]
     assert calls[1] == (asked_again, 9, evaluate.PAPER_DECODING)
@@ -342,14 +338,131 @@ def test_curves(call, monkeypatch):
     assert lines == [[[1, 5.0], [2, 4.0]], [[1, 1.0]], [[2, 4.5]], [[1, 0.5]]]
 
 
-@pytest.mark.parametrize("command, mend", [
-    ("curves qa", "log.jsonl"),
-    ("qa --task medqa --data qa --init m", "--zero_shot"),
-    (f"generate --init m --prompt '{TEXT}'", "context"),
-    ("perplexity --init m --data a.jsonl --json no/r.json", "make it first")])
-def test_mistakes(call, capsys, command, mend):
-    """Catches tracebacks for a user's mistakes, and --json whose folder is missed too late."""
-    write_medqa(Path("qa"))
-    with pytest.raises((ValueError, OSError, SystemExit)) as e:
-        call(command)
-    assert mend in f"{e.value}{capsys.readouterr().err}"
+# ---------------------------------------------------------------------------------------------
+# damage: folders that a disk, a person or another program has spoiled; and mistakes in a command
+
+COMMANDS = {
+    "train": (train, "--data arrays --out pretrained --total_steps 4 --save_every 2 --seq_len 16 "
+              "--batch_tokens 64 --eval_tokens 64 --n_layer 1 --n_head 2 --n_embd 16"),
+    "tune": (finetune, "--task medqa --data qa --init pretrained --out tuned --epochs 1 --seeds 1"),
+    "qa": (evaluate, "qa --task medqa --data qa --init tuned"),
+    "perplexity": (evaluate, "perplexity --data a.jsonl --init pretrained"),
+    "generate": (evaluate, "generate --init pretrained --prompt A"),
+    "curves": (evaluate, "curves qa"),
+    "export": (model, "export --init pretrained --out exported"),
+    "export tuned": (model, "export --init tuned --out exported"),
+}
+BYTES = {"empty": lambda old: b"", "page": lambda old: b"<html>404</html>",
+         "half": lambda old: old[:len(old) // 2], "null": lambda old: b"null",
+         "list": lambda old: b"[1]", "utf16": lambda old: b"\xff\xfe{}",
+         "zip": lambda old: b"PK\5\6" + bytes(18), "lost": lambda old: old.replace(b"PK\1\2", b""),
+         "deep": lambda old: b"[" * 10**5,
+         "flip": lambda old: old[:len(old) // 2] + bytes([old[len(old) // 2] ^ 16])
+         + old[len(old) // 2 + 1:]}
+DAMAGE = [  # file, the commands that read it, ways to spoil it
+    ("pretrained/config.json", "train, tune, perplexity, export",
+     "empty page half null list utf16 deep n_layer=2 n_head=null vocab_size=10000000"),
+    ("pretrained/run.json", "train", "empty page half utf16"),
+    ("pretrained/checkpoint_0000004.pt", "train",
+     "empty page half null flip zip lost step=1 step=null model=[] optimizer=null "
+     "model/transformer.ln_f.bias=NaN model/transformer.wte.weight=Infinity "
+     "optimizer/state/transformer.ln_f.bias/exp_avg=NaN"),
+    ("pretrained/vocab.json", "tune, perplexity, export", "empty page half utf16"),
+    ("pretrained/merges.txt", "tune, export", "empty page half utf16"),
+    ("tuned/added_tokens.json", "qa, export tuned", "empty page half utf16"),
+    ("tuned/added_tokens.json", "qa", "[PAD]=99999"),
+    ("tuned/model.safetensors", "qa, export tuned", "empty page half flip"),
+    ("tuned/config.json", "qa", "empty n_embd=32"),
+    ("tuned/head.pt", "qa", "empty page half flip weight=NaN bias=Infinity weight=[] bias=null"),
+    ("tuned/run.json", "qa", "empty page half null list utf16 deep length=0 length=null "
+     'length="12" labels=5 markers="no" task=5 kind=null'),
+]
+
+
+def told(name, flags=""):
+    """What a command says of an error, in one line, or of a warning."""
+    script, line = COMMANDS[name]
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
+        patch.setattr(sys, "argv", [script.__name__, *shlex.split(f"{line} {flags}")])
+        patch.setattr(train, "catch_signals", lambda: [])  # pytest's own stay
+        try:
+            run_command(script.main)
+        except SystemExit as e:
+            assert "\n" not in str(e.code)
+            print(e.code, file=said)
+    return said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with arrays, questions, a run of train.py and a fine-tuned model."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        small_tokenizer().save("tok")
+        write_lines("a.jsonl", [dict(id=f"{i}", text=text) for i, text in enumerate(DOCUMENTS)])
+        tokenize("a.jsonl", "tok", "arrays", val_fraction=0.6)
+        write_medqa(Path("qa"))
+        assert told("train") + told("tune") == ""
+        assert '"pad_token": "[PAD]"' in Path("tuned/tokenizer_config.json").read_text()
+    return folder
+
+
+def spoil(path, way):
+    """way: a name in BYTES, or what to set: length=0, or all numbers of a tensor: weight=NaN."""
+    if way in BYTES:
+        path.write_bytes(BYTES[way](path.read_bytes()))
+        return
+    is_json = path.suffix == ".json"
+    contents = json.loads(path.read_text()) if is_json else torch.load(path)
+    names, value = way.split("=")
+    *groups, name = names.split("/")
+    inner = contents
+    for group in groups:
+        inner = inner[group]
+    new = json.loads(value)
+    if isinstance(new, float):
+        new = torch.full_like(inner[name], new)
+    inner[name] = new
+    if is_json:
+        path.write_text(json.dumps(contents))
+    else:
+        torch.save(contents, path)
+
+
+@pytest.mark.parametrize("file, commands, ways", DAMAGE, ids=lambda value: value.split(" ")[0])
+def test_damage_is_told(whole, tmp_path, monkeypatch, file, commands, ways):
+    """Catches a traceback, a message that names no file, and a wrong number without a word."""
+    monkeypatch.chdir(whole)
+    folder = Path(file).parent
+    shutil.copytree(folder, tmp_path / "copy")
+    for way in ways.split():
+        for name in commands.split(", "):
+            spoil(Path(file), way)
+            said = told(name)
+            shutil.rmtree(folder)
+            shutil.copytree(tmp_path / "copy", folder)
+            assert Path(file).name in said or str(folder) in said, (way, name, said)
+
+
+@pytest.mark.parametrize("name, flags, mend", [
+    ("tune", "--out pretrained", "a folder of its own"),
+    ("tune", "--init tuned --out pretrained", "a folder of its own"),
+    ("tune", "--init stanford-crfm/BioMedLM", "data.py download"),
+    ("tune", "--data arrays", "put the official file"),
+    ("tune", "--json no/r.json", "make it first"),
+    ("tune", "--length 7", "8 or more"),
+    ("tune", "--lr nan", "number"),
+    ("tune", "--seeds 1,0", "number"),
+    ("qa", "--init pretrained", "--zero_shot"),
+    ("qa", "--task text", "give --task"),
+    ("perplexity", "--json no/r.json", "make it first"),
+    ("generate", f"--prompt '{TEXT}'", "context"),
+    ("generate", "--top_p 1.5", "number"),
+    ("generate", "--temperature -1", "number"),
+    ("curves", "", "log.jsonl")])
+def test_mistakes(whole, monkeypatch, name, flags, mend):
+    """Catches tracebacks for a user's mistakes, messages without a mend, and checks too late."""
+    monkeypatch.chdir(whole)
+    assert mend in told(name, flags)

@@ -11,6 +11,7 @@ from conftest import run
 
 import model as model_module
 from model import GPT, GPTConfig, KVCache, Linear, load_tensors, newest_checkpoint, sample
+from tokenizer import Tokenizer
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures/hf_gpt2.json").read_text())
 TINY = GPTConfig(n_layer=3, n_head=2, n_embd=16, n_positions=32, vocab_size=61, dropout=0.0)
@@ -296,16 +297,6 @@ def test_damaged_fields(model, tmp_path, field):
         GPT.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"null", b"\xff\xfe{}", b"[" * 10**5], ids=str)
-@pytest.mark.parametrize("name", ["config.json", "added_tokens.json"])
-def test_damaged_json(model, tmp_path, name, text):
-    """A traceback, or an error that doesn't name the file."""
-    old_folder(model, tmp_path)
-    (tmp_path / name).write_bytes(text)
-    with pytest.raises(ValueError, match=f"{name} is damaged"):
-        GPT.from_pretrained(tmp_path).save_pretrained(tmp_path)
-
-
 def training(model):
     """What train.py saves of a model after its first updates."""
     weights = model.state_dict()
@@ -315,31 +306,15 @@ def training(model):
     return {"model": weights, "optimizer": {"state": state, "param_groups": groups}, "step": 1}
 
 
-def flipped(path):
-    """One bit of the last weights is another."""
-    data = bytearray(path.read_bytes())
-    at = data.index(load_tensors(path)["model"][LN].numpy().tobytes())
-    data[at + 5] ^= 16
-    return bytes(data)
-
-
 LN = "transformer.ln_f.bias"
-BAD_BYTES = {
-    "empty": lambda path: b"",
-    "truncated": lambda path: path.read_bytes()[:-3000],
-    "flipped bit": flipped,
-    "text": lambda path: b"<html>404</html>",
-    "zip of nothing": lambda path: b"PK\5\6" + bytes(18),
-    "directory lost": lambda path: path.read_bytes().replace(b"PK\1\2", bytes(4)),
-    "zeros inside": lambda path: path.read_bytes()[:5000] + bytes(5000) + path.read_bytes()[10000:],
-}
 BAD_CONTENTS = {
     "list": lambda c: [c],
     "tensor": lambda c: c["model"][LN],
     "code": lambda c: Path("x"),
     "no model": lambda c: c.pop("model"),
     "no step": lambda c: c.pop("step"),
-    "text for step": lambda c: c.update(step="1"),
+    "text for step": lambda c: c.update(step="2"),
+    "another's step": lambda c: c.update(step=1),
     "no optimizer": lambda c: c.pop("optimizer"),
     "list for model": lambda c: c.update(model=[c["model"]]),
     "missing weight": lambda c: c["model"].pop(LN),
@@ -348,21 +323,20 @@ BAD_CONTENTS = {
     "no groups": lambda c: c["optimizer"].pop("param_groups"),
     "no moments": lambda c: c["optimizer"]["state"].pop(LN),
     "moments' shape": lambda c: c["optimizer"]["state"][LN].update(exp_avg=torch.zeros(17)),
+    "NaN moment": lambda c: c["optimizer"]["state"][LN]["exp_avg"].fill_(math.nan),
 }
 
 
-@pytest.mark.parametrize("damage", [*BAD_BYTES, *BAD_CONTENTS])
+@pytest.mark.parametrize("damage", BAD_CONTENTS)
 def test_damaged_checkpoints(model, tmp_path, damage, capsys):
     """A spoiled checkpoint loaded without a word, or one that keeps the good one from use."""
     contents = training(model)
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
     good, bad = tmp_path / "checkpoint_0000001.pt", tmp_path / "checkpoint_0000002.pt"
     torch.save(contents, good)
-    if damage in BAD_BYTES:
-        bad.write_bytes(BAD_BYTES[damage](good))
-    else:
-        returned = BAD_CONTENTS[damage](contents)
-        torch.save(returned if damage in ("list", "tensor", "code") else contents, bad)
+    contents["step"] = 2
+    returned = BAD_CONTENTS[damage](contents)
+    torch.save(returned if damage in ("list", "tensor", "code") else contents, bad)
     assert newest_checkpoint(tmp_path)[0] == good
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: skipping {bad}") and warning.count("\n") == 1
@@ -377,6 +351,8 @@ BAD_STATES = {
     "untied head": lambda s: s.update({"lm_head.weight": torch.zeros(61, 16)}),
     "missing weight": lambda s: s.pop(LN),
     "wrong shape": lambda s: s.update({LN: torch.zeros(17)}),
+    "whole numbers": lambda s: s.update({LN: torch.zeros(16, dtype=torch.int64)}),
+    "sparse": lambda s: s.update({LN: s[LN].to_sparse()}),
     "nested": lambda s: s.update({LN: {"weight": s[LN]}}),
 }
 
@@ -391,21 +367,21 @@ def test_damaged_weights(model, tmp_path, damage):
         GPT.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["empty", "half", "header", "text"])
-def test_damaged_safetensors(model, idx, tmp_path, damage):
-    """The format that Hugging Face writes today refused; a traceback where such a file is cut."""
-    pytest.importorskip("safetensors")
+def test_safetensors(model, idx, tmp_path):
+    """A shard that is not read; a flipped bit that passes, though the file has a checksum; a file
+    of others, without one, that is refused."""
+    safetensors = pytest.importorskip("safetensors.torch")
     model.save_pretrained(tmp_path)
-    assert torch.equal(GPT.from_pretrained(tmp_path)(idx)[0], model(idx)[0])
     file = tmp_path / "model.safetensors"
     shard = file.rename(tmp_path / "model-00001-of-00001.safetensors")
     assert torch.equal(GPT.from_pretrained(tmp_path)(idx)[0], model(idx)[0])
-    shard.rename(file)
-    data = file.read_bytes()
-    file.write_bytes({"empty": b"", "half": data[:len(data) // 2], "text": b"<html>404</html>",
-                      "header": data.replace(b"F32", b"F64", 1)}[damage])
-    with pytest.raises(ValueError, match="model.safetensors is missing, damaged"):
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged.*CRC-32"):
         GPT.from_pretrained(tmp_path)
+    safetensors.save_file(safetensors.load(bytes(data)), shard)
+    GPT.from_pretrained(tmp_path)
 
 
 def test_missing_folders_say_what_to_do(tmp_path):
@@ -485,8 +461,7 @@ def test_export_command(model, idx, tmp_path):
     source.mkdir()
     torch.save(training(model), source / "checkpoint_0000001.pt")
     (source / "config.json").write_text(json.dumps(TINY.to_hf()))
-    for name in ("vocab.json", "merges.txt"):
-        (source / name).write_text(name)
+    Tokenizer.from_merges([]).save(source)
     (source / "added_tokens.json").write_text('{"[PAD]": 59, "<|ANSWER|>": 60}')
     done = run("model.py", "export", "--init", source, "--out", out)
     assert done.returncode == 0, done.stderr
