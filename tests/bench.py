@@ -9,6 +9,7 @@ nothing: it computes the memory, the step's time and the hours of a preset by fo
 
 import argparse
 import gzip
+import itertools
 import json
 import os
 import re
@@ -471,7 +472,7 @@ def measure_train(args, process, settings):
     optimizer = train.make_optimizer(model, settings)
     x = torch.randint(config.vocab_size, (settings["micro_batch"], settings["seq_len"]),
                       device=process.device)
-    plain = plain_block, plain_head
+    plain = [plain_block, plain_head]
     if process.device.type == "cuda":  # the blocks share one graph, so that compiling takes seconds
         plain = [torch.compile(fn, dynamic=False) for fn in plain]
     if args.compile:
@@ -481,24 +482,19 @@ def measure_train(args, process, settings):
     steps = {
         "ours": lambda: train.train_step(model, optimizer, batches, 200, settings, process),
         "plain": lambda: plain_step(model, optimizer, x, settings["accumulation"], process, plain)}
-    for step in steps.values():  # compiled, and its memory in the cache
-        for _ in range(3):
-            step()
     segments = {name: [] for name in steps}
-    for _ in range(6):
+    for _ in range(7):
         for name, step in steps.items():
             segments[name].append(timed_segment(step, process, args.seconds / 6))
     flops = train.flops_per_token(config, model.n_params(), settings["seq_len"])
     peak = train.peak_flops(process.device)
-    for name, measured in segments.items():
-        steps_per_s = statistics.median(rate for rate, _ in measured)
-        tokens_per_s = steps_per_s * settings["accumulation"] * x.numel()
-        show({
-            "variant": name, "dropout": settings["dropout"],
-            "tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak if peak else None,
-            "memory_gib": measured[-1][1]})
-    ratios = [ours / plain for (ours, _), (plain, _) in zip(segments["ours"], segments["plain"])]
-    show({"variant": "ours / plain", "ratio": statistics.median(ratios)})
+    speeds = {}
+    for name, (_, *hot) in segments.items():  # the first one compiles, and fills the cache
+        steps_per_s, memory_gib = map(statistics.median, zip(*hot))
+        speeds[name] = steps_per_s * settings["accumulation"] * x.numel()
+        show({"variant": name, "dropout": settings["dropout"], "tokens_per_s": speeds[name],
+              "mfu": speeds[name] * flops / peak if peak else None, "memory_gib": memory_gib})
+    show({"variant": "ours / plain", "ratio": speeds["ours"] / speeds["plain"]})
 
 
 def timed_segment(step, process, seconds):
@@ -506,14 +502,14 @@ def timed_segment(step, process, seconds):
     cuda = process.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    count = 0
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    for count in itertools.count(1):
         step()
-        count += 1
         if cuda:
             torch.cuda.synchronize()
-    return count / (time.perf_counter() - start), train.memory_gib(process.device)
+        elapsed = time.perf_counter() - start
+        if elapsed > seconds:
+            return count / elapsed, train.memory_gib(process.device)
 
 
 def plain_block(residual, branch, dropout, n_head, ln_1w, ln_1b, qkv_w, qkv_b, proj_w, proj_b,
@@ -634,18 +630,15 @@ def bench_tokenizer(rest):
         text = f"{folder}/all"
         megabytes = all_text(text) / 1e6
         for part, threads in (("train", 1), ("train", 2), ("encode", 1)):
-            found = {name: [] for name in children}
+            figures = {name: [] for name in children}
             digests = set()
-            for _ in range(3):
-                for name, (python, code) in children.items():
-                    command = [python, "-c", code, part, text, str(threads), f"{folder}/{name}"]
-                    done = subprocess.run(command, cwd=ROOT, check=True, text=True,
-                                          stdout=subprocess.PIPE)
-                    digest, *figures = done.stdout.split()
-                    digests.add(digest)
-                    found[name].append([float(figure) for figure in figures])
-            for name, runs in found.items():
-                seconds, cpu, peak = (statistics.median(column) for column in zip(*runs))
+            for _, (name, (python, code)) in product(range(3), children.items()):
+                command = [python, "-c", code, part, text, str(threads), f"{folder}/{name}"]
+                digest, *found = subprocess.check_output(command, cwd=ROOT, text=True).split()
+                digests.add(digest)
+                figures[name].append(map(float, found))
+            for name, runs in figures.items():
+                seconds, cpu, peak = map(statistics.median, zip(*runs))
                 show({"part": part, "threads": threads, "who": name, "seconds": seconds,
                       "cpu_s": cpu, "MB_per_s": megabytes / seconds, "peak_MB": peak,
                       "all_equal": len(digests) == 1})
@@ -658,8 +651,7 @@ def all_text(stem):
         for name in ("abstracts.jsonl.gz", "pmc_fulltext.jsonl.gz"):
             with gzip.open(SHARED / name) as lines:
                 for record in map(json.loads, lines):
-                    abstract = f"{record.get('title')}\n{record.get('abstract')}"
-                    text = record.get("text", abstract)
+                    text = record.get("text") or f"{record['title']}\n{record['abstract']}"
                     ours.write(json.dumps({"id": str(record["id"]), "text": text}) + "\n")
                     theirs.write(text.removesuffix("\n") + "\n")
     return os.path.getsize(f"{stem}.txt")
@@ -898,31 +890,29 @@ def bench_generate(rest):
     pythons = {"ours": sys.executable}
     if args.hf_python:
         pythons["hf"] = args.hf_python
-    children, load_s, peak_gb = {}, {}, {}
-    speeds = {who: [] for who in pythons}
-    rates = []
+    rows = {who: {"who": who} for who in pythons}
+    children, speeds, rates = {}, {who: [] for who in pythons}, []
     with tempfile.TemporaryDirectory() as folder:
         n_bytes = random_folder(args.shape, folder)
         for who, python in pythons.items():  # one after the other: each load has the machine
-            command = [python, "-c", GENERATE_CHILD, who, folder]
-            children[who] = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                                             stdout=subprocess.PIPE)
-            load_s[who] = float(children[who].stdout.readline())
+            children[who] = subprocess.Popen(
+                [python, "-c", GENERATE_CHILD, who, folder], cwd=ROOT, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            rows[who]["load_s"] = float(children[who].stdout.readline())
         for _ in range(6):
             rates.append(read_rate())
             for who, child in children.items():
                 print("go", file=child.stdin, flush=True)
-                seconds, peak_gb[who] = map(float, child.stdout.readline().split())
+                seconds, rows[who]["peak_gb"] = map(float, child.stdout.readline().split())
                 speeds[who].append(16 / seconds)
         for child in children.values():
             child.communicate()
     floor = statistics.median(rates) / n_bytes
     show({"who": "floor", "tokens_per_s": floor, "weights_gb": n_bytes / 1e9,
           "read_gb_per_s": floor * n_bytes / 1e9})
-    for who in pythons:
+    for who, row in rows.items():
         speed = statistics.median(speeds[who][1:])  # the first one touches the mapped file
-        show({"who": who, "tokens_per_s": speed, "of_floor": speed / floor,
-              "load_s": load_s[who], "peak_gb": peak_gb[who]})
+        show(row | {"tokens_per_s": speed, "of_floor": speed / floor})
 
 
 def random_folder(shape, folder):
