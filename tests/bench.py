@@ -651,7 +651,8 @@ def all_text(stem):
         for name in ("abstracts.jsonl.gz", "pmc_fulltext.jsonl.gz"):
             with gzip.open(SHARED / name) as lines:
                 for record in map(json.loads, lines):
-                    text = record.get("text") or f"{record['title']}\n{record['abstract']}"
+                    abstract = f"{record.get('title')}\n{record.get('abstract')}"
+                    text = record.get("text", abstract)
                     ours.write(json.dumps({"id": str(record["id"]), "text": text}) + "\n")
                     theirs.write(text.removesuffix("\n") + "\n")
     return os.path.getsize(f"{stem}.txt")

@@ -541,7 +541,7 @@ def test_saves_by_the_clock(arrays, tmp_path):
         now = time.monotonic
         time.monotonic = lambda: now() + 60 * minutes
 
-    go(arrays, out, "--save_every", 0, "--save_minutes", 50, mode="ddp", fault=fault)
+    go(arrays, out, "--save_every", 0, "--save_minutes", 50, "--keep", 3, mode="ddp", fault=fault)
     assert [p.name for p in sorted(out.glob("*.pt"))] == [
         "checkpoint_0000008.pt", "checkpoint_0000020.pt"]
 
