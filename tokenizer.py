@@ -10,6 +10,11 @@ text. Left out: normalisers, prefix spaces, dropout.
 The second half of the file reads and writes text files; the other scripts use it too.
 """
 
+import signal
+
+if __name__ == "__main__":  # while the rest is imported, Ctrl-C ends it silently
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import gzip
 import hashlib
@@ -20,7 +25,6 @@ import multiprocessing
 import os
 import pickle
 import re
-import signal
 import sys
 import tempfile
 import threading
