@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -330,34 +331,30 @@ COLLECTIVES = {  # what FSDP calls, in torch 2.13 and before
 def count_collectives(path):
     """A fault: write what rank 0 sends in the last step as lines: what, micro-batch, to whom."""
     def fault(rank):
-        sent, micro_batches = [], []
-        update, announce, dist = train.update, train.announce, torch.distributed
+        sent, update, dist = [], train.update, torch.distributed
+        train.announce = mock.Mock(wraps=train.announce)  # called before each micro-batch
 
         def count(name):
             original = getattr(dist, name)
 
             def counted(*args, **kwargs):
                 if "group" in kwargs:  # FSDP names it, train.py doesn't
-                    sent.append(f"{name[:10]} {len(micro_batches)} "
+                    sent.append(f"{name[:10]} {train.announce.call_count} "
                                 f"{dist.get_process_group_ranks(kwargs['group'])}")
                 return original(*args, **kwargs)
 
             setattr(dist, name, counted)
 
         def counted_update(*args):
-            path.write_text("\n".join(sent))
+            if rank == 0:
+                path.write_text("\n".join(sent))
             sent.clear()
-            micro_batches.clear()
+            train.announce.reset_mock()
             return update(*args)
 
-        def counted_announce(*args, **kwargs):
-            micro_batches.append(1)
-            announce(*args, **kwargs)
-
-        if rank == 0:
-            for name in COLLECTIVES & set(dir(dist)):
-                count(name)
-            train.update, train.announce = counted_update, counted_announce
+        for name in COLLECTIVES & set(dir(dist)):
+            count(name)
+        train.update = counted_update
     return fault
 
 
@@ -429,7 +426,6 @@ def test_start_from_weights(arrays, tmp_path, undisturbed):
     go(arrays, dropped, "--init", folder, "--dropout", 0.5, "--total_steps", 1, shape=())
     assert rows(dropped, "val_loss")[0] == rows(out, "val_loss")[0]
     assert rows(dropped)[1] > 1.001 * rows(out)[1]
-    assert "no config.json" in go(arrays, out, "--init", tmp_path, shape=(), code=1)
     text = go(arrays, out, "--init", undisturbed, shape=(), code=1)
     assert "the run was made with init" in text
     assert "steps 7 to 20" in go(arrays, out)  # without --init it goes on
@@ -600,8 +596,7 @@ def test_full_disk(arrays, tmp_path, undisturbed):
 @pytest.mark.parametrize("make", [
     lambda model: train.make_optimizer(model, {"lr": 0.5, "weight_decay": 0.1}),
     lambda model: torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)], ids=["adamw", "sgd"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_update_of_any_optimiser(make, bad):
+def test_update_of_any_optimiser(make):
     """A step with NaN changes weights or state of an optimiser other than AdamW, or isn't clipped.
 
     The oracle takes the norm by hand, and gives its optimiser gradients that are clipped by hand.
@@ -611,14 +606,13 @@ def test_update_of_any_optimiser(make, bad):
     theirs = copy.deepcopy(ours)
     optimizer, plain = make(ours), make(theirs)
     plain.param_groups[0]["lr"] = 0.01
-    for scale in (0.01, bad, 100.0, bad, 1.0):  # below and above the clipping norm
+    for scale in (0.01, math.nan, 100.0, math.inf, 1.0):  # below and above the clipping norm
         gradient = torch.randn(5, 7)
         ours.weight.grad = scale * gradient
         norm = train.update(ours, optimizer, 0.01, 1.0)
         assert ours.weight.grad is None
-        if scale is bad:
-            assert not math.isfinite(norm)
-        else:
+        assert math.isfinite(norm) == math.isfinite(scale)
+        if math.isfinite(scale):
             by_hand = scale * math.sqrt(gradient.square().sum())
             assert norm == pytest.approx(by_hand, rel=1e-5)
             theirs.weight.grad = gradient * (scale / max(1, by_hand))
@@ -694,8 +688,7 @@ def test_twenty_random_kills(arrays, tmp_path):
 def torchrun(script, *flags):
     # a fresh store for each round: in the agent's own, a restarted rank may find the dead one's
     # address under the same key, and gloo then gives up
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-           "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *map(str, flags[:-1]), str(script),
          *map(str, flags[-1])],
