@@ -33,7 +33,7 @@ from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import islice
 from operator import add
 from pathlib import Path
 
@@ -67,12 +67,12 @@ VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = sorted(range(256), key=lambda byte: byte not in VISIBLE)
 ALPHABET = [*map(chr, [*VISIBLE, *range(256, 256 + 68)])]
 ID_OF_BYTE = bytes(map(BYTES.index, range(256)))  # for bytes.translate
-BYTE_OF_CHAR = dict(zip(map(ord, ALPHABET), BYTES))  # for str.translate
+BYTE_OF_CHAR = dict(zip(ALPHABET, BYTES))
 
 
 def token_bytes(token):
     """The bytes of a token in byte characters: "Ġcell" -> b" cell"."""
-    return token.translate(BYTE_OF_CHAR).encode("latin-1")
+    return bytes(map(BYTE_OF_CHAR.__getitem__, token))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def train_bpe(counts, vocab_size, min_frequency=2):
     # A word is a str with a character chr(id) for each symbol, a pair a str of two. So str.split
     # finds a pair, str.join writes its merge, and pairs sort as (id, id) does.
     words = [piece.encode().translate(ID_OF_BYTE).decode("latin-1") for piece in counts]
-    word_counts = list(counts.values())
+    count_of = list(counts.values()).__getitem__
     new_pairs = defaultdict(list)  # pair -> indices of words, one an occurrence
     for i, word in enumerate(words):
         for pair in map(add, word, word[1:]):
@@ -114,7 +114,7 @@ def train_bpe(counts, vocab_size, min_frequency=2):
     merges = []
     for new_id in tqdm(range(256, vocab_size - 1), "merging", unit="merge", disable=None):
         for new, indices in new_pairs.items():
-            count = sum(map(word_counts.__getitem__, indices))
+            count = sum(map(count_of, indices))
             if count >= min_frequency:  # a rarer pair will never be a token
                 pair_counts[new] = count
                 where[new] = indices
@@ -136,7 +136,7 @@ def train_bpe(counts, vocab_size, min_frequency=2):
         for new, indices in new_pairs.items():
             old = new[0].replace(merged, pair[1]) + new[1].replace(merged, pair[0])
             if old in pair_counts:
-                pair_counts[old] -= sum(map(word_counts.__getitem__, indices))
+                pair_counts[old] -= sum(map(count_of, indices))
     return merges
 
 
@@ -299,7 +299,7 @@ def count_pretokens(inputs, workers=1):
 
     This process reads, the workers count; some two batches a worker are in memory.
     """
-    documents = chain.from_iterable(map(read_documents, inputs))
+    documents = read_documents(*inputs)
     batches = iter(lambda: list(islice(documents, BATCH_DOCUMENTS)), [])
     counts = Counter()
     results = in_processes(count_batch, batches, workers)
@@ -420,12 +420,13 @@ def json_lines(path):
             yield number, value
 
 
-def read_documents(path):
-    """Yield (id, text) of every document in a text file or folder; deletions are left out."""
-    for file in text_files(path):
-        for ident, text in read_records(file):
-            if text is not None:
-                yield ident, text
+def read_documents(*paths):
+    """Yield (id, text) of every document in text files or folders; deletions are left out."""
+    for path in paths:
+        for file in text_files(path):
+            for ident, text in read_records(file):
+                if text is not None:
+                    yield ident, text
 
 
 def read_records(path):
