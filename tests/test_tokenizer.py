@@ -80,7 +80,7 @@ def naive_encode(text, vocab, merges):
 
 def test_fast_trainer_equals_naive():
     """T2. Wrong counts: overlaps (aaaa), merges side by side (abab), ties, old heap rows."""
-    for seed in range(300):
+    for seed in range(150):
         rng = random.Random(seed)
         letters = "abcdé "[:rng.randint(1, 6)]
         counts = {"".join(rng.choices(letters, k=rng.randint(1, 14))): rng.choice([1, 1, 2, 3, 50])
