@@ -106,21 +106,22 @@ def plan_machine(config, n_params, settings, flops, share, name, gpus, gigabytes
     """Print the fastest way that fits a machine, with its memory, step and hours."""
     machine = f"{gpus} x {name}-{gigabytes}"
     ideal = flops / gpus / train.PEAK_FLOPS[name]  # seconds a step at the peak
-    found = []
+    found = {}
     for way in ways(settings, gpus):
         memory = memory_parts(config, n_params, way)
         seconds = step_parts(config, n_params, way, ideal, bandwidth)
-        if total(memory) < 0.92e9 * gigabytes:  # the rest is the allocator's and NCCL's
-            found.append((total(seconds), way, memory, seconds))
-    step_s, way, memory, seconds = min(found, key=lambda row: row[0])  # fails where none fits
+        if sum(memory.values()) < 0.92e9 * gigabytes:  # the rest is the allocator's and NCCL's
+            found.setdefault(sum(seconds.values()), (way, memory, seconds))
+    step_s = min(found)  # fails where none fits
+    way, memory, seconds = found[step_s]
     print(f"\n{machine}: --parallel {way['parallel']}, activation checkpointing "
           f"{way['activation_checkpointing']}, --micro_batch {way['micro_batch']}")
-    for formula, size in memory:
+    for formula, size in memory.items():
         print(f"  {size / 1e9:7.2f} GB  {formula}")
-    for formula, part in seconds:
+    for formula, part in seconds.items():
         print(f"  {part:7.3f} s   {formula}")
     hours = settings["total_steps"] / 3600
-    row = {"machine": machine, "gb": total(memory) / 1e9, "step_s": step_s,
+    row = {"machine": machine, "gb": sum(memory.values()) / 1e9, "step_s": step_s,
            "mfu": ideal / step_s, "hours": hours * step_s / (1 - share)}
     for mfu in (0.23, 0.40, 0.60):  # BioMedLM's own; a fair guess; our aim on an H200
         row[f"hours at {mfu:.0%}"] = hours * ideal / mfu
@@ -141,12 +142,8 @@ def ways(settings, gpus):
                 "shards": min(gpus, 8) if parallel == "fsdp" else 1}
 
 
-def total(parts):
-    return sum(amount for _, amount in parts)
-
-
 def memory_parts(config, n_params, way):
-    """[("part = formula", bytes)] of one GPU in a block's backward, where it peaks (fused ops).
+    """{"part = formula": bytes} of one GPU in a block's backward, where it peaks (fused ops).
 
     A block saves, a token: the residual stream twice (8C in fp32), in bf16 two LayerNorm outputs
     (4C), qkv (6C), attention (2C), c_fc (8C) and its GELU (8C), and 4 statistics and H logsumexps.
@@ -155,31 +152,30 @@ def memory_parts(config, n_params, way):
     t = way["micro_batch"] * way["seq_len"]
     rows = gpt_model.CROSS_ENTROPY_CHUNK
     block = (36 * C + 4 * H + 16) * t
-    parts = [
-        ("weights, gradients, two moments in fp32 = 16*N / S", 16 * n_params / way["shards"]),
-        ("bf16 copies of the blocks' weights, kept by autocast = 24*C*C*L", 24 * C * C * L),
-        ("a block's gradients in flight = (36*C + 4*H + 16) * t", block),
-        (f"embedding and head = 9*C*t + 2*V*min(t, {rows}) + 10*V*C",
-         9 * C * t + 2 * V * min(t, rows) + 10 * V * C)]
+    parts = {
+        "weights, gradients, two moments in fp32 = 16*N / S": 16 * n_params / way["shards"],
+        "bf16 copies of the blocks' weights, kept by autocast = 24*C*C*L": 24 * C * C * L,
+        "a block's gradients in flight = (36*C + 4*H + 16) * t": block,
+        f"embedding and head = 9*C*t + 2*V*min(t, {rows}) + 10*V*C":
+            9 * C * t + 2 * V * min(t, rows) + 10 * V * C}
     if way["activation_checkpointing"]:
-        parts.append(("inputs of L blocks, one block's inside = 6*C*L*t + (36*C + 4*H + 16) * t",
-                      6 * C * L * t + block))
+        parts["inputs of L blocks, one block's inside = 6*C*L*t + (36*C + 4*H + 16) * t"] = \
+            6 * C * L * t + block
     else:
-        parts.append(("saved activations = (36*C + 4*H + 16) * L * t", block * L))
+        parts["saved activations = (36*C + 4*H + 16) * L * t"] = block * L
     if way["parallel"] == "fsdp":
         # Of all blocks, or of the block at work, the one fetched ahead and what is outside.
         whole = 4 * n_params
         some = 4 * ((V + config.n_positions + 2) * C + 2 * (12 * C * C + 13 * C))
-        parts += [
-            ("gathered weights = 4*N, with activation checkpointing 4*(R + 2*B)",
-             some if way["activation_checkpointing"] else whole),
-            ("gradients to be reduced = 4*N, without accumulation 4*(R + 2*B)",
-             whole if way["accumulation"] > 1 else some)]
+        parts["gathered weights = 4*N, with activation checkpointing 4*(R + 2*B)"] = \
+            some if way["activation_checkpointing"] else whole
+        parts["gradients to be reduced = 4*N, without accumulation 4*(R + 2*B)"] = \
+            whole if way["accumulation"] > 1 else some
     return parts
 
 
 def step_parts(config, n_params, way, ideal, bandwidth):
-    """[("part = formula", seconds)] of a step on one GPU; ideal: its seconds at the peak FLOP/s.
+    """{"part = formula": seconds} of a step on one GPU; ideal: its seconds at the peak FLOP/s.
 
     The numbers are from an H100's step of BioMedLM, taken apart: 264-271 ms a micro-batch of 8,192
     tokens. Another machine's are scaled by its datasheet. Traffic between GPUs runs beside backward
@@ -189,12 +185,12 @@ def step_parts(config, n_params, way, ideal, bandwidth):
     accumulation = way["accumulation"]
     tokens = accumulation * way["micro_batch"] * way["seq_len"]
     n_bytes = 173 * config.n_layer * config.n_embd * tokens
-    return [
-        ("matrix products and attention = FLOPs / (67% of the peak)", runs * ideal / 0.67),
-        ("LayerNorm, GELU and the rest = 173*L*C bytes a token", runs * n_bytes / bandwidth),
-        ("weights to bf16, gradients to fp32, added = 24*N bytes a micro-batch",
-         accumulation * 24 * n_params / bandwidth),
-        ("gradient norm and AdamW = 44*N / S bytes", 44 * n_params / way["shards"] / bandwidth)]
+    return {
+        "matrix products and attention = FLOPs / (67% of the peak)": runs * ideal / 0.67,
+        "LayerNorm, GELU and the rest = 173*L*C bytes a token": runs * n_bytes / bandwidth,
+        "weights to bf16, gradients to fp32, added = 24*N bytes a micro-batch":
+            accumulation * 24 * n_params / bandwidth,
+        "gradient norm and AdamW = 44*N / S bytes": 44 * n_params / way["shards"] / bandwidth}
 
 
 # ---------------------------------------------------------------------------------------------
