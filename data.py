@@ -9,6 +9,11 @@ An output depends on inputs and flags alone: no time, path, host or number of wo
 Left out: language detection, near-duplicates, back matter (references, appendices, peer reviews).
 """
 
+import signal
+
+if __name__ == "__main__":  # while the rest is imported, Ctrl-C ends it silently
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import csv
 import gc

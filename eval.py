@@ -12,6 +12,11 @@ Leaves out training and several GPUs: one process, one device.
 Dimensions: B rows, T time, C width, V vocabulary.
 """
 
+import signal
+
+if __name__ == "__main__":  # while the rest is imported, Ctrl-C ends it silently
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import itertools
 import math

@@ -11,6 +11,11 @@ A sweep is a loop in the shell: give each point its own --out.
 Dimensions: B rows, T time, C width, Q questions, O options, E scored positions.
 """
 
+import signal
+
+if __name__ == "__main__":  # while the rest is imported, Ctrl-C ends it silently
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import json

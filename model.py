@@ -19,6 +19,11 @@ CUDA tensor takes the Triton kernel, TRITON_INTERPRET=1 runs the same kernel on 
 else (no GPU, no triton) the reference. Statistics, softmax and sums are fp32.
 """
 
+import signal
+
+if __name__ == "__main__":  # while the rest is imported, Ctrl-C ends it silently
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import json
 import math
@@ -1858,5 +1863,3 @@ if __name__ == "__main__":
         main()
     except (ValueError, OSError) as e:
         sys.exit(f"model.py: error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -10,6 +10,11 @@ text. Left out: normalisers, prefix spaces, dropout.
 The second half of the file reads and writes text files; the other scripts use it too.
 """
 
+import signal
+
+if __name__ == "__main__":  # while the rest is imported, Ctrl-C ends it silently
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import gzip
 import hashlib
@@ -20,17 +25,15 @@ import multiprocessing
 import os
 import pickle
 import re
-import signal
 import sys
 import tempfile
 import threading
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import islice
 from operator import add
 from pathlib import Path
 
@@ -61,15 +64,15 @@ SAFE_PATTERN = PATTERN.replace(r"\s+(?!\S)", r"(?:\s{100}(?=\s\s))*+\s+(?!\S)")
 # themselves; the other 68 become chr(256), chr(257), ... in turn. So " " is "Ġ", "\n" is "Ċ", and
 # the two bytes of "é" are "Ã©". A byte's id is its place here: "!" has 0, "Ġ" has 220.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = VISIBLE + sorted(set(range(256)) - set(VISIBLE))
-ALPHABET = [*map(chr, VISIBLE), *map(chr, range(256, 256 + 68))]
+BYTES = sorted(range(256), key=lambda byte: byte not in VISIBLE)
+ALPHABET = [*map(chr, [*VISIBLE, *range(256, 256 + 68)])]
 ID_OF_BYTE = bytes(map(BYTES.index, range(256)))  # for bytes.translate
-BYTE_OF_CHAR = dict(zip(map(ord, ALPHABET), BYTES))  # for str.translate
+BYTE_OF_CHAR = dict(zip(ALPHABET, BYTES))
 
 
 def token_bytes(token):
     """The bytes of a token in byte characters: "Ġcell" -> b" cell"."""
-    return token.translate(BYTE_OF_CHAR).encode("latin-1")
+    return bytes(map(BYTE_OF_CHAR.__getitem__, token))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -97,29 +100,25 @@ def train_bpe(counts, vocab_size, min_frequency=2):
     # A word is a str with a character chr(id) for each symbol, a pair a str of two. So str.split
     # finds a pair, str.join writes its merge, and pairs sort as (id, id) does.
     words = [piece.encode().translate(ID_OF_BYTE).decode("latin-1") for piece in counts]
-    word_counts = list(counts.values())
-    # pair -> indices of words, one an occurrence; a later merge may have taken the pair from them
-    where = defaultdict(list)
+    count_of = list(counts.values()).__getitem__
+    new_pairs = defaultdict(list)  # pair -> indices of words, one an occurrence
     for i, word in enumerate(words):
         for pair in map(add, word, word[1:]):
-            where[pair].append(i)
+            new_pairs[pair].append(i)
+    where = {}  # all that new_pairs had; a later merge may have taken the pair from a word
     pair_counts = {}
     # The heap holds (-count, pair), so that the commonest pair comes out first. The count may be
     # outdated, that is too high: then the pair goes back with the true one.
     heap = []
-
-    def remember(pair, indices):
-        count = sum(map(word_counts.__getitem__, indices))
-        if count >= min_frequency:  # a rarer pair will never be a token
-            pair_counts[pair] = count
-            where[pair] = indices
-            heapq.heappush(heap, (-count, pair))
-
-    for pair, indices in where.items():
-        remember(pair, indices)
     tokens = list(ALPHABET)
     merges = []
     for new_id in tqdm(range(256, vocab_size - 1), "merging", unit="merge", disable=None):
+        for new, indices in new_pairs.items():
+            count = sum(map(count_of, indices))
+            if count >= min_frequency:  # a rarer pair will never be a token
+                pair_counts[new] = count
+                where[new] = indices
+                heapq.heappush(heap, (-count, new))
         if not heap:
             break
         minus_count, pair = heapq.heappop(heap)
@@ -131,38 +130,33 @@ def train_bpe(counts, vocab_size, min_frequency=2):
         left, right = [tokens[ord(symbol)] for symbol in pair]
         merges.append((left, right))
         tokens.append(left + right)
-        # Its neighbours have new pairs; the pairs that these replace have become rarer.
-        for new, old, indices in merge_pair(pair, chr(new_id), words, where.pop(pair)):
+        merged = chr(new_id)
+        new_pairs = merge_pair(pair, merged, words, where.pop(pair))
+        # The pairs that the new ones replace become rarer: "he" is merged, "tX" replaces "th".
+        for new, indices in new_pairs.items():
+            old = new[0].replace(merged, pair[1]) + new[1].replace(merged, pair[0])
             if old in pair_counts:
-                pair_counts[old] -= sum(map(word_counts.__getitem__, indices))
-            remember(new, indices)
+                pair_counts[old] -= sum(map(count_of, indices))
     return merges
 
 
 def merge_pair(pair, merged, words, indices):
-    """Write `merged` for `pair` in words[i] of all indices, and yield what that changes.
+    """Write `merged` for `pair` in words[i] of all indices.
 
-    Yields (new pair, old pair it replaces, indices of words, one an occurrence). In "then", "he"
-    becomes X: "tX" replaces "th", and "Xn" replaces "en". In "hehe" "XX" replaces "eh".
+    Returns {new pair: indices of words, one an occurrence}. In "then", "he" becomes X: the new
+    pairs are "tX" and "Xn". In "hehe" it is "XX".
     """
-    befores = defaultdict(list)  # symbol before the pair -> indices
-    afters = defaultdict(list)
-    doubles = []
+    new_pairs = defaultdict(list)
     for i in dict.fromkeys(indices):  # a word once, however often it has the pair
         parts = words[i].split(pair)  # "hehe" -> "", "", ""; one part if the pair is gone
         words[i] = merged.join(parts)
         for before, after in zip(parts, parts[1:]):
             if before:
-                befores[before[-1]].append(i)
+                new_pairs[before[-1] + merged].append(i)
             if after:
-                afters[after[0]].append(i)
-        doubles += [i for between in parts[1:-1] if not between]
-    left, right = pair
-    for symbol, indices in befores.items():
-        yield symbol + merged, symbol + left, indices
-    for symbol, indices in afters.items():
-        yield merged + symbol, right + symbol, indices
-    yield merged + merged, right + left, doubles
+                new_pairs[merged + after[0]].append(i)
+        new_pairs[merged + merged] += [i for between in parts[1:-1] if not between]
+    return new_pairs
 
 
 # ---------------------------------------------------------------------------------------------
@@ -192,7 +186,7 @@ class Tokenizer:
             if not re.fullmatch(r"<.*>|\[.*\]", token):
                 raise ValueError(f"no merge makes {token!r}")
         self.eot_id = self.special[END_OF_TEXT]
-        self._bytes = {vocab[token]: token_bytes(token) for token in tokens}
+        self._bytes = dict(zip(ids, map(token_bytes, tokens)))
         self._bytes |= {i: token.encode() for token, i in self.special.items()}
 
     @classmethod
@@ -255,13 +249,10 @@ class Tokenizer:
     @classmethod
     def load(cls, folder):
         """From vocab.json + merges.txt, GPT-2's encoder.json + vocab.bpe, or a tokenizer.json."""
-        folder = Path(folder)
         try:
-            for vocab, merges in FILE_NAMES:
-                if (folder / vocab).is_file():
-                    return cls(*read_files(folder / vocab, folder / merges))
-            if (folder / "tokenizer.json").is_file():
-                return cls(*read_tokenizer_json(folder / "tokenizer.json"))
+            for vocab in map(Path(folder).joinpath, MERGES_OF):
+                if vocab.is_file():
+                    return cls(*read_files(vocab))
         except (ValueError, KeyError) as e:
             raise ValueError(f"{folder}: its vocabulary and merges are damaged, or do not belong "
                              f"together ({e}): copy them again") from e
@@ -279,19 +270,16 @@ def usable_ranks(tokens, merges):
     In other files a token may be out of reach: with the merges a+b, b+c, a+bc the text "abc" stops
     at ab, c. HF never gives "abc", so it gets no rank.
     """
-    symbol = {token: chr(rank) for rank, token in enumerate(tokens)}
-    rules = {}  # pair of symbols -> (rank, pair, the symbol it becomes)
-    for rank, (left, right) in enumerate(merges, len(ALPHABET)):
-        pair = symbol[left] + symbol[right]
-        rules[pair] = rank, pair, symbol[left + right]
+    rank_of = {pair: rank for rank, pair in enumerate(merges, len(ALPHABET))}
     ranks = {}
     for rank, token in enumerate(tokens):
         # What HF makes of this token's own text: the earliest merge that applies, until none does.
         # Then `rank` is the last merge's, and for a byte its own.
-        word = "".join([symbol[char] for char in token])
-        while found := [rules[pair] for pair in map(add, word, word[1:]) if pair in rules]:
-            rank, pair, merged = min(found)
-            word = word.replace(pair, merged)
+        word = list(token)
+        while found := [(rank_of[pair], i) for i, pair in enumerate(zip(word, word[1:]))
+                        if pair in rank_of]:
+            rank, i = min(found)
+            word[i:i + 2] = [word[i] + word[i + 1]]
         if len(word) == 1:
             ranks[token_bytes(token)] = rank
     return ranks
@@ -301,7 +289,9 @@ def usable_ranks(tokens, merges):
 # counting pre-tokens: streamed in bounded memory, over processes
 
 BATCH_DOCUMENTS = 500
-SPACE = re.compile(r" (?=\S)")  # a space before anything visible always starts a pre-token
+# A pre-token starts at every space that something visible follows.
+SPACE = re.compile(r"(?= \S)")
+cut_chunk = lru_cache(maxsize=1 << 18)(LINE_PATTERN.findall)
 
 
 def count_pretokens(inputs, workers=1):
@@ -309,7 +299,7 @@ def count_pretokens(inputs, workers=1):
 
     This process reads, the workers count; some two batches a worker are in memory.
     """
-    documents = chain.from_iterable(map(read_documents, inputs))
+    documents = read_documents(*inputs)
     batches = iter(lambda: list(islice(documents, BATCH_DOCUMENTS)), [])
     counts = Counter()
     results = in_processes(count_batch, batches, workers)
@@ -325,26 +315,22 @@ def count_batch(documents):
     distinct chunk: " (myocardium)," comes often and is cut once.
     """
     text = "".join(text.removesuffix("\n") + "\n" for _, text in documents)
-    first, *chunks = SPACE.split(text)
-    counts = Counter(LINE_PATTERN.findall(first))
-    for chunk, count in Counter(chunks).items():
+    counts = Counter()
+    for chunk, count in Counter(SPACE.split(text)).items():
         for piece in cut_chunk(chunk):
             counts[piece] += count
     return counts
 
 
-@lru_cache(maxsize=1 << 18)
-def cut_chunk(chunk):
-    return LINE_PATTERN.findall(" " + chunk)
-
-
 # ---------------------------------------------------------------------------------------------
 # Hugging Face's and GPT-2's files
 
-FILE_NAMES = [("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"),
-              # GPT-2's in tiktoken's cache, which names a file by the sha1 of its address
-              ("6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-               "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")]
+MERGES_OF = {  # file of ids -> file of merges
+    "vocab.json": "merges.txt",
+    "encoder.json": "vocab.bpe",
+    # GPT-2's in tiktoken's cache, which names a file by the sha1 of its address
+    "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+    "tokenizer.json": "tokenizer.json"}
 
 
 def load_named(name):
@@ -354,12 +340,15 @@ def load_named(name):
     return Tokenizer.load(name)
 
 
-def read_files(vocab, merges):
-    """Arguments of Tokenizer from a JSON of ids, a merge a line, and added_tokens.json if any."""
-    lines = merges.read_text("utf-8").rstrip("\n").split("\n")
-    pairs = [tuple(line.split(" ")) for line in lines[1:]]  # the first names a version
-    added = vocab.with_name("added_tokens.json")
-    return read_json(vocab), pairs, read_json(added) if added.is_file() else {}
+def read_files(path):
+    """Arguments of Tokenizer: ids, merges and added tokens, from all that belongs to a file."""
+    content = read_json(path)
+    if path.name == "tokenizer.json":
+        return read_whole(content)
+    lines = path.with_name(MERGES_OF[path.name]).read_text("utf-8").rstrip("\n").split("\n")
+    merges = [tuple(line.split(" ")) for line in lines[1:]]  # the first names a version
+    added = path.with_name("added_tokens.json")
+    return content, merges, read_json(added) if added.is_file() else {}
 
 
 def read_json(path):
@@ -370,17 +359,18 @@ def read_json(path):
         raise ValueError(f"{path} is not JSON, perhaps cut short ({e}): get it again") from None
 
 
-def read_tokenizer_json(path):
-    """Arguments of Tokenizer from Hugging Face's single file."""
-    top = read_json(path)
-    cut = top["pre_tokenizer"] or {}
-    as_gpt2 = cut.get("type") == "ByteLevel" and cut.get("use_regex", True)
-    if not as_gpt2 or cut["add_prefix_space"] or top["normalizer"]:
+def read_whole(content):
+    """The same from the content of Hugging Face's tokenizer.json, which holds all."""
+    cut = {"use_regex": True} | (content["pre_tokenizer"] or {})
+    gpt2 = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}
+    if content["normalizer"] or not gpt2.items() <= cut.items():
         raise ValueError("tokenizer.json cuts or changes the text in other ways than GPT-2")
+    model = content["model"]
     # a merge is "t h" in older files and ["t", "h"] in newer ones
-    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in top["model"]["merges"]]
-    added = {token["content"]: token["id"] for token in top["added_tokens"]}
-    return top["model"]["vocab"], merges, added
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    return model["vocab"], merges, {token["content"]: token["id"]
+                                    for token in content["added_tokens"]}
+
 
 
 # ---------------------------------------------------------------------------------------------
@@ -430,12 +420,13 @@ def json_lines(path):
             yield number, value
 
 
-def read_documents(path):
-    """Yield (id, text) of every document in a text file or folder; deletions are left out."""
-    for file in text_files(path):
-        for ident, text in read_records(file):
-            if text is not None:
-                yield ident, text
+def read_documents(*paths):
+    """Yield (id, text) of every document in text files or folders; deletions are left out."""
+    for path in paths:
+        for file in text_files(path):
+            for ident, text in read_records(file):
+                if text is not None:
+                    yield ident, text
 
 
 def read_records(path):
@@ -444,7 +435,7 @@ def read_records(path):
     A .txt is cut into documents, so that a split has some to hold out. Their ids are hashes of
     their texts.
     """
-    if str(path).removesuffix(".gz").endswith(".txt"):
+    if re.search(r"\.txt(\.gz)?$", str(path)):
         for piece in cut_txt(path):
             if text := piece.strip("\n"):
                 yield f"{hash64(text):016x}", text
@@ -488,8 +479,8 @@ def cut_txt(path):
         lines = io.TextIOWrapper(f, "utf-8-sig", "replace", newline="\n")
         for line in iter(lambda: lines.readline(8000), ""):
             piece += line
-            blank = not line.strip()
-            if len(piece) >= 8000 or (blank and len(piece) >= 4000):
+            limit = 8000 if line.strip() else 4000  # a blank line ends a paragraph
+            if len(piece) >= limit:
                 yield piece
                 piece = ""
     yield piece
@@ -526,23 +517,27 @@ def in_processes(function, tasks, workers):
     if workers == 1:
         yield from map(function, tasks)
         return
-    tasks = iter(tasks)
     # spawn: a fork would copy locks that the caller's threads (torch's, tqdm's) may hold
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, initializer=start_worker) as pool:
+    running = deque()
+    with ProcessPoolExecutor(workers, spawn, initializer=watch_parent) as pool:
         try:
-            running = deque(pool.submit(function, task) for task in islice(tasks, 2 * workers))
-            while running:
-                yield running.popleft().result()
-                running.extend(pool.submit(function, task) for task in islice(tasks, 1))
-        except BrokenProcessPool:
+            for task in tasks:
+                # The workers start here. They inherit that Ctrl-C is blocked: the parent answers.
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+                running.append(pool.submit(function, task))
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+                if len(running) == 2 * workers:
+                    yield running.popleft().result()
+            for future in running:
+                yield future.result()
+        except BrokenExecutor:
             raise OSError("a worker process was killed, by lack of memory perhaps: use fewer "
                           "--workers") from None
 
 
-def start_worker():
-    """The parent answers Ctrl-C; a killed parent takes its workers along."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def watch_parent():
+    """A killed parent takes its workers along."""
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -553,12 +548,20 @@ def end_with_parent():
 
 def run_command(main):
     """Run a script's main: a user's mistake ends in one line with its mend, without a traceback."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except (ValueError, OSError) as e:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def positive(text):
+    """argparse's type of a count."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is refused: use 1 or more")
+    return int(text)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -574,7 +577,7 @@ def main():
     sub.add_argument("--vocab_size", type=int, default=28896,
                      help="tokens, the 256 bytes and end-of-text included (default: 28896)")
     sub.add_argument("--out", required=True, help="folder for the files written (required)")
-    sub.add_argument("--workers", type=int, default=os.cpu_count(),
+    sub.add_argument("--workers", type=positive, default=os.cpu_count(),
                      help="counting processes (default: all cores)")
     sub.set_defaults(function=train)
     sub = commands.add_parser("show", help="print the pieces and ids of a text")

@@ -12,6 +12,11 @@ of seq_len. world_size processes, called ranks and one a GPU, share a step's seq
 its share in micro-batches, and adds up their gradients.
 """
 
+import signal
+
+if __name__ == "__main__":  # while the rest is imported, Ctrl-C ends it silently
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import copy
 import fcntl
@@ -20,7 +25,6 @@ import math
 import os
 import resource
 import shutil
-import signal
 import socket
 import subprocess
 import sys

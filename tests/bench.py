@@ -9,6 +9,7 @@ nothing: it computes the memory, the step's time and the hours of a preset by fo
 
 import argparse
 import gzip
+import itertools
 import json
 import os
 import re
@@ -105,21 +106,22 @@ def plan_machine(config, n_params, settings, flops, share, name, gpus, gigabytes
     """Print the fastest way that fits a machine, with its memory, step and hours."""
     machine = f"{gpus} x {name}-{gigabytes}"
     ideal = flops / gpus / train.PEAK_FLOPS[name]  # seconds a step at the peak
-    found = []
+    found = {}
     for way in ways(settings, gpus):
         memory = memory_parts(config, n_params, way)
         seconds = step_parts(config, n_params, way, ideal, bandwidth)
-        if total(memory) < 0.92e9 * gigabytes:  # the rest is the allocator's and NCCL's
-            found.append((total(seconds), way, memory, seconds))
-    step_s, way, memory, seconds = min(found, key=lambda row: row[0])  # fails where none fits
+        if sum(memory.values()) < 0.92e9 * gigabytes:  # the rest is the allocator's and NCCL's
+            found.setdefault(sum(seconds.values()), (way, memory, seconds))
+    step_s = min(found)  # fails where none fits
+    way, memory, seconds = found[step_s]
     print(f"\n{machine}: --parallel {way['parallel']}, activation checkpointing "
           f"{way['activation_checkpointing']}, --micro_batch {way['micro_batch']}")
-    for formula, size in memory:
+    for formula, size in memory.items():
         print(f"  {size / 1e9:7.2f} GB  {formula}")
-    for formula, part in seconds:
+    for formula, part in seconds.items():
         print(f"  {part:7.3f} s   {formula}")
     hours = settings["total_steps"] / 3600
-    row = {"machine": machine, "gb": total(memory) / 1e9, "step_s": step_s,
+    row = {"machine": machine, "gb": sum(memory.values()) / 1e9, "step_s": step_s,
            "mfu": ideal / step_s, "hours": hours * step_s / (1 - share)}
     for mfu in (0.23, 0.40, 0.60):  # BioMedLM's own; a fair guess; our aim on an H200
         row[f"hours at {mfu:.0%}"] = hours * ideal / mfu
@@ -140,12 +142,8 @@ def ways(settings, gpus):
                 "shards": min(gpus, 8) if parallel == "fsdp" else 1}
 
 
-def total(parts):
-    return sum(amount for _, amount in parts)
-
-
 def memory_parts(config, n_params, way):
-    """[("part = formula", bytes)] of one GPU in a block's backward, where it peaks (fused ops).
+    """{"part = formula": bytes} of one GPU in a block's backward, where it peaks (fused ops).
 
     A block saves, a token: the residual stream twice (8C in fp32), in bf16 two LayerNorm outputs
     (4C), qkv (6C), attention (2C), c_fc (8C) and its GELU (8C), and 4 statistics and H logsumexps.
@@ -154,31 +152,30 @@ def memory_parts(config, n_params, way):
     t = way["micro_batch"] * way["seq_len"]
     rows = gpt_model.CROSS_ENTROPY_CHUNK
     block = (36 * C + 4 * H + 16) * t
-    parts = [
-        ("weights, gradients, two moments in fp32 = 16*N / S", 16 * n_params / way["shards"]),
-        ("bf16 copies of the blocks' weights, kept by autocast = 24*C*C*L", 24 * C * C * L),
-        ("a block's gradients in flight = (36*C + 4*H + 16) * t", block),
-        (f"embedding and head = 9*C*t + 2*V*min(t, {rows}) + 10*V*C",
-         9 * C * t + 2 * V * min(t, rows) + 10 * V * C)]
+    parts = {
+        "weights, gradients, two moments in fp32 = 16*N / S": 16 * n_params / way["shards"],
+        "bf16 copies of the blocks' weights, kept by autocast = 24*C*C*L": 24 * C * C * L,
+        "a block's gradients in flight = (36*C + 4*H + 16) * t": block,
+        f"embedding and head = 9*C*t + 2*V*min(t, {rows}) + 10*V*C":
+            9 * C * t + 2 * V * min(t, rows) + 10 * V * C}
     if way["activation_checkpointing"]:
-        parts.append(("inputs of L blocks, one block's inside = 6*C*L*t + (36*C + 4*H + 16) * t",
-                      6 * C * L * t + block))
+        parts["inputs of L blocks, one block's inside = 6*C*L*t + (36*C + 4*H + 16) * t"] = \
+            6 * C * L * t + block
     else:
-        parts.append(("saved activations = (36*C + 4*H + 16) * L * t", block * L))
+        parts["saved activations = (36*C + 4*H + 16) * L * t"] = block * L
     if way["parallel"] == "fsdp":
         # Of all blocks, or of the block at work, the one fetched ahead and what is outside.
         whole = 4 * n_params
         some = 4 * ((V + config.n_positions + 2) * C + 2 * (12 * C * C + 13 * C))
-        parts += [
-            ("gathered weights = 4*N, with activation checkpointing 4*(R + 2*B)",
-             some if way["activation_checkpointing"] else whole),
-            ("gradients to be reduced = 4*N, without accumulation 4*(R + 2*B)",
-             whole if way["accumulation"] > 1 else some)]
+        parts["gathered weights = 4*N, with activation checkpointing 4*(R + 2*B)"] = \
+            some if way["activation_checkpointing"] else whole
+        parts["gradients to be reduced = 4*N, without accumulation 4*(R + 2*B)"] = \
+            whole if way["accumulation"] > 1 else some
     return parts
 
 
 def step_parts(config, n_params, way, ideal, bandwidth):
-    """[("part = formula", seconds)] of a step on one GPU; ideal: its seconds at the peak FLOP/s.
+    """{"part = formula": seconds} of a step on one GPU; ideal: its seconds at the peak FLOP/s.
 
     The numbers are from an H100's step of BioMedLM, taken apart: 264-271 ms a micro-batch of 8,192
     tokens. Another machine's are scaled by its datasheet. Traffic between GPUs runs beside backward
@@ -188,12 +185,12 @@ def step_parts(config, n_params, way, ideal, bandwidth):
     accumulation = way["accumulation"]
     tokens = accumulation * way["micro_batch"] * way["seq_len"]
     n_bytes = 173 * config.n_layer * config.n_embd * tokens
-    return [
-        ("matrix products and attention = FLOPs / (67% of the peak)", runs * ideal / 0.67),
-        ("LayerNorm, GELU and the rest = 173*L*C bytes a token", runs * n_bytes / bandwidth),
-        ("weights to bf16, gradients to fp32, added = 24*N bytes a micro-batch",
-         accumulation * 24 * n_params / bandwidth),
-        ("gradient norm and AdamW = 44*N / S bytes", 44 * n_params / way["shards"] / bandwidth)]
+    return {
+        "matrix products and attention = FLOPs / (67% of the peak)": runs * ideal / 0.67,
+        "LayerNorm, GELU and the rest = 173*L*C bytes a token": runs * n_bytes / bandwidth,
+        "weights to bf16, gradients to fp32, added = 24*N bytes a micro-batch":
+            accumulation * 24 * n_params / bandwidth,
+        "gradient norm and AdamW = 44*N / S bytes": 44 * n_params / way["shards"] / bandwidth}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -472,7 +469,7 @@ def measure_train(args, process, settings):
     optimizer = train.make_optimizer(model, settings)
     x = torch.randint(config.vocab_size, (settings["micro_batch"], settings["seq_len"]),
                       device=process.device)
-    plain = plain_block, plain_head
+    plain = [plain_block, plain_head]
     if process.device.type == "cuda":  # the blocks share one graph, so that compiling takes seconds
         plain = [torch.compile(fn, dynamic=False) for fn in plain]
     if args.compile:
@@ -482,24 +479,19 @@ def measure_train(args, process, settings):
     steps = {
         "ours": lambda: train.train_step(model, optimizer, batches, 200, settings, process),
         "plain": lambda: plain_step(model, optimizer, x, settings["accumulation"], process, plain)}
-    for step in steps.values():  # compiled, and its memory in the cache
-        for _ in range(3):
-            step()
     segments = {name: [] for name in steps}
-    for _ in range(6):
+    for _ in range(7):
         for name, step in steps.items():
             segments[name].append(timed_segment(step, process, args.seconds / 6))
     flops = train.flops_per_token(config, model.n_params(), settings["seq_len"])
     peak = train.peak_flops(process.device)
-    for name, measured in segments.items():
-        steps_per_s = statistics.median(rate for rate, _ in measured)
-        tokens_per_s = steps_per_s * settings["accumulation"] * x.numel()
-        show({
-            "variant": name, "dropout": settings["dropout"],
-            "tokens_per_s": tokens_per_s, "mfu": tokens_per_s * flops / peak if peak else None,
-            "memory_gib": measured[-1][1]})
-    ratios = [ours / plain for (ours, _), (plain, _) in zip(segments["ours"], segments["plain"])]
-    show({"variant": "ours / plain", "ratio": statistics.median(ratios)})
+    speeds = {}
+    for name, (_, *hot) in segments.items():  # the first one compiles, and fills the cache
+        steps_per_s, memory_gib = map(statistics.median, zip(*hot))
+        speeds[name] = steps_per_s * settings["accumulation"] * x.numel()
+        show({"variant": name, "dropout": settings["dropout"], "tokens_per_s": speeds[name],
+              "mfu": speeds[name] * flops / peak if peak else None, "memory_gib": memory_gib})
+    show({"variant": "ours / plain", "ratio": speeds["ours"] / speeds["plain"]})
 
 
 def timed_segment(step, process, seconds):
@@ -507,14 +499,14 @@ def timed_segment(step, process, seconds):
     cuda = process.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    count = 0
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    for count in itertools.count(1):
         step()
-        count += 1
         if cuda:
             torch.cuda.synchronize()
-    return count / (time.perf_counter() - start), train.memory_gib(process.device)
+        elapsed = time.perf_counter() - start
+        if elapsed > seconds:
+            return count / elapsed, train.memory_gib(process.device)
 
 
 def plain_block(residual, branch, dropout, n_head, ln_1w, ln_1b, qkv_w, qkv_b, proj_w, proj_b,
@@ -635,18 +627,15 @@ def bench_tokenizer(rest):
         text = f"{folder}/all"
         megabytes = all_text(text) / 1e6
         for part, threads in (("train", 1), ("train", 2), ("encode", 1)):
-            found = {name: [] for name in children}
+            figures = {name: [] for name in children}
             digests = set()
-            for _ in range(3):
-                for name, (python, code) in children.items():
-                    command = [python, "-c", code, part, text, str(threads), f"{folder}/{name}"]
-                    done = subprocess.run(command, cwd=ROOT, check=True, text=True,
-                                          stdout=subprocess.PIPE)
-                    digest, *figures = done.stdout.split()
-                    digests.add(digest)
-                    found[name].append([float(figure) for figure in figures])
-            for name, runs in found.items():
-                seconds, cpu, peak = (statistics.median(column) for column in zip(*runs))
+            for _, (name, (python, code)) in product(range(3), children.items()):
+                command = [python, "-c", code, part, text, str(threads), f"{folder}/{name}"]
+                digest, *found = subprocess.check_output(command, cwd=ROOT, text=True).split()
+                digests.add(digest)
+                figures[name].append(map(float, found))
+            for name, runs in figures.items():
+                seconds, cpu, peak = map(statistics.median, zip(*runs))
                 show({"part": part, "threads": threads, "who": name, "seconds": seconds,
                       "cpu_s": cpu, "MB_per_s": megabytes / seconds, "peak_MB": peak,
                       "all_equal": len(digests) == 1})
@@ -899,31 +888,29 @@ def bench_generate(rest):
     pythons = {"ours": sys.executable}
     if args.hf_python:
         pythons["hf"] = args.hf_python
-    children, load_s, peak_gb = {}, {}, {}
-    speeds = {who: [] for who in pythons}
-    rates = []
+    rows = {who: {"who": who} for who in pythons}
+    children, speeds, rates = {}, {who: [] for who in pythons}, []
     with tempfile.TemporaryDirectory() as folder:
         n_bytes = random_folder(args.shape, folder)
         for who, python in pythons.items():  # one after the other: each load has the machine
-            command = [python, "-c", GENERATE_CHILD, who, folder]
-            children[who] = subprocess.Popen(command, cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                                             stdout=subprocess.PIPE)
-            load_s[who] = float(children[who].stdout.readline())
+            children[who] = subprocess.Popen(
+                [python, "-c", GENERATE_CHILD, who, folder], cwd=ROOT, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            rows[who]["load_s"] = float(children[who].stdout.readline())
         for _ in range(6):
             rates.append(read_rate())
             for who, child in children.items():
                 print("go", file=child.stdin, flush=True)
-                seconds, peak_gb[who] = map(float, child.stdout.readline().split())
+                seconds, rows[who]["peak_gb"] = map(float, child.stdout.readline().split())
                 speeds[who].append(16 / seconds)
         for child in children.values():
             child.communicate()
     floor = statistics.median(rates) / n_bytes
     show({"who": "floor", "tokens_per_s": floor, "weights_gb": n_bytes / 1e9,
           "read_gb_per_s": floor * n_bytes / 1e9})
-    for who in pythons:
+    for who, row in rows.items():
         speed = statistics.median(speeds[who][1:])  # the first one touches the mapped file
-        show({"who": who, "tokens_per_s": speed, "of_floor": speed / floor,
-              "load_s": load_s[who], "peak_gb": peak_gb[who]})
+        show(row | {"tokens_per_s": speed, "of_floor": speed / floor})
 
 
 def random_folder(shape, folder):

@@ -5,6 +5,7 @@ import gzip
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -44,6 +45,16 @@ def test_imports_on_a_bare_machine():
             "assert model.kernels_active('cpu') == 'reference'")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "model.py"])
+def test_ctrl_c_while_importing(tmp_path, script):
+    """A traceback through whatever was being imported: torch takes seconds."""
+    for module in ("torch", "tqdm"):
+        text = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+        (tmp_path / f"{module}.py").write_text(text)
+    done = run(script, env={"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")  # a shell calls that 130
 
 
 TINY = ("--n_layer 2 --n_head 2 --n_embd 64 --seq_len 256 --batch_tokens 1024 --micro_batch 1 "

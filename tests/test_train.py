@@ -5,6 +5,7 @@ start them. A fault is injected by a function that the forked process calls befo
 """
 
 import collections
+import copy
 import faulthandler
 import functools
 import hashlib
@@ -12,7 +13,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
 import resource
@@ -24,11 +24,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch._dynamo  # the optimiser imports it; here, before forking, it is paid for once
+import torch.nn.functional as F
 from conftest import ROOT, run
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -36,7 +38,7 @@ import data
 import model as model_module
 import train
 from model import GPT
-from tokenizer import Tokenizer
+from tokenizer import ALPHABET, Tokenizer, run_command
 
 SHAPE = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16)
 SMALL = ("--seq_len", 16, "--batch_tokens", 128, "--micro_batch", 4, "--eval_every", 10,
@@ -50,42 +52,34 @@ MODES = {"one": (1, 1, "ddp"), "ddp": (2, 2, "ddp"), "fsdp": (2, 2, "fsdp"),
 # arrays, processes, faults
 
 
-def byte_characters():
-    """GPT-2's 256 printable stand-ins for bytes, in the order of their ids."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    return sorted([chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))])
-
-
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory):
     """A folder of arrays over the tokenizer of bare bytes: numbers that mostly count upwards."""
     folder = tmp_path_factory.mktemp("arrays")
-    vocab = {c: i for i, c in enumerate(["<|endoftext|>", *byte_characters()])}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer, rng = Tokenizer.load(folder), np.random.default_rng(0)
-    meta = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id,
-            "eot": True, "seed": 17, "tokenizer_sha256": tokenizer.fingerprint}
-    for split, count in (("train", 3000), ("val", 250)):
+    tokenizer = Tokenizer({c: i for i, c in enumerate(["<|endoftext|>", *ALPHABET])}, [])
+    tokenizer.save(folder)
+    rng = np.random.default_rng(0)
+    meta = {"dtype": "uint16", "vocab_size": 257, "eot_id": 0, "eot": True, "seed": 17,
+            "tokenizer_sha256": tokenizer.fingerprint}
+    for split, count, n_bytes in (("train", 3000, 6000), ("val", 250, 750)):
         tokens = (np.cumsum(rng.integers(1, 4, count)) % 250).astype(np.uint16)
-        tokens[::7] = tokenizer.eot_id
+        tokens[::7] = 0
         tokens.tofile(folder / f"{split}.bin")
-        meta[split] = {"tokens": count, "documents": 10, "bytes": (2 + (split == "val")) * count,
-                       "sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
+        meta[split] = {"tokens": count, "documents": 10, "bytes": n_bytes,
+                       "sha256": hashlib.sha256(tokens).hexdigest()}
     (folder / "meta.json").write_text(json.dumps(meta))
     return folder
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def rank_main(rank, world_size, node_size, port, argv, fault, output):
+    sys.stdout = sys.stderr = open(output, "a", 1)  # noqa: SIM115
     for descriptor in (1, 2):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+        os.dup2(sys.stdout.fileno(), descriptor)
     torch.set_num_threads(1)
     train.tqdm.set_lock(threading.RLock())  # forks share its own: one killed while writing keeps it
     faulthandler.dump_traceback_later(50)
@@ -96,34 +90,28 @@ def rank_main(rank, world_size, node_size, port, argv, fault, output):
     sys.argv = ["train.py", *map(str, argv)]
     if fault:
         fault(rank)
-    try:
-        train.main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"train.py: error: {e}")
+    run_command(train.main)
 
 
 def start(arrays, out, *flags, mode="one", fault=None, shape=SHAPE):
     """Start a small run; returns its processes and the file of their output."""
     world_size, node_size, parallel = MODES[mode]
     argv = ["--data", arrays, "--out", out, "--parallel", parallel, *shape, *SMALL, *flags]
-    output, port = f"{out}.output", free_port()
-    processes = [multiprocessing.get_context("fork").Process(
-        target=rank_main, args=(rank, world_size, node_size, port, argv, fault, output))
-        for rank in range(world_size)]
-    for p in processes:
-        p.start()
-    return processes, output
+    output, port = Path(f"{out}.output"), free_port()
+    output.unlink(missing_ok=True)
+    context = torch.multiprocessing.start_processes(
+        rank_main, (world_size, node_size, port, argv, fault, output), world_size, join=False,
+        start_method="fork")
+    return context.processes, output
 
 
-def go(arrays, out, *flags, mode="one", fault=None, shape=SHAPE, code=0):
+def go(*args, code=0, **how):
     """A small run to its end; returns what it printed. `code`: the exit code expected of all."""
-    if os.path.exists(f"{out}.output"):
-        os.remove(f"{out}.output")
-    processes, output = start(arrays, out, *flags, mode=mode, fault=fault, shape=shape)
+    processes, output = start(*args, **how)
     for p in processes:
         p.join(60)
         p.kill()
-    text = Path(output).read_text()
+    text = output.read_text()
     assert [p.exitcode for p in processes] == [code] * len(processes), text
     return text
 
@@ -139,22 +127,14 @@ def rows(out, key="loss"):
 
 
 def final(out):
-    """Tensors of the newest checkpoint by name: weights, moments, step counts."""
-    _, state = model_module.newest_checkpoint(out)
-    moments = {f"{name}.{kind}": t for name, of in state["optimizer"]["state"].items()
-               for kind, t in of.items()}
-    return {**state["model"], **moments, "step": torch.tensor(state["step"])}
+    """The newest checkpoint: weights, the optimiser's state of each, and the step."""
+    _, contents = model_module.newest_checkpoint(out)
+    return contents | {"optimizer": contents["optimizer"]["state"]}
 
 
-def assert_same(a, b, atol=None):
-    """The newest checkpoints of two runs are bit-equal, or their weights differ by atol at most."""
-    a, b = final(a), final(b)
-    assert a.keys() == b.keys() and a["step"] == b["step"]
-    for name in a:
-        if atol is None:
-            assert torch.equal(a[name], b[name]), name
-        else:
-            torch.testing.assert_close(a[name], b[name], atol=atol, rtol=1e-3, msg=name)
+def assert_same(a, b, atol=0.0):
+    """The newest checkpoints of two runs are bit-equal, or their numbers differ by atol at most."""
+    torch.testing.assert_close(final(a), final(b), atol=atol, rtol=100 * atol)
 
 
 def at_step(step, act, ranks=range(4)):
@@ -171,12 +151,8 @@ def at_step(step, act, ranks=range(4)):
     return fault
 
 
-def terminate():
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+terminate = functools.partial(signal.raise_signal, signal.SIGTERM)
+die = functools.partial(signal.raise_signal, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -191,26 +167,38 @@ def undisturbed(arrays, tmp_path_factory):
 # resume and sharing of work
 
 
+def in_validation(rank):
+    """A fault: SIGTERM on rank 0 at the first validation."""
+    evaluate = train.evaluate
+
+    def interrupted(*args):
+        if rank == 0:
+            terminate()
+        return evaluate(*args)
+
+    train.evaluate = interrupted
+
+
 @pytest.mark.parametrize("mode", ["one", "ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_resume_is_bit_exact(arrays, tmp_path, undisturbed, mode):
-    """R1, R5: a resumed run repeats data, skips a step, or draws other dropout masks."""
-    flags = ("--dropout", 0.1)
-    go(arrays, tmp_path / "whole", *flags, mode=mode)
-    text = go(arrays, tmp_path / "cut", *flags, mode=mode, fault=at_step(7, terminate, ranks=(0,)))
-    assert "stopped at step 8" in text
-    assert final(tmp_path / "cut")["step"] == 8
-    go(arrays, tmp_path / "cut", *flags, mode=mode)
-    assert_same(tmp_path / "whole", tmp_path / "cut")
-    assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
-    assert rows(tmp_path / "whole", "val_loss") == rows(tmp_path / "cut", "val_loss")
+    """R1, R5: a resumed run repeats data, skips a step, or draws other dropout masks; SIGTERM in a
+    validation is lost, hangs a rank, or logs a part's loss as the whole's."""
+    whole, out, flags = tmp_path / "whole", tmp_path / "cut", ("--dropout", 0.1)
+    go(arrays, whole, *flags, mode=mode)
+    for step, fault in ((8, at_step(7, terminate, ranks=(0,))), (10, in_validation)):
+        text = go(arrays, out, *flags, mode=mode, fault=fault)
+        assert f"stopped at step {step}" in text and final(out)["step"] == step
+    assert list(rows(out, "val_loss")) == [0]
+    go(arrays, out, *flags, mode=mode)
+    assert_same(whole, out)
+    for key in ("loss", "val_loss"):
+        assert rows(whole, key) == rows(out, key)
     # before the first step dropout makes no difference: none in a validation
-    first = [rows(out, "val_loss")[0] for out in (tmp_path / "whole", undisturbed)]
-    assert first[0] == pytest.approx(first[1], rel=1e-6)
+    assert rows(out, "val_loss")[0] == pytest.approx(rows(undisturbed, "val_loss")[0], rel=1e-6)
 
 
 @pytest.mark.parametrize(("mode", "flags"), [
-    ("one", "--micro_batch 2"), ("ddp", "--micro_batch 4"), ("ddp", "--micro_batch 2"),
-    ("ddp", "--micro_batch 1"), ("fsdp", "--micro_batch 1"),
+    ("one", "--micro_batch 2"), ("ddp", "--micro_batch 4"), ("ddp", "--micro_batch 1"),
     ("fsdp", "--micro_batch 2 --activation_checkpointing")])
 def test_losses_do_not_depend_on_the_sharing(arrays, tmp_path, undisturbed, mode, flags):
     """R2: gradients summed instead of averaged, or synchronised for the wrong micro-batch.
@@ -231,7 +219,7 @@ def test_run_equals_a_plain_loop(arrays, tmp_path):
     flags = {"seed": 3, "grad_clip": 0.3, "weight_decay": 4, "lr": 0.02, "warmup_steps": 2,
              "total_steps": 6, "micro_batch": 2, "eval_every": 3, "eval_tokens": 100}
     out = tmp_path / "run"
-    argv = [text for name, value in flags.items() for text in (f"--{name}", value)]
+    argv = [f"--{name}={value}" for name, value in flags.items()]
     go(arrays, out, *argv, "--ignore_eot_targets")
     which = {"data_dir": arrays, "seq_len": 16, "micro_batch": 8, "ignore_eot": True}
     torch.manual_seed(3)
@@ -240,28 +228,22 @@ def test_run_equals_a_plain_loop(arrays, tmp_path):
     assert GPT.config_of(out) == config
     model, batches = GPT(config), data.train_batches(**which, seed=3)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=4)
+    cosine = [0.002 + 0.009 * (1 + math.cos(math.pi * i / 4)) for i in range(5)]
     expected = {}
-    for step in range(7):
+    for step, lr in enumerate([0, 0.01, *cosine]):
         if step % 3 == 0:
-            pairs = [model(x)[0][y >= 0].log_softmax(-1).gather(1, y[y >= 0][:, None])
-                     for x, y in data.val_batches(**which, max_tokens=100)]
-            nats = -torch.cat(pairs).mean().item()
+            x, y = map(torch.cat, zip(*data.val_batches(**which, max_tokens=100)))
+            nats = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
             expected[step, "val_loss"] = nats
             expected[step, "val_bits_per_byte"] = nats * math.log2(math.e) / 3
         x, y = next(batches)
-        log_probs = model(x)[0].log_softmax(-1).gather(2, y.clamp(min=0)[..., None])[..., 0]
-        loss = -(log_probs * (y >= 0)).sum() / (8 * 15)
+        loss = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten(), reduction="sum") / (8 * 15)
         optimizer.zero_grad()
         loss.backward()
-        norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
-        cosine = [0.002 + 0.009 * (1 + math.cos(math.pi * i / 4)) for i in range(5)]
-        lr = [0, 0.01, *cosine]
-        for p in model.parameters():
-            p.grad *= min(1, 0.3 / norm)
-        for group in optimizer.param_groups:
-            group["lr"] = lr[step]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3).item()
+        optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        row = {"loss": loss.item(), "grad_norm": norm, "lr": lr[step], "tokens": 128 * (step + 1)}
+        row = {"loss": loss.item(), "grad_norm": norm, "lr": lr, "tokens": 128 * (step + 1)}
         expected |= {(step + 1, key): value for key, value in row.items() if step < 6}
     assert expected[1, "grad_norm"] > 0.3
     logged = {(step, key): value for key in {key for _, key in expected}
@@ -279,17 +261,14 @@ def test_bfloat16_reaches_training_and_validation(arrays, tmp_path, undisturbed)
 
 def test_presets(monkeypatch):
     """A preset that takes another one's column, or a default that no longer follows its flag."""
-    expected = {"biomedlm": (1.6e-4, 1.6e-5, 2**20, 1024, 0.1, "fsdp", True),
-                "biomedlm-125m": (6e-4, 6e-5, 2**19, 1024, 0.1, "ddp", False),
-                "gpt2-124m": (6e-4, 6e-5, 2**19, 1024, 0.1, "ddp", False),
-                "demo": (2e-3, 2e-4, 1024, 128, 0.0, "ddp", False)}
-    names = ("lr", "min_lr", "batch_tokens", "seq_len", "dropout", "parallel",
-             "activation_checkpointing")
-    for preset, values in expected.items():
+    for preset, *expected in (("biomedlm", 1.6e-4, 1.6e-5, 2**20, 1024, 0.1, "fsdp"),
+                              ("biomedlm-125m", 6e-4, 6e-5, 2**19, 1024, 0.1, "ddp"),
+                              ("demo", 2e-3, 2e-4, 1024, 128, 0.0, "ddp")):
         argv = ["train.py", "--preset", preset, "--data", "x", "--total_steps", "40"]
         monkeypatch.setattr(sys, "argv", argv)
         settings = train.read_settings()
-        assert [settings[name] for name in names] == pytest.approx(values)
+        names = ("lr", "min_lr", "batch_tokens", "seq_len", "dropout", "parallel")
+        assert [settings[name] for name in names] == pytest.approx(expected)
         assert settings["warmup_steps"] == 40
 
 
@@ -306,8 +285,8 @@ def test_resume_at_other_world_sizes_and_modes(arrays, tmp_path, undisturbed):
 
 
 def watch_gradients(folder):
-    """A fault: note before each update where the gradients lie, and how many reductions were sent.
-    DDP's buckets are small here."""
+    """A fault: note before each update in how many storages the gradients lie, what else these
+    hold, how many reductions were sent, and all addresses. DDP's buckets are small here."""
     def fault(rank):
         update, init, sent = train.update, train.DistributedDataParallel.__init__, []
 
@@ -322,11 +301,9 @@ def watch_gradients(folder):
         def watched(model, *rest):
             gradients = [p.grad for p in model.parameters()]
             held = {g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in gradients}
+            more = sum(held.values()) - sum(g.nbytes for g in gradients)
             with open(folder / f"rank{rank}", "a") as f:
-                print(len(held), sum(held.values()) - sum(g.nbytes for g in gradients),
-                      [g.data_ptr() for g in gradients], file=f)
-            with open(folder / f"sent{rank}", "a") as f:
-                print(len(sent), file=f)
+                print([len(held), more, len(sent), [g.data_ptr() for g in gradients]], file=f)
             sent.clear()
             return update(model, *rest)
 
@@ -340,51 +317,45 @@ def test_ddp_holds_gradients_once(arrays, tmp_path):
     out = tmp_path / "run"
     go(arrays, out, "--micro_batch", 1, mode="ddp", fault=at_step(9, terminate))
     go(arrays, out, "--micro_batch", 1, mode="ddp", fault=watch_gradients(tmp_path))
-    for rank in (0, 1):
-        lines = (tmp_path / f"rank{rank}").read_text().splitlines()
-        buckets, outside = map(int, lines[0].split()[:2])
-        assert len(lines) == 10 and len(set(lines)) == 1  # no address changes from step to step
-        assert 1 < buckets < 10 and outside == 0  # many gradients a storage, and nothing else
-        sent = list(map(int, (tmp_path / f"sent{rank}").read_text().split()))
-        assert sent[1:] == [buckets] * 9  # once a step, not once a micro-batch
+    first, *others = map(json.loads, (tmp_path / "rank1").read_text().splitlines())
+    buckets, more, _, addresses = first
+    assert 1 < buckets < 10 and more == 0  # many gradients a storage, and nothing else
+    # one reduction a step, not one a micro-batch; no address changes from step to step
+    assert others == [[buckets, 0, buckets, addresses]] * 9
 
 
 COLLECTIVES = {  # what FSDP calls, in torch 2.13 and before
-    "all_gather_single": "gather", "all_gather_into_tensor": "gather",
-    "reduce_scatter_single": "scatter", "reduce_scatter_tensor": "scatter", "all_reduce": "reduce"}
+    "all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor",
+    "all_reduce"}
 
 
 def count_collectives(path):
     """A fault: write what rank 0 sends in the last step as lines: what, micro-batch, to whom."""
     def fault(rank):
-        sent, micro_batches = [], []
-        update, announce, dist = train.update, train.announce, torch.distributed
+        sent, update, dist = [], train.update, torch.distributed
+        train.announce = mock.Mock(wraps=train.announce)  # called before each micro-batch
 
         def count(name):
             original = getattr(dist, name)
 
             def counted(*args, **kwargs):
                 if "group" in kwargs:  # FSDP names it, train.py doesn't
-                    sent.append(f"{COLLECTIVES[name]} {len(micro_batches)} "
+                    sent.append(f"{name[:10]} {train.announce.call_count} "
                                 f"{dist.get_process_group_ranks(kwargs['group'])}")
                 return original(*args, **kwargs)
 
             setattr(dist, name, counted)
 
         def counted_update(*args):
-            path.write_text("\n".join(sent))
+            if rank == 0:
+                path.write_text("\n".join(sent))
             sent.clear()
-            micro_batches.clear()
+            train.announce.reset_mock()
             return update(*args)
 
-        def counted_announce(*args, **kwargs):
-            micro_batches.append(1)
-            announce(*args, **kwargs)
-
-        if rank == 0:
-            for name in COLLECTIVES.keys() & set(dir(dist)):
-                count(name)
-            train.update, train.announce = counted_update, counted_announce
+        for name in COLLECTIVES & set(dir(dist)):
+            count(name)
+        train.update = counted_update
     return fault
 
 
@@ -455,9 +426,9 @@ def test_grid_sends_gradients_once_a_step(arrays, tmp_path, checkpointing):
     go(arrays, tmp_path / "grid", *flags, *how, mode="grid", fault=count)
     assert rows(tmp_path / "grid") == pytest.approx(rows(tmp_path / "one"), rel=1e-6)
     # Three groups of parameters, the two blocks and the rest; [0, 1] is rank 0's node.
-    expected = {"scatter 4 [0, 1]": 3, "reduce 4 [0, 2]": 3, "gather 1 [0, 1]": 3}
+    expected = {"reduce_sca 4 [0, 1]": 3, "all_reduce 4 [0, 2]": 3, "all_gather 1 [0, 1]": 3}
     if checkpointing:  # the blocks' weights are dropped and gathered again
-        expected |= {f"gather {i} [0, 1]": 3 + 2 for i in (1, 2, 3, 4)}
+        expected |= {f"all_gather {i} [0, 1]": 3 + 2 for i in (1, 2, 3, 4)}
     assert collections.Counter((tmp_path / "sent").read_text().splitlines()) == expected
 
 
@@ -466,14 +437,14 @@ def test_dropout_differs_between_ranks_and_seeds():
     draws = set()
 
     def model(x, y):
-        draws.add(tuple(torch.rand(4).tolist()))
+        draws.add(torch.rand(1).item())
         raise StopIteration
 
+    settings = {"accumulation": 1, "micro_batch": 1, "seq_len": 16}
     for rank, seed, step in ((0, 17, 3), (1, 17, 3), (0, 18, 3), (0, 17, 4)):
         process = train.Process(torch.device("cpu"), torch.float32, rank, 2)
-        settings = {"seed": seed, "accumulation": 1, "micro_batch": 1, "seq_len": 16}
         with pytest.raises(StopIteration):
-            train.train_step(model, None, iter([(0, 0)]), step, settings, process)
+            train.train_step(model, None, iter([(0, 0)]), step, settings | {"seed": seed}, process)
     assert len(draws) == 4
 
 
@@ -490,19 +461,13 @@ def test_changed_settings(arrays, tmp_path):
                         (("--seq_len", 8), "seq_len 16"),
                         (("--ignore_eot_targets",), "ignore_eot_targets False"),
                         (("--data", other), "data_fingerprint")):
-        text = go(arrays, out, *flags, code=1)
-        assert f"the run was made with {name}" in text
-        assert "--fresh" in text
+        assert f"the run was made with {name}" in go(arrays, out, *flags, code=1)
     text = go(arrays, out, "--lr", 0.01, "--micro_batch", 2, "--keep", 1)
     for change in ("lr 0.002 -> 0.01", "micro_batch 4 -> 2", "keep 2 -> 1"):
         assert f"changed on resume: {change}" in text
-    record = json.loads((out / "run.json").read_text())
-    assert record["settings"]["lr"] == 0.01
-    text = go(arrays, out, "--lr", 0.5)
-    assert "is finished: 20 steps" in text
-    assert json.loads((out / "run.json").read_text()) == record
+    assert "is finished: 20 steps" in go(arrays, out, "--lr", 0.5)
+    assert json.loads((out / "run.json").read_text())["settings"]["lr"] == 0.01
     assert "steps 20 to 22" in go(arrays, out, "--lr", 0.01, "--total_steps", 22)
-    assert final(out)["step"] == 22
     (out / "run.json").write_text('{"settings": ')
     assert "run.json is damaged" in go(arrays, out, "--total_steps", 24, code=1)
     assert "steps 0 to 20" in go(arrays, out, "--fresh")
@@ -519,99 +484,53 @@ def test_start_from_weights(arrays, tmp_path, undisturbed):
     go(arrays, dropped, "--init", folder, "--dropout", 0.5, "--total_steps", 1, shape=())
     assert rows(dropped, "val_loss")[0] == rows(out, "val_loss")[0]
     assert rows(dropped)[1] > 1.001 * rows(out)[1]
-    text = go(arrays, out, "--init", tmp_path, shape=(), code=1)
-    assert "no config.json" in text
     text = go(arrays, out, "--init", undisturbed, shape=(), code=1)
     assert "the run was made with init" in text
-    text = go(arrays, out)  # without --init it goes on, and still says where the weights came from
-    assert "steps 7 to 20" in text
+    assert "steps 7 to 20" in go(arrays, out)  # without --init it goes on
     assert json.loads((out / "run.json").read_text())["settings"]["init"] == str(folder)
-    assert max(rows(out).values()) < rows(undisturbed)[10]
 
 
 # ---------------------------------------------------------------------------------------------
 # faults
 
 
-def in_batch(split, number, act, ranks=(0, 1)):
-    """A fault: act() before the first batch of the number-th iterator over a split's batches."""
-    def fault(rank):
-        name, calls = f"{split}_batches", []
-        original = getattr(data, name)
-
-        def batches(**which):
-            calls.append(1)
-            for batch in original(**which):
-                if len(calls) == number and rank in ranks:
-                    act()
-                yield batch
-
-        setattr(data, name, batches)
-    return fault
-
-
-@pytest.mark.parametrize("mode", ["one", "ddp"])
-def test_signal_while_validating(arrays, tmp_path, undisturbed, mode):
-    """R5: SIGTERM in a validation is lost, hangs a rank, or logs a part's loss as the whole's."""
-    out = tmp_path / "run"
-    text = go(arrays, out, mode=mode, fault=in_batch("val", 2, terminate, ranks=(0,)))
-    assert "stopped at step 10" in text
-    assert list(rows(out, "val_loss")) == [0]
-    go(arrays, out, mode=mode)
-    assert_same(out, undisturbed, atol=None if mode == "one" else 1e-5)
-    assert rows(out, "val_loss") == pytest.approx(rows(undisturbed, "val_loss"), rel=1e-5)
-
-
 def spoil_loss(steps, bad_rank):
-    """A fault: the loss of one rank is NaN in these steps; no weight may change in them."""
+    """A fault: the loss of one rank is NaN in these steps."""
     def fault(rank):
-        step, update, loss_of = [0], train.update, model_module.cross_entropy
+        train_step, loss_of = train.train_step, model_module.cross_entropy
 
-        def cross_entropy(*args):
-            bad = step[0] in steps and rank == bad_rank and torch.is_grad_enabled()
-            return loss_of(*args) * (math.nan if bad else 1)
+        def spoilt(*args):
+            return loss_of(*args) * math.nan
 
-        def checked_update(model, optimizer, *args):
-            values = [*model.parameters(), *(t for of in optimizer.state.values()
-                                             for t in of.values())]
-            before = [t.detach().clone() for t in values]
-            result = update(model, optimizer, *args)
-            if step[0] in steps:
-                for a, b in zip(before, values):
-                    assert torch.equal(*(getattr(t, "_local_tensor", t) for t in (a, b)))
-            step[0] += 1
-            return result
+        def spoiling(model, optimizer, batches, step, *rest):
+            bad = step in steps and rank == bad_rank
+            model_module.cross_entropy = spoilt if bad else loss_of
+            return train_step(model, optimizer, batches, step, *rest)
 
-        model_module.cross_entropy, train.update = cross_entropy, checked_update
+        train.train_step = spoiling
     return fault
 
 
 @pytest.mark.parametrize("mode", ["one", "ddp", "fsdp"])
 def test_not_a_number(arrays, tmp_path, mode):
-    """R6: NaN on one rank reaches weights, moments or step counts, or a checkpoint."""
-    bad_rank = MODES[mode][0] - 1
-    text = go(arrays, tmp_path / "run", "--log_every", 4, mode=mode,
-              fault=spoil_loss((5, 6), bad_rank))
-    for step, in_a_row in ((6, 1), (7, 2)):
-        assert (f"loss of rank {bad_rank} was not finite at step {step}: update skipped, "
-                f"{in_a_row} in a row") in text
-    state = final(tmp_path / "run")
-    assert state["step"] == 20 and state["transformer.wte.weight.step"] == 18
-    assert all(t.isfinite().all() for t in state.values())
-
-
-def test_not_a_number_in_a_row(arrays, tmp_path):
-    """R6: a run whose every update is skipped goes on for weeks."""
-    text = go(arrays, tmp_path / "run", fault=spoil_loss(range(8, 20), 0), code=1)
-    assert "step 18: " in text and "10 in a row" in text
-    assert final(tmp_path / "run")["step"] == 15
-    assert all(t.isfinite().all() for t in final(tmp_path / "run").values())
+    """R6: NaN on one rank reaches weights, moments or step counts, or a checkpoint; a run whose
+    every update is skipped goes on for weeks."""
+    out, bad_rank = tmp_path / "run", MODES[mode][0] - 1
+    fault = spoil_loss((2, 3, *range(8, 20)), bad_rank)
+    text = go(arrays, out, "--log_every", 4, mode=mode, fault=fault, code=1)
+    for step, in_a_row in ((3, 1), (4, 2), (18, 10)):
+        assert f"loss of rank {bad_rank} was not finite at step {step}: " in text
+        assert f"{in_a_row} in a row" in text
+    assert "step 19" not in text
+    state = final(out)
+    assert state["step"] == 15 and state["optimizer"]["transformer.wte.weight"]["step"] == 6
+    assert all(t.isfinite().all() for t in state["model"].values())
 
 
 def kill_in_save(stage, out):
     """A fault: SIGKILL at one stage of writing checkpoint 10."""
-    module, name = {"half written": (torch, "save"), "before fsync": (os, "fsync"),
-                    "before rename": (os, "replace"), "after rename": (train.Path, "unlink")}[stage]
+    module, name = {"half written": (torch, "save"), "before rename": (os, "replace"),
+                    "after rename": (train.Path, "unlink")}[stage]
 
     def fault(rank):
         original = getattr(module, name)
@@ -628,7 +547,7 @@ def kill_in_save(stage, out):
     return fault
 
 
-@pytest.mark.parametrize("stage", ["half written", "before fsync", "before rename", "after rename"])
+@pytest.mark.parametrize("stage", ["half written", "before rename", "after rename"])
 def test_killed_in_a_save(arrays, tmp_path, undisturbed, stage):
     """R4, R8: a kill while saving costs the run, or leaves what is taken for a checkpoint."""
     out = tmp_path / "run"
@@ -658,13 +577,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(arrays, tmp_path, undist
         torch.save = late
 
     go(arrays, tmp_path / "run", fault=fault)
-    name = "checkpoint_0000015.pt"
     assert_same(tmp_path / "run", undisturbed)
-    for out in (tmp_path / "run", undisturbed):
-        (tmp_path / f"{out.name}15").mkdir()
-        for file in (name, "config.json"):
-            shutil.copy(out / file, tmp_path / f"{out.name}15")
-    assert_same(tmp_path / "run15", tmp_path / "undisturbed15")
+    late, prompt = (model_module.load_tensors(out / "checkpoint_0000015.pt")["model"]
+                    for out in (tmp_path / "run", undisturbed))
+    torch.testing.assert_close(late, prompt, rtol=0, atol=0)
 
 
 def test_saves_by_the_clock(arrays, tmp_path):
@@ -679,8 +595,7 @@ def test_saves_by_the_clock(arrays, tmp_path):
         now = time.monotonic
         time.monotonic = lambda: now() + 60 * minutes
 
-    flags = ("--save_every", 0, "--save_minutes", 50, "--keep", 3)
-    go(arrays, out, *flags, mode="ddp", fault=fault)
+    go(arrays, out, "--save_every", 0, "--save_minutes", 50, "--keep", 3, mode="ddp", fault=fault)
     assert [p.name for p in sorted(out.glob("*.pt"))] == [
         "checkpoint_0000008.pt", "checkpoint_0000020.pt"]
 
@@ -700,17 +615,14 @@ def test_one_owner(arrays, tmp_path, undisturbed):
 
 
 def test_damaged_checkpoints_are_skipped(arrays, tmp_path, undisturbed):
-    """R4, R8, R10: a truncated newest file ends the run, counts as kept, or runs its pickle."""
+    """R4, R8: a truncated newest file ends the run, or counts as kept."""
     out = tmp_path / "run"
     go(arrays, out, fault=at_step(11, terminate))
     whole = out / "checkpoint_0000012.pt"
-    (out / "checkpoint_0000013.pt").write_bytes(whole.read_bytes()[:-3000])
-    torch.save(Spy(out / "ran"), out / "checkpoint_0000014.pt")
-    (out / "checkpoint_0000019.pt").write_bytes(b"")
+    (out / "checkpoint_0000019.pt").write_bytes(whole.read_bytes()[:-3000])
     text = go(arrays, out, "--keep", 1, fault=at_step(15, terminate))
-    assert "steps 12 to 20" in text and not (out / "ran").exists()
-    for step in (13, 14, 19):
-        assert f"warning: skipping {out}/checkpoint_{step:07d}.pt" in text
+    assert "steps 12 to 20" in text
+    assert f"warning: skipping {out}/checkpoint_0000019.pt" in text
     assert final(out)["step"] == 16  # 19 is damaged: it must not push 16 out
     go(arrays, out)
     assert_same(out, undisturbed)
@@ -718,16 +630,6 @@ def test_damaged_checkpoints_are_skipped(arrays, tmp_path, undisturbed):
         os.truncate(path, 100)
     assert "restore one, or" in go(arrays, out, code=1)
     assert len(rows(out)) == 20  # the log of a run that may yet be rescued
-
-
-class Spy:
-    """An object whose unpickling makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_full_disk(arrays, tmp_path, undisturbed):
@@ -738,67 +640,43 @@ def test_full_disk(arrays, tmp_path, undisturbed):
         return at_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
 
     text = go(arrays, out, fault=fill(6, 50_000), code=1)
-    assert "warning:" in text and "checkpoint_0000010.pt could not be written" in text
-    assert "checkpoint_0000020.pt could not be written" in text
-    assert "make room" in text
+    for step in (10, 20):
+        assert f"checkpoint_{step:07d}.pt could not be written" in text
+    assert "warning:" in text and "make room" in text
     assert [p.name for p in sorted(out.glob("checkpoint*"))] == ["checkpoint_0000005.pt"]
     go(arrays, out)
     assert_same(out, undisturbed)
-    go(arrays, out, "--fresh", code=1, fault=fill(6, 800))  # not even room for a row of the log
-    assert rows(out).keys() < rows(undisturbed).keys()
-
 
 # ---------------------------------------------------------------------------------------------
 # parts
 
 
-def test_learning_rate():
-    """R7: warm-up that starts at lr / n, a cosine that ends at 0 or is counted from step 0."""
-    s = {"lr": 1.6e-4, "min_lr": 1.6e-5, "warmup_steps": 100, "total_steps": 300_000}
-    middle = (300_000 + 100) // 2
-    expected = {0: 0.0, 1: 1.6e-6, 50: 8e-5, 100: 1.6e-4, middle: 8.8e-5, 300_000: 1.6e-5,
-                400_000: 1.6e-5, 100 + 299_900 // 3: 1.6e-5 + 1.44e-4 * 0.75}
-    for step, lr in expected.items():
-        assert train.learning_rate(step, s) == pytest.approx(lr, rel=1e-4 if step > 200 else 1e-12)
-
-
-OPTIMIZERS = {
-    "adamw": lambda model: train.make_optimizer(model, {"lr": 0.5, "weight_decay": 0.1}),
-    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)}
-
-
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_update_of_any_optimiser(make, bad):
+@pytest.mark.parametrize("make", [
+    lambda model: train.make_optimizer(model, {"lr": 0.5, "weight_decay": 0.1}),
+    lambda model: torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)], ids=["adamw", "sgd"])
+def test_update_of_any_optimiser(make):
     """A step with NaN changes weights or state of an optimiser other than AdamW, or isn't clipped.
 
     The oracle takes the norm by hand, and gives its optimiser gradients that are clipped by hand.
     """
     torch.manual_seed(0)
-    ours, theirs = torch.nn.Linear(7, 5), torch.nn.Linear(7, 5)
-    theirs.load_state_dict(ours.state_dict())
+    ours = torch.nn.Linear(7, 5, bias=False)
+    theirs = copy.deepcopy(ours)
     optimizer, plain = make(ours), make(theirs)
-    for group in plain.param_groups:
-        group["lr"] = 0.01
-    for scale in (0.01, bad, 100.0, bad, 1.0):  # below and above the clipping norm
-        gradients = [torch.randn_like(p) for p in ours.parameters()]
-        for p, gradient in zip(ours.parameters(), gradients):
-            p.grad = scale * gradient
+    plain.param_groups[0]["lr"] = 0.01
+    for scale in (0.01, math.nan, 100.0, math.inf, 1.0):  # below and above the clipping norm
+        gradient = torch.randn(5, 7)
+        ours.weight.grad = scale * gradient
         norm = train.update(ours, optimizer, 0.01, 1.0)
-        assert all(p.grad is None for p in ours.parameters())
-        if scale is bad:
-            assert not math.isfinite(norm)
-        else:
-            by_hand = scale * math.sqrt(sum(g.square().sum().item() for g in gradients))
+        assert ours.weight.grad is None
+        assert math.isfinite(norm) == math.isfinite(scale)
+        if math.isfinite(scale):
+            by_hand = scale * math.sqrt(gradient.square().sum())
             assert norm == pytest.approx(by_hand, rel=1e-5)
-            for p, gradient in zip(theirs.parameters(), gradients):
-                p.grad = gradient * (scale / max(1, by_hand))
+            theirs.weight.grad = gradient * (scale / max(1, by_hand))
             plain.step()
-        for a, b in zip(ours.parameters(), theirs.parameters()):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-            assert optimizer.state[a].keys() == plain.state[b].keys()
-            for name, value in plain.state[b].items():
-                torch.testing.assert_close(optimizer.state[a][name], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close([ours.weight, dict(optimizer.state[ours.weight])],
+                                   [theirs.weight, dict(plain.state[theirs.weight])])
 
 
 @pytest.mark.parametrize(("args", "mend"), [
@@ -809,119 +687,66 @@ def test_update_of_any_optimiser(make, bad):
     ("--seq_len 256 --batch_tokens 2048", "use --seq_len 128"),
     ("--min_lr 5", "use at most --lr"),
     ("--preset biomedlm", "python data.py tokenize"),
-])
-def test_mistakes_name_their_mend(arrays, monkeypatch, args, mend):
-    """A wrong flag ends in a traceback, or in a message that leaves the user to guess."""
+    *[(args, f"{args.split()[1]} is refused: use a number from") for args in (
+        "--lr -1", "--lr inf", "--lr nan", "--min_lr -1", "--min_lr nan", "--grad_clip nan",
+        "--warmup_steps -5", "--seq_len 1", "--keep 0", "--dropout 1", "--n_layer 0",
+        "--weight_decay inf")]])
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # torch, under capsys
+def test_mistakes_name_their_mend(arrays, monkeypatch, capsys, args, mend):
+    """A wrong flag ends in a traceback, or in a message that leaves the user to guess; a number
+    that no run can use is taken."""
     folder = [] if "biomedlm" in args else ["--data", str(arrays)]
     monkeypatch.setattr(sys, "argv", ["train.py", *folder, *args.split()])
-    with pytest.raises(ValueError, match=mend):
-        train.main()
-
-
-@pytest.mark.parametrize("args", [
-    "--lr -1", "--lr inf", "--lr nan", "--min_lr -1", "--min_lr nan", "--grad_clip nan",
-    "--warmup_steps -5", "--seq_len 1", "--keep 0", "--dropout 1", "--n_layer 0",
-    "--weight_decay inf"])
-@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # torch, under capsys
-def test_numbers_are_refused(monkeypatch, capsys, args):
-    """A number that no run can use is taken: training crashes later, or spoils its weights."""
-    monkeypatch.setattr(sys, "argv", ["train.py", *args.split()])
-    with pytest.raises(SystemExit):
-        train.main()
-    assert f"{args.split()[1]} is refused: use a number from" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        run_command(train.main)
+    assert mend in f"{ended.value}{capsys.readouterr().err}"
 
 
 # ---------------------------------------------------------------------------------------------
 # slow tier
 
-DEMO = ("--total_steps", 150, "--batch_tokens", 512, "--micro_batch", 4, "--save_every", 10,
-        "--eval_every", 40, "--log_every", 5, "--warmup_steps", 10, "--seq_len", 64)
-
-
-@pytest.mark.slow
-def test_command_line_error(tmp_path):
-    """A user's mistake ends in a traceback or in exit code 0."""
-    done = run("train.py", "--data", tmp_path / "none")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("train.py: error: ") and done.stderr.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_twenty_random_kills(arrays, tmp_path):
-    """R4: among twenty kill -9 at any moment one costs a file, a row, or changes the weights."""
-    go(arrays, tmp_path / "whole", *DEMO, shape=())
-    rng, out = random.Random(0), tmp_path / "run"
-    for _ in range(20):
-        processes, _ = start(arrays, out, *DEMO, shape=())
-        time.sleep(rng.uniform(0.1, 2.5))
-        processes[0].kill()
-        processes[0].join()
-    assert final(out)["step"] > 0
-    go(arrays, out, *DEMO, shape=())
-    assert_same(out, tmp_path / "whole")
-    for key in ("loss", "val_loss"):  # a session's first step is logged too
-        whole, cut = rows(tmp_path / "whole", key), rows(out, key)
-        assert whole == {step: cut[step] for step in whole}
-    names = [sorted(p.name for p in folder.iterdir()) for folder in (out, tmp_path / "whole")]
-    assert names[0] == names[1]
-
-
-def kill_while_writing(after):
-    """A fault: a checkpoint takes 0.4 s to write; SIGKILL `after` seconds of the first one."""
+def kill_later(seconds):
+    """A fault: SIGKILL so much later; a checkpoint takes 0.4 s to write."""
     def fault(rank):
         save = torch.save
 
         def slow(contents, f):
-            threading.Timer(after, die).start()
             whole = io.BytesIO()
             save(contents, whole)
-            for part in range(40):
-                size = len(whole.getvalue()) // 40 + 1
-                f.write(whole.getvalue()[part * size:(part + 1) * size])
+            size = len(whole.getvalue()) // 40 + 1
+            whole.seek(0)
+            while part := whole.read(size):
+                f.write(part)
                 time.sleep(0.01)
 
         torch.save = slow
+        threading.Timer(seconds, die).start()
     return fault
 
 
 @pytest.mark.slow
-def test_twenty_kills_while_a_checkpoint_is_written(arrays, tmp_path):
-    """A kill while the thread writes costs the checkpoint before, or a resume is not exact."""
+def test_twenty_random_kills(arrays, tmp_path):
+    """R4: one of twenty kill -9 at any moment, most of them while the thread writes, costs a file,
+    a row or the checkpoint before, or changes the weights."""
     flags = ("--total_steps", 300, "--save_every", 7, "--dropout", 0.1)
-    go(arrays, tmp_path / "whole", *flags)
-    rng, out, halves = random.Random(0), tmp_path / "run", 0
+    rng, out, whole, halves = random.Random(0), tmp_path / "run", tmp_path / "whole", 0
+    go(arrays, whole, *flags)
     for _ in range(20):
-        fault = kill_while_writing(rng.uniform(0, 0.8))
-        go(arrays, out, *flags, fault=fault, code=-signal.SIGKILL)
+        go(arrays, out, *flags, fault=kill_later(rng.uniform(0.1, 2.5)), code=-signal.SIGKILL)
         halves += any(out.glob("*.tmp"))
-    print(halves, "of 20 kills left half a file;", "newest", max(out.glob("*.pt")))
     assert halves >= 5
     go(arrays, out, *flags)
-    assert_same(tmp_path / "whole", out)
-    assert rows(tmp_path / "whole") == rows(out)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("mode", "micro_batch"), [("ddp", 4), ("fsdp", 2)])
-def test_fifty_steps(arrays, tmp_path, mode, micro_batch):
-    """R2 at the demo's shape over 50 steps: an error too small for 20 steps of a tiny model.
-
-    Sums in another order part by about 1e-7 of the loss, and AdamW's division by sqrt(v) near 0
-    makes more of it: 50 steps leave 1e-5; a wrong factor anywhere would leave 1e-2.
-    """
-    flags = (*DEMO, "--total_steps", 50, "--log_every", 1)
-    go(arrays, tmp_path / "one", *flags, shape=())
-    go(arrays, tmp_path / "two", *flags, "--micro_batch", micro_batch, mode=mode, shape=())
-    ours, theirs = rows(tmp_path / "two"), rows(tmp_path / "one")
-    print(mode, max(abs(ours[i] / theirs[i] - 1) for i in theirs))
-    assert len(ours) == 50 and ours == pytest.approx(theirs, rel=1e-4)
+    assert_same(whole, out)
+    for key in ("loss", "val_loss"):
+        assert rows(whole, key) == rows(out, key)
+    names = [sorted(p.name for p in folder.iterdir()) for folder in (out, whole)]
+    assert names[0] == names[1]
 
 
 def torchrun(script, *flags):
     # a fresh store for each round: in the agent's own, a restarted rank may find the dead one's
     # address under the same key, and gloo then gives up
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-           "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *map(str, flags[:-1]), str(script),
          *map(str, flags[-1])],
