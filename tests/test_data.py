@@ -106,8 +106,14 @@ def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def main(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
+def refused(message, function, *args, **kwargs):
+    """It raises one of the two errors that a command prints in a line, and nothing else."""
+    with pytest.raises((ValueError, OSError), match=message):
+        function(*args, **kwargs)
+
+
+def main(monkeypatch, args):
+    monkeypatch.setattr(sys, "argv", ["data.py", *args.split()])
     data.main()
 
 
@@ -131,7 +137,7 @@ def test_training_order(tokenizer):
     epochs = [one[:60], one[60:120], one[120:]]
     assert all(sorted(epoch) == list(range(60)) != epoch for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 3
-    assert list(batches(1, micro_batch=60, seed=4))[0] != one[:60]
+    assert sum(batches(60, seed=4, micro_batch=1), []) != one[:60]
     for world_size, micro_batch, start in (1, 4, 0), (2, 3, 0), (4, 2, 12), (4, 2, 48), (4, 2, 52):
         ranks = [batches(7, micro_batch=micro_batch, start=start, rank=r, world_size=world_size)
                  for r in range(world_size)]
@@ -187,27 +193,22 @@ def test_end_of_text_targets_can_be_ignored(tokenizer):
 def test_bad_arrays_are_refused_with_the_mend(tokenizer):
     """Training for days on a cut array, another tokenizer, or ids beyond the vocabulary (D5)."""
     write_arrays(tokenizer, np.arange(100), np.arange(100))
-    with pytest.raises(ValueError, match="less than one sequence"):
-        next(data.train_batches(".", 128, 1, seed=0))
+    refused("less than one sequence", next, data.train_batches(".", 128, 1, seed=0))
     for split in ("train", "val"):
         path = Path(f"{split}.bin")
         raw = path.read_bytes()
         for other, message in ((raw[:-2], "cut or replaced.*tokenize"), (raw * 2, "cut or"),
                                (raw[:-2] + b"\0\0", "sha256")):
             path.write_bytes(other)
-            with pytest.raises(ValueError, match=message):
-                data.load_meta(".", verify=message == "sha256")
+            refused(message, data.load_meta, ".", verify=message == "sha256")
         path.write_bytes(raw)
     meta = data.load_meta(".", verify=True)
     write_arrays(tokenizer, [meta["vocab_size"]])
-    with pytest.raises(ValueError, match="beyond the vocabulary of"):
-        data.load_meta(".", verify=True)
+    refused("beyond the vocabulary of", data.load_meta, ".", verify=True)
     meta = data.load_meta(".") | {"tokenizer_sha256": "0" * 64}
     Path("meta.json").write_text(json.dumps(meta))
-    with pytest.raises(ValueError, match="tokenizer"):
-        data.load_meta(".")
-    with pytest.raises(FileNotFoundError, match="data.py tokenize"):
-        data.load_meta("nothing")
+    refused("tokenizer", data.load_meta, ".")
+    refused("data.py tokenize", data.load_meta, "nothing")
 
 
 def test_memory_stays_flat(tokenizer):
@@ -262,8 +263,7 @@ def test_pubmed_fields():
     data.extract([path], "labels", labels=True, skip_pmc=True)
     found = texts("labels")
     assert found["2"] == "A title\nAIM: To see. END: Seen." and "4" not in found and "5" in found
-    with pytest.raises(ValueError, match="other options"):
-        data.extract([path], "out", labels=True)
+    refused("other options", data.extract, [path], "out", labels=True)
     assert data.extract([path], "fr", languages=["fre"])["another language"] == 7
 
 
@@ -398,11 +398,9 @@ def test_what_is_bad_is_skipped(capsys):
     assert "a.xml: record 1: " in said and "b.jsonl: record 151: " in said
     assert "raw/2.xml: malformed XML" in said
     pubmed_file("c.xml", bad, *map(citation, range(2, 100)))
-    with pytest.raises(ValueError, match="1 bad records of 99, the first: .*c.xml: record 1: "):
-        data.extract(["c.xml"], "out")
+    refused("1 bad records of 99, the first: .*c.xml: record 1: ", data.extract, ["c.xml"], "out")
     pubmed_file("raw/3.xml", "<")
-    with pytest.raises(ValueError, match="2 damaged files of 3, the first: .*raw/2.xml: malformed"):
-        data.extract(["raw"], "out")
+    refused("2 damaged files of 3, the first: .*raw/2.xml: malformed", data.extract, ["raw"], "out")
 
 
 def outputs(out):
@@ -422,8 +420,7 @@ def test_rerun_makes_what_changed():
     data.extract(["a"], out)
     assert set(texts(out)) == {"2"}
     second = pubmed_file("b/x.xml", citation(3))
-    with pytest.raises(ValueError, match="x.jsonl.gz holds the text of .*a/x.xml"):
-        data.extract([second], out)
+    refused("x.jsonl.gz holds the text of .*a/x.xml", data.extract, [second], out)
     data.extract([pubmed_file("b/y.xml", citation(3))], out)
     assert set(texts(out)) == {"2", "3"}
     Path("b/x.txt").write_text("T")
@@ -450,26 +447,23 @@ def test_small_files_share_an_output(monkeypatch):
 
 def test_write_error_names_the_output(monkeypatch):
     """A full disk reported as a damaged input, to be fetched anew."""
-    path = pubmed_file("a.xml", citation(1))
+    pubmed_file("a.xml", citation(1))
     full = os.open("/dev/full", os.O_WRONLY)
     monkeypatch.setattr(data, "replacing", lambda path: os.fdopen(full, "wb", 0))
-    _, _, error = data.extract_files(("b.jsonl.gz", [str(path)], OPTIONS))
-    assert re.fullmatch(r".*a.xml -> .*b.jsonl.gz: \[Errno 28\] No space left on device", error)
+    _, _, error = data.extract_files((Path("b.jsonl.gz"), ["a.xml"], OPTIONS))
+    assert error == "a.xml -> b.jsonl.gz: [Errno 28] No space left on device"
 
 
 def test_json_lines_and_txt():
     """The Pile's other parts let in, or a document without a stable id."""
-    rows = [
-        {"text": "Keep", "meta": {"pile_set_name": "PubMed Central"}},
-        {"text": "Drop", "meta": {"pile_set_name": "Enron Emails"}},
-        {"id": "9", "title": "T", "abstract": "A"},
-        {"id": "8", "title": "T", "abstract": ""}]
+    rows = [{"text": "Keep", "meta": {"pile_set_name": "PubMed Central"}},
+            {"text": "Drop", "meta": {"pile_set_name": "Enron Emails"}},
+            {"id": "9", "title": "T", "abstract": "A"}, {"id": "8", "title": "T", "abstract": ""}]
     Path("p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     Path("own.txt").write_text("An article\u2028of one line\n")
     data.extract(["."], "out")
-    found = texts("out")
-    assert sorted(found.values()) == ["An article\u2028of one line", "Keep", "T\nA"]
-    assert found["9"] == "T\nA"
+    kept = "An article\u2028of one line", "Keep"
+    assert texts("out") == {f"{hash64(text):016x}": text for text in kept} | {"9": "T\nA"}
 
 
 BOMB = b"<PubmedArticleSet><PubmedArticle>" + b"a" * (60 * 2**20)
@@ -495,9 +489,8 @@ def test_bad_input_is_one_clear_error(name, body, message):
     """A full memory, a traceback, or a half-written file out of damaged or hostile input (D8)."""
     Path(name).write_bytes(body)
     inputs = [name, pubmed_file("good.xml", citation(1))]
-    with pytest.raises(ValueError, match=message):
-        data.extract(inputs, "out")
-    assert sorted(p.name for p in Path("out").iterdir()) == ["extract.json", "good.jsonl.gz"]
+    refused(message, data.extract, inputs, "out")
+    assert set(contents("out")) == {"extract.json", "good.jsonl.gz"}
     if "xml" in name:
         pubmed_file(name, citation(2))
         data.extract(inputs, "out")
@@ -527,7 +520,6 @@ def corpus():
             text = f"Über die Wirkung auf {rng.choice('Ss')}chmerzen: {rng.randrange(150)} µg"
             records.append((str(rng.randrange(400)), rng.choice([None] + [text] * 9)))
         write_text(f"text/f{i}.jsonl.gz", records)
-    return "text"
 
 
 def documents(folder):
@@ -544,20 +536,19 @@ def test_last_record_of_an_id_stands(tokenizer, corpus, monkeypatch):
     """An outdated version, a deleted document or an equal text in the arrays; one on another side
     than its id's hash tells, so that added text moves it; characters for bytes (D7)."""
     held_out, seen = {}, set()
-    for path in reversed(text_files(corpus)):
+    for path in reversed(text_files("text")):
         for ident, text in reversed(list(read_records(path))):
             if text and ident not in seen:
                 held_out.setdefault(text, hash64(ident) < 0.2 * 2**64)
             seen.add(ident)
-    flags = ("tokenize", "--text", corpus, "--tokenizer", tokenizer, "--val_fraction", 0.2,
-             "--workers", 1)
-    main(monkeypatch, *flags, "--out", "out")
+    flags = f"tokenize --text text --tokenizer {tokenizer} --val_fraction 0.2 --workers 1 --out"
+    main(monkeypatch, f"{flags} out")
     for found, split in zip(documents("out"), ("train", "val")):
         expected = {text for text in held_out if held_out[text] == (split == "val")}
         sizes = data.load_meta("out")[split]
         assert found == expected and sizes["documents"] == len(expected) > 20
         assert sizes["bytes"] == len("".join(expected).encode())
-    main(monkeypatch, *flags, "--out", "plain", "--no_eot")
+    main(monkeypatch, f"{flags} plain --no_eot")
     meta = data.load_meta("plain")
     assert not meta["eot"] and meta["eot_id"] not in np.fromfile("plain/val.bin", "H")
     assert meta["val"]["tokens"] == sizes["tokens"] - sizes["documents"]
@@ -566,19 +557,18 @@ def test_last_record_of_an_id_stands(tokenizer, corpus, monkeypatch):
 def test_same_bytes_for_any_workers(tokenizer, corpus, monkeypatch):
     """Arrays that depend on the number of processes, or on what an earlier run left; new arrays
     beside an old meta.json (D7)."""
-    data.tokenize(corpus, tokenizer, "one", val_fraction=0.05)
+    data.tokenize("text", tokenizer, "one", val_fraction=0.05)
     one = contents("one")
     Path("one/train.bin.1.tmp").write_text("left by a killed run")
-    data.tokenize(corpus, tokenizer, "one", val_fraction=0.05)
+    data.tokenize("text", tokenizer, "one", val_fraction=0.05)
     monkeypatch.setattr(data, "BATCH", 3)
-    data.tokenize(corpus, tokenizer, "two", val_fraction=0.05, workers=2)
+    data.tokenize("text", tokenizer, "two", val_fraction=0.05, workers=2)
     assert contents("one") == contents("two") == one
     assert set(one) == {"train.bin", "val.bin", "meta.json", "vocab.json", "merges.txt"}
     monkeypatch.setattr(Tokenizer, "save", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        data.tokenize(corpus, tokenizer, "one", val_fraction=0.1)
-    with pytest.raises(FileNotFoundError, match="no meta.json"):
-        data.load_meta("one")
+        data.tokenize("text", tokenizer, "one", val_fraction=0.1)
+    refused("no meta.json", data.load_meta, "one")
 
 
 def test_both_sides_get_a_document(tokenizer):
@@ -602,17 +592,15 @@ def test_tokenize_refuses_with_the_mend(tokenizer, corpus):
     pairs = list(itertools.product(ALPHABET, repeat=2))
     Tokenizer.from_merges(pairs).save("large")
     for text, kwargs, message in [
-        (corpus, {"tokenizer_name": "large"}, "uint16 holds 65,536"),
+        ("text", {"tokenizer_name": "large"}, "uint16 holds 65,536"),
         ("empty.jsonl.gz", {}, "two are needed"),
-        (corpus, {"val_fraction": 2}, "between 0 and 1"),
+        ("text", {"val_fraction": 2}, "between 0 and 1"),
         ("no", {}, "run python data.py extract"),
     ]:
-        with pytest.raises((ValueError, OSError), match=message):
-            data.tokenize(text, out="out", **{"tokenizer_name": tokenizer} | kwargs)
-    path = Path(corpus, "f3.jsonl.gz")
+        refused(message, data.tokenize, text, out="out", **{"tokenizer_name": tokenizer} | kwargs)
+    path = Path("text/f3.jsonl.gz")
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(ValueError, match="f3.*damaged gzip"):
-        data.tokenize(corpus, tokenizer, "out")
+    refused("f3.*damaged gzip", data.tokenize, "text", tokenizer, "out")
     assert not contents("out")
 
 
@@ -747,15 +735,15 @@ def test_download_survives_faults(serve, runs):
         wanted = {k.split("/")[1]: v for k, v in files.items() if k.endswith(".gz")}
         try:
             data.download("pubmed", out, serve(files, rate=(0.2, 0.5, 0.8)[seed % 3], seed=seed))
-            endings.add("whole")
             assert contents(out) == wanted
+            endings.add("whole")
         except OSError as e:
-            endings.add("failed")
-            assert "times: try again" in str(e)
-            assert all(v == wanted[k] for k, v in contents(out).items() if ".part" not in k)
+            endings.add(re.search("times: try again", str(e))[0])
+            found = {k: v for k, v in contents(out).items() if ".part" not in k}
+            assert found.items() <= wanted.items()
         data.download("pubmed", out, serve(files))
         assert contents(out) == wanted
-    assert endings == {"whole", "failed"}
+    assert len(endings) == 2
 
 
 def test_download_errors_are_clear(serve, monkeypatch):
@@ -763,19 +751,13 @@ def test_download_errors_are_clear(serve, monkeypatch):
     files = pubmed_site()
     wrong = {"baseline/pubmed26n0001.xml.gz.md5": b"MD5(x)= " + b"0" * 32}
     url = serve(files)
-    for source, base, number, error, message in (
-        ("pubmed", serve(files | wrong), "1", OSError, "checksum differs"),
-        ("pubmedqa", url, None, OSError, "404.*--base_url"),
-        ("pubmed", url, "7-9", ValueError, "numbered 7-9"),
-        ("pubmed", url, "1-x", ValueError, "give a number or a range"),
-        ("medqa", None, None, ValueError, "Google Drive"),
-    ):
-        with pytest.raises(error, match=message):
-            data.download(source, "a", base, files=number)
+    refused("checksum differs", data.download, "pubmed", "a", serve(files | wrong), "1")
+    refused("404.*--base_url", data.download, "pubmedqa", "a", url)
+    refused("numbered 7-9", data.download, "pubmed", "a", url, "7-9")
+    refused("give a number or a range", data.download, "pubmed", "a", url, "1-x")
     assert not any(name.endswith(".gz") for name in contents("a"))
     monkeypatch.setattr(data, "PAGE_BYTES", 10)
-    with pytest.raises(OSError, match="beyond 10 bytes.*--base_url"):
-        data.download("pubmed", "b", url)
+    refused("beyond 10 bytes.*--base_url", data.download, "pubmed", "b", url)
 
 
 def test_only_a_checksum_allows_to_resume(serve):
@@ -799,8 +781,7 @@ def test_only_a_checksum_allows_to_resume(serve):
     data.download("pubmedqa", "qa", serve(dict.fromkeys(data.FILES["pubmedqa"], b"{}")))
     assert set(serve.ranges) == {None} and set(contents("qa").values()) == {b"{}"}
     page = dict.fromkeys(data.FILES["pubmedqa"], b" <html>Log in</html>")
-    with pytest.raises(OSError, match="a web page"):
-        data.download("pubmedqa", "page", serve(page))
+    refused("a web page", data.download, "pubmedqa", "page", serve(page))
 
 
 def test_download_weights_by_their_pointer(serve):
@@ -812,8 +793,7 @@ def test_download_weights_by_their_pointer(serve):
         pointer = {"raw/main/pytorch_model.bin": f"version 1\noid sha256:{sha256}\n".encode()}
         return serve(files | pointer) + "resolve/main"
 
-    with pytest.raises(OSError, match="pytorch_model.bin: the checksum differs"):
-        data.download("biomedlm", ".", url("0" * 64))
+    refused("pytorch_model.bin: the checksum differs", data.download, "biomedlm", ".", url("0" * 64))
     assert len(contents(".")) == 3
     data.download("biomedlm", ".", url(hashlib.sha256(weights).hexdigest()))
     assert contents(".")["pytorch_model.bin"] == weights
@@ -846,11 +826,9 @@ def test_download_pmc(serve, capsys):
     data.download("pmc", ".", serve(files), licenses=["CC BY"])
     assert [p.name for p in Path(".").rglob("*.xml")] == ["PMC1.10.xml"]
     assert capsys.readouterr().out.count("odd metadata") == len(odd)
-    with pytest.raises(OSError, match="6 of 9 files failed.*odd metadata"):
-        data.download("pmc", ".", serve(files), files="2-10")
+    refused("6 of 9 files failed.*odd metadata", data.download, "pmc", ".", serve(files), "2-10")
     files[prefix + "data/i.csv.gz"] += b"x"
-    with pytest.raises(OSError, match="checksum differs"):
-        data.download("pmc", "new", serve(files))
+    refused("checksum differs", data.download, "pmc", "new", serve(files))
 
 
 def test_download_unpacks(serve):
@@ -872,8 +850,7 @@ def test_download_unpacks(serve):
     data.download("medquad", "xml", url)
     assert [q.target for q in data.load_qa("text", "xml", "train")] == ["A."]
     assert [*map(str, Path(".").rglob("outside.csv"))] == ["out/unpacked/outside.csv"]
-    with pytest.raises(ValueError, match="delete it"):
-        data.download("mmlu", "bad", serve({"data.tar": b"no archive"}))
+    refused("delete it", data.download, "mmlu", "bad", serve({"data.tar": b"no archive"}))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -921,6 +898,8 @@ PUBMEDQA = {"QUESTION": "Q?", "CONTEXTS": ["A.", "B."], "final_decision": "yes",
 MEDMCQA = {"id": "a", "question": "a &lt; b", "opa": "1", "opb": "2", "opc": "3", "opd": "&gt; 4",
            "cop": 1, "subject_name": "Dental", "choice_type": "one"}
 MMLU = ["Q?", "a", "b", "c", "d", "A"]
+BAD_FILES = {"medqa": ("phrases_no_exclude_test.jsonl", MEDQA), "medmcqa": ("test.json", MEDMCQA),
+             "pubmedqa": ("ori_pqal.json", PUBMEDQA), "mmlu": ("anatomy_test.csv", MMLU)}
 LETTERS = {str(i): "x" * 50 for i in range(50_000)}
 
 
@@ -954,32 +933,27 @@ BAD = {
     "medqa": [{"answer": "yes"}, {"answer_idx": None}, {"answer_idx": [[1]]}, {"options": None},
               {"options": {"A": "yes", "B": 7}}, {"question": "\u2028 \n"}, {"meta_info": 1},
               {"options": LETTERS, "answer_idx": "B"}],
-    "medmcqa": [{"cop": 0}, {"cop": 7}, {"cop": [1]}, {"id": "1"}, {"question": " "}, {"id": None},
+    "medmcqa": [{"cop": 0}, {"cop": 7}, {"cop": [1]}, {"id": "a"}, {"question": " "}, {"id": None},
                 {"question": None}, {"opa": None}],
     "pubmedqa": [{"CONTEXTS": "one string"}, {"CONTEXTS": ["A.", None]}, {"LONG_ANSWER": None},
                  {"final_decision": "x" * 10**6}],
     "mmlu": [[*MMLU[:5], ""], [*MMLU[:5], "AB"], MMLU[1:], ["Q?" * 200_000, *MMLU[1:]]]}
 
 
-@pytest.mark.parametrize("task, i", [(task, i) for task in BAD for i in range(len(BAD[task]))])
-def test_one_bad_field_is_one_line(task, i):
+@pytest.mark.parametrize("task", BAD)
+def test_one_bad_field_is_one_line(task):
     """A guessed answer, letters as contexts, Hugging Face's copy of MedMCQA, which counts answers
     from 0, or a traceback; not told in which file and where."""
-    bad = BAD[task][i]
-    if task == "mmlu":
-        name, body = "anatomy_test.csv", "\n".join(map(",".join, [MMLU, bad]))
-    elif task == "pubmedqa":
-        name, body = "ori_pqal.json", json.dumps({"1": PUBMEDQA, "2": PUBMEDQA | bad})
-    else:
-        name = {"medqa": "phrases_no_exclude_test.jsonl", "medmcqa": "test.json"}[task]
-        good = MEDQA if task == "medqa" else MEDMCQA | {"id": "1"}
-        body = "\n".join(map(json.dumps, [good, {**good, "id": "2"} | bad]))
-    Path(name).write_text(body)
-    with pytest.raises(ValueError) as caught:
-        data.load_qa(task, ".", "test")
-    message = str(caught.value)
-    assert message.startswith(f"{name}, after 1 questions: ")
-    assert "\n" not in message and len(message) < 700
+    name, good = BAD_FILES[task]
+    for bad in BAD[task]:
+        rows = [good, bad if task == "mmlu" else {**good, "id": "2"} | bad]
+        body = "\n".join(map(",".join if task == "mmlu" else json.dumps, rows))
+        if task == "pubmedqa":
+            body = json.dumps(dict(enumerate(rows)))
+        Path(name).write_text(body)
+        with pytest.raises(ValueError, match=f"^{name}, after 1 questions: ") as caught:
+            data.load_qa(task, ".", "test")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
 
 
 def test_bad_question_files_are_refused():
@@ -987,14 +961,11 @@ def test_bad_question_files_are_refused():
     for body, message in (("", "is empty"), ('{"id": "a"}', "after 0 questions.*op"),
                           ('{"question": ' + "[" * 90_000, "train.json: line 1")):
         Path("train.json").write_text(body)
-        with pytest.raises(ValueError, match=message):
-            data.load_qa("medmcqa", ".", "train")
-    with pytest.raises(ValueError, match="use one of medqa"):
-        data.load_qa("nope", ".", "test")
+        refused(message, data.load_qa, "medmcqa", ".", "train")
+    refused("use one of medqa", data.load_qa, "nope", ".", "test")
     os.mkfifo("test.tsv")
     for task in ("mmlu", "medqa", "bioasq"):
-        with pytest.raises(FileNotFoundError, match="put the official files"):
-            data.load_qa(task, ".", "test")
+        refused("put the official files", data.load_qa, task, ".", "test")
 
 
 def check_no_text_is_shared(folder, n):
@@ -1079,5 +1050,4 @@ def test_cloze_questions(tokenizer):
         sorts[n_tokens] += 1
     assert max(asked_of.values()) == 3 and len(asked_of) > 40 and sorts[1] and sorts[2]
     assert {q.answer for q in asked} == {0, 1, 2, 3}
-    with pytest.raises(ValueError, match="raise --val_fraction"):
-        data.cloze("text", "text", "d", 1e-9)
+    refused("raise --val_fraction", data.cloze, "text", "text", "d", 1e-9)
