@@ -29,7 +29,6 @@ import random
 import re
 import shutil
 import tarfile
-import textwrap
 import time
 import xml.etree.ElementTree as ET
 import zlib
@@ -415,7 +414,7 @@ def load_qa(task, dir, split):
                 questions[q.id] = q
                 number += 1
         except (csv.Error, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
-            reason = textwrap.shorten(f"{type(e).__name__}: {e}", 300)
+            reason = repr(e)[:300]  # in one line
             raise ValueError(f"{path}, after {number} questions: {reason}; get the official file "
                              "anew") from None
     questions = list(questions.values())
@@ -1009,7 +1008,7 @@ def is_superscript_citation(e, tag, before):
         return False
     glued = re.search(rf"[a-z.)\]”’%][,;]?\Z|{CITATION}[,;–-]?\Z", before, re.IGNORECASE)
     number = re.fullmatch(r"[\d,;–-]+", full_text(e))
-    return e.find("sup") is not None or bool(glued and number)
+    return e.find("sup") is not None or (glued and number)
 
 
 def tidy(line):
@@ -1118,16 +1117,14 @@ def json_documents(record):
     """
     ident = str(record.get("id") or "") or None
     text = record.get("text")
+    if text is None and record.get("abstract"):
+        text = f"{record['title'].strip()}\n{record['abstract'].strip()}"
     reason = None
     if (record.get("meta") or {}).get("pile_set_name", PILE_SETS[0]) not in PILE_SETS:
-        text, reason = None, "another part of The Pile"
-    elif record.get("deleted"):
-        text, reason = None, "deleted"
-    elif text is None and not record.get("abstract"):
-        reason = "no abstract"
-    elif text is None:
-        text = f"{record['title'].strip()}\n{record['abstract'].strip()}"
-    return [(ident, text and text.strip(), reason)]
+        reason = "another part of The Pile"
+    elif record.get("deleted") or not text:
+        reason = "deleted or without text"
+    return [(ident, None if reason else text.strip(), reason)]
 
 
 def source_records(path):
@@ -1368,6 +1365,7 @@ BY_HAND = {
 AGENT = {"User-Agent": "biomedlm-data/1.0 (at most 4 connections)", "Accept-Encoding": "identity"}
 TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S = 5, 2.0, 4, (10, 30)
 PAGE_BYTES = 32 * MIB  # a listing of PubMed's baseline has 1 MB
+NO_BAR = tqdm(disable=True)
 
 
 class Fault(Exception):
@@ -1385,7 +1383,7 @@ def retry(function, url):
     raise OSError(f"{url}: {reason}, {TRIES} times: try again later; files that are whole are kept")
 
 
-def receive(url, file, bar=None, limit=math.inf):
+def receive(url, file, bar=NO_BAR, limit=math.inf):
     """Append what stands at url to an open file, going on where the file ends.
 
     A server that doesn't go on there sends all of it: then the file starts anew. Fault for what may
@@ -1406,8 +1404,7 @@ def receive(url, file, bar=None, limit=math.inf):
                 file.write(chunk)
                 if file.tell() > limit:
                     raise OSError(f"{url}: beyond {limit:,} bytes, so no listing: check --base_url")
-                if bar is not None:
-                    bar.update(len(chunk))
+                bar.update(len(chunk))
     except (requests.RequestException, urllib3.exceptions.HTTPError) as e:
         raise Fault(f"connection failed ({type(e).__name__})") from None
 
@@ -1462,10 +1459,10 @@ def fetch_pubmed(base, out, numbers, bar):
     """Jobs for the baseline, then for the update files, of those numbers."""
     for folder in ("baseline/", "updatefiles/"):
         listing = page(base + folder, r"<a href|pubmed\d+n\d+")
-        names = dict(re.findall(r"\b(pubmed\d+n(\d+)\.xml\.gz)\b", listing))
-        for name in sorted(names, key=natural):
+        names = re.findall(r"\b(pubmed\d+n(\d+)\.xml\.gz)\b", listing)
+        for name, number in sorted(set(names)):
             url = base + folder + name
-            if int(names[name]) in numbers:
+            if int(number) in numbers:
                 yield partial(fetch, url, out / name, bar, partial(published, url + ".md5"))
 
 
@@ -1483,18 +1480,17 @@ def fetch_pmc(base, out, numbers, bar, licenses):
     prefix = "inventory-reports/pmc-oa-opendata/metadata/"
     listing = page(f"{base}?list-type=2&delimiter=/&prefix={prefix}", "<ListBucketResult")
     newest = max(re.findall(rf"<Prefix>({prefix}\d[^<]+)</Prefix>", listing))
-    versions = {}
+    versions = []
     for part in json.loads(page(f"{base}{newest}manifest.json", '"files"'))["files"]:
         inventory = out / ".inventory" / Path(part["key"]).name
         fetch(base + part["key"], inventory, bar, partial(part.get, "MD5checksum"))
         with gzip.open(inventory, "rt") as f:
             for line in f:
                 if match := re.search(r"metadata/PMC(\d+)\.(\d+)\.json", line):
-                    number, version = map(int, match.groups())
-                    versions[number] = max(version, versions.get(number, 0))
-    for number in sorted(versions):
+                    versions.append((int(match[1]), int(match[2])))
+    for number, version in dict(sorted(versions)).items():  # a number's highest comes last
         if number in numbers:
-            name = f"PMC{number}.{versions[number]}"
+            name = f"PMC{number}.{version}"
             path = out / str(number // 10_000) / f"{name}.xml"  # not millions in one folder
             yield partial(fetch_article, base, name, path, bar, licenses)
 
