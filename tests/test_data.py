@@ -138,7 +138,7 @@ def test_training_order(tokenizer):
     assert all(sorted(epoch) == list(range(60)) != epoch for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 3
     assert sum(batches(60, seed=4, micro_batch=1), []) != one[:60]
-    for world_size, micro_batch, start in (1, 4, 0), (2, 3, 0), (4, 2, 12), (4, 2, 48), (4, 2, 52):
+    for world_size, micro_batch, start in (1, 7, 55), (2, 3, 0), (4, 2, 12), (4, 2, 48):
         ranks = [batches(7, micro_batch=micro_batch, start=start, rank=r, world_size=world_size)
                  for r in range(world_size)]
         found = [row for step in zip(*ranks) for batch in step for row in batch]
