@@ -29,9 +29,9 @@ import random
 import re
 import shutil
 import tarfile
-import textwrap
 import time
 import xml.etree.ElementTree as ET
+import zlib
 from array import array
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -54,7 +54,7 @@ from tokenizer import (
     json_lines,
     load_named,
     natural,
-    open_input,
+    positive,
     read_json,
     read_records,
     read_records_backwards,
@@ -77,6 +77,9 @@ from tokenizer import (
 # micro-batches don't matter, and one integer says where a run stands.
 
 
+SPLITS = ("train", "val")
+
+
 def train_batches(data_dir, seq_len, micro_batch, seed, start=0, rank=0, world_size=1, device="cpu",
                   ignore_eot=False):
     """Endless (x, y), int64 (micro_batch, seq_len) on `device`, from train.bin.
@@ -91,22 +94,11 @@ def train_batches(data_dir, seq_len, micro_batch, seed, start=0, rank=0, world_s
     if n_rows == 0:
         raise ValueError(f"{path} has {meta['train']['tokens']} tokens, less than one sequence: "
                          "use a smaller --seq_len, or more text")
-    eot_id = meta["eot_id"] if ignore_eot else None
-    step = world_size * micro_batch
-    mine = rank * micro_batch + np.arange(micro_batch)
-    for first in itertools.count(start, 64 * step):
-        # 64 steps at once, since a permutation of few rows takes as long as one of many.
-        samples = first + step * np.arange(64)[:, None] + mine  # (64, micro_batch)
-        rows = samples % n_rows
-        epochs = samples // n_rows
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            rows[here] = permute(rows[here], n_rows, seed, epoch)
-        # Opened anew: pages that a long-lived memmap has touched count as resident memory.
-        # asarray: slices of a memmap proper are slow to make.
-        array = np.asarray(np.memmap(path, np.uint16, "r"))
-        for rows_of_step in rows:
-            yield read_rows(array, rows_of_step, (micro_batch, seq_len), eot_id, device)
+    ignored = meta["eot_id"] if ignore_eot else -100
+    for first in itertools.count(start + rank * micro_batch, world_size * micro_batch):
+        samples = range(first, first + micro_batch)
+        rows = [permute(sample % n_rows, n_rows, seed, sample // n_rows) for sample in samples]
+        yield read_rows(path, rows, (micro_batch, seq_len), ignored, device)
 
 
 def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens=None, device="cpu",
@@ -118,36 +110,37 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
     where rows run out, a batch is filled up with targets -100.
     """
     meta = load_meta(data_dir)
-    n_rows = math.ceil(meta["val"]["tokens"] / seq_len)
-    order = permute(np.arange(n_rows), n_rows, seed=0, epoch=0)
-    if max_tokens is not None:
-        order = order[: math.ceil(max_tokens / seq_len)]
-    eot_id = meta["eot_id"] if ignore_eot else None
+    path = Path(data_dir) / "val.bin"
+    n_tokens = meta["val"]["tokens"]
+    n_rows = math.ceil(n_tokens / seq_len)
+    n_scored = math.ceil(min(n_tokens, max_tokens or n_tokens) / seq_len)
+    ignored = meta["eot_id"] if ignore_eot else -100
     step = world_size * micro_batch
-    for first in range(0, len(order), step):
+    for first in range(0, n_scored, step):
         # Ranks take turns row by row; the last ones may get fewer rows, or none.
-        rows = order[first + rank : first + step : world_size]
-        array = np.memmap(Path(data_dir) / "val.bin", np.uint16, "r")
-        yield read_rows(array, rows, (micro_batch, seq_len), eot_id, device)
+        places = range(first + rank, min(first + step, n_scored), world_size)
+        rows = [permute(place, n_rows, seed=0, epoch=0) for place in places]
+        yield read_rows(path, rows, (micro_batch, seq_len), ignored, device)
 
 
-def read_rows(array, rows, shape, eot_id, device):
+def read_rows(path, rows, shape, ignored, device):
     """(x, y), int64 of `shape` (micro_batch, seq_len), x the rows, y the next token of each.
 
     y is -100, which the loss ignores, at a row's last position, as in the paper; in what the rows
-    leave of the shape; and in place of eot_id, unless that is None.
+    leave of the shape; and in place of the token `ignored`.
     """
     import torch  # here, as it would cost extract and tokenize 200 MB and seconds
 
+    # Opened anew: pages that a long-lived memmap has touched count as resident memory.
+    array = np.memmap(path, np.uint16, "r")
     seq_len = shape[1]
     x = np.zeros(shape, np.int64)
-    y = np.full(shape, -100, np.int64)  # -100: ignored by the loss
+    y = np.full(shape, -100, np.int64)
     for i, row in enumerate(rows):
         tokens = array[row * seq_len : (row + 1) * seq_len]
         x[i, : len(tokens)] = tokens
         y[i, : len(tokens) - 1] = tokens[1:]
-    if eot_id is not None:
-        y[y == eot_id] = -100
+    y[y == ignored] = -100
     batch = torch.from_numpy(x), torch.from_numpy(y)
     if torch.device(device).type != "cuda":
         return batch
@@ -156,33 +149,37 @@ def read_rows(array, rows, shape, eot_id, device):
 
 
 def permute(index, n, seed, epoch):
-    """The rows at positions `index` (int64, in [0, n)) of an epoch's order, a bijection of [0, n).
+    """The row at position `index` (int in [0, n)) of an epoch's order, a bijection of [0, n).
 
     It takes no memory and finds any position at once. A Feistel network of six rounds shuffles the
     numbers of 2 * half bits, the least even number that n needs. A round keeps one half of the bits
     and mixes it into the other. Since a round can be undone, no two positions get the same row. A
     row beyond n is shuffled again until it falls inside (cycle walking, under 4 times on average).
     """
-    # half of the bits of n - 1, rounded up
-    half = ((n - 1).bit_length() + 1) // 2
+    half = ((n - 1).bit_length() + 1) // 2  # of the bits of n - 1, rounded up
     mask = (1 << half) - 1
-    keys = [hash64(f"{seed} {epoch} {r}") for r in range(6)]
-    out = np.array(index, np.uint64)
-    beyond = np.ones(out.shape, bool)  # those still to be shuffled: at first all
-    while beyond.any():
-        left = out[beyond] >> half
-        right = out[beyond] & mask
-        for key in keys:
+    while True:
+        left, right = index >> half, index & mask
+        for key in round_keys(seed, epoch):
             left, right = right, left ^ (mix64(right + key) & mask)
-        out[beyond] = left << half | right
-        beyond = out >= n
-    return out.astype(np.int64)
+        index = left << half | right
+        if index < n:
+            return index
+
+
+LOW64 = 2**64 - 1  # mask of the low 64 bits
+
+
+@lru_cache
+def round_keys(seed, epoch):
+    return [hash64(f"{seed} {epoch} {r}") for r in range(6)]
 
 
 def mix64(x):
-    """splitmix64's finaliser on a uint64 array: each bit of the result depends on all bits of x."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    """splitmix64's finaliser of 64 bits: each bit of the result depends on all bits of x."""
+    x &= LOW64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & LOW64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & LOW64
     return x ^ (x >> 31)
 
 
@@ -197,18 +194,18 @@ def load_meta(data_dir, verify=False):
     if not (folder / "meta.json").is_file():
         raise FileNotFoundError(f"{folder} has no meta.json; {again}")
     meta = json.loads((folder / "meta.json").read_text())
-    for split in ("train", "val"):
-        # uint16: two bytes a token
+    for split in SPLITS:
         path = folder / f"{split}.bin"
-        n_bytes = 2 * meta[split]["tokens"]
-        if path.stat().st_size != n_bytes:
-            raise ValueError(f"{path} has {path.stat().st_size:,} bytes where meta.json says "
-                             f"{n_bytes:,}: it was cut or replaced; {again}")
-        if verify and hash_file(path) != meta[split]["sha256"]:
-            raise ValueError(f"{path} is not the array of meta.json (sha256 differs); {again}")
-        if verify and np.memmap(path, np.uint16, "r").max() >= meta["vocab_size"]:
-            raise ValueError(f"{path} holds an id beyond the vocabulary of {meta['vocab_size']}; "
-                             f"{again}")
+        size = path.stat().st_size
+        wrong = None
+        if size != 2 * meta[split]["tokens"]:  # uint16: two bytes a token
+            wrong = f"has {size:,} bytes, not two a token as meta.json counts: cut or replaced"
+        elif verify and hash_file(path) != meta[split]["sha256"]:
+            wrong = "is not the array of meta.json (sha256 differs)"
+        elif verify and np.memmap(path, np.uint16, "r").max() >= meta["vocab_size"]:
+            wrong = f"holds an id beyond the vocabulary of {meta['vocab_size']}"
+        if wrong:
+            raise ValueError(f"{path} {wrong}; {again}")
     if Tokenizer.load(folder).fingerprint != meta["tokenizer_sha256"]:
         raise ValueError(f"the tokenizer in {folder} is not the one that made the arrays; {again}")
     return meta
@@ -226,7 +223,6 @@ def load_meta(data_dir, verify=False):
 # permutes.
 
 BATCH = 100  # documents: to encode so many takes far longer than to send them to a process
-SPLITS = ("train", "val")
 
 
 def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1):
@@ -244,11 +240,12 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1)
         raise ValueError(f"{tokenizer_name} has {tokenizer.vocab_size} tokens: uint16 holds 65,536")
     documents = split_documents(newest_documents(text_files(text)), val_fraction)
     batches = iter(lambda: list(itertools.islice(documents, BATCH)), [])
-    encode = partial(encode_documents, tokenizer_name, tokenizer.fingerprint, eot)
+    load_once.cache_clear()  # another tokenizer may have stood in that folder, as in tests
+    encode = partial(encode_documents, tokenizer_name, eot)
     meta = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id,
-            "eot": eot, "tokenizer_sha256": tokenizer.fingerprint, "train": Counter(),
-            "val": Counter()}
-    make_folder(out, {"train.bin", "val.bin", "meta.json", "vocab.json", "merges.txt"})
+            "eot": eot, "tokenizer_sha256": tokenizer.fingerprint}
+    meta |= {split: Counter() for split in SPLITS}
+    make_folder(out)
     with replacing(out / "train.bin") as train, replacing(out / "val.bin") as val:
         for ids, sizes in in_processes(encode, batches, workers):
             train.write(ids["train"])
@@ -316,12 +313,15 @@ def validates(id_hash, val_fraction):
     return id_hash < val_fraction * 2**64
 
 
-def encode_documents(tokenizer_name, fingerprint, eot, documents):
+load_once = lru_cache(1)(load_named)  # a process's tokenizer, loaded at its first batch
+
+
+def encode_documents(tokenizer_name, eot, documents):
     """[(split, text)] -> ({split: ids}, {split: {"tokens", "documents", "bytes"}}).
 
     The ids are an array of uint16, the documents' tokens one after the other.
     """
-    tokenizer = load_once(tokenizer_name, fingerprint)
+    tokenizer = load_once(tokenizer_name)
     ids = {split: array("H") for split in SPLITS}
     sizes = {split: Counter() for split in SPLITS}
     for split, text in documents:
@@ -331,13 +331,6 @@ def encode_documents(tokenizer_name, fingerprint, eot, documents):
         ids[split].extend(tokens)
         sizes[split].update(tokens=len(tokens), documents=1, bytes=len(text.encode()))
     return ids, sizes
-
-
-@lru_cache(1)
-def load_once(tokenizer_name, fingerprint):
-    """A process's tokenizer, loaded at its first batch only. `fingerprint` tells one tokenizer from
-    another that stood in the same folder before, as in tests."""
-    return load_named(tokenizer_name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -387,7 +380,8 @@ class Task(NamedTuple):
     "labels" classifies context and question together, "text" writes the answer.
     """
 
-    files: dict  # name, with {} for the split -> reader; the first name that is there counts
+    file: str  # the official name, with {} for the split
+    reader: object  # (path, split) -> Questions
     kind: str
     special_tokens: tuple[str, ...]  # added to the vocabulary in this order
     length: int  # of a question with its context and answer, in tokens
@@ -402,7 +396,14 @@ def load_qa(task, dir, split):
     FileNotFoundError for a missing file; ValueError, with the file and the question's place in it,
     for damage of any kind, an empty set or question, a repeated id, a label outside the set.
     """
-    reader, paths = official_files(task, dir, split)
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
+    name, reader = TASKS[task].file, TASKS[task].reader
+    paths = sorted(filter(Path.is_file, Path(dir).rglob(name.format(split))))
+    if not paths:
+        raise FileNotFoundError(f"no {name.format(split)} beneath {dir}: put the official files "
+                                "there (python data.py download fetches them, or says where they "
+                                "are)")
     questions = {}
     for path in paths:
         number = 0
@@ -413,7 +414,7 @@ def load_qa(task, dir, split):
                 questions[q.id] = q
                 number += 1
         except (csv.Error, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
-            reason = textwrap.shorten(f"{type(e).__name__}: {e}", 300)
+            reason = repr(e)[:300]  # in one line
             raise ValueError(f"{path}, after {number} questions: {reason}; get the official file "
                              "anew") from None
     questions = list(questions.values())
@@ -422,23 +423,6 @@ def load_qa(task, dir, split):
     if not questions:
         raise ValueError(f"{dir}: {split} of {task} is empty: get the official file anew")
     return questions
-
-
-def official_files(task, dir, split):
-    """(reader, paths) of the first of the task's file names that is found."""
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
-    for name, reader in TASKS[task].files.items():
-        paths = sorted(Path(dir).rglob(name.format(split)))
-        if paths:
-            return reader, paths
-    raise FileNotFoundError(f"no {name.format(split)} beneath {dir}: put the official files there "
-                            "(python data.py download fetches them, or says where they are)")
-
-
-def read_lines(path):
-    """Lines end at "\\n" only: str.splitlines would cut at others too."""
-    return path.read_text("utf-8-sig").removesuffix("\n").split("\n")
 
 
 def index_of(label, labels, ident):
@@ -462,20 +446,14 @@ def read_medqa(path, split):
 
 
 def read_medmcqa(path, split):
-    """The official files count the answer `cop` from 1, the Hugging Face copy from 0.
+    """A JSON object a line: question, opa to opd, cop 1 to 4, which the test set lacks.
 
-    A file with a 0 is of the second kind; one with both 0 and 4 is refused. Questions without a
-    label (test) have no cop, or the copy's -1. Only this set has HTML's entities ("&lt;").
+    The Hugging Face copy counts cop from 0 and is refused. Only this set has HTML's entities.
     """
-    rows = [row for _, row in json_lines(path)]
-    labels = [row.get("cop") for row in rows]
-    if 0 in labels and 4 in labels:
-        raise ValueError("cop holds 0 and 4: neither the official file nor the HF copy")
-    numbers = range(0, 4) if 0 in labels else range(1, 5)
-    for row, label in zip(rows, labels):
+    for _, row in json_lines(path):
         answer = None
-        if label not in (None, -1):
-            answer = index_of(label, numbers, row["id"])
+        if row.get("cop") is not None:
+            answer = index_of(row["cop"], range(1, 5), row["id"])
         options = tuple(html.unescape(row[f"op{letter}"]) for letter in "abcd")
         yield Question(row["id"], html.unescape(row["question"]), options=options, answer=answer,
                        subject=row.get("subject_name") or "", kind=row.get("choice_type") or "")
@@ -534,38 +512,13 @@ def cut_by_label(questions, n_parts, rng):
     return parts
 
 
-def read_blurb(path, split):
-    """BLURB's form of BioASQ, tab-separated: id, question, context, yes or no."""
-    for line in read_lines(path):
-        ident, question, context, label = line.split("\t")
-        yield yes_or_no(ident, question, context, label)
-
-
 def read_bioasq(path, split):
-    """The yes/no questions of BioASQ's own files: *golden* is test; of the others every tenth is
-    dev (our choice, which gives BLURB's numbers, 670 and 75)."""
-    if ("golden" in path.name) != (split == "test"):
-        return
-    items = [item for item in read_json(path)["questions"] if item["type"] == "yesno"]
-    if split == "dev":
-        items = items[::10]
-    elif split == "train":
-        del items[::10]
-    for item in items:
-        context = " ".join(snippet["text"] for snippet in item["snippets"])
-        yield yes_or_no(item["id"], item["body"], context, item["exact_answer"])
-
-
-def yes_or_no(ident, question, context, label):
-    answer = index_of(label.lower(), BIOASQ_LABELS, ident)
-    return Question(ident, question, context, BIOASQ_LABELS, answer, kind="yesno")
-
-
-def read_source(path, split):
-    """A question a line of SPLIT.source, its text in the same line of SPLIT.target."""
-    pairs = zip(read_lines(path), read_lines(path.with_suffix(".target")), strict=True)
-    for number, (source, target) in enumerate(pairs):
-        yield Question(f"{split}-{number}", source, target=target)
+    """BLURB's form of BioASQ, tab-separated: id, question, context, yes or no."""
+    # not str.splitlines, which ends lines at other characters too
+    for line in path.read_text("utf-8-sig").removesuffix("\n").split("\n"):
+        ident, question, context, label = line.split("\t")
+        answer = index_of(label, BIOASQ_LABELS, ident)
+        yield Question(ident, question, context, BIOASQ_LABELS, answer)
 
 
 def read_medquad(path, split):
@@ -608,16 +561,13 @@ TEXT_TOKENS = ("[PAD]", "<|startoftext|>")
 # Lengths are BioMedLM's; text has 510 + 510, a token between them and one after. The learning rates
 # lie inside its sweeps; for choice nothing is published. 20 epochs for labels are its working
 # point, the other epochs our choice.
-TASKS = {  # files, kind, special tokens, length, epochs, lr
-    "medqa": Task({"phrases_no_exclude_{}.jsonl": read_medqa}, "choice", CHOICE_TOKENS, 512, 5,
-                  1e-5),
-    "medmcqa": Task({"{}.json*": read_medmcqa}, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
-    "mmlu": Task({"*_{}.csv": read_mmlu}, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
-    "pubmedqa": Task({"ori_pqal.json": read_pubmedqa}, "labels", LABELS_TOKENS, 512, 20, 2e-6),
-    "bioasq": Task({"{}.tsv": read_blurb, "*.json": read_bioasq}, "labels", LABELS_TOKENS, 1024,
-                   20, 2e-6),
-    "text": Task({"{}.source": read_source, "*.xml": read_medquad}, "text", TEXT_TOKENS, 1022, 3,
-                 1e-5),
+TASKS = {  # file, reader, kind, special tokens, length, epochs, lr
+    "medqa": Task("phrases_no_exclude_{}.jsonl", read_medqa, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
+    "medmcqa": Task("{}.json*", read_medmcqa, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
+    "mmlu": Task("*_{}.csv", read_mmlu, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
+    "pubmedqa": Task("ori_pqal.json", read_pubmedqa, "labels", LABELS_TOKENS, 512, 20, 2e-6),
+    "bioasq": Task("{}.tsv", read_bioasq, "labels", LABELS_TOKENS, 1024, 20, 2e-6),
+    "text": Task("*.xml", read_medquad, "text", TEXT_TOKENS, 1022, 3, 1e-5),
 }
 # Of sets whose files are not split: reader -> (questions, split) -> those of the split.
 DIVIDE = {read_pubmedqa: divide_pubmedqa, read_medquad: divide_medquad}
@@ -769,7 +719,7 @@ COMMONEST = 300  # words that count as grammar and are not asked
 AT_MOST = 3  # questions a passage
 
 
-def cloze(text, counts, out, val_fraction=0.002, everyday=None, seed=17):
+def cloze(text, counts, out, val_fraction=0.002, everyday=None):
     """Write questions on the held-out documents of `text` to `out`, as a test set of MedQA's form.
 
     counts: the text that a model trains on, whose other documents tell how frequent a word is. What
@@ -791,7 +741,7 @@ def cloze(text, counts, out, val_fraction=0.002, everyday=None, seed=17):
         if validates(id_hash, val_fraction):
             # An abstract is one passage. A long document has many, its paragraphs.
             for passage in [document] if len(document) < 4000 else document.split("\n"):
-                rng = random.Random(f"{seed} {passage}")
+                rng = random.Random(f"17 {passage}")
                 found = cloze_questions(passage, counted, by_ending, tokenizer, rng)
                 questions += itertools.islice(found, AT_MOST)
     if not questions:
@@ -844,18 +794,17 @@ def medqa_row(question, answer, others, kind, rng):
 
 def write_json_lines(path, rows):
     """A file of a JSON object a line, .gz or plain, in a folder that is made where missing."""
-    make_folder(path.parent, {path.name})
+    make_folder(path.parent)
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with replacing(path) as f:
         f.write(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
 
 
-def make_folder(folder, names):
-    """Create `folder`; remove what a killed run left there under temporary names of `names`."""
+def make_folder(folder):
+    """Create `folder`; remove what a killed run left there under temporary names."""
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.tmp"):
-        if path.name.rsplit(".", 2)[0] in names:  # name, process, tmp
-            path.unlink()
+    for path in folder.glob("*.[0-9]*.tmp"):  # name, process, tmp
+        path.unlink()
 
 
 def hash_file(path, name="sha256"):
@@ -882,10 +831,32 @@ CONTAINERS = ("PubmedArticleSet", "PubmedBookArticleSet", "articles", "pmc-artic
 CHUNK = MIB // 16
 RECORD_LIMIT = 32 * MIB  # of XML between the ends of two records: several times any article
 OUTPUT_BYTES = 16 * MIB  # small files are gathered until they are this large together
-ENTITIES = {name[:-1]: text for name, text in html.entities.html5.items() if name.endswith(";")}
+ENTITIES = {name.rstrip(";"): text for name, text in html.entities.html5.items()}
 NAMED = re.compile(rb"&(?!#|amp;|lt;|gt;|quot;|apos;)")  # an entity that XML itself doesn't know
 PILE_SETS = ("PubMed Abstracts", "PubMed Central")
 SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
+
+
+def chunks(path):
+    """Yield the bytes of a file, plain or .gz, at most CHUNK at once.
+
+    By zlib: Python's gzip module takes longer to open a small file than to read it.
+    """
+    with open(path, "rb", 0) as f:
+        read = partial(f.read, CHUNK)
+        if not str(path).endswith(".gz"):
+            yield from iter(read, b"")
+            return
+        try:
+            inflate = zlib.decompressobj(31)  # 31: with gzip's header and checksum
+            while packed := inflate.unconsumed_tail or inflate.unused_data or read():
+                if inflate.eof:  # another gzip file after the first
+                    inflate = zlib.decompressobj(31)
+                yield inflate.decompress(packed, CHUNK)
+            if not inflate.eof:
+                raise EOFError("it ends too early")
+        except (EOFError, zlib.error) as e:
+            raise ValueError(f"{path}: damaged gzip ({e}): download it again") from None
 
 
 def xml_records(path):
@@ -899,29 +870,28 @@ def xml_records(path):
     builder = ET.TreeBuilder()
     top = builder.start("top", {})  # above the root, so that finished records can be taken away
     parser = ET.XMLParser(target=builder)  # a plain TreeBuilder: no Python call per element
+    head = b""  # all before the root, where entities are declared
     pending = 0
     try:
-        with open_input(path) as f:
-            chunk = f.read(CHUNK)
-            # Entities are declared before the root. NUL: in UTF-16 the word would look different.
-            if b"<!ENTITY" in chunk or b"\0" in chunk:
-                raise ValueError(f"{path} declares an entity: refused, it could grow endlessly")
-            while chunk:
-                if NAMED.search(chunk):  # few files have any, and filling the table takes a while
-                    parser.entity.update(ENTITIES)
-                parser.feed(chunk)
-                pending += len(chunk)
-                if len(top) == 0:
-                    raise ValueError(f"{path}: no XML element in its first 64 KiB: no article")
-                if local(top[0]) in CONTAINERS and len(top[0]) > 1:
-                    yield from top[0][:-1]  # the last one may still be open
-                    del top[0][:-1]
-                    pending = 0
-                if pending > RECORD_LIMIT:
-                    raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
-                                     "article: remove the file or raise RECORD_LIMIT")
-                chunk = f.read(CHUNK)
-            parser.close()
+        for chunk in chunks(path):
+            if len(top) == 0:
+                head += chunk
+                # NUL: in UTF-16 the word would look different
+                if b"<!ENTITY" in head or b"\0" in head or len(head) > 2 * CHUNK:
+                    raise ValueError(f"{path} declares an entity, which could grow endlessly, or "
+                                     "holds no XML element in its first 64 KiB: refused")
+            if NAMED.search(chunk):  # few files have any, and filling the table takes a while
+                parser.entity.update(ENTITIES)
+            parser.feed(chunk)
+            pending += len(chunk)
+            if len(top) and local(top[0]) in CONTAINERS and len(top[0]) > 1:
+                yield from top[0][:-1]  # the last one may still be open
+                del top[0][:-1]
+                pending = 0
+            if pending > RECORD_LIMIT:
+                raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
+                                 "article: remove the file or raise RECORD_LIMIT")
+        parser.close()
     except ET.ParseError as e:
         raise ValueError(f"{path}: malformed XML ({e}): download it again") from None
     yield from top[0] if local(top[0]) in CONTAINERS else top
@@ -942,8 +912,8 @@ def full_text(element):
 # brackets that go again around a single symbol.
 LINE, LABEL, CELL, CITATION, OPEN, CLOSE = "\1\2\3\4\5\6"
 SCRIPT = OPEN + "*" + CLOSE
-DROPPED = set(re.findall(r"\S+", """ref-list graphic inline-graphic media supplementary-material
-    fn fn-group object-id permissions attrib alt-text long-desc annotation related-article"""))
+DROPPED = re.findall(r"\S+", """ref-list graphic inline-graphic media supplementary-material
+    fn fn-group object-id permissions attrib alt-text long-desc annotation related-article""")
 BLOCKS = re.findall(r"\S+", """title subtitle article-title p sec abstract list list-item
     fig caption disp-formula disp-quote boxed-text table-wrap tr def-item statement verse-line
     speech""")
@@ -966,15 +936,12 @@ def flatten(*elements):
     """Text of elements in reading order, a line per block (heading, paragraph, caption, row ...).
 
     A table's row is "cell | cell", an empty first cell stays: "| Drug | Placebo". A formula is its
-    TeX, or (a)/(b), x^2, x_i, sqrt(x) of its MathML. ValueError for elements nested too deeply.
+    TeX, or (a)/(b), x^2, x_i, sqrt(x) of its MathML. RecursionError for a deeply nested element.
     """
-    pieces = []
-    try:
-        for element in elements:
-            walk(element, pieces)
-    except RecursionError:
-        raise ValueError("elements nested too deeply for an article") from None
-    text = re.sub(f"{CITATION}([,;–-]?{CITATION})*", "", "".join(pieces))  # the commas between too
+    text = " "
+    for element in elements:
+        text += walk(element, text[-2:])
+    text = re.sub(f"{CITATION}([,;–-]?{CITATION})*", "", text)  # the commas between them too
     text = re.sub(f"{LABEL}[\\s{LINE}]*", " ", text)
     # A script that is one number, word or character needs no brackets: x^2, but x^(n+1).
     text = re.sub(rf"{OPEN}([+−–-]?\s*[\d.,]+|[^\W\d]*|[^{OPEN}]){CLOSE}", r"\1", text)
@@ -983,41 +950,36 @@ def flatten(*elements):
     return "\n".join(filter(None, map(tidy, text.split(LINE))))
 
 
-def walk(e, pieces):
-    """Append an element's text and marks to pieces, none of which is empty.
+def walk(e, before):
+    """An element's text and marks: LINE + "5 × 10^4" + LINE for <p>5 × 10<sup>4</sup></p>.
 
-    <p>5 × 10<sup>4</sup></p> makes LINE, "5 × 10", "^4", LINE. The text before an element decides
-    on its mark, so that dropped elements and nested tags don't disturb: 1<i>0</i><sup>4</sup>.
+    before: the one or two characters before it. They decide on its mark, whatever tag they stand
+    in: 1<i>0</i><sup>4</sup>.
     """
     tag = local(e)
     ref_type = e.get("ref-type", "")
     if tag in DROPPED or ref_type.endswith("fn") or e.get("sec-type") == "supplementary-material":
-        return
-    start = len(pieces)
-    before = "".join([" ", *pieces[-2:]])[-2:]
+        return ""
     if tag in JOINTS and is_superscript_citation(e, tag, before):
-        pieces.append(CITATION)
-        return
+        return CITATION
     layout = LAYOUT.get(tag, "*")
     if tag == "mfenced":
         layout = e.get("open", "(") + "*,*" + e.get("close", ")")
     elif tag == "tex-math":  # the formula without LaTeX's preamble
         e.text = re.sub(r"(?s).*\\begin\{document\}|\\end\{document\}.*", "", e.text or "")
     first, *between, last = layout.split("*")
-    pieces += filter(None, [first, e.text])
+    text = first + (e.text or "")
     for i, child in enumerate(shown(e, tag)):
         if i and between:
-            pieces.append(between[min(i, len(between)) - 1])
-        walk(child, pieces)
-        pieces += filter(None, [child.tail])
-    pieces += filter(None, [last])
-    if tag in JOINTS:  # only now is known what is shown of it
-        pattern, mark = JOINTS[tag]
-        text = "".join(pieces[start:]).lstrip()
-        if re.match(pattern, before[-1] + text):
-            pieces[start:] = [mark + text]
-    elif tag in ("td", "th"):  # a cell's paragraphs stay in its row
-        pieces[start:] = ["".join(pieces[start:]).replace(LINE, " ")]
+            text += between[min(i, len(between)) - 1]
+        text += walk(child, (before + text[-2:])[-2:]) + (child.tail or "")
+    text += last
+    if tag in ("td", "th"):  # a cell's paragraphs stay in its row
+        text = text.replace(LINE, " ")
+    pattern, mark = JOINTS.get(tag, (r"\Z", ""))
+    if re.match(pattern, before[-1] + text.lstrip()):
+        text = mark + text.lstrip()
+    return text
 
 
 def shown(e, tag):
@@ -1046,7 +1008,7 @@ def is_superscript_citation(e, tag, before):
         return False
     glued = re.search(rf"[a-z.)\]”’%][,;]?\Z|{CITATION}[,;–-]?\Z", before, re.IGNORECASE)
     number = re.fullmatch(r"[\d,;–-]+", full_text(e))
-    return e.find("sup") is not None or bool(glued and number)
+    return e.find("sup") is not None or (glued and number)
 
 
 def tidy(line):
@@ -1068,17 +1030,15 @@ def pubmed_documents(record, options):
 
     The text is title + "\n" + abstract without section labels, as The Pile has it.
     """
-    citation = record.find("MedlineCitation")
-    if citation is None:
-        citation = article = record.find("BookDocument")
-    else:
-        article = citation.find("Article")
-    *older, ident = versions(citation.find("PMID"))
-    languages = [e.text for e in article.findall("Language")]
+    *older, ident = versions(record.find("*/PMID"))
+    article = record.find("*/Article")
+    if article is None:
+        article = record.find("BookDocument")
+    languages = {e.text for e in article.findall("Language")}
     ids = record.findall("PubmedData/ArticleIdList/ArticleId")  # the references' ids lie deeper
     abstract = pubmed_abstract(article, options["labels"])
     text = reason = None
-    if options["languages"] and not set(languages) & set(options["languages"]):
+    if options["languages"] and languages.isdisjoint(options["languages"]):
         reason = "another language"
     elif options["skip_pmc"] and any(e.get("IdType") == "pmc" for e in ids):
         reason = "in PMC"
@@ -1132,9 +1092,11 @@ def jats_documents(article, path):
     meta = "front/article-meta/"
     ids = {e.get("pub-id-type"): (e.text or "").strip()
            for e in article.findall(meta + "article-id")}
-    pmc = (ids.get("pmcid") or ids.get("pmc") or "").upper().removeprefix("PMC").split(".")[0]
-    name = re.match(r"PMC\d+", path.name)  # PMC123.1.xml
-    ident = f"PMC{pmc}" if pmc else ids.get("pmid") or name and name[0]
+    name = re.match(r"PMC(\d+)", os.path.basename(path))  # PMC123.1.xml
+    pmc = re.search(r"\d+", ids.get("pmcid") or ids.get("pmc") or "")
+    ident = ids.get("pmid")
+    if pmc or name and not ident:
+        ident = f"PMC{pmc[0] if pmc else name[1]}"
     if article.get("article-type") in (
             "correction", "retraction", "partial-retraction", "expression-of-concern"):
         return [(ident, None, "correction or retraction")]
@@ -1155,28 +1117,35 @@ def json_documents(record):
     """
     ident = str(record.get("id") or "") or None
     text = record.get("text")
+    if text is None and record.get("abstract"):
+        text = f"{record['title'].strip()}\n{record['abstract'].strip()}"
     reason = None
     if (record.get("meta") or {}).get("pile_set_name", PILE_SETS[0]) not in PILE_SETS:
-        text, reason = None, "another part of The Pile"
-    elif record.get("deleted"):
-        text, reason = None, "deleted"
-    elif text is None and not record.get("abstract"):
-        reason = "no abstract"
-    elif text is None:
-        text = f"{record['title'].strip()}\n{record['abstract'].strip()}"
-    return [(ident, text and text.strip(), reason)]
+        reason = "another part of The Pile"
+    elif record.get("deleted") or not text:
+        reason = "deleted or without text"
+    return [(ident, None if reason else text.strip(), reason)]
 
 
 def source_records(path):
-    """(number, record) of a file: XML elements, JSON objects by line, or a .txt's (id, text)."""
-    kind = SUFFIX.search(path.name)[1]
-    if kind in ("json", "jsonl"):
-        return json_lines(path)
-    return enumerate(read_records(path) if kind == "txt" else xml_records(path), 1)
+    """Yield (number, record) of a file: XML elements, JSON objects by line, or a .txt's (id, text).
+
+    The last one of a damaged file is the error that ended the reading.
+    """
+    kind = SUFFIX.search(path)[1]
+    try:
+        if kind in ("json", "jsonl"):
+            yield from json_lines(path)
+        else:
+            yield from enumerate(read_records(path) if kind == "txt" else xml_records(path), 1)
+    except ValueError as e:
+        yield 0, e
 
 
 def documents(record, path, options):
     """What a record of any kind holds."""
+    if isinstance(record, ValueError):
+        raise record
     if isinstance(record, tuple):
         return [(*record, None)]
     if isinstance(record, dict):
@@ -1202,96 +1171,108 @@ def text_line(ident, text):
     return (json.dumps(record, ensure_ascii=False) + "\n").encode()
 
 
-def extract_files(task):
-    """Write an output from its files, whole or not at all: (counts, records skipped, errors).
+def output_lines(paths, options, counts, skipped):
+    """Yield the lines of an output, count its records and name what is skipped.
 
-    A bad record (no PMID, half a character, nested too deeply) is skipped; more than one in a
-    hundred are an error, and so is a damaged file: then nothing is written.
+    That is a bad record (no PMID, half a character, nested too deeply), and of a damaged file what
+    stands behind the damage.
+    """
+    older = set()
+    for path in paths:
+        for number, record in source_records(path):
+            try:
+                found = documents(record, path, options)
+                lines = [text_line(ident, text) for ident, text, _ in found]
+            except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as e:
+                counts["bad records" if number else "damaged files"] += 1
+                skipped.append(f"{path}: record {number}: {e!r}" if number else str(e))
+                continue
+            yield from lines
+            for ident, text, reason in found:
+                counts["documents" if text else reason or "empty"] += 1
+                if reason == OLDER:
+                    older.add(ident)
+            counts["records"] += 1
+    # again at the end: a version 1 may stand after its version 2
+    for ident in sorted(older):
+        yield text_line(ident, None)
+
+
+def extract_files(task):
+    """Write an output from its files, whole or not at all: (counts, what was skipped, error).
+
+    More than one bad record or damaged file in a hundred is an error. But where files share an
+    output, one of each is not: a small file must not take its neighbours along.
     """
     output, paths, options = task
-    counts, skipped, older = Counter(), [], set()
+    counts, skipped = Counter(), []
     gc.disable()  # XML trees have no cycles, and looking for some takes a third of the time
     try:
         with replacing(output) as f, gzip.GzipFile("", "wb", 1, f, mtime=0) as gz:
-            for path in paths:
-                for number, record in source_records(path):
-                    counts["records"] += 1
-                    try:
-                        found = documents(record, path, options)
-                        lines = [text_line(ident, text) for ident, text, _ in found]
-                    except (ValueError, AttributeError, KeyError, TypeError) as e:
-                        skipped.append(f"{path}: record {number}: {e!r}")
-                        continue
-                    gz.writelines(lines)
-                    for ident, text, reason in found:
-                        counts["documents" if text else reason or "empty"] += 1
-                        if reason == OLDER:
-                            older.add(ident)
-            # again at the end: a version 1 may stand after its version 2
-            gz.writelines(text_line(ident, None) for ident in sorted(older))
-            if 100 * len(skipped) > counts["records"]:
-                raise ValueError(f"{len(skipped)} of {counts['records']} records of {output.name} "
-                                 f"are bad, the first: {skipped[0]}")
+            gz.writelines(output_lines(paths, options, counts, skipped))
+            n_records = counts["records"] + counts["bad records"]
+            for kind, n in ("bad records", n_records), ("damaged files", len(paths)):
+                if counts[kind] > max(n // 100, len(paths) > 1):
+                    raise ValueError(f"{output.name}: {counts[kind]} {kind} of {n}, the first: "
+                                     f"{skipped[0]}")
     except ValueError as e:
-        return Counter(), [], [str(e)]
+        return Counter(), [], str(e)
     except OSError as e:
-        return Counter(), [], [f"{paths[0]} -> {output}: {e}"]
+        return Counter(), [], f"{paths[0]} -> {output}: {e}"
     finally:
         gc.enable()
-    counts["skipped"] = len(skipped)
-    return counts, skipped, []
+    return counts, skipped, None
 
 
 def plan_outputs(inputs, out):
-    """{output: its files}. An input that is a file makes an output of its own.
+    """{output's name: its files}. An input that is a file makes an output of its own.
 
     In a folder, neighbours in natural order are gathered while they have at most OUTPUT_BYTES. An
     output is named by its first file's path beneath the folder given, "/" as "-"; a name that is
     taken gets -2, -3 ...: the same inputs give the same names.
     """
-    plan, planned = {}, set()
-    for given in map(Path, inputs):
-        given = given.resolve()
-        if not given.exists():
-            raise FileNotFoundError(f"{given} does not exist: give files or folders")
+    plan = {}
+    for given in map(os.path.realpath, inputs):
         found = list(source_files(given, out))
         if not found:
-            raise ValueError(f"nothing to extract in {given}: .xml, .nxml, .jsonl, .json, .txt, "
-                             "plain or .gz, are read (unpack .zst and .tar first)")
+            raise ValueError(f"nothing to extract in {given}: give .xml, .nxml, .jsonl, .json, "
+                             ".txt, plain or .gz, or folders of them (unpack .zst and .tar first)")
         folder, size = None, 0
         for path in found:
-            if path in planned:
-                continue
-            planned.add(path)
-            n_bytes = path.stat().st_size
+            n_bytes = os.path.getsize(path)
             size += n_bytes
-            if path.parent != folder or size > OUTPUT_BYTES:
-                folder, size = path.parent, n_bytes
-                name = "-".join(path.relative_to(given).parts) or path.name
-                files = plan[free_name(out, SUFFIX.sub("", name), plan)] = []
-            files.append(path)
+            if os.path.dirname(path) != folder or size > OUTPUT_BYTES:
+                folder, size = os.path.dirname(path), n_bytes
+                base = folder if path == given else given
+                name = free_name(os.path.relpath(path, base).replace("/", "-"), plan)
+                plan[name] = []
+            plan[name].append(path)
     return plan
 
 
 def source_files(given, out):
-    """The file, or the files in the folder, folder by folder in natural order; `out` left out."""
-    if given.is_file() and SUFFIX.search(given.name):
-        yield given
+    """Yield the file, or those in the folder, folder by folder in natural order, `out` left out.
+
+    No FIFO, whose reading would wait for ever.
+    """
+    paths = [given]
     for folder, folders, names in os.walk(given):
         folders.sort(key=natural)
-        if Path(folder) != out:
-            for name in sorted(names, key=natural):
-                if SUFFIX.search(name):
-                    yield Path(folder, name)
+        if folder != str(out):
+            paths += [f"{folder}/{name}" for name in sorted(names, key=natural)]
+    for path in paths:
+        if SUFFIX.search(path) and os.path.isfile(path):
+            yield path
 
 
-def free_name(out, stem, plan):
-    """out/stem.jsonl.gz, or stem-2, stem-3 ... where an earlier input has that name."""
-    output = out / f"{stem}.jsonl.gz"
+def free_name(source, plan):
+    """STEM.jsonl.gz of a file's name, or STEM-2, STEM-3 ... where an earlier file has that name."""
+    stem = SUFFIX.sub("", source)
+    name = f"{stem}.jsonl.gz"
     copies = itertools.count(2)
-    while output in plan:
-        output = out / f"{stem}-{next(copies)}.jsonl.gz"
-    return output
+    while name in plan:
+        name = f"{stem}-{next(copies)}.jsonl.gz"
+    return name
 
 
 def remove_changed(plan, out, options):
@@ -1311,24 +1292,22 @@ def remove_changed(plan, out, options):
         made = json.loads(journal.read_text())
     if made.get("options") != options:
         raise ValueError(f"{out} was extracted with other options ({journal}): use another --out")
-    old, new, given = made["outputs"], {}, set()
-    for output, paths in plan.items():
-        stats = [(path.name, path.stat()) for path in paths]
-        state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-        new[output.name] = [str(paths[0]), f"{hash64(str(state)):016x}"]
-        given.update(map(str, paths))
-    for name, source in old.items():
-        first = source[0]
-        if name not in new and first not in given:
-            new[name] = source  # made of other inputs: it stays
-        elif name in new and first != new[name][0]:
-            raise ValueError(f"{out / name} holds the text of {first}, not of {new[name][0]}: "
+    old, new = made["outputs"], {}
+    for name, paths in plan.items():
+        state = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths]
+        new[name] = [paths[0], f"{hash64(str(state)):016x}"]
+        if name in old and old[name][0] != paths[0]:
+            raise ValueError(f"{out / name} holds the text of {old[name][0]}, not of {paths[0]}: "
                              "give both in one command, or use another --out")
+    # Outputs of other inputs stay.
+    given = set(itertools.chain.from_iterable(plan.values()))
+    new |= {name: made_of for name, made_of in old.items()
+            if name not in plan and made_of[0] not in given}
     for name in old.keys() | new.keys():
         if old.get(name) != new.get(name):
             (out / name).unlink(missing_ok=True)
     with replacing(journal) as f:
-        made = {"options": options, "outputs": new}
+        made["outputs"] = new
         f.write(json.dumps(made, indent=0, sort_keys=True).encode())
 
 
@@ -1337,16 +1316,17 @@ def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1):
     out = Path(out).resolve()
     options = {"labels": labels, "languages": sorted(languages), "skip_pmc": skip_pmc}
     plan = plan_outputs(inputs, out)
-    make_folder(out, {"extract.json", *(output.name for output in plan)})
+    make_folder(out)
     remove_changed(plan, out, options)
-    tasks = [(output, paths, options) for output, paths in plan.items() if not output.exists()]
+    tasks = [(out / name, paths, options) for name, paths in plan.items()
+             if not (out / name).exists()]
     results = in_processes(extract_files, tasks, workers)
     total, errors = Counter(), []
     for counts, skipped, error in tqdm(results, "extract", len(tasks), disable=None):
         total += counts
-        errors += error
-        for record in skipped:
-            tqdm.write(f"extract: skipped {record}")
+        errors += filter(None, [error])
+        for reason in skipped:
+            tqdm.write(f"extract: skipped {reason}")
     print(f"extract: {len(tasks) - len(errors)} outputs written, {len(plan) - len(tasks)} finished "
           "before; " + ", ".join(f"{name} {n:,}" for name, n in sorted(total.items())))
     if errors:
@@ -1379,13 +1359,13 @@ BY_HAND = {
     "medqa": "https://github.com/jind11/MedQA links a Google Drive archive: put its data_clean",
     "medmcqa": "https://github.com/medmcqa/medmcqa links a Google Drive archive: put train.json, "
                "dev.json, test.json",
-    "bioasq": "http://participants-area.bioasq.org (registration) has the golden files, BLURB's "
-              "scripts make {train,dev,test}.tsv of them: put either",
+    "bioasq": "http://participants-area.bioasq.org (registration) has the golden files: put the "
+              "{train,dev,test}.tsv that BLURB's scripts make of them",
 }
 AGENT = {"User-Agent": "biomedlm-data/1.0 (at most 4 connections)", "Accept-Encoding": "identity"}
 TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S = 5, 2.0, 4, (10, 30)
-SLOWEST_BYTES_PER_S, SLOW_AFTER_S = 1000, 30  # a slower connection is dropped
 PAGE_BYTES = 32 * MIB  # a listing of PubMed's baseline has 1 MB
+NO_BAR = tqdm(disable=True)
 
 
 class Fault(Exception):
@@ -1403,7 +1383,7 @@ def retry(function, url):
     raise OSError(f"{url}: {reason}, {TRIES} times: try again later; files that are whole are kept")
 
 
-def receive(url, file, bar=None, limit=math.inf):
+def receive(url, file, bar=NO_BAR, limit=math.inf):
     """Append what stands at url to an open file, going on where the file ends.
 
     A server that doesn't go on there sends all of it: then the file starts anew. Fault for what may
@@ -1420,17 +1400,11 @@ def receive(url, file, bar=None, limit=math.inf):
                 raise Fault(f"status {status}")
             if status not in (200, 206):
                 raise OSError(f"{url}: status {status}: check the address or --base_url")
-            began, got = time.monotonic(), 0
             while chunk := response.raw.read1(MIB):  # raises where the connection is cut
                 file.write(chunk)
-                got += len(chunk)
-                if got > limit:
+                if file.tell() > limit:
                     raise OSError(f"{url}: beyond {limit:,} bytes, so no listing: check --base_url")
-                if bar is not None:
-                    bar.update(len(chunk))
-                seconds = time.monotonic() - began
-                if seconds > SLOW_AFTER_S and got < SLOWEST_BYTES_PER_S * seconds:
-                    raise Fault("too slow")
+                bar.update(len(chunk))
     except (requests.RequestException, urllib3.exceptions.HTTPError) as e:
         raise Fault(f"connection failed ({type(e).__name__})") from None
 
@@ -1485,10 +1459,10 @@ def fetch_pubmed(base, out, numbers, bar):
     """Jobs for the baseline, then for the update files, of those numbers."""
     for folder in ("baseline/", "updatefiles/"):
         listing = page(base + folder, r"<a href|pubmed\d+n\d+")
-        names = dict(re.findall(r"\b(pubmed\d+n(\d+)\.xml\.gz)\b", listing))
-        for name in sorted(names, key=natural):
+        names = re.findall(r"\b(pubmed\d+n(\d+)\.xml\.gz)\b", listing)
+        for name, number in sorted(set(names)):
             url = base + folder + name
-            if int(names[name]) in numbers:
+            if int(number) in numbers:
                 yield partial(fetch, url, out / name, bar, partial(published, url + ".md5"))
 
 
@@ -1506,18 +1480,17 @@ def fetch_pmc(base, out, numbers, bar, licenses):
     prefix = "inventory-reports/pmc-oa-opendata/metadata/"
     listing = page(f"{base}?list-type=2&delimiter=/&prefix={prefix}", "<ListBucketResult")
     newest = max(re.findall(rf"<Prefix>({prefix}\d[^<]+)</Prefix>", listing))
-    versions = {}
+    versions = []
     for part in json.loads(page(f"{base}{newest}manifest.json", '"files"'))["files"]:
         inventory = out / ".inventory" / Path(part["key"]).name
         fetch(base + part["key"], inventory, bar, partial(part.get, "MD5checksum"))
         with gzip.open(inventory, "rt") as f:
             for line in f:
                 if match := re.search(r"metadata/PMC(\d+)\.(\d+)\.json", line):
-                    number, version = map(int, match.groups())
-                    versions[number] = max(version, versions.get(number, 0))
-    for number in sorted(versions):
+                    versions.append((int(match[1]), int(match[2])))
+    for number, version in dict(sorted(versions)).items():  # a number's highest comes last
         if number in numbers:
-            name = f"PMC{number}.{versions[number]}"
+            name = f"PMC{number}.{version}"
             path = out / str(number // 10_000) / f"{name}.xml"  # not millions in one folder
             yield partial(fetch_article, base, name, path, bar, licenses)
 
@@ -1541,19 +1514,17 @@ def fetch_article(base, name, path, bar, licenses):
 
 def unpack(archive, folder):
     """The archive's content in `folder`, whole or not at all; nothing outside of it."""
-    draft = Path(f"{folder}.tmp").resolve()
+    draft = Path(f"{folder}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
         if archive.suffix == ".zip":
             shutil.unpack_archive(archive, draft)  # writes no member outside
-        else:  # by hand: tarfile's own filter needs Python 3.11.4
+        else:  # by hand and without folders: tarfile's own filter needs Python 3.11.4
+            draft.mkdir()
             with tarfile.open(archive) as tar:
                 for member in filter(tarfile.TarInfo.isfile, tar):
-                    path = (draft / member.name).resolve()
-                    if draft not in path.parents:
-                        raise tarfile.TarError(f"{member.name} lies outside")
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_bytes(tar.extractfile(member).read())
+                    content = tar.extractfile(member).read()
+                    (draft / Path(member.name).name).write_bytes(content)
     except (shutil.ReadError, tarfile.TarError) as e:
         raise ValueError(f"{archive}: {e}: delete it, download again") from None
     shutil.rmtree(folder, ignore_errors=True)
@@ -1582,12 +1553,12 @@ def download(source, out, base_url=None, files=None, licenses=()):
     """Fetch a source into `out`, CONNECTIONS files at a time; a rerun fetches what is missing."""
     if source in BY_HAND:
         raise ValueError(f"{source} has no plain address. {BY_HAND[source]} in --data's folder")
-    first, _, last = (files or "0-999999999999").partition("-")
-    if not first.isdecimal() or not (last or first).isdecimal():
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", files or "0-999999999999")
+    if not found:
         raise ValueError(f"--files {files}: give a number or a range, like 1-3")
-    numbers = range(int(first), int(last or first) + 1)
+    numbers = range(int(found[1]), int(found[2] or found[1]) + 1)
     base, out = (base_url or SOURCES[source]).rstrip("/") + "/", Path(out)
-    results = []  # a job's error or None
+    errors, n_files = [], 0
     with tqdm(unit="B", unit_scale=True, desc=f"download {source}", disable=None) as bar, \
             ThreadPoolExecutor(CONNECTIONS) as pool:
         if source == "pubmed":
@@ -1598,21 +1569,20 @@ def download(source, out, base_url=None, files=None, licenses=()):
             jobs = fetch_files(base, out, FILES[source], bar)
         try:
             while some := list(itertools.islice(jobs, 1000)):  # a few of millions at a time
-                results += pool.map(outcome, some)
+                n_files += len(some)
+                errors += filter(None, pool.map(outcome, some))
         except KeyboardInterrupt:
             os._exit(130)  # at once: the pool would wait for its files
-    if not results:
+    if not n_files:
         raise ValueError(f"{base} lists no file numbered {files}: check --files")
-    errors = list(filter(None, results))
     for error in errors:
         print(f"download: {error}")
     # odd records, a ValueError each, are left out while they are few
-    if any(isinstance(e, OSError) for e in errors) or 100 * len(errors) > len(results):
-        raise OSError(f"{len(errors)} of {len(results)} files failed, run again; the last: "
-                      f"{errors[-1]}")
+    if any(isinstance(e, OSError) for e in errors) or 100 * len(errors) > n_files:
+        raise OSError(f"{len(errors)} of {n_files} files failed, run again; the last: {error}")
     if source in ("mmlu", "medquad"):  # load_qa reads folders
         unpack(out / FILES[source][0], out / "unpacked")
-    print(f"download: {source} is whole in {out} ({len(results)} files, {len(errors)} left out)")
+    print(f"download: {source} is whole in {out} ({n_files} files, {len(errors)} left out)")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1624,7 +1594,7 @@ def main():
     commands = parser.add_subparsers(required=True)
     text = {"required": True, "help": ".jsonl or .txt file (.gz too), or a folder of them"}
     val_fraction = {"type": float, "default": 0.002, "help": "of documents (default: 0.002)"}
-    workers = {"type": int, "default": os.cpu_count(), "help": "processes (default: CPUs)"}
+    workers = {"type": positive, "default": os.cpu_count(), "help": "processes (default: CPUs)"}
 
     def command(function, name, summary):
         sub = commands.add_parser(name, help=summary)
@@ -1649,7 +1619,6 @@ def main():
     add("--val_fraction", **val_fraction)
     add("--everyday", help="tokenizer's folder or gpt2: its whole words are everyday words, "
                            "others medical (default: not told apart)")
-    add("--seed", type=int, default=17, help="of the choice of words (default: 17)")
 
     add = command(extract, "extract", "PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz")
     add("inputs", nargs="+", metavar="INPUT", help="files or folders, plain or .gz")

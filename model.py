@@ -646,8 +646,8 @@ def check_tensors(state, expected, path):
     """ValueError unless the state dict has a tensor for each of the expected: as large, finite."""
     for name, like in expected.items():
         tensor = state.get(name)
-        plain = isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_sparse
-        if not plain or tensor.shape != like.shape:
+        floats = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
+        if not floats or tensor.is_sparse or tensor.shape != like.shape:
             raise ValueError(f"{path} has no {name} of shape {tuple(like.shape)}, as config.json "
                              "implies: use the config.json saved with the weights")
         if not tensor.sum(dtype=torch.float32).isfinite():
