@@ -131,13 +131,12 @@ def read_rows(path, rows, shape, ignored, device):
     """
     import torch  # here, as it would cost extract and tokenize 200 MB and seconds
 
-    # Opened anew: pages that a long-lived memmap has touched count as resident memory.
-    array = np.memmap(path, np.uint16, "r")
     seq_len = shape[1]
     x = np.zeros(shape, np.int64)
     y = np.full(shape, -100, np.int64)
     for i, row in enumerate(rows):
-        tokens = array[row * seq_len : (row + 1) * seq_len]
+        # no memmap: pages that it has touched count as resident memory
+        tokens = np.fromfile(path, np.uint16, seq_len, offset=2 * seq_len * row)
         x[i, : len(tokens)] = tokens
         y[i, : len(tokens) - 1] = tokens[1:]
     y[y == ignored] = -100
@@ -256,8 +255,7 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1)
         (out / "meta.json").unlink(missing_ok=True)
     tokenizer.save(out)
     for split in SPLITS:
-        print(f"tokenize: {split}: {meta[split]['documents']:,} documents, "
-              f"{meta[split]['tokens']:,} tokens")
+        print(f"tokenize: {split}:", dict(meta[split]))
         meta[split]["sha256"] = hash_file(out / f"{split}.bin")
     with replacing(out / "meta.json") as f:
         f.write(json.dumps(meta, indent=1).encode())
@@ -436,8 +434,7 @@ def read_medqa(path, split):
     """A JSON object a line: question, options {"A": text, ...}, answer_idx "A", answer its text."""
     for number, (_, row) in enumerate(json_lines(path)):
         ident = f"{split}-{number}"
-        letters = sorted(row["options"])
-        options = tuple(row["options"][letter] for letter in letters)
+        letters, options = zip(*sorted(row["options"].items()))
         answer = index_of(row["answer_idx"], letters, ident)
         if row.get("answer", options[answer]) != options[answer]:
             raise ValueError(f"question {ident}: answer is not option {row['answer_idx']}")
@@ -957,8 +954,8 @@ def walk(e, before):
     in: 1<i>0</i><sup>4</sup>.
     """
     tag = local(e)
-    ref_type = e.get("ref-type", "")
-    if tag in DROPPED or ref_type.endswith("fn") or e.get("sec-type") == "supplementary-material":
+    footnote = e.get("ref-type", "").endswith("fn")
+    if footnote or tag in DROPPED or e.get("sec-type") == "supplementary-material":
         return ""
     if tag in JOINTS and is_superscript_citation(e, tag, before):
         return CITATION
@@ -1013,10 +1010,8 @@ def is_superscript_citation(e, tag, before):
 
 def tidy(line):
     """A line, whitespace normalised; of a table's row, the empty cells at the end are left out."""
-    cells = line.split(CELL)
-    while cells and not cells[-1].strip():
-        cells.pop()
-    return " ".join(" | ".join(cells).split())
+    line = re.sub(rf"[\s{CELL}]*\Z", "", line)
+    return " ".join(line.replace(CELL, " | ").split())
 
 
 # Each reader below gives the documents of a record: [(id or None, text or None, reason)]. Where
@@ -1097,17 +1092,20 @@ def jats_documents(article, path):
     ident = ids.get("pmid")
     if pmc or name and not ident:
         ident = f"PMC{pmc[0] if pmc else name[1]}"
-    if article.get("article-type") in (
-            "correction", "retraction", "partial-retraction", "expression-of-concern"):
-        return [(ident, None, "correction or retraction")]
     main = [e for e in article.findall(meta + "abstract")
             if e.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
     main += article.findall("body")
-    if not any(map(full_text, main)):
-        return [(ident, None, "no abstract and no body")]
-    title = article.findall(meta + "title-group/article-title")
-    end = article.findall("floats-group") + article.findall("back/glossary")
-    return [(ident, flatten(*title, *main, *end), None)]
+    text = reason = None
+    if article.get("article-type") in (
+            "correction", "retraction", "partial-retraction", "expression-of-concern"):
+        reason = "correction or retraction"
+    elif any(map(full_text, main)):
+        title = article.findall(meta + "title-group/article-title")
+        end = article.findall("floats-group") + article.findall("back/glossary")
+        text = flatten(*title, *main, *end)
+    else:
+        reason = "no abstract and no body"
+    return [(ident, text, reason)]
 
 
 def json_documents(record):
@@ -1199,7 +1197,7 @@ def output_lines(paths, options, counts, skipped):
 
 
 def extract_files(task):
-    """Write an output from its files, whole or not at all: (counts, what was skipped, error).
+    """Write an output from its files, whole or not at all: (counts, skipped, errors).
 
     More than one bad record or damaged file in a hundred is an error. But where files share an
     output, one of each is not: a small file must not take its neighbours along.
@@ -1216,12 +1214,12 @@ def extract_files(task):
                     raise ValueError(f"{output.name}: {counts[kind]} {kind} of {n}, the first: "
                                      f"{skipped[0]}")
     except ValueError as e:
-        return Counter(), [], str(e)
+        return Counter(), [], [str(e)]
     except OSError as e:
-        return Counter(), [], f"{paths[0]} -> {output}: {e}"
+        return Counter(), [], [f"{paths[0]} -> {output}: {e}"]
     finally:
         gc.enable()
-    return counts, skipped, None
+    return counts, skipped, []
 
 
 def plan_outputs(inputs, out):
@@ -1306,9 +1304,8 @@ def remove_changed(plan, out, options):
     for name in old.keys() | new.keys():
         if old.get(name) != new.get(name):
             (out / name).unlink(missing_ok=True)
-    with replacing(journal) as f:
-        made["outputs"] = new
-        f.write(json.dumps(made, indent=0, sort_keys=True).encode())
+    made["outputs"] = dict(sorted(new.items()))
+    write_json_lines(journal, [made])
 
 
 def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1):
@@ -1324,11 +1321,11 @@ def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1):
     total, errors = Counter(), []
     for counts, skipped, error in tqdm(results, "extract", len(tasks), disable=None):
         total += counts
-        errors += filter(None, [error])
+        errors += error
         for reason in skipped:
             tqdm.write(f"extract: skipped {reason}")
     print(f"extract: {len(tasks) - len(errors)} outputs written, {len(plan) - len(tasks)} finished "
-          "before; " + ", ".join(f"{name} {n:,}" for name, n in sorted(total.items())))
+          "before;", dict(total))
     if errors:
         raise ValueError(f"{len(errors)} of {len(tasks)} outputs failed, others are done; mend, "
                          "run again: " + "; ".join(errors[:5]))

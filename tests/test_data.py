@@ -456,7 +456,7 @@ def test_write_error_names_the_output(monkeypatch):
     pubmed_file("a.xml", citation(1))
     full = os.open("/dev/full", os.O_WRONLY)
     monkeypatch.setattr(data, "replacing", lambda path: os.fdopen(full, "wb", 0))
-    _, _, error = data.extract_files((Path("b.jsonl.gz"), ["a.xml"], OPTIONS))
+    _, _, [error] = data.extract_files((Path("b.jsonl.gz"), ["a.xml"], OPTIONS))
     assert error == "a.xml -> b.jsonl.gz: [Errno 28] No space left on device"
 
 
