@@ -192,8 +192,12 @@ def load_meta(data_dir, verify=False):
     again = f"run: python data.py tokenize --text DIR --tokenizer DIR --out {data_dir}"
     if not (folder / "meta.json").is_file():
         raise FileNotFoundError(f"{folder} has no meta.json; {again}")
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = read_json(folder / "meta.json", vocab_size=int, eot_id=int, tokenizer_sha256=str,
+                     train=dict, val=dict)
     for split in SPLITS:
+        counts = [meta[split].get(name) for name in ("tokens", "bytes")]
+        if not all(type(count) is int and count > 0 for count in counts):
+            raise ValueError(f"{folder}/meta.json does not count {split}.bin; {again}")
         path = folder / f"{split}.bin"
         size = path.stat().st_size
         wrong = None

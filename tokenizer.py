@@ -22,6 +22,7 @@ import heapq
 import io
 import json
 import multiprocessing
+import operator
 import os
 import pickle
 import re
@@ -173,6 +174,9 @@ class Tokenizer:
     def __init__(self, vocab, merges, added=()):
         self.vocab = vocab
         self.merges = merges
+        ids = [*vocab.values(), *dict(added).values()]
+        if min(ids) < 0 or len(set(map(operator.index, ids))) < len(ids):
+            raise ValueError("an id is below 0 or stands twice")
         # tiktoken gives ranks: bytes first, then merges in their order. In most vocabularies these
         # are the ids: None saves the look-up, a fifth of the time.
         tokens = [*ALPHABET, *map("".join, merges)]
@@ -253,7 +257,7 @@ class Tokenizer:
             for vocab in map(Path(folder).joinpath, MERGES_OF):
                 if vocab.is_file():
                     return cls(*read_files(vocab))
-        except (ValueError, KeyError) as e:
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
             raise ValueError(f"{folder}: its vocabulary and merges are damaged, or do not belong "
                              f"together ({e}): copy them again") from e
         raise FileNotFoundError(f"{folder} has no vocab.json + merges.txt: make them with python "
@@ -351,12 +355,16 @@ def read_files(path):
     return content, merges, read_json(added) if added.is_file() else {}
 
 
-def read_json(path):
-    """The content of a whole JSON file."""
+def read_json(path, **kinds):
+    """The object in a JSON file, as a dict. kinds: fields that it must have, and their types."""
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON, perhaps cut short ({e}): get it again") from None
+        contents = {} | json.loads(path.read_bytes())
+        for name, kind in kinds.items():
+            if type(contents[name]) is not kind:
+                raise TypeError(f"{name} is {contents[name]!r}")
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged, perhaps cut short ({e!r}): get it again") from None
+    return contents
 
 
 def read_whole(content):

@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 import data
 from model import GPT, GPTConfig, Linear, kernels_active, load_tensors, newest_checkpoint
-from tokenizer import Tokenizer, replacing, run_command
+from tokenizer import Tokenizer, read_json, replacing, run_command
 
 # ---------------------------------------------------------------------------------------------
 # the run, from the first line to the last
@@ -694,7 +694,7 @@ def open_run(run, settings, config, fresh):
         step = contents["step"]
         before = read_old_settings(run)
         # Where the weights came from stays true of a run that goes on without --init.
-        settings["init"] = settings["init"] or before["init"]
+        settings["init"] = settings["init"] or before.get("init")
         if step >= settings["total_steps"]:
             return step, checkpoint
         check_same_run(before, settings)
@@ -740,8 +740,8 @@ def write_json(path, contents):
 def read_old_settings(run):
     """Settings that the run's checkpoints were made with."""
     try:
-        return json.loads((run / "run.json").read_text())["settings"]
-    except (OSError, ValueError, KeyError):
+        return read_json(run / "run.json", settings=dict)["settings"]
+    except (OSError, ValueError):
         raise ValueError(f"{run}/run.json is damaged or missing, so that nothing tells how the "
                          "checkpoints beside it were made: restore it, or start --fresh") from None
 

@@ -362,20 +362,26 @@ BYTES = {"empty": lambda old: b"", "page": lambda old: b"<html>404</html>",
 DAMAGE = [  # file, the commands that read it, ways to spoil it
     ("pretrained/config.json", "train, tune, perplexity, export",
      "empty page half null list utf16 deep n_layer=2 n_head=null vocab_size=10000000"),
-    ("pretrained/run.json", "train", "empty page half utf16"),
+    ("pretrained/run.json", "train",
+     "empty page half null list utf16 deep settings=null settings=[]"),
     ("pretrained/checkpoint_0000004.pt", "train",
      "empty page half null flip zip lost step=1 step=null model=[] optimizer=null "
      "model/transformer.ln_f.bias=NaN model/transformer.wte.weight=Infinity "
      "optimizer/state/transformer.ln_f.bias/exp_avg=NaN"),
-    ("pretrained/vocab.json", "tune, perplexity, export", "empty page half utf16"),
+    ("pretrained/vocab.json", "tune, perplexity, export",
+     "empty page half null list utf16 deep !=null !=-1 !=1"),
     ("pretrained/merges.txt", "tune, export", "empty page half utf16"),
-    ("tuned/added_tokens.json", "qa, export tuned", "empty page half utf16"),
+    ("tuned/added_tokens.json", "qa, export tuned",
+     "empty page half null list utf16 deep [PAD]=null [PAD]=\"x\" [PAD]=-1 [PAD]=5"),
     ("tuned/added_tokens.json", "qa", "[PAD]=99999"),
     ("tuned/model.safetensors", "qa, export tuned", "empty page half flip"),
     ("tuned/config.json", "qa", "empty n_embd=32"),
     ("tuned/head.pt", "qa", "empty page half flip weight=NaN bias=Infinity weight=[] bias=null"),
     ("tuned/run.json", "qa", "empty page half null list utf16 deep length=0 length=null "
      'length="12" labels=5 markers="no" task=5 kind=null'),
+    ("arrays/meta.json", "train",
+     "empty page half null list utf16 deep vocab_size=null eot_id=null "
+     "train=null val=5 val/tokens=null val/bytes=null val/tokens=-1"),
 ]
 
 
