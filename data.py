@@ -9,10 +9,11 @@ An output depends on inputs and flags alone: no time, path, host or number of wo
 Left out: language detection, near-duplicates, back matter (references, appendices, peer reviews).
 """
 
+import os
 import signal
 
-if __name__ == "__main__":  # while the rest is imported, Ctrl-C ends it silently
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":  # Ctrl-C while the rest is imported ends it silently
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import csv
@@ -24,7 +25,6 @@ import io
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -195,8 +195,8 @@ def load_meta(data_dir, verify=False):
     meta = read_json(folder / "meta.json", vocab_size=int, eot_id=int, tokenizer_sha256=str,
                      train=dict, val=dict)
     for split in SPLITS:
-        counts = [meta[split].get(name) for name in ("tokens", "bytes")]
-        if not all(type(count) is int and count > 0 for count in counts):
+        counts = meta[split].get("tokens"), meta[split].get("bytes", 0)
+        if not all(type(count) is int for count in counts):
             raise ValueError(f"{folder}/meta.json does not count {split}.bin; {again}")
         path = folder / f"{split}.bin"
         size = path.stat().st_size
@@ -382,8 +382,7 @@ class Task(NamedTuple):
     "labels" classifies context and question together, "text" writes the answer.
     """
 
-    file: str  # the official name, with {} for the split
-    reader: object  # (path, split) -> Questions
+    files: dict  # name, with {} for the split -> reader; the first name that is there counts
     kind: str
     special_tokens: tuple[str, ...]  # added to the vocabulary in this order
     length: int  # of a question with its context and answer, in tokens
@@ -398,14 +397,7 @@ def load_qa(task, dir, split):
     FileNotFoundError for a missing file; ValueError, with the file and the question's place in it,
     for damage of any kind, an empty set or question, a repeated id, a label outside the set.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
-    name, reader = TASKS[task].file, TASKS[task].reader
-    paths = sorted(filter(Path.is_file, Path(dir).rglob(name.format(split))))
-    if not paths:
-        raise FileNotFoundError(f"no {name.format(split)} beneath {dir}: put the official files "
-                                "there (python data.py download fetches them, or says where they "
-                                "are)")
+    reader, paths = official_files(task, dir, split)
     questions = {}
     for path in paths:
         number = 0
@@ -425,6 +417,23 @@ def load_qa(task, dir, split):
     if not questions:
         raise ValueError(f"{dir}: {split} of {task} is empty: get the official file anew")
     return questions
+
+
+def official_files(task, dir, split):
+    """(reader, paths) of the first of the task's file names that is found."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
+    for name, reader in TASKS[task].files.items():
+        paths = sorted(filter(Path.is_file, Path(dir).rglob(name.format(split))))
+        if paths:
+            return reader, paths
+    raise FileNotFoundError(f"no {name.format(split)} beneath {dir}: put the official files there "
+                            "(python data.py download fetches them, or says where they are)")
+
+
+def read_lines(path):
+    """Lines end at "\\n" only: str.splitlines would cut at others too."""
+    return path.read_text("utf-8-sig").removesuffix("\n").split("\n")
 
 
 def index_of(label, labels, ident):
@@ -447,14 +456,20 @@ def read_medqa(path, split):
 
 
 def read_medmcqa(path, split):
-    """A JSON object a line: question, opa to opd, cop 1 to 4, which the test set lacks.
+    """The official files count the answer `cop` from 1, the Hugging Face copy from 0.
 
-    The Hugging Face copy counts cop from 0 and is refused. Only this set has HTML's entities.
+    A file with a 0 is of the second kind; one with both 0 and 4 is refused. Questions without a
+    label (test) have no cop, or the copy's -1. Only this set has HTML's entities ("&lt;").
     """
-    for _, row in json_lines(path):
+    rows = [row for _, row in json_lines(path)]
+    labels = [row.get("cop") for row in rows]
+    if 0 in labels and 4 in labels:
+        raise ValueError("cop holds 0 and 4: neither the official file nor the HF copy")
+    numbers = range(0, 4) if 0 in labels else range(1, 5)
+    for row, label in zip(rows, labels):
         answer = None
-        if row.get("cop") is not None:
-            answer = index_of(row["cop"], range(1, 5), row["id"])
+        if label not in (None, -1):
+            answer = index_of(label, numbers, row["id"])
         options = tuple(html.unescape(row[f"op{letter}"]) for letter in "abcd")
         yield Question(row["id"], html.unescape(row["question"]), options=options, answer=answer,
                        subject=row.get("subject_name") or "", kind=row.get("choice_type") or "")
@@ -513,13 +528,38 @@ def cut_by_label(questions, n_parts, rng):
     return parts
 
 
-def read_bioasq(path, split):
+def read_blurb(path, split):
     """BLURB's form of BioASQ, tab-separated: id, question, context, yes or no."""
-    # not str.splitlines, which ends lines at other characters too
-    for line in path.read_text("utf-8-sig").removesuffix("\n").split("\n"):
+    for line in read_lines(path):
         ident, question, context, label = line.split("\t")
-        answer = index_of(label, BIOASQ_LABELS, ident)
-        yield Question(ident, question, context, BIOASQ_LABELS, answer)
+        yield yes_or_no(ident, question, context, label)
+
+
+def read_bioasq(path, split):
+    """The yes/no questions of BioASQ's own files: *golden* is test; of the others every tenth is
+    dev (our choice, which gives BLURB's numbers, 670 and 75)."""
+    if ("golden" in path.name) != (split == "test"):
+        return
+    items = [item for item in read_json(path)["questions"] if item["type"] == "yesno"]
+    if split == "dev":
+        items = items[::10]
+    elif split == "train":
+        del items[::10]
+    for item in items:
+        context = " ".join(snippet["text"] for snippet in item["snippets"])
+        yield yes_or_no(item["id"], item["body"], context, item["exact_answer"])
+
+
+def yes_or_no(ident, question, context, label):
+    answer = index_of(label.lower(), BIOASQ_LABELS, ident)
+    return Question(ident, question, context, BIOASQ_LABELS, answer, kind="yesno")
+
+
+def read_source(path, split):
+    """A question a line of SPLIT.source, its text in the same line of SPLIT.target."""
+    pairs = zip(read_lines(path), read_lines(path.with_suffix(".target")), strict=True)
+    for number, (source, target) in enumerate(pairs):
+        yield Question(f"{split}-{number}", source, target=target)
 
 
 def read_medquad(path, split):
@@ -562,13 +602,16 @@ TEXT_TOKENS = ("[PAD]", "<|startoftext|>")
 # Lengths are BioMedLM's; text has 510 + 510, a token between them and one after. The learning rates
 # lie inside its sweeps; for choice nothing is published. 20 epochs for labels are its working
 # point, the other epochs our choice.
-TASKS = {  # file, reader, kind, special tokens, length, epochs, lr
-    "medqa": Task("phrases_no_exclude_{}.jsonl", read_medqa, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
-    "medmcqa": Task("{}.json*", read_medmcqa, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
-    "mmlu": Task("*_{}.csv", read_mmlu, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
-    "pubmedqa": Task("ori_pqal.json", read_pubmedqa, "labels", LABELS_TOKENS, 512, 20, 2e-6),
-    "bioasq": Task("{}.tsv", read_bioasq, "labels", LABELS_TOKENS, 1024, 20, 2e-6),
-    "text": Task("*.xml", read_medquad, "text", TEXT_TOKENS, 1022, 3, 1e-5),
+TASKS = {  # files, kind, special tokens, length, epochs, lr
+    "medqa": Task({"phrases_no_exclude_{}.jsonl": read_medqa}, "choice", CHOICE_TOKENS, 512, 5,
+                  1e-5),
+    "medmcqa": Task({"{}.json*": read_medmcqa}, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
+    "mmlu": Task({"*_{}.csv": read_mmlu}, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
+    "pubmedqa": Task({"ori_pqal.json": read_pubmedqa}, "labels", LABELS_TOKENS, 512, 20, 2e-6),
+    "bioasq": Task({"{}.tsv": read_blurb, "*.json": read_bioasq}, "labels", LABELS_TOKENS, 1024,
+                   20, 2e-6),
+    "text": Task({"{}.source": read_source, "*.xml": read_medquad}, "text", TEXT_TOKENS, 1022, 3,
+                 1e-5),
 }
 # Of sets whose files are not split: reader -> (questions, split) -> those of the split.
 DIVIDE = {read_pubmedqa: divide_pubmedqa, read_medquad: divide_medquad}
@@ -720,7 +763,7 @@ COMMONEST = 300  # words that count as grammar and are not asked
 AT_MOST = 3  # questions a passage
 
 
-def cloze(text, counts, out, val_fraction=0.002, everyday=None):
+def cloze(text, counts, out, val_fraction=0.002, everyday=None, seed=17):
     """Write questions on the held-out documents of `text` to `out`, as a test set of MedQA's form.
 
     counts: the text that a model trains on, whose other documents tell how frequent a word is. What
@@ -742,7 +785,7 @@ def cloze(text, counts, out, val_fraction=0.002, everyday=None):
         if validates(id_hash, val_fraction):
             # An abstract is one passage. A long document has many, its paragraphs.
             for passage in [document] if len(document) < 4000 else document.split("\n"):
-                rng = random.Random(f"17 {passage}")
+                rng = random.Random(f"{seed} {passage}")
                 found = cloze_questions(passage, counted, by_ending, tokenizer, rng)
                 questions += itertools.islice(found, AT_MOST)
     if not questions:
@@ -1620,6 +1663,7 @@ def main():
     add("--val_fraction", **val_fraction)
     add("--everyday", help="tokenizer's folder or gpt2: its whole words are everyday words, "
                            "others medical (default: not told apart)")
+    add("--seed", type=int, default=17, help="of the choice of words (default: 17)")
 
     add = command(extract, "extract", "PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz")
     add("inputs", nargs="+", metavar="INPUT", help="files or folders, plain or .gz")

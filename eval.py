@@ -12,10 +12,11 @@ Leaves out training and several GPUs: one process, one device.
 Dimensions: B rows, T time, C width, V vocabulary.
 """
 
+import os
 import signal
 
-if __name__ == "__main__":  # while the rest is imported, Ctrl-C ends it silently
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":  # Ctrl-C while the rest is imported ends it silently
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import itertools

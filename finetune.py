@@ -11,10 +11,11 @@ A sweep is a loop in the shell: give each point its own --out.
 Dimensions: B rows, T time, C width, Q questions, O options, E scored positions.
 """
 
+import os
 import signal
 
-if __name__ == "__main__":  # while the rest is imported, Ctrl-C ends it silently
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":  # Ctrl-C while the rest is imported ends it silently
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import contextlib

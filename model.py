@@ -19,15 +19,15 @@ CUDA tensor takes the Triton kernel, TRITON_INTERPRET=1 runs the same kernel on 
 else (no GPU, no triton) the reference. Statistics, softmax and sums are fp32.
 """
 
+import os
 import signal
 
-if __name__ == "__main__":  # while the rest is imported, Ctrl-C ends it silently
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":  # Ctrl-C while the rest is imported ends it silently
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json
 import math
-import os
 import pickle
 import shutil
 import sys
@@ -1859,7 +1859,6 @@ def cross_entropy(hidden, weight, targets, ignore_index=-100):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"model.py: error: {e}")
+    from tokenizer import run_command
+
+    run_command(main)

@@ -10,10 +10,11 @@ text. Left out: normalisers, prefix spaces, dropout.
 The second half of the file reads and writes text files; the other scripts use it too.
 """
 
+import os
 import signal
 
-if __name__ == "__main__":  # while the rest is imported, Ctrl-C ends it silently
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":  # Ctrl-C while the rest is imported ends it silently
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import gzip
@@ -23,7 +24,6 @@ import io
 import json
 import multiprocessing
 import operator
-import os
 import pickle
 import re
 import sys

@@ -12,17 +12,17 @@ of seq_len. world_size processes, called ranks and one a GPU, share a step's seq
 its share in micro-batches, and adds up their gradients.
 """
 
+import os
 import signal
 
-if __name__ == "__main__":  # while the rest is imported, Ctrl-C ends it silently
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":  # Ctrl-C while the rest is imported ends it silently
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import copy
 import fcntl
 import json
 import math
-import os
 import resource
 import shutil
 import socket

@@ -154,7 +154,7 @@ def memory_parts(config, n_params, way):
     block = (36 * C + 4 * H + 16) * t
     parts = {
         "weights, gradients, two moments in fp32 = 16*N / S": 16 * n_params / way["shards"],
-        "bf16 copies of the blocks' weights, kept by autocast = 24*C*C*L": 24 * C * C * L,
+        "bf16 copies of the blocks' weights, made once a step = 24*C*C*L": 24 * C * C * L,
         "a block's gradients in flight = (36*C + 4*H + 16) * t": block,
         f"embedding and head = 9*C*t + 2*V*min(t, {rows}) + 10*V*C":
             9 * C * t + 2 * V * min(t, rows) + 10 * V * C}
@@ -472,9 +472,7 @@ def measure_train(args, process, settings):
     plain = [plain_block, plain_head]
     if process.device.type == "cuda":  # the blocks share one graph, so that compiling takes seconds
         plain = [torch.compile(fn, dynamic=False) for fn in plain]
-    if args.compile:
-        for block in model.transformer.h:
-            block.compile()
+    train.speed_up(model, args.compile)
     batches = iter(lambda: (x, x), None)
     steps = {
         "ours": lambda: train.train_step(model, optimizer, batches, 200, settings, process),
