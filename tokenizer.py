@@ -174,7 +174,7 @@ class Tokenizer:
     def __init__(self, vocab, merges, added=()):
         self.vocab = vocab
         self.merges = merges
-        ids = [*vocab.values(), *dict(added).values()]
+        ids = [*(vocab | dict(added)).values()]
         if min(ids) < 0 or len(set(map(operator.index, ids))) < len(ids):
             raise ValueError("an id is below 0 or stands twice")
         # tiktoken gives ranks: bytes first, then merges in their order. In most vocabularies these

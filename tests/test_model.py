@@ -393,14 +393,15 @@ def test_changed_architectures_are_not_exported(model, tmp_path):
     assert not (tmp_path / "swiglu").exists()
 
 
-def test_export_command(model, idx, tmp_path):
+def test_export_command(idx, tmp_path):
     """A run exported without its tokenizer, or a mistake that ends in a traceback."""
+    model = GPT(replace(TINY, vocab_size=259)).eval()
     source, out = tmp_path / "run", tmp_path / "out"
     source.mkdir()
     torch.save(training(model), source / "checkpoint_0000001.pt")
-    (source / "config.json").write_text(json.dumps(TINY.to_hf()))
+    (source / "config.json").write_text(json.dumps(model.config.to_hf()))
     Tokenizer.from_merges([]).save(source)
-    (source / "added_tokens.json").write_text('{"[PAD]": 59, "<|ANSWER|>": 60}')
+    (source / "added_tokens.json").write_text('{"[PAD]": 257, "<|ANSWER|>": 258}')
     done = run("model.py", "export", "--init", source, "--out", out)
     assert done.returncode == 0, done.stderr
     assert {"added_tokens.json", "merges.txt", "vocab.json"} < {p.name for p in out.iterdir()}
