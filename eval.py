@@ -614,8 +614,13 @@ def curves(args):
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("curves needs: pip install matplotlib") from None
+    written = set().union(*itertools.chain(*logs.values()))
+    names = [name for name in PANELS if name in written]
     figure = Figure(figsize=(11, 12), dpi=100, layout="constrained")
-    for ax, name in zip(figure.subplots(4, 2).flat, PANELS):
+    axes = figure.subplots(4, 2).flatten()
+    for ax in axes[len(names):]:
+        ax.remove()
+    for ax, name in zip(axes, names):
         ax.set_title(PANELS[name])
         # train.py counts steps, finetune.py epochs. There several seeds pass the same epochs, so no
         # line joins the points.
