@@ -95,10 +95,11 @@ def train_batches(data_dir, seq_len, micro_batch, seed, start=0, rank=0, world_s
         raise ValueError(f"{path} has {meta['train']['tokens']} tokens, less than one sequence: "
                          "use a smaller --seq_len, or more text")
     ignored = meta["eot_id"] if ignore_eot else -100
-    for first in itertools.count(start + rank * micro_batch, world_size * micro_batch):
-        samples = range(first, first + micro_batch)
-        rows = [permute(sample % n_rows, n_rows, seed, sample // n_rows) for sample in samples]
-        yield read_rows(path, rows, (micro_batch, seq_len), ignored, device)
+    with open(path, "rb") as array:  # stays what it is where new arrays replace it meanwhile
+        for first in itertools.count(start + rank * micro_batch, world_size * micro_batch):
+            samples = range(first, first + micro_batch)
+            rows = [permute(sample % n_rows, n_rows, seed, sample // n_rows) for sample in samples]
+            yield read_rows(array, rows, (micro_batch, seq_len), ignored, device)
 
 
 def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens=None, device="cpu",
@@ -116,14 +117,15 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
     n_scored = math.ceil(min(n_tokens, max_tokens or n_tokens) / seq_len)
     ignored = meta["eot_id"] if ignore_eot else -100
     step = world_size * micro_batch
-    for first in range(0, n_scored, step):
-        # Ranks take turns row by row; the last ones may get fewer rows, or none.
-        places = range(first + rank, min(first + step, n_scored), world_size)
-        rows = [permute(place, n_rows, seed=0, epoch=0) for place in places]
-        yield read_rows(path, rows, (micro_batch, seq_len), ignored, device)
+    with open(path, "rb") as array:
+        for first in range(0, n_scored, step):
+            # Ranks take turns row by row; the last ones may get fewer rows, or none.
+            places = range(first + rank, min(first + step, n_scored), world_size)
+            rows = [permute(place, n_rows, seed=0, epoch=0) for place in places]
+            yield read_rows(array, rows, (micro_batch, seq_len), ignored, device)
 
 
-def read_rows(path, rows, shape, ignored, device):
+def read_rows(array, rows, shape, ignored, device):
     """(x, y), int64 of `shape` (micro_batch, seq_len), x the rows, y the next token of each.
 
     y is -100, which the loss ignores, at a row's last position, as in the paper; in what the rows
@@ -136,7 +138,8 @@ def read_rows(path, rows, shape, ignored, device):
     y = np.full(shape, -100, np.int64)
     for i, row in enumerate(rows):
         # no memmap: pages that it has touched count as resident memory
-        tokens = np.fromfile(path, np.uint16, seq_len, offset=2 * seq_len * row)
+        array.seek(2 * seq_len * row)
+        tokens = np.frombuffer(array.read(2 * seq_len), np.uint16)
         x[i, : len(tokens)] = tokens
         y[i, : len(tokens) - 1] = tokens[1:]
     y[y == ignored] = -100
@@ -1334,7 +1337,7 @@ def remove_changed(plan, out, options):
     journal = out / "extract.json"
     made = {"options": options, "outputs": {}}
     if journal.exists():
-        made = json.loads(journal.read_text())
+        made = read_json(journal, outputs=dict)
     if made.get("options") != options:
         raise ValueError(f"{out} was extracted with other options ({journal}): use another --out")
     old, new = made["outputs"], {}

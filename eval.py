@@ -169,7 +169,8 @@ def answer_questions(args):
     Returns finetune.summarise's figures, with "groups" and, for likelihoods, "acc_norm".
     """
     if args.task == "text":
-        raise ValueError("qa compares options: give --task, one of " + ", ".join(TASKS))
+        sets = [name for name in TASKS if name != "text"]
+        raise ValueError("qa compares options: give --task, one of " + ", ".join(sets))
     split, official = find_questions(args)
     questions = finetune.labeled(official, args.limit)
     if not questions:

@@ -704,7 +704,8 @@ FLAGS = {  # flag: (kind, help) or (kind, help, default)
     "--activation_checkpointing": (
         SWITCH, "recompute blocks in backward: less memory, a third more time (default: off)"),
     "--device": (str, "cpu, cuda, cuda:1 … (default: cuda where there is one)"),
-    "--dtype": ({"choices": ["float32", "bfloat16"]}, "(default: bfloat16 autocast on cuda)"),
+    "--dtype": ({"choices": ["float32", "bfloat16"]},
+                "of the matrix products (default: bfloat16 on cuda, else float32)"),
     "--json": (new_file, "also write the result here (default: none)"),
 }
 

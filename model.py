@@ -581,7 +581,7 @@ def config_of(path):
 def read_json(path, **kinds):
     """The object in a JSON file, as a dict. kinds: fields that it must have, and their types."""
     try:
-        contents = dict(json.loads(path.read_text(encoding="utf-8")))
+        contents = {} | json.loads(path.read_bytes())
         for name, kind in kinds.items():
             if type(contents[name]) is not kind:
                 raise TypeError(f"{name} is {contents[name]!r}")
@@ -680,7 +680,7 @@ def check_checkpoint(checkpoint, weights, path):
     optimizer = checkpoint["optimizer"]
     optimizer["param_groups"][0]["params"]
     for name, weight in weights.items():
-        for moment in optimizer["state"][name].values():
+        for moment in filter(torch.is_tensor, optimizer["state"][name].values()):
             like = weight if moment.dim() else moment  # AdamW's step counter is one number
             check_tensors({name: moment}, {name: like}, f"{path}'s optimizer")
     if path.name != f"checkpoint_{checkpoint['step']:07d}.pt":
@@ -700,7 +700,7 @@ def load_tensors(path, checksums=False):
             contents = load_file(path)
             with safe_open(path, "pt") as file:
                 expected = (file.metadata() or {}).get("crc32")
-            damaged = expected not in (None, crc32(contents))
+            damaged = expected and expected != crc32(contents)
         else:
             damaged = checksums and zipfile.ZipFile(path).testzip()  # torch.save writes a zip file
             contents = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -1697,7 +1697,7 @@ def add_product(total, a, b):
         if total is None:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    product = (a @ b).float()
+    product = at_least_fp32(a @ b)
     return product if total is None else total.add_(product)
 
 

@@ -380,7 +380,6 @@ def read_whole(content):
                                     for token in content["added_tokens"]}
 
 
-
 # ---------------------------------------------------------------------------------------------
 # text files
 

@@ -597,7 +597,8 @@ def cast_weights(model, dtype):
     if dtype == torch.float32 or isinstance(model, FSDPModule):
         return
     for layer in linear_layers(model):
-        layer.working = layer.weight.detach().to(dtype)
+        if layer.accumulates:
+            layer.working = layer.weight.detach().to(dtype)
 
 
 def train_step(model, optimizer, batches, step, settings, process):

@@ -153,6 +153,16 @@ def test_training_order(tokenizer):
         assert found == one[start : start + 7 * world_size * micro_batch]
 
 
+def test_arrays_replaced_while_a_run_reads(tokenizer):
+    """Another tokenization's ids, or a crash, in a run that was started before it."""
+    write_arrays(tokenizer, [1] * 80, [1] * 80)
+    loaders = data.train_batches(".", 8, 1, seed=0), data.val_batches(".", 8, 1)
+    for _ in range(2):
+        assert all((next(loader)[0] == 1).all() for loader in loaders)
+        os.replace(write("new.bin", bytes(10)), "train.bin")
+        os.replace(write("new.bin", bytes(10)), "val.bin")
+
+
 def test_permutation():
     """A cycle walk that leaves [0, n) or meets a row twice; a mended one, with which a run that is
     resumed would repeat and skip rows."""

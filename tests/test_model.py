@@ -294,6 +294,15 @@ def test_damaged_checkpoints(model, tmp_path, damage, capsys):
         GPT.from_pretrained(tmp_path)
 
 
+def test_optimizer_that_counts_in_plain_numbers(model, tmp_path):
+    """A fork's checkpoints refused, since its optimiser's state holds more than tensors."""
+    contents = training(model)
+    contents["optimizer"]["state"][LN]["step"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
+    torch.save(contents, tmp_path / "checkpoint_0000001.pt")
+    assert newest_checkpoint(tmp_path)[1]["step"] == 1
+
+
 BAD_STATES = {
     "NaN": lambda s: s.update({LN: torch.full((16,), math.nan)}),
     "infinity": lambda s: s.update({LN: torch.full((16,), math.inf)}),
