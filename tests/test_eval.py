@@ -9,6 +9,7 @@ import shutil
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -359,6 +360,7 @@ BYTES = {"empty": lambda old: b"", "page": lambda old: b"<html>404</html>",
          "deep": lambda old: b"[" * 10**5,
          "flip": lambda old: old[:len(old) // 2] + bytes([old[len(old) // 2] ^ 16])
          + old[len(old) // 2 + 1:]}
+WEIGHTS = "model.safetensors" if find_spec("safetensors") else "pytorch_model.bin"
 DAMAGE = [  # file, the commands that read it, ways to spoil it
     ("pretrained/config.json", "train, tune, perplexity, export",
      "empty page half null list utf16 deep n_layer=2 n_head=null vocab_size=10000000"),
@@ -374,7 +376,7 @@ DAMAGE = [  # file, the commands that read it, ways to spoil it
     ("tuned/added_tokens.json", "qa, export tuned",
      "empty page half null list utf16 deep [PAD]=null [PAD]=\"x\" [PAD]=-1 [PAD]=5"),
     ("tuned/added_tokens.json", "qa", "[PAD]=99999"),
-    ("tuned/model.safetensors", "qa, export tuned", "empty page half flip"),
+    (f"tuned/{WEIGHTS}", "qa, export tuned", "empty page half flip"),
     ("tuned/config.json", "qa", "empty n_embd=32"),
     ("tuned/head.pt", "qa", "empty page half flip weight=NaN bias=Infinity weight=[] bias=null"),
     ("tuned/run.json", "qa", "empty page half null list utf16 deep length=0 length=null "
