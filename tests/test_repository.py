@@ -92,7 +92,7 @@ def test_readme_commands(tmp_path, shared):
     for script in ROOT.glob("*.py"):
         shutil.copy(script, home)
     inputs = {"PUBMED_XML": "pubmed_xml", "PMC_NXML": "pmc_nxml", "raw/pubmed": "pubmed_xml",
-              "raw/pmc": "pmc_nxml", "PUBMEDQA": "qa/pubmedqa", "MEDQA": "qa/medqa"}
+              "raw/pmc": "pmc_nxml", "PUBMEDQA": "qa/pubmedqa", "MEDQUAD": "qa/medquad"}
     for name, source in inputs.items():
         shutil.copytree(shared / source, home / name)
     for name in ("abstracts.jsonl.gz", "pmc_fulltext.jsonl.gz"):
