@@ -33,8 +33,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import TASKS, load_qa
-from model import GPT, check_tensors, cross_entropy, load_tensors, read_json
-from tokenizer import Tokenizer, replacing, run_command
+from model import GPT, check_tensors, cross_entropy, load_tensors
+from tokenizer import Tokenizer, read_json, replacing, run_command
 from train import COUNT, POSITIVE, PROBABILITY, distribute, start_process, write_json
 
 # ---------------------------------------------------------------------------------------------
