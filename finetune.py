@@ -35,7 +35,15 @@ from tqdm import tqdm
 from data import TASKS, load_qa
 from model import GPT, check_tensors, cross_entropy, load_tensors
 from tokenizer import Tokenizer, read_json, replacing, run_command
-from train import COUNT, POSITIVE, PROBABILITY, distribute, start_process, write_json
+from train import (
+    COUNT,
+    POSITIVE,
+    PROBABILITY,
+    announce,
+    distribute,
+    start_process,
+    write_json,
+)
 
 # ---------------------------------------------------------------------------------------------
 # the run: settings, questions; for each seed a model, its training, its scores; then the report
@@ -157,9 +165,7 @@ def train_step(model, examples, optimizer, process):
     chunks = micro_batches(share or examples[:1])
     loss_of_share = 0.0
     for i, chunk in enumerate(chunks):
-        # DDP exchanges gradients in backward; once is enough, with the last micro-batch. It must
-        # be told before forward.
-        model.require_backward_grad_sync = i == len(chunks) - 1
+        announce(model, last=i == len(chunks) - 1)
         with process.autocast():
             loss = weight * loss_sum(model, collate(chunk, process.device)) / total
         (loss * process.world_size).backward()  # DDP takes the mean over ranks, we want the sum
