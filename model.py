@@ -16,8 +16,8 @@ Each computes what its name says; an op with dropout draws its mask from a seed.
 of this file each stands in the same order: a note that derives its backward, the reference (plain
 PyTorch, any dtype), the forward kernel, the backward kernel, the autograd wiring, the public op. A
 CUDA tensor takes the Triton kernel, TRITON_INTERPRET=1 runs the same kernel on the CPU, anything
-else (no GPU, no triton) the reference. Statistics, softmax and sums are fp32. In training the linear
-layers have an op too, accumulating_linear, which calls torch's matrix products.
+else (no GPU, no triton) the reference. Statistics, softmax and sums are fp32. In training
+the linear layers have an op too, accumulating_linear, which calls torch's matrix products.
 """
 
 import os
