@@ -62,22 +62,17 @@ except ImportError:  # macOS, Windows: the references run
 
 
 class Linear(nn.Linear):
-    """nn.Linear, y = x Wᵀ + b; fast in training (accumulating_linear) and for one row (linear)."""
+    """nn.Linear, y = x Wᵀ + b; in training accumulating_linear saves time."""
 
     accumulates = False  # train.py: True lets a weight's gradient add up in place
     working = None  # train.py: the weight in the dtype of the products, made once a step
 
-    def forward(self, x):
-        return self.product(x, self.bias)
-
-    def without_bias(self, x):
-        """x Wᵀ alone: the fused op that follows adds the bias."""
-        return self.product(x, None)
-
-    def product(self, x, bias):
+    def forward(self, x, with_bias=True):
+        """Without the bias x Wᵀ alone: the fused op that follows adds the bias."""
+        bias = self.bias if with_bias else None
         if self.training and self.accumulates:
             return accumulating_linear(x, self.weight, bias, self.working)
-        return linear(x, self.weight, bias)
+        return F.linear(x, self.weight, bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -131,7 +126,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(4 * C, C)
 
     def forward(self, x):
-        x = self.c_fc.without_bias(x)  # (B, T, C) -> (B, T, 4C)
+        x = self.c_fc(x, with_bias=False)  # (B, T, C) -> (B, T, 4C)
         x = bias_gelu(x, self.c_fc.bias)  # gelu(x + bias)
         return self.c_proj(x)  # (B, T, 4C) -> (B, T, C)
 
@@ -309,7 +304,7 @@ class GPTConfig:
     @staticmethod
     def preset(name, **overrides):
         """A shape of PRESETS; `overrides` replace its fields."""
-        return GPTConfig(**{**PRESETS[name], **overrides})
+        return GPTConfig(**PRESETS[name] | overrides)
 
     def to_hf(self):
         """The fields of Hugging Face's GPT2Config, for config.json."""
@@ -414,28 +409,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 def next_logits(model, idx, cache):
     """fp32 logits (B, V) of the token after idx (B, T), which continues the cache."""
     last = model.hidden(idx, cache)[:, -1]  # (B, T, C) -> (B, C)
-    return linear(last, model.transformer.wte.weight).float()
-
-
-def linear(x, weight, bias=None):
-    """F.linear, x (..., in), weight (out, in) -> (..., out); fast for one bf16 row on a CPU.
-
-    Such a row is a step of generation, bound by reading the weights. F.linear reads them at half to
-    nine tenths of the memory's rate. So matrices stored as [out, in] go to mv instead, and Hugging
-    Face's, mapped as they lie in the file, [in, out], to bmm, as two halves of the sum.
-    """
-    one_row = x.numel() == x.size(-1)
-    if not one_row or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    if weight.stride(1) == 1:
-        y = torch.mv(weight, x.flatten())
-    else:
-        halves = weight.t().view(2, -1, weight.size(0))  # (in, out) -> (2, in / 2, out)
-        first, second = torch.bmm(x.reshape(2, 1, -1), halves)  # (2, 1, in / 2) -> (2, 1, out)
-        y = first + second
-    if bias is not None:
-        y = y + bias
-    return y.view(*x.shape[:-1], -1)
+    return F.linear(last, model.transformer.wte.weight).float()
 
 
 class KVCache:
@@ -598,9 +572,6 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     if dropout is not None:
         config = replace(config, dropout=dropout)
     model = without_memory(config)
-    # bf16 on a CPU is to generate, not to train: there the tensors may lie as they are mapped
-    mapped = dtype != torch.float32 and torch.device(device).type == "cpu"
-    layout = torch.preserve_format if mapped else torch.contiguous_format
     saved = read_weights(Path(path), model.state_dict())
     head = saved.get("transformer.lm_head.weight")
     if head is not None and not torch.equal(head, saved["transformer.wte.weight"]):
@@ -608,7 +579,9 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
                          "embedding wte.weight: use a GPT-2 whose head is tied")
     state = {}
     for name in model.state_dict():
-        state[name] = saved[name].to(device, dtype, copy=not mapped, memory_format=layout)
+        # A copy: the file may change. In rows: products read transposed bf16 slowly on a CPU.
+        state[name] = saved[name].to(device, dtype, copy=True,
+                                     memory_format=torch.contiguous_format)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -1136,15 +1109,15 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
 
 
 def norm_launch(C):
-    """(PIECE, N_PIECES, num_warps): no idle lanes where C allows it, 4 elements a thread.
+    """(C, PIECE, N_PIECES), num_warps: no idle lanes where C allows it, 4 elements a thread.
 
-    2560 -> 512, 5, 4; 768 -> 256, 3, 2; 1000 -> 1024, 1, 8.
+    C = 2560 -> PIECE 512, N_PIECES 5, 4 warps; 768 -> 256, 3, 2; 1000 -> 1024, 1, 8.
     """
     piece = C & -C  # the largest power of two that divides C: its lowest bit that is set
     if piece < 128 or C // piece > 8:  # too many small pieces: one piece, with idle lanes
         piece = triton.next_power_of_2(C)
     warps = min(max(piece // 128, 1), 8)
-    return piece, triton.cdiv(C, piece), warps
+    return (C, piece, triton.cdiv(C, piece)), warps
 
 
 class AddLayerNorm(torch.autograd.Function):
@@ -1160,13 +1133,13 @@ class AddLayerNorm(torch.autograd.Function):
         mean = x.new_empty(x.numel() // C, dtype=torch.float32)
         rstd = torch.empty_like(mean)
         ctx.dropout = dropout_arguments(p, seed)
-        piece, n_pieces, warps = norm_launch(C)
+        sizes, warps = norm_launch(C)
         norm_forward_kernel[(len(mean),)](
             x, residual, weight, bias,
             y, new, mean, rstd,
             *ctx.dropout,
             eps,
-            C, piece, n_pieces,
+            *sizes,
             num_warps=warps)
         ctx.save_for_backward(new, weight, mean, rstd)
         return y, new
@@ -1182,13 +1155,13 @@ class AddLayerNorm(torch.autograd.Function):
         per_sm = min(max(6144 // C, 2), 16)  # C = 2560: 2 programs a multiprocessor; 768: 8
         programs = min(N, n_programs(r, per_sm))
         partial = r.new_empty(programs, 2, C, dtype=torch.float32)
-        piece, n_pieces, warps = norm_launch(C)
+        sizes, warps = norm_launch(C)
         norm_backward_kernel[(programs,)](
             dy, dnew.contiguous(), r, weight, mean, rstd,
             dx, dresidual, partial,
             N,
             *ctx.dropout,
-            C, piece, n_pieces,
+            *sizes,
             num_warps=warps)
         dw, db = sum_programs(partial)
         return dx, dresidual, dw, db, None, None, None

@@ -2,11 +2,13 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import run
 
 import model as model_module
@@ -34,17 +36,15 @@ def model():
 
 @pytest.fixture
 def idx():
-    return torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(1))
+    """32 tokens: the whole context."""
+    return torch.randint(61, (2, 32), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(("preset", "count"), [
-    ("biomedlm", 2_594_247_680), ("gpt2-124m", 124_439_808)])
-def test_parameter_count_and_names(preset, count):
+def test_parameter_count():
     """A missing bias, an untied head or another width would change the published count."""
-    with torch.device("meta"):
-        model = GPT(GPTConfig.preset(preset))
-    assert model.n_params() == count
-    assert {n.split(".")[1] for n in model.state_dict()} == {"wte", "wpe", "h", "ln_f"}
+    for preset, count in ("biomedlm", 2_594_247_680), ("gpt2-124m", 124_439_808):
+        with torch.device("meta"):
+            assert GPT(GPTConfig.preset(preset)).n_params() == count
 
 
 @pytest.mark.parametrize("case", FIXTURE["models"])
@@ -62,28 +62,24 @@ def test_logits_and_gradients_equal_hugging_face(case):
 
 def test_dropout_is_where_it_should_be(model, idx, monkeypatch):
     """A branch, the embeddings or a masked attention left out, masks alike, dropout in eval."""
-    drawn = []  # (rate, seed or None) of all that drops
+    drawn = []  # (rate, seed or None) of all that drops; what is dropped stays
+    attend = F.scaled_dot_product_attention
 
-    def watch(module, name, rate_and_seed):
-        original = getattr(module, name)
+    def attends(*qkv, dropout_p=0.0, **options):
+        drawn.append((dropout_p, None))
+        return attend(*qkv, **options)
 
-        def watched(*args, **options):
-            drawn.append(rate_and_seed(*args, **options))
-            return original(*args, **options)
-
-        monkeypatch.setattr(module, name, watched)
-
-    watch(model_module, "dropout_ref", lambda x, p, seed: (p, seed))
-    watch(torch.nn.functional, "dropout", lambda x, p: (p, None))
-    watch(torch.nn.functional, "scaled_dot_product_attention",
-          lambda *_, dropout_p=0.0, **options: (dropout_p, None))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attends)
+    monkeypatch.setattr(F, "dropout", lambda x, p: drawn.append((p, None)) or x)
+    monkeypatch.setattr(model_module, "dropout_ref",
+                        lambda x, p, seed: drawn.append((p, seed)) or x)
     dropping = GPT(replace(TINY, dropout=0.2))
     dropping.load_state_dict(model.state_dict())
     dropping.hidden(idx)
     # the embeddings, three layers' attention and two branches; no two with the same mask
     assert len(drawn) == len(set(drawn)) == 1 + 3 * 3 and {p for p, _ in drawn} == {0.2}
     drawn.clear()
-    dropping.hidden(idx, mask=torch.ones(20, 20).tril().bool())
+    dropping.hidden(idx, mask=torch.ones(32, 32).tril().bool())
     assert [p for p, _ in drawn] == [0.2] * 10
     drawn.clear()
     assert torch.equal(dropping.eval()(idx)[0], model(idx)[0])
@@ -119,13 +115,10 @@ def test_rows_of_a_batch_are_those_of_each_alone(model, options):
 
 
 def test_cache_equals_full_forward(model, idx):
-    """Positions, mask or layers of the KV cache mixed up, at any cut, up to the context's end."""
-    idx = torch.cat([idx, idx[:, :12]], dim=1)  # 32 tokens: the whole context
-    full = model.hidden(idx)
-    for cuts in ([1] * 32, [5, 20, 7], [31, 1]):
-        cache = KVCache(n_pad=torch.zeros(2, dtype=torch.int64))
-        parts = [model.hidden(piece, cache) for piece in idx.split(cuts, dim=1)]
-        assert torch.allclose(torch.cat(parts, dim=1), full, atol=1e-5)
+    """Positions, mask or layers of the KV cache mixed up, and its end not noticed."""
+    cache = KVCache(n_pad=torch.zeros(2, dtype=torch.int64))
+    parts = [model.hidden(piece, cache) for piece in idx.split([5, 26, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model.hidden(idx))
     with pytest.raises(ValueError, match="context of 32"):
         model.hidden(idx[:, :1], cache)
 
@@ -172,14 +165,13 @@ def test_save_and_load(model, idx, tmp_path, packages, monkeypatch):
     assert torch.equal(load_tensors(file)[square], model.state_dict()[square].t())
     again = GPT.from_pretrained(tmp_path)
     assert again.config == model.config and not again.training
-    assert GPT.from_pretrained(tmp_path, dropout=0.2).config == replace(TINY, dropout=0.2)
+    assert torch.equal(again(idx)[0], model(idx)[0])
     model.config.dropout = 0.2
     model.save_pretrained(tmp_path)
     assert GPT.from_pretrained(tmp_path, dropout=0.0).config == TINY
-    model.config.dropout = 0.0
-    assert torch.equal(again(idx)[0], model(idx)[0])
     half = GPT.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.config.dropout == 0.2
+    assert all(p.dtype == torch.bfloat16 and p.is_contiguous() for p in half.parameters())
 
 
 def old_folder(model, folder):
@@ -195,16 +187,12 @@ def test_loads_what_old_versions_saved(model, idx, tmp_path):
     state = old_folder(model, tmp_path)
     state["lm_head.weight"] = state["transformer.wte.weight"].clone()
     state["transformer.h.0.attn.bias"] = torch.ones(1, 1, 32, 32, dtype=torch.bool)
-    state = {name.removeprefix("transformer."): t for name, t in state.items()}
-    (tmp_path / "pytorch_model.bin").unlink()
-    names = list(state)
-    for i in (0, 1):
-        shard = {name: state[name] for name in names[i::2]}
-        torch.save(shard, tmp_path / f"pytorch_model-0000{i + 1}-of-00002.bin")
+    shards = {}, {}
+    for i, (name, tensor) in enumerate(state.items()):
+        shards[i % 2][name.removeprefix("transformer.")] = tensor
+    torch.save(shards[0], tmp_path / "pytorch_model.bin")
+    torch.save(shards[1], tmp_path / "pytorch_model-00002-of-00002.bin")
     assert torch.equal(GPT.from_pretrained(tmp_path)(idx)[0], model(idx)[0])
-    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(ValueError, match="has no transformer"):
-        GPT.from_pretrained(tmp_path)
 
 
 def test_folders_of_others(capsys):
@@ -226,12 +214,11 @@ def test_folders_of_others(capsys):
 # Damage: a folder that a disk, a person or another program has spoiled. Each ends in one error that
 # names the file or the field, or, for a checkpoint, in a warning and the checkpoint before it.
 
-BAD_FIELDS = [{"n_layer": 10**7}, {"n_layer": "12"}, {"n_layer": None}, {"n_layer": 2.5},
-              {"n_head": 0}, {"n_head": 3}, {"n_embd": 18}, {"n_embd": 10**30}, {"n_embd": True},
-              {"vocab_size": -1}, {"vocab_size": [61]}, {"resid_pdrop": 1},
+BAD_FIELDS = [{"n_layer": 10**7}, {"n_layer": "12"}, {"n_layer": 2.5}, {"n_head": 0},
+              {"n_head": 3}, {"n_embd": 18}, {"n_embd": True}, {"resid_pdrop": 1},
               {"layer_norm_epsilon": None}, {"initializer_range": float("inf")},
-              {"scale_attn_by_inverse_layer_idx": "no"}, {"eos_token_id": "end"},
-              {"eos_token_id": -1}, {"eos_token_id": ["end"]}, {"n_inner": "wide"},
+              {"scale_attn_by_inverse_layer_idx": "no"}, {"eos_token_id": -1},
+              {"eos_token_id": ["end"]}, {"n_inner": "wide"}, {"scale_attn_weights": False},
               {"activation_function": "gelu_fast"}, {"model_type": None}]
 
 
@@ -246,46 +233,43 @@ def test_damaged_fields(model, tmp_path, field):
         GPT.from_pretrained(tmp_path)
 
 
+LN = "transformer.ln_f.bias"
+
+
 def training(model):
     """What train.py saves of a model after its first updates."""
     weights = model.state_dict()
     state = {name: {"step": torch.tensor(1.0), "exp_avg": w * 2, "exp_avg_sq": w * w}
              for name, w in weights.items()}
+    state[LN]["step"] = 1  # a fork's optimiser may count in plain numbers
     groups = [{"lr": 1e-3, "params": list(weights)}]
     return {"model": weights, "optimizer": {"state": state, "param_groups": groups}, "step": 1}
 
 
-LN = "transformer.ln_f.bias"
-BAD_CONTENTS = {
+BAD_CONTENTS = {  # each changes the contents, or returns what stands in their place
     "list": lambda c: [c],
-    "tensor": lambda c: c["model"][LN],
     "code": lambda c: Path("x"),
-    "no model": lambda c: c.pop("model"),
-    "no step": lambda c: c.pop("step"),
-    "text for step": lambda c: c.update(step="2"),
+    "no model": lambda c: c.update(model=[c["model"]]),
+    "no step": lambda c: c.__delitem__("step"),
     "another's step": lambda c: c.update(step=1),
-    "no optimizer": lambda c: c.pop("optimizer"),
-    "list for model": lambda c: c.update(model=[c["model"]]),
-    "missing weight": lambda c: c["model"].pop(LN),
-    "text for a weight": lambda c: c["model"].update({LN: "0"}),
-    "wrong shape": lambda c: c["model"].update({LN: torch.zeros(17)}),
-    "no groups": lambda c: c["optimizer"].pop("param_groups"),
-    "no moments": lambda c: c["optimizer"]["state"].pop(LN),
+    "no optimizer": lambda c: c.__delitem__("optimizer"),
+    "missing weight": lambda c: c["model"].__delitem__(LN),
+    "no groups": lambda c: c["optimizer"].__delitem__("param_groups"),
+    "no moments": lambda c: c["optimizer"]["state"].__delitem__(LN),
     "moments' shape": lambda c: c["optimizer"]["state"][LN].update(exp_avg=torch.zeros(17)),
-    "NaN moment": lambda c: c["optimizer"]["state"][LN]["exp_avg"].fill_(math.nan),
+    "NaN moment": lambda c: c["optimizer"]["state"][LN].update(exp_avg=torch.zeros(16) / 0),
 }
 
 
-@pytest.mark.parametrize("damage", BAD_CONTENTS)
+@pytest.mark.parametrize("damage", BAD_CONTENTS.values(), ids=BAD_CONTENTS)
 def test_damaged_checkpoints(model, tmp_path, damage, capsys):
     """A spoiled checkpoint loaded without a word, or one that keeps the good one from use."""
-    contents = training(model)
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
     good, bad = tmp_path / "checkpoint_0000001.pt", tmp_path / "checkpoint_0000002.pt"
+    contents = training(model)
     torch.save(contents, good)
     contents["step"] = 2
-    returned = BAD_CONTENTS[damage](contents)
-    torch.save(returned if damage in ("list", "tensor", "code") else contents, bad)
+    torch.save(damage(contents) or contents, bad)
     assert newest_checkpoint(tmp_path)[0] == good
     warning = capsys.readouterr().err
     assert warning.startswith(f"warning: skipping {bad}") and warning.count("\n") == 1
@@ -294,32 +278,23 @@ def test_damaged_checkpoints(model, tmp_path, damage, capsys):
         GPT.from_pretrained(tmp_path)
 
 
-def test_optimizer_that_counts_in_plain_numbers(model, tmp_path):
-    """A fork's checkpoints refused, since its optimiser's state holds more than tensors."""
-    contents = training(model)
-    contents["optimizer"]["state"][LN]["step"] = 1
-    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
-    torch.save(contents, tmp_path / "checkpoint_0000001.pt")
-    assert newest_checkpoint(tmp_path)[1]["step"] == 1
-
-
 BAD_STATES = {
-    "NaN": lambda s: s.update({LN: torch.full((16,), math.nan)}),
-    "infinity": lambda s: s.update({LN: torch.full((16,), math.inf)}),
+    "NaN": lambda s: s.update({LN: torch.zeros(16) / 0}),
+    "infinity": lambda s: s.update({LN: torch.ones(16) / 0}),
     "untied head": lambda s: s.update({"lm_head.weight": torch.zeros(61, 16)}),
     "missing weight": lambda s: s.pop(LN),
     "wrong shape": lambda s: s.update({LN: torch.zeros(17)}),
-    "whole numbers": lambda s: s.update({LN: torch.zeros(16, dtype=torch.int64)}),
+    "whole numbers": lambda s: s.update({LN: torch.zeros(16).int()}),
     "sparse": lambda s: s.update({LN: s[LN].to_sparse()}),
     "nested": lambda s: s.update({LN: {"weight": s[LN]}}),
 }
 
 
-@pytest.mark.parametrize("damage", BAD_STATES)
+@pytest.mark.parametrize("damage", BAD_STATES.values(), ids=BAD_STATES)
 def test_damaged_weights(model, tmp_path, damage):
     """Another model's numbers without a word."""
     state = old_folder(model, tmp_path)
-    BAD_STATES[damage](state)
+    damage(state)
     torch.save(state, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="ln_f.bias|lm_head.weight"):
         GPT.from_pretrained(tmp_path)
@@ -359,38 +334,22 @@ def test_generate(model, idx):
     assert torch.equal(a, b) and not torch.equal(a, other) and torch.equal(a[:, :4], prompt)
     greedy = model.generate(prompt, 8, temperature=0)
     assert torch.equal(greedy, model.generate(prompt, 8, top_k=1, seed=5))
-    end = int(greedy[0, 6])
-    ended = model.generate(prompt, 8, temperature=0, eot_id=end)[0, 4:].tolist()
-    first = ended.index(end)
-    assert ended == [*greedy[0, 4:4 + first], *[end] * (len(ended) - first)]
-    for bad, n, mend in ((prompt, 29, "context of 32"), (prompt, 0, "context of 32"),
-                         (prompt[:, :0], 4, "1 or more of each")):
+    for start, n, mend in (0, 29, "context of 32"), (0, 0, "1 or more"), (4, 4, "1 or more"):
         with pytest.raises(ValueError, match=mend):
-            model.generate(bad, n)
+            model.generate(prompt[:, start:], n)
 
 
-@pytest.mark.parametrize(("options", "kept"), [
-    ((1.0, None, None), [0, 1, 2, 3]), ((2.0, None, None), [0, 1, 2, 3]),
-    ((2.0, 3, None), [1, 2, 3]), ((2.0, None, 0.6), [1, 3]), ((2.0, 2, 0.3), [1])])
-def test_sampled_shares(options, kept):
+def test_sampled_shares():
     """A temperature, top_k or top_p that changes nothing, or cuts one token too many."""
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
-    want = torch.zeros(4)
-    want[kept] = (logits[kept] / options[0]).softmax(0)
-    drawn = sample(logits.repeat(20_000, 1), *options, torch.Generator().manual_seed(0))
-    assert torch.allclose(drawn.flatten().bincount(minlength=4) / 20_000, want, atol=0.015)
-
-
-def test_one_bf16_row_is_a_linear():
-    """A step of generation in bf16 that reads a transposed matrix, drops a bias or half a sum."""
-    torch.manual_seed(0)
-    layer = Linear(48, 80, dtype=torch.bfloat16)
-    x, weight = torch.randn(1, 1, 48).bfloat16(), layer.weight.data
-    product = x.double() @ weight.double().t()
-    for stored in (weight, weight.t().contiguous().t()):  # [out, in], and Hugging Face's [in, out]
-        layer.weight = torch.nn.Parameter(stored)
-        for y, exact in ((layer.without_bias(x), product), (layer(x), product + layer.bias)):
-            torch.testing.assert_close(y.double(), exact, rtol=0, atol=2**-6)
+    for (temperature, *cuts), kept in (
+            ((1.0, None, None), [0, 1, 2, 3]), ((2.0, 3, None), [1, 2, 3]),
+            ((2.0, None, 0.6), [1, 3]), ((2.0, 2, 0.3), [1])):
+        want = torch.zeros(4)
+        want[kept] = (logits[kept] / temperature).softmax(0)
+        drawn = sample(logits.repeat(20_000, 1), temperature, *cuts,
+                       torch.Generator().manual_seed(0))
+        assert torch.allclose(drawn.flatten().bincount(minlength=4) / 20_000, want, atol=0.015)
 
 
 def test_changed_architectures_are_not_exported(model, tmp_path):
@@ -402,7 +361,7 @@ def test_changed_architectures_are_not_exported(model, tmp_path):
     assert not (tmp_path / "swiglu").exists()
 
 
-def test_export_command(idx, tmp_path):
+def test_export_command(idx, tmp_path, monkeypatch):
     """A run exported without its tokenizer, or a mistake that ends in a traceback."""
     model = GPT(replace(TINY, vocab_size=259)).eval()
     source, out = tmp_path / "run", tmp_path / "out"
@@ -411,33 +370,31 @@ def test_export_command(idx, tmp_path):
     (source / "config.json").write_text(json.dumps(model.config.to_hf()))
     Tokenizer.from_merges([]).save(source)
     (source / "added_tokens.json").write_text('{"[PAD]": 257, "<|ANSWER|>": 258}')
-    done = run("model.py", "export", "--init", source, "--out", out)
-    assert done.returncode == 0, done.stderr
+    command = ["model.py", "export", "--out", str(out), "--init"]
+    monkeypatch.setattr(sys, "argv", [*command, str(source)])
+    model_module.main()
     assert {"added_tokens.json", "merges.txt", "vocab.json"} < {p.name for p in out.iterdir()}
     written = json.loads((out / "tokenizer_config.json").read_text())
     assert written["pad_token"] == "[PAD]" and written["model_max_length"] == 32
     assert written["additional_special_tokens"] == ["[PAD]", "<|ANSWER|>"]
     assert torch.equal(GPT.from_pretrained(out)(idx)[0], model(idx)[0])
-    done = run("model.py", "export", "--init", tmp_path / "none", "--out", out)
+    done = run(*command, tmp_path / "none")
     assert done.returncode == 1 and done.stderr.startswith("model.py: error: no config.json")
 
 
-@pytest.mark.parametrize("held", [False, True])
-def test_a_weight_gradient_adds_up_in_place(held):
-    """The sum in another place than before, or cloned where DDP's bucket holds it too."""
+def test_a_weight_gradient_adds_up_in_place():
+    """The sum in another place than before: cloned, since DDP's bucket holds it too."""
     torch.manual_seed(0)
     ours, plain = Linear(6, 4), torch.nn.Linear(6, 4)
     plain.load_state_dict(ours.state_dict())
     ours.accumulates = True
-    places = set()
+    bucket = ours.weight.grad = torch.zeros(4, 6)
     for _ in range(3):
-        x = torch.randn(2, 5, 6)
-        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        inputs = [torch.randn(2, 5, 6).requires_grad_()]
+        inputs.append(inputs[0].detach().clone().requires_grad_())
         for layer, x in zip((ours, plain), inputs):
             layer(x).square().sum().backward()
         assert torch.equal(inputs[0].grad, inputs[1].grad)
-        places.add(ours.weight.grad.data_ptr())
-        bucket = ours.weight.grad if held else None
-    assert len(places) == 1 and (bucket is None or torch.equal(bucket, plain.weight.grad))
+    assert torch.equal(bucket, plain.weight.grad)
     for p, q in zip(ours.parameters(), plain.parameters()):
         assert torch.equal(p.grad, q.grad)
