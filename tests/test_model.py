@@ -107,9 +107,9 @@ def test_rows_of_a_batch_are_those_of_each_alone(model, options):
     n_pad = torch.tensor([6, 0, 4, 0, 5])
     batch = torch.randint(61, (5, 9))  # what stands for padding may be any token
     for end in (5, 17, 40):
-        together = model.generate(batch, 16, eot_id=end, n_pad=n_pad, **options)[:, 9:]
+        together = model.generate(batch, 12, eot_id=end, n_pad=n_pad, **options)[:, 9:]
         for new, prompt, n in zip(together, batch, n_pad):
-            alone = model.generate(prompt[None, n:], 16, eot_id=end, **options)[0, 9 - n:]
+            alone = model.generate(prompt[None, n:], 12, eot_id=end, **options)[0, 9 - n:]
             assert new[:len(alone)].tolist() == alone.tolist()
             assert (new[len(alone):] == end).all()
 
@@ -131,9 +131,9 @@ def test_init_statistics():
     for name, p in model.named_parameters():
         if p.dim() == 2:
             expected = 0.01 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.01
-            assert abs(p.std().item() / expected - 1) < 0.05, name
-        else:
-            assert (p == (1.0 if "ln_" in name and name.endswith("weight") else 0.0)).all(), name
+            assert p.std().item() == pytest.approx(expected, rel=0.05), name
+        else:  # LayerNorm's weights are 1, the biases 0
+            assert (p == name.endswith("weight")).all(), name
 
 
 def test_checkpointed_block_repeats_its_dropout(idx):
@@ -148,21 +148,19 @@ def test_checkpointed_block_repeats_its_dropout(idx):
     torch.testing.assert_close(*grads, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("packages", ["safetensors", "none"])
-def test_save_and_load(model, idx, tmp_path, packages, monkeypatch):
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_save_and_load(model, idx, tmp_path, weights, monkeypatch):
     """A folder that loses a tensor, the configuration, or the tie between wte and the head."""
-    if packages == "none":
+    if weights == "pytorch_model.bin":
         monkeypatch.setattr(model_module, "load_file", None)
     else:
         pytest.importorskip("safetensors")
     model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "config.json", "tokenizer_config.json",
-        "pytorch_model.bin" if packages == "none" else "model.safetensors"}
-    assert {path.stat().st_mode & 0o044 for path in tmp_path.iterdir()} == {0o044}  # umask's 022
-    [file] = [path for path in tmp_path.iterdir() if path.suffix != ".json"]
+    files = list(tmp_path.iterdir())
+    assert {path.name for path in files} == {"config.json", "tokenizer_config.json", weights}
+    assert {path.stat().st_mode & 0o044 for path in files} == {0o044}  # umask's 022
     square = "transformer.h.0.attn.c_proj.weight"  # Hugging Face's are [in, out]
-    assert torch.equal(load_tensors(file)[square], model.state_dict()[square].t())
+    assert torch.equal(load_tensors(tmp_path / weights)[square], model.state_dict()[square].t())
     again = GPT.from_pretrained(tmp_path)
     assert again.config == model.config and not again.training
     assert torch.equal(again(idx)[0], model(idx)[0])
@@ -201,14 +199,13 @@ def test_folders_of_others(capsys):
     assert GPTConfig.from_hf({**hf, "eos_token_id": [7, 9]}).eot_id == 7
     assert GPTConfig.from_hf({**hf, "eos_token_id": []}).eot_id == 60
     assert GPTConfig.from_hf({**hf, "eos_token_id": 50256}).eot_id == 60
-    assert capsys.readouterr().err == ""
     assert GPTConfig.from_hf({**hf, "attn_pdrop": 0.3, "resid_pdrop": 0.2}).dropout == 0.2
     assert "attn_pdrop is ignored, resid_pdrop's rate 0.2" in capsys.readouterr().err
     config = replace(TINY, dropout=0.2)
     assert GPTConfig.from_hf(config.to_hf()) == config and capsys.readouterr().err == ""
     assert GPTConfig.from_hf({}) == GPTConfig.preset("gpt2-124m")
-    presets = {name: GPTConfig.preset(name) for name in model_module.PRESETS}
-    assert [n for n, p in presets.items() if not p.scale_attn_by_inverse_layer_idx] == ["gpt2-124m"]
+    assert [name for name in model_module.PRESETS
+            if not GPTConfig.preset(name).scale_attn_by_inverse_layer_idx] == ["gpt2-124m"]
 
 
 # Damage: a folder that a disk, a person or another program has spoiled. Each ends in one error that
@@ -227,9 +224,7 @@ def test_damaged_fields(model, tmp_path, field):
     """A traceback, a hang or another model, where a field of config.json is spoiled."""
     old_folder(model, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**TINY.to_hf(), **field}))
-    [(name, value)] = field.items()
-    name = {"resid_pdrop": "dropout", "eos_token_id": "eot_id"}.get(name, name)
-    with pytest.raises(ValueError, match=name if name != "n_embd" else "config.json|n_embd"):
+    with pytest.raises(ValueError, match="config.json"):
         GPT.from_pretrained(tmp_path)
 
 
@@ -389,12 +384,11 @@ def test_a_weight_gradient_adds_up_in_place():
     plain.load_state_dict(ours.state_dict())
     ours.accumulates = True
     bucket = ours.weight.grad = torch.zeros(4, 6)
-    for _ in range(3):
-        inputs = [torch.randn(2, 5, 6).requires_grad_()]
-        inputs.append(inputs[0].detach().clone().requires_grad_())
-        for layer, x in zip((ours, plain), inputs):
+    found = []
+    for layer in ours, plain:
+        x = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        for _ in range(3):
             layer(x).square().sum().backward()
-        assert torch.equal(inputs[0].grad, inputs[1].grad)
-    assert torch.equal(bucket, plain.weight.grad)
-    for p, q in zip(ours.parameters(), plain.parameters()):
-        assert torch.equal(p.grad, q.grad)
+        found.append([x.grad, *(p.grad for p in layer.parameters())])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert ours.weight.grad.data_ptr() == bucket.data_ptr()
