@@ -96,7 +96,7 @@ def test_beams_equal_hugging_face():
 @pytest.mark.parametrize("options", [
     {"temperature": 0, "no_repeat_ngram_size": 1},
     {"num_beams": 4, "no_repeat_ngram_size": 3, "length_penalty": -0.5},
-    {"num_beams": 4, "no_repeat_ngram_size": 3, "length_penalty": 2.0}])
+    {"num_beams": 2, "no_repeat_ngram_size": 3, "length_penalty": 2.0}])
 def test_rows_of_a_batch_are_those_of_each_alone(model, options):
     """Padding that a row sees, that shifts its positions, or whose tokens count as repeated; a row
     that goes on to collect texts when its search is over."""
@@ -105,7 +105,7 @@ def test_rows_of_a_batch_are_those_of_each_alone(model, options):
         p.data.mul_(8 if p.dim() == 2 else 1)  # at the initialisation no token is likely
     n_pad = torch.tensor([6, 0, 4, 0, 5])
     batch = torch.randint(61, (5, 9))  # what stands for padding may be any token
-    for end in (5, 17, 40):
+    for end in (6, 41):  # greedy rows end in them at unlike times, or never
         together = model.generate(batch, 12, eot_id=end, n_pad=n_pad, **options)[:, 9:]
         for new, prompt, n in zip(together, batch, n_pad):
             alone = model.generate(prompt[None, n:], 12, eot_id=end, **options)[0, 9 - n:]
@@ -212,7 +212,7 @@ def test_folders_of_others(capsys):
 # names the file or the field, or, for a checkpoint, in a warning and the checkpoint before it.
 
 BAD_FIELDS = [{"n_layer": 10**7}, {"n_layer": "12"}, {"n_head": 0}, {"n_head": 3},
-              {"n_embd": 18}, {"n_embd": True}, {"resid_pdrop": 1},
+              {"n_embd": 18}, {"n_layer": True}, {"resid_pdrop": 1},
               {"layer_norm_epsilon": None}, {"initializer_range": float("inf")},
               {"scale_attn_by_inverse_layer_idx": "no"}, {"eos_token_id": -1},
               {"eos_token_id": ["end"]}, {"n_inner": "wide"}, {"scale_attn_weights": False},
