@@ -62,7 +62,7 @@ except ImportError:  # macOS, Windows: the references run
 
 
 class Linear(nn.Linear):
-    """nn.Linear, y = x Wᵀ + b; in training accumulating_linear saves time."""
+    """nn.Linear, y = x Wᵀ + b; fast in training (accumulating_linear) and for one row (linear)."""
 
     accumulates = False  # train.py: True lets a weight's gradient add up in place
     working = None  # train.py: the weight in the dtype of the products, made once a step
@@ -72,7 +72,7 @@ class Linear(nn.Linear):
         bias = self.bias if with_bias else None
         if self.training and self.accumulates:
             return accumulating_linear(x, self.weight, bias, self.working)
-        return F.linear(x, self.weight, bias)
+        return linear(x, self.weight, bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -409,7 +409,23 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 def next_logits(model, idx, cache):
     """fp32 logits (B, V) of the token after idx (B, T), which continues the cache."""
     last = model.hidden(idx, cache)[:, -1]  # (B, T, C) -> (B, C)
-    return F.linear(last, model.transformer.wte.weight).float()
+    return linear(last, model.transformer.wte.weight).float()
+
+
+def linear(x, weight, bias=None):
+    """F.linear, x (..., in), weight (out, in) -> (..., out); fast for one bf16 row on a CPU.
+
+    Such a row is a step of generation, bound by reading the weights. mv reads them fast, be they
+    stored as [out, in] or as [in, out] (Hugging Face's files). F.linear reads the latter up to a
+    hundred times slower.
+    """
+    one_row = x.numel() == x.size(-1)
+    if not one_row or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    y = torch.mv(weight, x.flatten())
+    if bias is not None:
+        y = y + bias
+    return y.view(*x.shape[:-1], -1)
 
 
 class KVCache:
@@ -572,6 +588,9 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     if dropout is not None:
         config = replace(config, dropout=dropout)
     model = without_memory(config)
+    # bf16 on a CPU is to generate, not to train: there the tensors may lie as they are mapped
+    mapped = dtype != torch.float32 and torch.device(device).type == "cpu"
+    layout = torch.preserve_format if mapped else torch.contiguous_format
     saved = read_weights(Path(path), model.state_dict())
     head = saved.get("transformer.lm_head.weight")
     if head is not None and not torch.equal(head, saved["transformer.wte.weight"]):
@@ -579,9 +598,7 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
                          "embedding wte.weight: use a GPT-2 whose head is tied")
     state = {}
     for name in model.state_dict():
-        # A copy: the file may change. In rows: products read transposed bf16 slowly on a CPU.
-        state[name] = saved[name].to(device, dtype, copy=True,
-                                     memory_format=torch.contiguous_format)
+        state[name] = saved[name].to(device, dtype, copy=not mapped, memory_format=layout)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
