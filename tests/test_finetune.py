@@ -84,9 +84,8 @@ def alone(examples):
 
 def nats_of(gpt, ids, first=1):
     """Summed loss of ids[first:], each given all before, by plain logits."""
-    idx = torch.tensor([ids])
-    logits = gpt(idx[:, :-1])[0]
-    return F.cross_entropy(logits[0, first - 1:], idx[0, first:], reduction="sum")
+    logits = gpt(torch.tensor([ids[:-1]]))[0]
+    return F.cross_entropy(logits[0, first - 1:], torch.tensor(ids[first:]), reduction="sum")
 
 
 def rank_of(world_size, rank, gather=lambda value: [value]):
