@@ -13,6 +13,7 @@ from functools import reduce
 from importlib.util import find_spec
 from operator import getitem
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -242,29 +243,20 @@ def test_perturbed_text_differs_in_one_number():
 def test_audit_and_its_controls(ask, monkeypatch):
     """Catches an answer judged by another's source, a control that is the question's own reference,
     a reference judged by itself, and a preference for the changed text; a flag without effect."""
-    targets = ["It took 11 days.", "It took 22 days.", "None at all."]
-    asked = [Question("1", "Of 5 rats?", target=targets[0]),
-             Question("2", "How long?", context="After 22 days.", target=targets[1]),
-             Question("3", "How?", target=targets[2]),
+    asked = [Question("1", "Of 5 rats?", target="It took 11 days."),
+             Question("2", "How long?", context="After 22 days.", target="It took 22 days."),
+             Question("3", "How?", target="None at all."),
              Question("4", "Without an answer?")]
-    monkeypatch.setattr(evaluate, "load_qa", lambda task, dir, split: asked)
-    calls = []
-
-    def answer(*given, **decoding):
-        calls.append((*given[2:], decoding))
-        return ["5 of 11 days", "11 days or 22 kg", "7 kg"]
-
-    def loss(gpt, rows, process):  # the second text and its change are as likely
-        text = small_tokenizer().decode(next(rows)[1][0].tolist())
-        return (1.0 if text == targets[0] else 2.0), 1
-
+    monkeypatch.setattr(evaluate, "load_qa", lambda *_: asked)
+    answer = Mock(return_value=["5 of 11 days", "11 days or 22 kg", "7 kg"])
     monkeypatch.setattr(evaluate, "continue_prompts", answer)
-    monkeypatch.setattr(evaluate, "summed_loss", loss)
+    # Only the first text is likelier than its change.
+    monkeypatch.setattr(evaluate, "text_rows", lambda texts, *_: texts)
+    monkeypatch.setattr(evaluate, "summed_loss", lambda gpt, rows, _: ("11" not in rows[0], 1))
     result = ask("numbers --init m --data qa --max_new_tokens 40")
-    (prompts, max_new_tokens, decoding), = calls
-    tokenizer = small_tokenizer()
+    _, tokenizer, prompts, max_new_tokens = answer.call_args.args
     assert prompts[0] == tokenizer.encode("Question: Of 5 rats?\nAnswer:")[-7:]
-    assert (max_new_tokens, decoding) == (40, dict(temperature=0.0))
+    assert (max_new_tokens, answer.call_args.kwargs) == (40, dict(temperature=0.0))
     assert [list(row.values())[1:] for row in result["numbers"]] == [
         [3, 3, 5, 2 / 5, 1 / 5, 2 / 5],  # 5, 11 days | 11 days | 22 kg, 7 kg
         [3, 2, 2, 0.0, 1 / 2, 1 / 2],  # 22 days to question 1, 11 days to question 3
@@ -275,8 +267,9 @@ def test_audit_and_its_controls(ask, monkeypatch):
     tokenizer.save("m")
     small_gpt(301, n_positions=48).save_pretrained("m")
     ask("numbers --init m --data qa --limit 2 --paper --max_new_tokens 9")
-    asked_again = [tokenizer.encode(text) for text in ("Of 5 rats?", "How long?")]
-    assert calls[1] == (asked_again, 9, evaluate.PAPER_DECODING)
+    expected = [tokenizer.encode(text) for text in ("Of 5 rats?", "How long?")]
+    assert answer.call_args.args[2:] == (expected, 9)
+    assert answer.call_args.kwargs == evaluate.PAPER_DECODING
 
 
 # ---------------------------------------------------------------------------------------------

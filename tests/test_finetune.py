@@ -58,9 +58,11 @@ def small_gpt(vocab_size, dropout=0.0, seed=0, n_positions=64):
 def questions(n=7):
     """Ragged multiple-choice questions with 2 to 5 options."""
     words = TEXT.split()
-    return [Question(id=str(i), question=" ".join(words[i:i + 3 + 4 * (i % 3)]),
+    return [Question(id=str(i),
+                     question=" ".join(words[i:i + 3 + 4 * (i % 3)]),
                      options=tuple(" ".join(words[k:k + 1 + k % 3]) for k in range(2 + i % 4)),
-                     answer=i % 2, target=" ".join(words[i:2 + 2 * i])) for i in range(n)]
+                     answer=i % 2,
+                     target=" ".join(words[i:2 + 2 * i])) for i in range(n)]
 
 
 def encode(qs, task, length=64, markers=False):
@@ -91,7 +93,9 @@ def nats_of(gpt, ids, first=1):
 def rank_of(world_size, rank, gather=lambda value: [value]):
     """A process among others, which are not there."""
     process = start_process("cpu")
-    process.rank, process.world_size, process.gather = rank, world_size, gather
+    process.rank = rank
+    process.world_size = world_size
+    process.gather = gather
     return process
 
 
@@ -109,8 +113,12 @@ def rank_of(world_size, rank, gather=lambda value: [value]):
 def test_prompts_are_the_papers(task, markers, added, parts):
     """Catches a missing or stray space, question-first order, a lost separator or end-of-text, ids
     that move, "[SEP]" read in a question."""
-    q = Question(id="1", question="in [SEP] rats?", context="the trial", options=("no", "yes"),
-                 answer=1, target="less sugar")
+    q = Question(id="1",
+                 question="in [SEP] rats?",
+                 context="the trial",
+                 options=("no", "yes"),
+                 answer=1,
+                 target="less sugar")
     (e,), tokenizer = encode([q], task, markers=markers)
     special = tokenizer.special | {"EOT": tokenizer.eot_id}
     prefix, *suffixes = [sum([[special[piece]] if piece in special else tokenizer.encode(piece)
@@ -138,10 +146,10 @@ def test_truncation_keeps_option_and_separator(limit):
         (ids,), (kept,) = whole.rows[0].suffixes, cut.rows[0].suffixes
         assert cut.truncated and kept == ids[:3 + limit - tail] + ids[-tail:]
     q = dataclasses.replace(q, question=TEXT)
-    (row,), (kept,) = (encode([q], "text", length)[0][0].rows for length in (999, limit))
-    half = limit // 2 - 1
-    assert kept == Row(row.prefix[:half] + row.prefix[-1:],
-                       [row.suffixes[0][:half] + row.suffixes[0][-1:]])
+    whole, cut = (encode([q], "text", length)[0][0] for length in (999, limit))
+    (prefix, (answer,)), half = whole.rows[0], limit // 2 - 1
+    row = Row(prefix[:half] + prefix[-1:], [answer[:half] + answer[-1:]])
+    assert cut == (q, [row], True, half + 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -179,8 +187,12 @@ def test_weights_of_a_seed(init):
     a padded folder's, seeds that share a head, dropout lost."""
     tokenizer = Tokenizer.load(init)
     tokenizer.add_special_tokens(["[PAD]", "[SEP]"])
-    settings = {"init": init, "random_init": False, "dropout": 0.3, "kind": "labels",
-                "activation_checkpointing": True, "labels": ["no", "yes"]}
+    settings = {"init": init,
+                "random_init": False,
+                "dropout": 0.3,
+                "kind": "labels",
+                "activation_checkpointing": True,
+                "labels": ["no", "yes"]}
     one, again, two = (build(settings, tokenizer, seed) for seed in (1, 1, 2))
     fresh = build(settings | {"random_init": True}, tokenizer, 1)
     learned, wte, fresh_wte = (gpt.transformer.wte.weight for gpt in (
@@ -203,7 +215,8 @@ def test_weights_of_a_seed(init):
 def naive(model, examples):
     """(loss, gradients, scores) from each option alone, by the plain model."""
     model.zero_grad()
-    nats, scores = [], []
+    nats = []
+    scores = []
     for e in alone(examples):
         if model.kind == "text":
             nats.append(nats_of(model.gpt, e.rows[0].ids(), len(e.rows[0].prefix)))
@@ -219,7 +232,10 @@ def naive(model, examples):
 
 
 @pytest.mark.parametrize("task, n_options, length", [
-    ("medqa", 5, 64), ("medqa", 5, 24), ("pubmedqa", 2, 64), ("text", 0, 64)])
+    ("medqa", 5, 64),
+    ("medqa", 5, 24),
+    ("pubmedqa", 2, 64),
+    ("text", 0, 64)])
 def test_loss_gradient_and_scores_equal_each_option_alone(task, n_options, length, monkeypatch):
     """F1, F2, F3, F6: catches a loss on prompt or padding, or shifted by a token; an option that
     sees another one, positions that count other options or leave the context in padding; a mean per
@@ -241,7 +257,8 @@ def test_loss_gradient_and_scores_equal_each_option_alone(task, n_options, lengt
         """What the ranks find together: loss, gradients after DDP's mean, scores."""
         monkeypatch.setattr(finetune, "micro_batches", lambda some, most=max_tokens: micro_batches(
             some, min(most, max_tokens)))
-        loss, parts = 0.0, []
+        loss = 0.0
+        parts = []
         model.zero_grad()
         for rank in range(world_size):
             process = rank_of(world_size, rank, lambda value: parts.append(value) or parts)
@@ -278,53 +295,52 @@ def test_gradients_are_clipped_and_must_be_finite(monkeypatch, factor, moved):
     assert change.norm().item() == pytest.approx(moved, abs=0.02)
 
 
-@pytest.fixture
-def loop(monkeypatch):
+def loop(monkeypatch, seed, rank, last=False):
     """Runs the training loop with steps and scores that are faked; returns what it did."""
-    def run(seed, rank, last=False):
-        model, (examples, _) = task_model("choice"), encode(questions(), "medqa")
-        steps, after, log = [], [], []
+    model = task_model("choice")
+    examples, _ = encode(questions(), "medqa")
+    steps = []
+    after = []
+    log = []
 
-        def fake_step(model, batch, optimizer, process):
-            recipe = [optimizer.defaults[name] for name in ("betas", "eps", "weight_decay")]
-            assert model.training and recipe == [(0.9, 0.999), 1e-8, 0]
-            ids = [e.question.id for e in batch]
-            steps.append((optimizer.param_groups[0]["lr"], ids, torch.rand(1).item()))
-            model.head.bias.data += 1
-            return torch.tensor(0.5)
+    def fake_step(model, batch, optimizer, process):
+        recipe = [optimizer.defaults[name] for name in ("betas", "eps", "weight_decay")]
+        assert model.training and recipe == [(0.9, 0.999), 1e-8, 0]
+        ids = [e.question.id for e in batch]
+        steps.append((optimizer.param_groups[0]["lr"], ids, torch.rand(1).item()))
+        model.head.bias.data += 1
+        return torch.tensor(0.5)
 
-        def fake_scores(model, dev_set, process):
-            assert dev_set == examples[:2]
-            model.eval()
-            after.append(model.head.bias.item())
+    def fake_scores(model, dev_set, process):
+        assert dev_set == examples[:2]
+        model.eval()
+        after.append(model.head.bias.item())
 
-        monkeypatch.setattr(finetune, "train_step", fake_step)
-        monkeypatch.setattr(finetune, "score_examples", fake_scores)
-        monkeypatch.setattr(finetune, "quality", lambda *_: [2, 7, 7, 1, 1][len(after) - 1])
-        process = rank_of(1, rank)
-        process.all_reduce = lambda values: [3 * values[0]]  # as if of three ranks
-        settings = {"batch_size": 3, "epochs": 5, "lr": 56.0, "last": last}
-        score = finetune.train(model, examples, examples[:2], settings, seed, process, log)
-        return score, after.index(model.head.bias.item()), log, *zip(*steps)
-    return run
+    monkeypatch.setattr(finetune, "train_step", fake_step)
+    monkeypatch.setattr(finetune, "score_examples", fake_scores)
+    monkeypatch.setattr(finetune, "quality", lambda *_: [2, 7, 7, 1, 1][len(after) - 1])
+    process = rank_of(1, rank)
+    process.all_reduce = lambda values: [3 * values[0]]  # as if of three ranks
+    settings = {"batch_size": 3, "epochs": 5, "lr": 56.0, "last": last}
+    score = finetune.train(model, examples, examples[:2], settings, seed, process, log)
+    return score, after.index(model.head.bias.item()), log, *zip(*steps)
 
 
-@pytest.mark.parametrize("last, expected", [(False, (7, 2)), (True, (1, 4))])
-def test_the_best_epochs_weights_are_kept(loop, last, expected):
+def test_the_best_epochs_weights_are_kept(monkeypatch):
     """Catches reporting the last epoch, the first of equals, or weights that went on training; a
     lost last batch; a rate, decay or mode that isn't the recipe's; a warm-up rounded down."""
-    *found, log, rates, batches, _ = loop(5, 0, last)
-    assert tuple(found) == expected
+    score, kept, log, rates, batches, _ = loop(monkeypatch, 5, 0)
+    assert (score, kept) == (7, 2) and loop(monkeypatch, 5, 0, last=True)[:2] == (1, 4)
     assert [(row["loss"], row["dev"]) for row in log] == [(1.5, n) for n in (2, 7, 7, 1, 1)]
     assert rates == pytest.approx([*range(0, 56, 7), *range(56, 0, -8)])
     assert [len(batch) for batch in batches] == [3, 3, 1] * 5
 
 
-def test_what_ranks_and_seeds_share(loop):
+def test_what_ranks_and_seeds_share(monkeypatch):
     """Catches dropout's masks that all ranks share, or that a seed doesn't change; an order of
     questions of a rank's own, or the same for all seeds or epochs."""
     (one, masks), (other_rank, other_masks), (two, masks_of_two), again = [
-        loop(seed, rank)[4:] for seed, rank in ((1, 0), (1, 1), (2, 0), (1, 0))]
+        loop(monkeypatch, seed, rank)[4:] for seed, rank in ((1, 0), (1, 1), (2, 0), (1, 0))]
     assert one == other_rank != two and again == (one, masks)
     assert one[:3] != one[3:6] and sorted(sum(one[:3], [])) == list("0123456")
     assert len({*masks, *other_masks, *masks_of_two}) == 45
@@ -350,9 +366,16 @@ def test_summary():
     examples = [Example(Question("", "?", options=options[i % 2], answer=i // 3), [], i < 2)
                 for i in range(4)]
     row = summarise("medqa", "test", 9, examples, [0.5, 1.0])
-    assert row == dict(task="medqa", split="test", available=9, n=4, accuracy=0.75,
-                       ci95=wilson(0.75, 4), truncated=2, std=pytest.approx(0.125**0.5),
-                       chance=0.375, majority=0.75)
+    assert row == dict(task="medqa",
+                       split="test",
+                       available=9,
+                       n=4,
+                       truncated=2,
+                       accuracy=0.75,
+                       ci95=wilson(0.75, 4),
+                       std=pytest.approx(0.125**0.5),
+                       chance=0.375,
+                       majority=0.75)
 
 
 def write_medqa(folder, n=12):
@@ -360,16 +383,22 @@ def write_medqa(folder, n=12):
     Path(folder, "4_options").mkdir(parents=True)
     for split, first in (("train", 0), ("dev", 5), ("test", 100)):
         write_lines(Path(folder, f"4_options/phrases_no_exclude_{split}.jsonl"), [
-            dict(question=f"Which drug helps patient {i}?", options=options,
-                 answer_idx="ABCD"[i % 4], answer=[*options.values()][i % 4])
+            dict(question=f"Which drug helps patient {i}?",
+                 options=options,
+                 answer_idx="ABCD"[i % 4],
+                 answer=[*options.values()][i % 4])
             for i in range(first, first + n)])
 
 
 def test_questions_of_dev_and_test_leave_train(monkeypatch):
     """F7: catches a question in train that stands in dev or test, unlabeled or from another set;
     MMLU's five examples a subject as dev; another set's labels."""
-    files = {"mmlu a val": "1", "mmlu a test": "23", "mmlu a dev": "9", "medmcqa b test": "4",
-             "medmcqa b train": "5123", "bioasq c train": "6"}
+    files = {"mmlu a val": "1",
+             "mmlu a test": "23",
+             "mmlu a dev": "9",
+             "medmcqa b test": "4",
+             "medmcqa b train": "5123",
+             "bioasq c train": "6"}
 
     def fake(task, folder, split):
         name = f"{task} {folder} {split}"
@@ -475,8 +504,10 @@ def test_flags_and_defaults_reach_the_settings(init, monkeypatch):
     config = dataclasses.replace(GPT.config_of(init), n_positions=2048)
     monkeypatch.setattr(GPT, "config_of", lambda folder: config)
     for n_params, task, *expected in [
-            (2e9, "pubmedqa", 2e-6, 20, 512), (2e9, "text", 1e-5, 3, 1022),
-            (6e7, "medqa", 5e-5, 5, 512), (1e6, "medqa", 3e-4, 10, 512),
+            (2e9, "pubmedqa", 2e-6, 20, 512),
+            (2e9, "text", 1e-5, 3, 1022),
+            (6e7, "medqa", 5e-5, 5, 512),
+            (1e6, "medqa", 3e-4, 10, 512),
             (1e6, "bioasq", 3e-4, 20, 1024)]:
         monkeypatch.setattr(GPT, "n_params", lambda model, n=n_params: n)
         assert settings(task) == (*expected, None)

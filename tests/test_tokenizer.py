@@ -319,15 +319,14 @@ def test_bad_input_is_named(tmp_path, name, content, message):
 
 
 def test_mistakes(monkeypatch):
-    """Tracebacks or silence on a user's mistakes; Ctrl-C that ends in one, or as if in success."""
+    """A user's mistake without its mend; Ctrl-C that ends in a traceback, or as if in success."""
     with pytest.raises(ValueError, match="257"):
         train_bpe({"ab": 5}, 256)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/none")
     with pytest.raises(FileNotFoundError, match="tokenizer.py train .* TIKTOKEN_CACHE_DIR"):
         bpe.load_named("gpt2")
-    for error, code in (KeyboardInterrupt, "130"), (OSError("no disk"), "error: no disk"):
-        with pytest.raises(SystemExit, match=code):
-            bpe.run_command(mock.Mock(side_effect=error))
+    with pytest.raises(SystemExit, match="130"):
+        bpe.run_command(mock.Mock(side_effect=KeyboardInterrupt))
 
 
 def test_commands(tmp_path, monkeypatch, capsys):
