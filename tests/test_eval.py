@@ -231,12 +231,17 @@ def test_numbers_and_their_verdicts():
 
 
 def test_perturbed_text_differs_in_one_number():
-    """Catches a "perturbed" text equal to the true one, whose comparison would count as a loss."""
+    """Catches a "perturbed" text equal to the true one, whose comparison would count as a loss; one
+    number's place, or a zero before a number, that would give the changed text away."""
     text = "In 2018, 7 of 40 patients took 250 mg."
+    places = set()
     for seed in range(30):
         other = evaluate.perturb(text, seed)
-        changed = sum(a != b for a, b in zip(text.split(), other.split(), strict=True))
-        assert changed == 1 and len(other) == len(text)
+        pairs = enumerate(zip(text.split(), other.split(), strict=True))
+        (place,) = [i for i, (a, b) in pairs if a != b]
+        places.add(place)
+        assert len(other) == len(text) and " 0" not in other
+    assert places == {1, 2, 4, 7}
     assert evaluate.perturb("no number: p53, 1.5", 0) is None
 
 
