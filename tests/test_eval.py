@@ -62,37 +62,32 @@ def ask(tmp_path, parts, monkeypatch):
 # perplexity
 
 
-def check_perplexity(gpt, found, rows, n_first, text):
-    """rows: ids, all but a row's first predicted; n_first: those that the bytes count, too."""
-    n_scored = sum(map(len, rows)) - len(rows)
-    n_bytes = len(text.encode())
-    loss = sum(nats_of(gpt, row).item() for row in rows) / n_scored
-    bits = loss / math.log(2) * (n_scored + n_first) / n_bytes
-    assert list(found.values()) == pytest.approx([loss, bits, n_scored, n_bytes], rel=1e-5)
-    return found
-
-
 def test_perplexity(parts, ask):
     """Catches a mean of documents' means, characters taken for bytes, bits for nats, a window's
     edge that is skipped or scored twice, --limit that counts something else; in arrays targets
     counted where there are none, bits a byte without a row's first token, another tokenizer."""
     gpt, tokenizer = parts
-    some = DOCUMENTS[:7]
-    documents = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in some]
-    rows = [ids[at:at + 49] for ids in documents for at in range(0, len(ids) - 1, 48)]
-    command = "perplexity --init m --data a.jsonl --limit 7"
-    row = check_perplexity(gpt, ask(command), rows, 0, "".join(some))
-    assert ask(f"{command} --dtype bfloat16")["loss"] != row["loss"]
+    texts = DOCUMENTS[:7]
+    documents = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in texts]
+    windows = [ids[at:at + 49] for ids in documents for at in range(0, len(ids) - 1, 48)]
     tokenize("a.jsonl", "m", "arrays", val_fraction=0.6)
     ids = np.fromfile("arrays/val.bin", np.uint16).tolist()
     rows = [ids[at:at + 48] for at in range(0, len(ids), 48)]
     assert len(rows) > 2 and len(rows[-1]) < 40
-    text = tokenizer.decode([i for i in ids if i != tokenizer.eot_id])
-    command = "perplexity --init m --data arrays"
-    check_perplexity(gpt, ask(command), rows, len(rows), text)
+    held_out = tokenizer.decode([i for i in ids if i != tokenizer.eot_id])
+    for data, cut, n_bytes, n_tokens in (
+            ("a.jsonl --limit 7", windows, len("".join(texts).encode()), None),
+            ("arrays", rows, len(held_out.encode()), len(ids))):
+        n_scored = sum(map(len, cut)) - len(cut)
+        loss = sum(nats_of(gpt, row).item() for row in cut) / n_scored
+        bits = loss / math.log(2) * (n_tokens or n_scored) / n_bytes
+        found = ask(f"perplexity --init m --data {data}")
+        assert list(found.values()) == pytest.approx([loss, bits, n_scored, n_bytes], rel=1e-5)
+        low = ask(f"perplexity --init m --data {data} --dtype bfloat16")
+        assert low["loss"] != found["loss"]
     Tokenizer.from_merges([]).save("m")
     with pytest.raises(ValueError, match="another tokenizer"):
-        ask(command)
+        ask("perplexity --init m --data arrays")
 
 
 # ---------------------------------------------------------------------------------------------

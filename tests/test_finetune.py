@@ -103,53 +103,41 @@ def rank_of(world_size, rank, gather=lambda value: [value]):
 # prompts
 
 
-@pytest.mark.parametrize("task, markers, added, parts", [
-    ("medqa", False, "[PAD]+[CLS]+[SEP]", "in [SEP] rats?+[SEP]/ no+[SEP]/ yes+[SEP]"),
-    ("bioasq", False, "[PAD]+<|CONTEXT|>+<|QUESTION1|>+<|QUESTION2|>+<|ANSWER|>",
-     "/the trial+in [SEP] rats?"),
+# L is the part that is cut first, S the other one.
+@pytest.mark.parametrize("length", [8, 12, 20, 64])
+@pytest.mark.parametrize("task, markers, added, template", [
+    ("medqa", False, "[PAD]+[CLS]+[SEP]", "L+[SEP]/S+[SEP]"),
+    ("bioasq", False, "[PAD]+<|CONTEXT|>+<|QUESTION1|>+<|QUESTION2|>+<|ANSWER|>", "/L+S"),
     ("bioasq", True, "[PAD]+<|CONTEXT|>+<|QUESTION|>+<|ANSWER|>",
-     "/<|CONTEXT|>+the trial+<|QUESTION|>+in [SEP] rats?+<|ANSWER|>"),
-    ("text", False, "[PAD]+<|startoftext|>", "in [SEP] rats?+<|startoftext|>/less sugar+EOT")])
-def test_prompts_are_the_papers(task, markers, added, parts):
-    """Catches a missing or stray space, question-first order, a lost separator or end-of-text, ids
-    that move, "[SEP]" read in a question."""
-    q = Question(id="1",
-                 question="in [SEP] rats?",
-                 context="the trial",
-                 options=("no", "yes"),
-                 answer=1,
-                 target="less sugar")
-    (e,), tokenizer = encode([q], task, markers=markers)
+     "/<|CONTEXT|>+L+<|QUESTION|>+S+<|ANSWER|>"),
+    ("text", False, "[PAD]+<|startoftext|>", "L+<|startoftext|>/S+EOT")])
+def test_prompts_are_the_papers(task, markers, added, template, length):
+    """F4: catches a missing or stray space, question-first order, ids that move, "[SEP]" read in a
+    question; cutting from a row's end, which drops the answer, a separator or end-of-text, or from
+    a text's start."""
+    asked = [dataclasses.replace(q, question=f"in [SEP] {q.question}", context=TEXT[:30 * i])
+             for i, q in enumerate(questions())]
+    examples, tokenizer = encode(asked, task, length, markers)
     special = tokenizer.special | {"EOT": tokenizer.eot_id}
-    prefix, *suffixes = [sum([[special[piece]] if piece in special else tokenizer.encode(piece)
-                              for piece in part.split("+")], []) for part in parts.split("/")]
-    assert e.rows == [Row(prefix, suffixes)]
-    assert e.n_targets == (len(suffixes[0]) if task == "text" else 0)
     assert [special[name] for name in added.split("+")] == [*range(300, tokenizer.vocab_size)]
-
-
-@pytest.mark.parametrize("limit", [8, 12, 20, 64])
-def test_truncation_keeps_option_and_separator(limit):
-    """F4: catches cutting from the row's end, which drops the answer or the final separator, and
-    from a text's start."""
-    whole, cut = (alone(encode(questions(), "medqa", length)[0]) for length in (999, limit))
-    for one, other in zip(whole, cut, strict=True):
-        assert other.truncated == (one.length() > limit)
-        for (text, (option,)), row in zip(one.rows, other.rows, strict=True):
-            option = option[:-1][:limit - 2] + option[-1:]
-            text = text[:-1][:limit - 1 - len(option)] + text[-1:]
-            assert row == Row(text, [option])
-    q = Question(id="1", question="the trial", context=TEXT, target=TEXT)
-    n = len(small_tokenizer().encode(q.question))
-    for markers, tail in (False, n), (True, n + 2):  # <|QUESTION|> the trial <|ANSWER|>
-        whole, cut = (encode([q], "bioasq", 3 + length, markers)[0][0] for length in (999, limit))
-        (ids,), (kept,) = whole.rows[0].suffixes, cut.rows[0].suffixes
-        assert cut.truncated and kept == ids[:3 + limit - tail] + ids[-tail:]
-    q = dataclasses.replace(q, question=TEXT)
-    whole, cut = (encode([q], "text", length)[0][0] for length in (999, limit))
-    (prefix, (answer,)), half = whole.rows[0], limit // 2 - 1
-    row = Row(prefix[:half] + prefix[-1:], [answer[:half] + answer[-1:]])
-    assert cut == (q, [row], True, half + 1)
+    room = length - sum(template.count(name) for name in special)
+    for q, e in zip(asked, alone(examples), strict=True):
+        options = [" " + option for option in q.options]
+        rows = []
+        for text in {"medqa": options, "bioasq": [q.question], "text": [q.target]}[task]:
+            long = tokenizer.encode(q.context if task == "bioasq" else q.question)
+            short = tokenizer.encode(text)
+            n = len(long) + len(short)
+            while task == "text" and max(len(long), len(short)) > room // 2:
+                max(long, short, key=len).pop()
+            while len(long) + len(short) > room:
+                (long or short).pop()
+            ids = {name: [i] for name, i in special.items()} | {"": [], "L": long, "S": short}
+            prefix, suffix = [sum([ids[name] for name in part.split("+")], [])
+                              for part in template.split("/")]
+            rows.append((Row(prefix, [suffix]), len(long) + len(short) < n))
+        assert (e.rows, e.truncated) == ([row for row, _ in rows], any(cut for _, cut in rows))
+        assert e.n_targets == (len(suffix) if task == "text" else 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -241,7 +229,7 @@ def test_loss_gradient_and_scores_equal_each_option_alone(task, n_options, lengt
     sees another one, positions that count other options or leave the context in padding; a mean per
     micro-batch or rank, wrong once lengths differ; a wrong stride of ranks, a lost order; a rank
     without a question that adds one; gradients that DDP exchanges too early or too often; bfloat16
-    that isn't used; a graph kept."""
+    that isn't used; a graph kept; a budget without padding, or without a question's rows."""
     qs = [dataclasses.replace(q, options=q.options[:n_options]) for q in questions()]
     examples, _ = encode(qs, task, length)
     # At 24 truncation leaves some questions another prefix an option.
@@ -255,8 +243,12 @@ def test_loss_gradient_and_scores_equal_each_option_alone(task, n_options, lengt
 
     def run(world_size, max_tokens):
         """What the ranks find together: loss, gradients after DDP's mean, scores."""
-        monkeypatch.setattr(finetune, "micro_batches", lambda some, most=max_tokens: micro_batches(
-            some, min(most, max_tokens)))
+        def cut(some, most=max_tokens):
+            chunks = micro_batches(some, min(most, max_tokens))
+            assert all(collate(c).idx.numel() <= max_tokens or len(c) == 1 for c in chunks)
+            return chunks
+
+        monkeypatch.setattr(finetune, "micro_batches", cut)
         loss = 0.0
         parts = []
         model.zero_grad()
@@ -272,8 +264,8 @@ def test_loss_gradient_and_scores_equal_each_option_alone(task, n_options, lengt
     loss, _, scores = expected = naive(model, examples)
     if task == "text":
         assert quality(scores, examples) == pytest.approx(-loss)
-    for cut in (1, 8192), (1, 1), (2, 90), (8, 90):
-        torch.testing.assert_close(run(*cut), expected, atol=2e-5, rtol=1e-3)
+    for world_size, max_tokens in (1, 8192), (1, 1), (2, 120), (8, 120):
+        torch.testing.assert_close(run(world_size, max_tokens), expected, atol=2e-5, rtol=1e-3)
     low = start_process("cpu", "bfloat16")
     assert abs(train_step(model, examples, Mock(), low).item() / loss - 1) > 1e-5
     assert score_examples(model, examples, low) != score_examples(model, examples, CPU)
@@ -344,14 +336,6 @@ def test_what_ranks_and_seeds_share(monkeypatch):
     assert one == other_rank != two and again == (one, masks)
     assert one[:3] != one[3:6] and sorted(sum(one[:3], [])) == list("0123456")
     assert len({*masks, *other_masks, *masks_of_two}) == 45
-
-
-def test_micro_batches_hold_every_example_once_within_the_budget():
-    """Catches a dropped last chunk, and a budget that ignores padding or a question's rows."""
-    examples, _ = encode(questions(), "medqa", 24)
-    chunks = micro_batches(examples * 3, max_tokens=120)
-    assert sum(map(len, chunks)) == 21 > len(chunks)
-    assert all(collate(chunk).idx.numel() <= 120 or len(chunk) == 1 for chunk in chunks)
 
 
 # ---------------------------------------------------------------------------------------------
