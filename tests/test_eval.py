@@ -23,7 +23,6 @@ from test_finetune import (
     call,
     lines,
     nats_of,
-    questions,
     small_gpt,
     small_tokenizer,
     write_medqa,
@@ -99,25 +98,23 @@ def test_likelihood_of_options_equals_plain_logits(parts):
     wrong end; options that see each other; equal options that differ by rounding; a context behind
     its question, and a cloze text with "Question:" and "Answer:"."""
     gpt, tokenizer = parts
-    asked = questions()
-    for n in range(10, 60):  # at some n a prompt just fits
-        asked.append(Question("", TEXT[:n], options=("no", "maybe", "no"), answer=0))
+    lengths = range(10, 60)  # at some a prompt just fits
+    asked = [Question("", TEXT[:n], context="Rats." * (n % 2), options=("no", "maybe", "no"),
+                      answer=0) for n in lengths]
+    prompts = ["Rats.\n" * (n % 2) + f"Question: {TEXT[:n]}\nAnswer:" for n in lengths]
     asked.append(Question("", "Which?", options=("no", TEXT), answer=0))  # longer than the context
-    asked.append(replace(asked[0], context="Rats."))
-    asked.append(replace(asked[0], kind="cloze, medical"))
+    asked.append(Question("", "Which?", kind="cloze", options=("fever", "a"), answer=0))
+    prompts += ["Question: Which?\nAnswer:", "Which?"]
     examples, scores = evaluate.zero_shot(gpt, tokenizer, asked, CPU)
-    prompts = [f"Question: {q.question}\nAnswer:" for q in asked[:-1]]
-    prompts[-1] = f"Rats.\n{prompts[-1]}"
-    for q, text, e, found in zip(asked, [*prompts, asked[0].question], examples, scores,
-                                 strict=True):
+    assert {e.truncated for e in examples[:50]} == {False, True}
+    for q, prompt, e, found in zip(asked, prompts, examples, scores, strict=True):
         options = [tokenizer.encode(" " + option)[:47] for option in q.options]
-        prompt = tokenizer.encode(text)
-        kept = prompt[max(0, len(prompt) + max(map(len, options)) - 48):]
-        assert e.truncated == (len(kept) < len(prompt))
+        ids = tokenizer.encode(prompt)
+        kept = ids[max(0, len(ids) + max(map(len, options)) - 48):]
+        assert e.truncated == (len(kept) < len(ids))
         expected = [-nats_of(gpt, kept + ids, len(kept)).item() for ids in options]
         assert found == pytest.approx(expected, abs=2e-4)
-    assert all(found[0] == found[2] for found in scores[7:57])
-    assert {e.truncated for e in examples[7:57]} == {False, True}
+        assert found[-1] == found[0] or len(set(q.options)) == len(q.options)
 
 
 def test_acc_norm_counts_characters():
@@ -318,7 +315,7 @@ COMMANDS = {
     "generate": (evaluate, "generate --init pretrained --prompt A"),
     "curves": (evaluate, "curves qa"),
     "export": (model, "export --init pretrained --out exported"),
-    "export tuned": (model, "export --init tuned --out exported"),
+    "export_tuned": (model, "export --init tuned --out exported"),
 }
 BYTES = {"empty": b"", "page": b"<html>404</html>", "null": b"null", "list": b"[1]",
          "utf16": b"\xff\xfe{}", "deep": b"[" * 10**5, "zip": b"PK\5\6" + bytes(18),
@@ -338,10 +335,10 @@ DAMAGE = [  # file, the commands that read it, ways to spoil it
     ("pretrained/vocab.json", "perplexity",
      "empty page half null list utf16 deep !=null !=-1 !=1"),
     ("pretrained/merges.txt", "tune", "empty page half utf16"),
-    ("tuned/added_tokens.json", "qa, export tuned",
+    ("tuned/added_tokens.json", "qa, export_tuned",
      "empty page half null list utf16 deep [PAD]=null [PAD]=\"x\" [PAD]=-1 [PAD]=5"),
     ("tuned/added_tokens.json", "qa", "[PAD]=99999"),
-    (f"tuned/{WEIGHTS}", "qa, export tuned", "empty page half flip"),
+    (f"tuned/{WEIGHTS}", "qa, export_tuned", "empty page half flip"),
     ("tuned/config.json", "qa", "empty n_embd=32"),
     ("tuned/head.pt", "qa", "empty page half flip weight=NaN bias=Infinity weight=[] bias=null"),
     ("tuned/run.json", "qa", "empty page half null list utf16 deep length=0 length=null "
@@ -352,8 +349,9 @@ DAMAGE = [  # file, the commands that read it, ways to spoil it
 ]
 
 
-def told(name, flags=""):
-    """What a command says of an error, in one line, or of a warning."""
+def told(command):
+    """What a command says of an error, in one line, or of a warning. It may end in more flags."""
+    name, _, flags = command.partition(" ")
     script, line = COMMANDS[name]
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
@@ -414,23 +412,23 @@ def test_damage_is_told(whole, tmp_path, monkeypatch, file, commands, ways):
         assert Path(file).name in said or str(folder) in said, (way, name, said)
 
 
-@pytest.mark.parametrize("name, flags, mend", [
-    ("tune", "--out pretrained", "a folder of its own"),
-    ("tune", "--init tuned --out pretrained", "a folder of its own"),
-    ("tune", "--init stanford-crfm/BioMedLM", "data.py download"),
-    ("tune", "--data arrays", "put the official file"),
-    ("tune", "--json no/r.json", "make it first"),
-    ("tune", "--length 7", "8 or more"),
-    ("tune", "--lr nan", "number"),
-    ("tune", "--seeds 1,0", "number"),
-    ("qa", "--init pretrained", "--zero_shot"),
-    ("qa", "--task text", "give --task"),
-    ("perplexity", "--json no/r.json", "make it first"),
-    ("generate", f"--prompt '{TEXT}'", "context"),
-    ("generate", "--top_p 1.5", "number"),
-    ("generate", "--temperature -1", "number"),
-    ("curves", "", "log.jsonl")])
-def test_mistakes(whole, monkeypatch, name, flags, mend):
+@pytest.mark.parametrize("command, mend", [
+    ("tune --out pretrained", "a folder of its own"),
+    ("tune --init tuned --out pretrained", "a folder of its own"),
+    ("tune --init stanford-crfm/BioMedLM", "data.py download"),
+    ("tune --data arrays", "put the official file"),
+    ("tune --json no/r.json", "make it first"),
+    ("tune --length 7", "8 or more"),
+    ("tune --lr nan", "number"),
+    ("tune --seeds 1,0", "number"),
+    ("qa --init pretrained", "--zero_shot"),
+    ("qa --task text", "give --task"),
+    ("perplexity --json no/r.json", "make it first"),
+    (f"generate --prompt '{TEXT}'", "context"),
+    ("generate --top_p 1.5", "number"),
+    ("generate --temperature -1", "number"),
+    ("curves", "log.jsonl")])
+def test_mistakes(whole, monkeypatch, command, mend):
     """Catches tracebacks for a user's mistakes, messages without a mend, and checks too late."""
     monkeypatch.chdir(whole)
-    assert mend in told(name, flags)
+    assert mend in told(command)
