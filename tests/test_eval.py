@@ -241,11 +241,11 @@ def test_audit_and_its_controls(ask, monkeypatch):
     """Catches an answer judged by another's source, a control that is the question's own reference,
     a reference judged by itself, and a preference for the changed text; a flag without effect."""
     asked = [Question("1", "Of 5 rats?", target="It took 11 days."),
-             Question("2", "How long?", context="After 22 days.", target="It took 22 days."),
+             Question("2", "How long?", context="22 days, 9 sites.", target="It took 22 days."),
              Question("3", "How?", target="None at all."),
              Question("4", "Without an answer?")]
     monkeypatch.setattr(evaluate, "load_qa", lambda *_: asked)
-    answer = Mock(return_value=["5 of 11 days", "11 days or 22 kg", "7 kg"])
+    answer = Mock(return_value=["5 of 11 days", "9 or 11 days, 22 kg", "7 kg"])
     monkeypatch.setattr(evaluate, "continue_prompts", answer)
     # Only the first text is likelier than its change.
     monkeypatch.setattr(evaluate, "text_rows", lambda texts, *_: texts)
@@ -255,7 +255,7 @@ def test_audit_and_its_controls(ask, monkeypatch):
     assert prompts[0] == tokenizer.encode("Question: Of 5 rats?\nAnswer:")[-7:]
     assert (max_new_tokens, answer.call_args.kwargs) == (40, dict(temperature=0.0))
     assert [list(row.values())[1:] for row in result["numbers"]] == [
-        [3, 3, 5, 2 / 5, 1 / 5, 2 / 5],  # 5, 11 days | 11 days | 22 kg, 7 kg
+        [3, 3, 6, 1 / 2, 1 / 6, 1 / 3],  # 5, 11 days, 9 | 11 days | 22 kg, 7 kg
         [3, 2, 2, 0.0, 1 / 2, 1 / 2],  # 22 days to question 1, 11 days to question 3
         [3, 2, 2, 1 / 2, 0.0, 1 / 2]]  # 11 days and nothing, 22 days and the context
     # of two texts with numbers; a tie is no preference
@@ -325,26 +325,26 @@ BYTES = {"empty": b"", "page": b"<html>404</html>", "null": b"null", "list": b"[
 WEIGHTS = "model.safetensors" if find_spec("safetensors") else "pytorch_model.bin"
 DAMAGE = [  # file, the commands that read it, ways to spoil it
     ("pretrained/config.json", "train, perplexity",
-     "empty page half null list utf16 deep n_layer=2 n_head=null vocab_size=10000000"),
+     "empty half null list utf16 deep n_layer=2 n_head=null vocab_size=10000000"),
     ("pretrained/run.json", "train",
-     "empty page half null list utf16 deep settings=null settings=[]"),
+     "empty half null list utf16 deep settings=null settings=[]"),
     ("pretrained/checkpoint_0000004.pt", "train",
      "empty half flip zip lost step=1 step=null model=[] optimizer=null "
      "model/transformer.ln_f.bias=NaN model/transformer.wte.weight=Infinity "
      "optimizer/state/transformer.ln_f.bias/exp_avg=NaN"),
     ("pretrained/vocab.json", "perplexity",
-     "empty page half null list utf16 deep !=null !=-1 !=1"),
+     "empty half null list utf16 deep !=null !=-1 !=1"),
     ("pretrained/merges.txt", "tune", "empty page half utf16"),
     ("tuned/added_tokens.json", "qa, export_tuned",
-     "empty page half null list utf16 deep [PAD]=null [PAD]=\"x\" [PAD]=-1 [PAD]=5"),
+     "empty half null list utf16 deep [PAD]=null [PAD]=\"x\" [PAD]=-1 [PAD]=5"),
     ("tuned/added_tokens.json", "qa", "[PAD]=99999"),
     (f"tuned/{WEIGHTS}", "qa, export_tuned", "empty page half flip"),
     ("tuned/config.json", "qa", "empty n_embd=32"),
     ("tuned/head.pt", "qa", "empty page half flip weight=NaN bias=Infinity weight=[] bias=null"),
-    ("tuned/run.json", "qa", "empty page half null list utf16 deep length=0 length=null "
+    ("tuned/run.json", "qa", "empty half null list utf16 deep length=0 length=null "
      'length="12" labels=5 markers="no" task=5 kind=null'),
     ("arrays/meta.json", "train",
-     "empty page half null list utf16 deep vocab_size=null eot_id=null "
+     "empty half null list utf16 deep vocab_size=null eot_id=null "
      "train=null val=5 val/tokens=null val/bytes=null val/tokens=-1"),
 ]
 
