@@ -354,12 +354,12 @@ def test_summary():
 
 
 def write_medqa(folder):
-    options = dict(A="aspirin", B="heparin", C="insulin", D="no")
+    drugs = ["aspirin", "heparin", "insulin", "no"]
     Path(folder, "4_options").mkdir(parents=True)
     for split, first in (("train", 0), ("dev", 5), ("test", 100)):
         write_lines(Path(folder, f"4_options/phrases_no_exclude_{split}.jsonl"), [
             dict(question=f"Which drug helps patient {i}?",
-                 options=options,
+                 options=dict(zip("ABCD", drugs[i % 3:] + drugs[:i % 3])),
                  answer_idx="ABCD"[i % 4])
             for i in range(first, first + 12)])
 
@@ -440,7 +440,7 @@ def test_command_trains_saves_and_eval_agrees(init, task, flags):
         load_finetuned("out", "pubmedqa")
 
 
-@pytest.mark.parametrize("split, saved, mean", [("test", 1, 1 / 3), ("dev", 3, 1 / 6)])
+@pytest.mark.parametrize("split, saved, mean", [("test", 1, 1 / 6), ("dev", 3, 1 / 3)])
 def test_dev_chooses_and_test_is_reported(init, monkeypatch, split, saved, mean):
     """Catches a seed or an epoch chosen on what is reported, another seed's weights or predictions
     saved, training questions of dev, the best seed's score reported as all seeds'."""
@@ -455,13 +455,13 @@ def test_dev_chooses_and_test_is_reported(init, monkeypatch, split, saved, mean)
 
     monkeypatch.setattr(finetune, "train", fake_train)
     monkeypatch.setattr(finetune, "score_examples", lambda model, examples, process: [
-        [2, model.head.bias.item(), 0, 0]] * len(examples))
+        [model.head.bias.item(), 2, 0, 0]] * len(examples))
     result = tune("--seeds 3,1,2 --dtype bfloat16 --limit 6")
     assert (result["split"], result["saved_seed"]) == (split, saved)
     assert result["accuracy"] == pytest.approx(mean)
     assert load_finetuned("out", "medqa")[0].head.bias.item() == saved
     row = lines("out/predictions.jsonl")[0]
-    assert (row["scores"], row["prediction"]) == ([2, saved, 0, 0], int(saved > 2))
+    assert (row["scores"], row["prediction"]) == ([saved, 2, 0, 0], int(saved < 2))
 
 
 def test_flags_and_defaults_reach_the_settings(init, monkeypatch):
