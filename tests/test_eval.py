@@ -141,15 +141,15 @@ def test_qa_command(ask, monkeypatch):
     """Catches a split, limit or dtype that is ignored, figures that are not the predictions', and a
     test split without answers, or without a file, that doesn't give way to dev."""
     write_medqa("qa")
-    command = "qa --zero_shot --task medqa --data qa --init m --limit 6 --predictions p "
+    command = "qa --zero_shot --task medqa --data qa --init m --limit 5 --predictions p "
     for flag, split in ("", "test"), ("--split dev", "dev"):
         row = ask(command + flag)
-        asked = load_qa("medqa", "qa", split)[::2]
+        asked = [load_qa("medqa", "qa", split)[i] for i in (0, 2, 4, 7, 9)]
         assert [line["id"] for line in lines("p")] == [q.id for q in asked]
         scores = np.array([line["scores"] for line in lines("p")])
         right = scores.argmax(1) == [q.answer for q in asked]
         assert row["accuracy"] == row["groups"][0]["accuracy"] == right.mean()
-        assert (row["split"], row["available"], row["n"]) == (split, 12, 6)
+        assert (row["split"], row["available"], row["n"]) == (split, 12, 5)
     ask(command + "--split dev --dtype bfloat16")
     assert (np.array([line["scores"] for line in lines("p")]) != scores).any()
     Path("qa/4_options/phrases_no_exclude_test.jsonl").unlink()
