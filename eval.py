@@ -618,11 +618,8 @@ def curves(args):
     written = set().union(*itertools.chain(*logs.values()))
     names = [name for name in PANELS if name in written]
     figure = Figure(figsize=(11, 12), dpi=100, layout="constrained")
-    axes = figure.subplots(4, 2).flatten()
-    for ax in axes[len(names):]:
-        ax.remove()
-    for ax, name in zip(axes, names):
-        ax.set_title(PANELS[name])
+    for place, name in enumerate(names, 1):
+        ax = figure.add_subplot(4, 2, place, title=PANELS[name])
         # train.py counts steps, finetune.py epochs. There several seeds pass the same epochs, so no
         # line joins the points.
         for run, axis in itertools.product(args.runs, ("step", "epoch")):

@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import json
 import math
-from itertools import chain, zip_longest
 from pathlib import Path
 from statistics import fmean, mode, stdev
 from typing import NamedTuple
@@ -507,10 +506,10 @@ def score_examples(model, examples, process):
         rows = scores.view(len(chunk), -1).tolist()
         for e, row in zip(chunk, rows):
             found[id(e)] = row[:len(e.question.options) or 1]  # without -inf of missing options
-    # Rank r scored examples r, r + world_size, …: take one of each rank in turn.
-    parts = process.gather([found[id(e)] for e in share])
-    in_turn = zip_longest(*parts)
-    return list(chain.from_iterable(in_turn))[:len(examples)]
+    scores = [None] * len(examples)
+    for rank, part in enumerate(process.gather([found[id(e)] for e in share])):
+        scores[rank::process.world_size] = part
+    return scores
 
 
 def correct(scores, examples):
@@ -678,7 +677,7 @@ def new_file(text):
 
 
 REQUIRED = {"required": True}
-SWITCH = {"action": "store_true"}
+SWITCH = {"action": "store_true", "default": False}
 LIST = {"nargs": "+"}
 
 FLAGS = {  # flag: (kind, help) or (kind, help, default)
@@ -711,9 +710,7 @@ FLAGS = {  # flag: (kind, help) or (kind, help, default)
 def add_flag(parser, name, kind, sentence, default=None):
     """Add a row of FLAGS. kind: a type for one value, or options of argparse."""
     options = kind if isinstance(kind, dict) else {"type": kind}
-    if kind is not SWITCH:  # its default is False
-        options = options | {"default": default}
-    parser.add_argument(name, help=sentence, **options)
+    parser.add_argument(name, help=sentence, **{"default": default} | options)
 
 
 def parse_args():

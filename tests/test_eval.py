@@ -2,21 +2,31 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import shlex
 import shutil
 import sys
-from argparse import Namespace
 from dataclasses import replace
+from functools import reduce
 from importlib.util import find_spec
+from operator import getitem
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from test_finetune import TEXT, questions, small_gpt, small_tokenizer, write_medqa
+from test_finetune import (
+    TEXT,
+    call,
+    lines,
+    nats_of,
+    small_gpt,
+    small_tokenizer,
+    write_medqa,
+)
 
 import eval as evaluate
 import finetune
@@ -25,8 +35,8 @@ import train
 from data import Question, load_qa, tokenize
 from finetune import Example, wilson, write_lines
 from model import GPT
-from tokenizer import Tokenizer, json_lines, run_command, train_bpe
-from train import start_process
+from tokenizer import Tokenizer, run_command, train_bpe
+from train import start_process, write_json
 
 CPU = start_process("cpu")
 DOCUMENTS = ["A patient", TEXT, "é 漢字 µg", TEXT[:90] + "naïve"] * 3
@@ -38,68 +48,45 @@ def parts():
 
 
 @pytest.fixture
-def call(tmp_path, parts, monkeypatch):
+def ask(tmp_path, parts, monkeypatch):
     """Runs a command in a folder with a model, m, and text, a.jsonl; returns what --json holds."""
     monkeypatch.chdir(tmp_path)
     parts[0].save_pretrained("m")
     parts[1].save("m")
     write_lines("a.jsonl", [dict(id=f"{i}", text=text) for i, text in enumerate(DOCUMENTS)])
-
-    def run(command):
-        monkeypatch.setattr(sys, "argv", ["eval.py", *shlex.split(command), "--json", "r.json"])
-        evaluate.main()
-        return json.loads(Path("r.json").read_text())
-    return run
-
-
-def naive_nats(gpt, ids):
-    """Summed loss of ids[1:] given all before, by plain logits."""
-    with torch.no_grad():
-        logits = gpt(torch.tensor([ids[:-1]]))[0][0]
-    return F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum").item()
-
-
-def check_perplexity(row, nats, n_scored, n_tokens, n_bytes):
-    loss = nats / n_scored
-    assert (row["tokens"], row["bytes"]) == (n_scored, n_bytes)
-    assert row["loss"] == pytest.approx(loss, rel=1e-5)
-    assert row["bits_per_byte"] == pytest.approx(loss / math.log(2) * n_tokens / n_bytes, rel=1e-5)
+    return lambda command: call(evaluate, command)
 
 
 # ---------------------------------------------------------------------------------------------
 # perplexity
 
 
-def test_perplexity_of_text(parts, call):
+def test_perplexity(parts, ask):
     """Catches a mean of documents' means, characters taken for bytes, bits for nats, a window's
-    edge that is skipped or scored twice, and --limit that counts something else."""
+    edge that is skipped or scored twice, --limit that counts something else; in arrays targets
+    counted where there are none, bits a byte without a row's first token, another tokenizer."""
     gpt, tokenizer = parts
-    row = call("perplexity --init m --data a.jsonl --limit 7")
-    nats = n_tokens = 0
-    for text in DOCUMENTS[:7]:
-        ids = [tokenizer.eot_id, *tokenizer.encode(text)]
-        nats += sum(naive_nats(gpt, ids[at:at + 49]) for at in range(0, len(ids) - 1, 48))
-        n_tokens += len(ids) - 1
-    check_perplexity(row, nats, n_tokens, n_tokens, len("".join(DOCUMENTS[:7]).encode()))
-    low = call("perplexity --init m --data a.jsonl --limit 7 --dtype bfloat16")["loss"]
-    assert low != row["loss"]
-
-
-def test_perplexity_of_arrays(parts, call):
-    """Catches targets counted where there are none, bits a byte that leave out a row's first token,
-    and arrays of another tokenizer."""
-    gpt, tokenizer = parts
+    texts = DOCUMENTS[:7]
+    documents = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in texts]
+    windows = [ids[at:at + 49] for ids in documents for at in range(0, len(ids) - 1, 48)]
     tokenize("a.jsonl", "m", "arrays", val_fraction=0.6)
     ids = np.fromfile("arrays/val.bin", np.uint16).tolist()
     rows = [ids[at:at + 48] for at in range(0, len(ids), 48)]
     assert len(rows) > 2 and len(rows[-1]) < 40
-    row = call("perplexity --init m --data arrays")
-    text = tokenizer.decode([i for i in ids if i != tokenizer.eot_id])
-    nats = sum(naive_nats(gpt, row) for row in rows)
-    check_perplexity(row, nats, len(ids) - len(rows), len(ids), len(text.encode()))
+    held_out = tokenizer.decode([i for i in ids if i != tokenizer.eot_id])
+    for data, cut, n_bytes, n_tokens in (
+            ("a.jsonl --limit 7", windows, len("".join(texts).encode()), None),
+            ("arrays", rows, len(held_out.encode()), len(ids))):
+        n_scored = sum(map(len, cut)) - len(cut)
+        loss = sum(nats_of(gpt, row).item() for row in cut) / n_scored
+        bits = loss / math.log(2) * (n_tokens or n_scored) / n_bytes
+        found = ask(f"perplexity --init m --data {data}")
+        assert list(found.values()) == pytest.approx([loss, bits, n_scored, n_bytes], rel=1e-5)
+        low = ask(f"perplexity --init m --data {data} --dtype bfloat16")
+        assert low["loss"] != found["loss"]
     Tokenizer.from_merges([]).save("m")
     with pytest.raises(ValueError, match="another tokenizer"):
-        call("perplexity --init m --data arrays")
+        ask("perplexity --init m --data arrays")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -108,38 +95,32 @@ def test_perplexity_of_arrays(parts, call):
 
 def test_likelihood_of_options_equals_plain_logits(parts):
     """Catches an option scored from the wrong place, without its space, or with a prompt cut at the
-    wrong end; options that see each other; equal options that differ by rounding."""
+    wrong end; options that see each other; equal options that differ by rounding; a context behind
+    its question, and a cloze text with "Question:" and "Answer:"."""
     gpt, tokenizer = parts
-    asked = questions()
-    for n in range(10, 60):  # at some n a prompt just fits
-        options = ("no", "maybe", "no")
-        asked.append(Question("", TEXT[:n], options=options, answer=0))
+    lengths = range(10, 60)  # at some a prompt just fits
+    asked = [Question("", TEXT[:n], context="Rats." * (n % 2), options=("no", "maybe", "no"),
+                      answer=0) for n in lengths]
+    prompts = ["Rats.\n" * (n % 2) + f"Question: {TEXT[:n]}\nAnswer:" for n in lengths]
     asked.append(Question("", "Which?", options=("no", TEXT), answer=0))  # longer than the context
+    asked.append(Question("", "Which?", kind="cloze", options=("fever", "a"), answer=0))
+    prompts += ["Question: Which?\nAnswer:", "Which?"]
     examples, scores = evaluate.zero_shot(gpt, tokenizer, asked, CPU)
-    for q, e, found in zip(asked, examples, scores, strict=True):
+    assert {e.truncated for e in examples[:50]} == {False, True}
+    for q, prompt, e, found in zip(asked, prompts, examples, scores, strict=True):
         options = [tokenizer.encode(" " + option)[:47] for option in q.options]
-        prompt = tokenizer.encode(f"Question: {q.question}\nAnswer:")
-        kept = prompt[max(0, len(prompt) + max(map(len, options)) - 48):]
-        assert e.truncated == (len(kept) < len(prompt))
-        before = naive_nats(gpt, kept) if kept[1:] else 0
-        expected = [before - naive_nats(gpt, kept + ids) for ids in options]
+        ids = tokenizer.encode(prompt)
+        kept = ids[max(0, len(ids) + max(map(len, options)) - 48):]
+        assert e.truncated == (len(kept) < len(ids))
+        expected = [-nats_of(gpt, kept + ids, len(kept)).item() for ids in options]
         assert found == pytest.approx(expected, abs=2e-4)
-    assert all(found[0] == found[2] for found in scores[7:-1])
-    assert {e.truncated for e in examples[7:-1]} == {False, True}
-
-
-def test_prompts():
-    """Catches a context behind its question, and a cloze text with "Question:" and "Answer:"."""
-    q = Question("1", "Does it help?", context="Rats.")
-    assert evaluate.zero_shot_prompt(q) == "Rats.\nQuestion: Does it help?\nAnswer:"
-    q = Question("1", "Rats were given", kind="cloze, medical")
-    assert evaluate.zero_shot_prompt(q) == "Rats were given"
+        assert found[-1] == found[0] or len(set(q.options)) == len(q.options)
 
 
 def test_acc_norm_counts_characters():
     """Catches division by tokens, by bytes, or by the characters with the space before them."""
-    examples = [Example(Question("1", "?", options=("éé", "abc"), answer=0), []),
-                Example(Question("2", "?", options=("a", "bcd"), answer=0), [])]
+    examples = [Example(Question("1", "?", options=options, answer=0), [])
+                for options in (("éé", "abc"), ("a", "bcd"))]
     # A character costs 2.0 and 2.1, 2.0 and 2.4: the first option wins.
     assert evaluate.acc_norm([[-4.0, -6.3], [-2.0, -7.2]], examples) == 1.0
     # 2.0 and 1.4, 2.0 and 1.9: the second wins, but the first by bytes, or with the space.
@@ -156,54 +137,42 @@ def test_breakdown():
     assert rows[1]["ci95"] == wilson(1.0, 1)
 
 
-def test_default_split(monkeypatch):
-    """Catches a test split without answers, or without a file, that doesn't give way to dev."""
-    q = Question("", "?", options=("a", "b"), answer=0)
-    monkeypatch.setattr(evaluate, "load_qa", lambda task, data, split: [split])
-    args = Namespace(task="medqa", data="", split=None)
-    for found, split in ([q], "test"), ([replace(q, answer=None)], "dev"), ([], "dev"):
-        monkeypatch.setattr(finetune, "find_split", lambda *_, found=found: found)
-        assert evaluate.find_questions(args) == (split, [split])
-
-
-def test_qa_command(call):
-    """Catches a split, limit or dtype that is ignored, figures that are not the predictions'."""
-    write_medqa(Path("qa"))
-    command = "qa --zero_shot --task medqa --data qa --init m --limit 6 --predictions p --split "
-    for split in ("test", "dev"):
-        row = call(command + split)
-        asked = load_qa("medqa", "qa", split)[::2]
-        lines = [line for _, line in json_lines("p")]
-        assert [line["id"] for line in lines] == [q.id for q in asked]
-        scores = np.array([line["scores"] for line in lines])
+def test_qa_command(ask, monkeypatch):
+    """Catches a split, limit or dtype that is ignored, figures that are not the predictions', and a
+    test split without answers, or without a file, that doesn't give way to dev."""
+    write_medqa("qa")
+    command = "qa --zero_shot --task medqa --data qa --init m --limit 5 --predictions p "
+    for flag, split in ("", "test"), ("--split dev", "dev"):
+        row = ask(command + flag)
+        asked = [load_qa("medqa", "qa", split)[i] for i in (0, 2, 4, 7, 9)]
+        assert [line["id"] for line in lines("p")] == [q.id for q in asked]
+        scores = np.array([line["scores"] for line in lines("p")])
         right = scores.argmax(1) == [q.answer for q in asked]
         assert row["accuracy"] == row["groups"][0]["accuracy"] == right.mean()
-        assert (row["split"], row["available"], row["n"]) == (split, 12, 6)
-    call(command + "dev --dtype bfloat16")
-    low = np.array([line["scores"] for _, line in json_lines("p")])
-    assert (low != scores).any()
+        assert (row["split"], row["available"], row["n"]) == (split, 12, 5)
+    ask(command + "--split dev --dtype bfloat16")
+    assert (np.array([line["scores"] for line in lines("p")]) != scores).any()
+    Path("qa/4_options/phrases_no_exclude_test.jsonl").unlink()
+    assert ask(command)["split"] == "dev"
+    hidden = [replace(q, answer=None) for q in asked]
+    monkeypatch.setattr(finetune, "load_qa", lambda task, data, split: hidden)
+    assert ask(command)["split"] == "dev"
 
 
 # ---------------------------------------------------------------------------------------------
 # generation
 
 
-@pytest.mark.parametrize("decoding", [dict(temperature=0.0),
-                                      dict(num_beams=3, no_repeat_ngram_size=2),
-                                      dict(temperature=0.0, no_repeat_ngram_size=1)])
-def test_ragged_prompts_in_one_batch_equal_each_alone(parts, decoding):
-    """Catches padding that is attended to, counted as a position, taken for repeated text, or left
-    over for the next batch."""
+def test_ragged_prompts_in_batches_equal_each_alone(parts):
+    """Catches padding that is attended to or counted as a position, or left for the next batch."""
     gpt, tokenizer = parts
-    texts = ("the trial of insulin in rats", "A", "Which drug", "Which drug")
-    prompts = [tokenizer.encode(text) for text in texts]
-    together = evaluate.continue_prompts(gpt, tokenizer, prompts, 12, batch_size=2, **decoding)
-    alone = [evaluate.continue_prompts(gpt, tokenizer, [prompt], 12, **decoding)[0]
-             for prompt in prompts]
-    assert together == alone and len(set(together)) > 1
+    prompts = [tokenizer.encode(text) for text in ("the trial of insulin in rats", "A", "Which")]
+    together, alone = [evaluate.continue_prompts(gpt, tokenizer, prompts, 12, size, temperature=0.0)
+                       for size in (2, 1)]
+    assert together == alone and len(set(together)) == 3
 
 
-def test_flags_of_generate_reach_the_model(call, parts, monkeypatch):
+def test_flags_of_generate_reach_the_model(ask, parts, monkeypatch):
     """Catches a flag without effect, text after end-of-text, a prompt without its last token."""
     tokenizer = parts[1]
     given = {}
@@ -215,7 +184,7 @@ def test_flags_of_generate_reach_the_model(call, parts, monkeypatch):
         return torch.cat([idx, new], dim=1)
 
     monkeypatch.setattr(GPT, "generate", generate)
-    result = call("generate --init m --prompt 'A drug' '' --dtype bfloat16 --temperature 0.5 "
+    result = ask("generate --init m --prompt 'A drug' '' --dtype bfloat16 --temperature 0.5 "
                   "--top_k 7 --top_p 0.9 --seed 3 --num_beams 2 --length_penalty 0.25 "
                   "--max_new_tokens 9")
     assert result["texts"] == [tokenizer.decode([65, 66])] * 2
@@ -229,7 +198,7 @@ def test_flags_of_generate_reach_the_model(call, parts, monkeypatch):
     tokenizer.add_special_tokens(["<|startoftext|>"])
     tokenizer.save("m")
     small_gpt(301).save_pretrained("m")
-    call("generate --init m --prompt 'A drug' --paper")
+    ask("generate --init m --prompt 'A drug' --paper")
     assert given["idx"] == [[*ids, tokenizer.special["<|startoftext|>"]]]
     paper = dict(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)
     assert given | paper == given
@@ -254,43 +223,39 @@ def test_numbers_and_their_verdicts():
 
 
 def test_perturbed_text_differs_in_one_number():
-    """Catches a "perturbed" text equal to the true one, whose comparison would count as a loss."""
+    """Catches a "perturbed" text equal to the true one, whose comparison would count as a loss; one
+    number's place, or a zero before a number, that would give the changed text away."""
     text = "In 2018, 7 of 40 patients took 250 mg."
+    places = set()
     for seed in range(30):
         other = evaluate.perturb(text, seed)
-        changed = sum(a != b for a, b in zip(text.split(), other.split(), strict=True))
-        assert changed == 1 and len(other) == len(text)
+        pairs = enumerate(zip(text.split(), other.split(), strict=True))
+        (place,) = [i for i, (a, b) in pairs if a != b]
+        places.add(place)
+        assert len(other) == len(text) and " 0" not in other
+    assert places == {1, 2, 4, 7}
     assert evaluate.perturb("no number: p53, 1.5", 0) is None
 
 
-def test_audit_and_its_controls(call, monkeypatch):
+def test_audit_and_its_controls(ask, monkeypatch):
     """Catches an answer judged by another's source, a control that is the question's own reference,
     a reference judged by itself, and a preference for the changed text; a flag without effect."""
-    targets = ["It took 11 days.", "It took 22 days.", "None at all."]
-    asked = [Question("1", "Of 5 rats?", target=targets[0]),
-             Question("2", "How long?", context="After 22 days.", target=targets[1]),
-             Question("3", "How?", target=targets[2]),
+    asked = [Question("1", "Of 5 rats?", target="It took 11 days."),
+             Question("2", "How long?", context="22 days, 9 sites.", target="It took 22 days."),
+             Question("3", "How?", target="None at all."),
              Question("4", "Without an answer?")]
-    monkeypatch.setattr(evaluate, "load_qa", lambda task, dir, split: asked)
-    calls = []
-
-    def answer(*given, **decoding):
-        calls.append((*given[2:], decoding))
-        return ["5 of 11 days", "11 days or 22 kg", "7 kg"]
-
-    def loss(gpt, rows, process):  # the second text and its change are as likely
-        text = small_tokenizer().decode(next(rows)[1][0].tolist())
-        return (1.0 if text == targets[0] else 2.0), 1
-
+    monkeypatch.setattr(evaluate, "load_qa", lambda *_: asked)
+    answer = Mock(return_value=["5 of 11 days", "9 or 11 days, 22 kg", "7 kg"])
     monkeypatch.setattr(evaluate, "continue_prompts", answer)
-    monkeypatch.setattr(evaluate, "summed_loss", loss)
-    result = call("numbers --init m --data qa --max_new_tokens 40")
-    (prompts, max_new_tokens, decoding), = calls
-    tokenizer = small_tokenizer()
+    # Only the first text is likelier than its change.
+    monkeypatch.setattr(evaluate, "text_rows", lambda texts, *_: texts)
+    monkeypatch.setattr(evaluate, "summed_loss", lambda gpt, rows, _: ("11" not in rows[0], 1))
+    result = ask("numbers --init m --data qa --max_new_tokens 40")
+    _, tokenizer, prompts, max_new_tokens = answer.call_args.args
     assert prompts[0] == tokenizer.encode("Question: Of 5 rats?\nAnswer:")[-7:]
-    assert (max_new_tokens, decoding) == (40, dict(temperature=0.0))
+    assert (max_new_tokens, answer.call_args.kwargs) == (40, dict(temperature=0.0))
     assert [list(row.values())[1:] for row in result["numbers"]] == [
-        [3, 3, 5, 2 / 5, 1 / 5, 2 / 5],  # 5, 11 days | 11 days | 22 kg, 7 kg
+        [3, 3, 6, 1 / 2, 1 / 6, 1 / 3],  # 5, 11 days, 9 | 11 days | 22 kg, 7 kg
         [3, 2, 2, 0.0, 1 / 2, 1 / 2],  # 22 days to question 1, 11 days to question 3
         [3, 2, 2, 1 / 2, 0.0, 1 / 2]]  # 11 days and nothing, 22 days and the context
     # of two texts with numbers; a tie is no preference
@@ -298,16 +263,17 @@ def test_audit_and_its_controls(call, monkeypatch):
     tokenizer.add_special_tokens(["<|startoftext|>"])  # as after fine-tuning
     tokenizer.save("m")
     small_gpt(301, n_positions=48).save_pretrained("m")
-    call("numbers --init m --data qa --limit 2 --paper --max_new_tokens 9")
-    asked_again = [tokenizer.encode(text) for text in ("Of 5 rats?", "How long?")]
-    assert calls[1] == (asked_again, 9, evaluate.PAPER_DECODING)
+    ask("numbers --init m --data qa --limit 2 --paper --max_new_tokens 9")
+    expected = [tokenizer.encode(text) for text in ("Of 5 rats?", "How long?")]
+    assert answer.call_args.args[2:] == (expected, 9)
+    assert answer.call_args.kwargs == evaluate.PAPER_DECODING
 
 
 # ---------------------------------------------------------------------------------------------
 # tokenizer, curves, mistakes
 
 
-def test_tokenizer_tables(call):
+def test_tokenizer_tables(ask):
     """Catches a space counted as a piece, characters taken for bytes, a term missed for its capital
     or its comma."""
     one = Tokenizer.from_merges(train_bpe({" no": 2, " ne": 2}, 300))  # merges " n", " no", " ne"
@@ -317,7 +283,7 @@ def test_tokenizer_tables(call):
     text = " ".join(["Genome, (genome) é"] * 6)
     Path("t.txt").write_text(text)
     one.save("one")
-    table, groups, of_text, bands = call("tokenizer --tokenizer m --against one --text t.txt")
+    table, groups, of_text, bands = ask("tokenizer --tokenizer m --against one --text t.txt")
     assert list(table[-1]) == ["word", "m", "one"]
     assert table[-1]["m"] == "t/h/r/o/m/b/in" and groups[-1]["terms"] == 210
     n_tokens = len(tokenizer.encode(text + "\n"))
@@ -325,18 +291,16 @@ def test_tokenizer_tables(call):
     assert [(row["group"], row["terms"]) for row in bands] == [("10 to 99", 1), ("never", 239)]
 
 
-def test_curves(call, monkeypatch):
+def test_curves(ask, monkeypatch):
     """Catches validation rows taken for training rows, epochs for steps."""
     pytest.importorskip("matplotlib")  # an optional package
-    write_lines("m/log.jsonl", [dict(step=1, loss=5.0), dict(step=2, loss=4.0),
-                                dict(step=2, val_loss=4.5)])
-    write_lines("log.jsonl", [dict(epoch=1, loss=1.0, dev=0.5), dict(dev=0.75)])
-    saved = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig",
-                        lambda figure, *_, **__: saved.append(figure))
-    call("curves m . --out c.png")
-    lines = [line.get_xydata().tolist() for ax in saved[0].axes for line in ax.lines]
-    assert lines == [[[1, 5.0], [2, 4.0]], [[1, 1.0]], [[2, 4.5]], [[1, 0.5]]]
+    write_lines("m/log.jsonl", [dict(step=1, loss=5), dict(step=2, loss=4), dict(step=3, lr=6)])
+    write_lines("log.jsonl", [dict(epoch=7, loss=1, dev=2), dict(dev=3)])
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.extend(
+        line.get_xydata().tolist() for ax in figure.axes for line in ax.lines))
+    ask("curves m . --out c.png")
+    assert drawn == [[[1, 5], [2, 4]], [[7, 1]], [[3, 6]], [[7, 2]]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -351,44 +315,43 @@ COMMANDS = {
     "generate": (evaluate, "generate --init pretrained --prompt A"),
     "curves": (evaluate, "curves qa"),
     "export": (model, "export --init pretrained --out exported"),
-    "export tuned": (model, "export --init tuned --out exported"),
+    "export_tuned": (model, "export --init tuned --out exported"),
 }
-BYTES = {"empty": lambda old: b"", "page": lambda old: b"<html>404</html>",
-         "half": lambda old: old[:len(old) // 2], "null": lambda old: b"null",
-         "list": lambda old: b"[1]", "utf16": lambda old: b"\xff\xfe{}",
-         "zip": lambda old: b"PK\5\6" + bytes(18), "lost": lambda old: old.replace(b"PK\1\2", b""),
-         "deep": lambda old: b"[" * 10**5,
-         "flip": lambda old: old[:len(old) // 2] + bytes([old[len(old) // 2] ^ 16])
-         + old[len(old) // 2 + 1:]}
+BYTES = {"empty": b"", "page": b"<html>404</html>", "null": b"null", "list": b"[1]",
+         "utf16": b"\xff\xfe{}", "deep": b"[" * 10**5, "zip": b"PK\5\6" + bytes(18),
+         "half": lambda old: old[:len(old) // 2],
+         "lost": lambda old: old.replace(b"PK\1\2", b""),
+         "flip": lambda old: (int.from_bytes(old) ^ 16 << 4 * len(old)).to_bytes(len(old))}
 WEIGHTS = "model.safetensors" if find_spec("safetensors") else "pytorch_model.bin"
 DAMAGE = [  # file, the commands that read it, ways to spoil it
-    ("pretrained/config.json", "train, tune, perplexity, export",
-     "empty page half null list utf16 deep n_layer=2 n_head=null vocab_size=10000000"),
+    ("pretrained/config.json", "train, perplexity",
+     "empty half null list utf16 deep n_layer=2 n_head=null vocab_size=10000000"),
     ("pretrained/run.json", "train",
-     "empty page half null list utf16 deep settings=null settings=[]"),
+     "empty half null list utf16 deep settings=null settings=[]"),
     ("pretrained/checkpoint_0000004.pt", "train",
-     "empty page half null flip zip lost step=1 step=null model=[] optimizer=null "
+     "empty half flip zip lost step=1 step=null model=[] optimizer=null "
      "model/transformer.ln_f.bias=NaN model/transformer.wte.weight=Infinity "
      "optimizer/state/transformer.ln_f.bias/exp_avg=NaN"),
-    ("pretrained/vocab.json", "tune, perplexity, export",
-     "empty page half null list utf16 deep !=null !=-1 !=1"),
-    ("pretrained/merges.txt", "tune, export", "empty page half utf16"),
-    ("tuned/added_tokens.json", "qa, export tuned",
-     "empty page half null list utf16 deep [PAD]=null [PAD]=\"x\" [PAD]=-1 [PAD]=5"),
+    ("pretrained/vocab.json", "perplexity",
+     "empty half null list utf16 deep !=null !=-1 !=1"),
+    ("pretrained/merges.txt", "tune", "empty page half utf16"),
+    ("tuned/added_tokens.json", "qa, export_tuned",
+     "empty half null list utf16 deep [PAD]=null [PAD]=\"x\" [PAD]=-1 [PAD]=5"),
     ("tuned/added_tokens.json", "qa", "[PAD]=99999"),
-    (f"tuned/{WEIGHTS}", "qa, export tuned", "empty page half flip"),
+    (f"tuned/{WEIGHTS}", "qa, export_tuned", "empty page half flip"),
     ("tuned/config.json", "qa", "empty n_embd=32"),
     ("tuned/head.pt", "qa", "empty page half flip weight=NaN bias=Infinity weight=[] bias=null"),
-    ("tuned/run.json", "qa", "empty page half null list utf16 deep length=0 length=null "
+    ("tuned/run.json", "qa", "empty half null list utf16 deep length=0 length=null "
      'length="12" labels=5 markers="no" task=5 kind=null'),
     ("arrays/meta.json", "train",
-     "empty page half null list utf16 deep vocab_size=null eot_id=null "
+     "empty half null list utf16 deep vocab_size=null eot_id=null "
      "train=null val=5 val/tokens=null val/bytes=null val/tokens=-1"),
 ]
 
 
-def told(name, flags=""):
-    """What a command says of an error, in one line, or of a warning."""
+def told(command):
+    """What a command says of an error, in one line, or of a warning. It may end in more flags."""
+    name, _, flags = command.partition(" ")
     script, line = COMMANDS[name]
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
@@ -411,7 +374,7 @@ def whole(tmp_path_factory):
         small_tokenizer().save("tok")
         write_lines("a.jsonl", [dict(id=f"{i}", text=text) for i, text in enumerate(DOCUMENTS)])
         tokenize("a.jsonl", "tok", "arrays", val_fraction=0.6)
-        write_medqa(Path("qa"))
+        write_medqa("qa")
         assert told("train") + told("tune") == ""
         assert '"pad_token": "[PAD]"' in Path("tuned/tokenizer_config.json").read_text()
     return folder
@@ -420,21 +383,18 @@ def whole(tmp_path_factory):
 def spoil(path, way):
     """way: a name in BYTES, or what to set: length=0, or all numbers of a tensor: weight=NaN."""
     if way in BYTES:
-        path.write_bytes(BYTES[way](path.read_bytes()))
+        new = BYTES[way]
+        path.write_bytes(new(path.read_bytes()) if callable(new) else new)
         return
     is_json = path.suffix == ".json"
     contents = json.loads(path.read_text()) if is_json else torch.load(path)
     names, value = way.split("=")
     *groups, name = names.split("/")
-    inner = contents
-    for group in groups:
-        inner = inner[group]
+    inner = reduce(getitem, groups, contents)
     new = json.loads(value)
-    if isinstance(new, float):
-        new = torch.full_like(inner[name], new)
-    inner[name] = new
+    inner[name] = torch.full_like(inner[name], new) if isinstance(new, float) else new
     if is_json:
-        path.write_text(json.dumps(contents))
+        write_json(path, contents)
     else:
         torch.save(contents, path)
 
@@ -445,32 +405,30 @@ def test_damage_is_told(whole, tmp_path, monkeypatch, file, commands, ways):
     monkeypatch.chdir(whole)
     folder = Path(file).parent
     shutil.copytree(folder, tmp_path / "copy")
-    for way in ways.split():
-        for name in commands.split(", "):
-            spoil(Path(file), way)
-            said = told(name)
-            shutil.rmtree(folder)
-            shutil.copytree(tmp_path / "copy", folder)
-            assert Path(file).name in said or str(folder) in said, (way, name, said)
+    for way, name in itertools.product(ways.split(), commands.split(", ")):
+        spoil(Path(file), way)
+        said = told(name)
+        shutil.copytree(tmp_path / "copy", folder, dirs_exist_ok=True)
+        assert Path(file).name in said or str(folder) in said, (way, name, said)
 
 
-@pytest.mark.parametrize("name, flags, mend", [
-    ("tune", "--out pretrained", "a folder of its own"),
-    ("tune", "--init tuned --out pretrained", "a folder of its own"),
-    ("tune", "--init stanford-crfm/BioMedLM", "data.py download"),
-    ("tune", "--data arrays", "put the official file"),
-    ("tune", "--json no/r.json", "make it first"),
-    ("tune", "--length 7", "8 or more"),
-    ("tune", "--lr nan", "number"),
-    ("tune", "--seeds 1,0", "number"),
-    ("qa", "--init pretrained", "--zero_shot"),
-    ("qa", "--task text", "give --task"),
-    ("perplexity", "--json no/r.json", "make it first"),
-    ("generate", f"--prompt '{TEXT}'", "context"),
-    ("generate", "--top_p 1.5", "number"),
-    ("generate", "--temperature -1", "number"),
-    ("curves", "", "log.jsonl")])
-def test_mistakes(whole, monkeypatch, name, flags, mend):
+@pytest.mark.parametrize("command, mend", [
+    ("tune --out pretrained", "a folder of its own"),
+    ("tune --init tuned --out pretrained", "a folder of its own"),
+    ("tune --init stanford-crfm/BioMedLM", "data.py download"),
+    ("tune --data arrays", "put the official file"),
+    ("tune --json no/r.json", "make it first"),
+    ("tune --length 7", "8 or more"),
+    ("tune --lr nan", "number"),
+    ("tune --seeds 1,0", "number"),
+    ("qa --init pretrained", "--zero_shot"),
+    ("qa --task text", "give --task"),
+    ("perplexity --json no/r.json", "make it first"),
+    (f"generate --prompt '{TEXT}'", "context"),
+    ("generate --top_p 1.5", "number"),
+    ("generate --temperature -1", "number"),
+    ("curves", "log.jsonl")])
+def test_mistakes(whole, monkeypatch, command, mend):
     """Catches tracebacks for a user's mistakes, messages without a mend, and checks too late."""
     monkeypatch.chdir(whole)
-    assert mend in told(name, flags)
+    assert mend in told(command)
