@@ -617,9 +617,10 @@ def curves(args):
         raise ValueError("curves needs: pip install matplotlib") from None
     written = set().union(*itertools.chain(*logs.values()))
     names = [name for name in PANELS if name in written]
-    figure = Figure(figsize=(11, 12), dpi=100, layout="constrained")
+    n_rows = math.ceil(len(names) / 2)
+    figure = Figure(figsize=(11, 3 * n_rows), dpi=100, layout="constrained")
     for place, name in enumerate(names, 1):
-        ax = figure.add_subplot(4, 2, place, title=PANELS[name])
+        ax = figure.add_subplot(n_rows, min(2, len(names)), place, title=PANELS[name])
         # train.py counts steps, finetune.py epochs. There several seeds pass the same epochs, so no
         # line joins the points.
         for run, axis in itertools.product(args.runs, ("step", "epoch")):
