@@ -332,8 +332,7 @@ def continue_prompts(gpt, tokenizer, prompts, max_new_tokens, batch_size=16, **d
         n_pad = torch.tensor([T - len(ids) for ids in batch], device=device)
         rows = [[eot_id] * (T - len(ids)) + ids for ids in batch]
         idx = torch.tensor(rows, device=device)  # (B, T)
-        out = gpt.generate(idx, max_new_tokens, eot_id=eot_id,
-                           n_pad=n_pad if n_pad.any() else None, **decoding)
+        out = gpt.generate(idx, max_new_tokens, eot_id=eot_id, n_pad=n_pad, **decoding)
         for ids in out[:, T:].tolist():
             answer = itertools.takewhile(lambda i: i != eot_id, ids)
             texts.append(tokenizer.decode(answer))
@@ -388,7 +387,7 @@ def audit_numbers(args):
     sources = [f"{q.question}\n{q.context}\n{q.target}" for q in questions]
     rows = [judge("generated", answers, sources),
             judge("another question's reference", references[1:] + references[:1], sources),
-            judge("reference, against the question alone", references, asked)]
+            judge("reference, against question and context", references, asked)]
     print_table(rows)
 
     # Compare each true text with the changed one.
@@ -600,7 +599,7 @@ def read_text(path, tokenizers):
 PANELS = {"loss": "training loss, nats a token", "val_loss": "validation loss, nats a token",
           "val_bits_per_byte": "validation, bits a byte", "lr": "learning rate",
           "grad_norm": "gradient norm", "tokens_per_s": "tokens a second",
-          "dev": "fine-tuning: accuracy on dev"}
+          "dev": "fine-tuning: score on dev"}
 
 
 def curves(args):
@@ -646,7 +645,7 @@ COMMANDS = {
     "generate": (generate, "continue a text",
                  "--init --device --dtype --prompt --max_new_tokens --paper --temperature --top_k "
                  "--top_p --num_beams --length_penalty --seed"),
-    "numbers": (audit_numbers, "audit of made-up numbers in generated answers, greedy ones",
+    "numbers": (audit_numbers, "audit of made-up numbers in generated answers",
                 "--init --device --dtype --data --limit --task --split --max_new_tokens --paper"),
     "tokenizer": (tokenizer_tables, "how biomedical words break", "--tokenizer --against --text"),
     "curves": (curves, "loss, rate, gradient norm and speed of runs as a picture", "runs --out"),

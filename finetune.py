@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import TASKS, load_qa
-from model import GPT, check_tensors, cross_entropy, load_tensors
+from model import GPT, check_tensors, cross_entropy, load_tensors, without_memory
 from tokenizer import Tokenizer, read_json, replacing, run_command
 from train import COUNT, POSITIVE, PROBABILITY, announce, distribute, start_process, write_json
 
@@ -287,14 +287,14 @@ def encode_all(questions, task, tokenizer, settings):
     return [encode(q, tokenizer, settings) for q in questions]
 
 
-def fit(long, short, room):
-    """Cut two lists of ids to `room` tokens in all. Returns (long, short, whether any was cut).
+def fit(cut_first, cut_last, room):
+    """Cut two lists of ids to `room` tokens in all. Returns the two, and whether any was cut.
 
-    long is cut first. With room 6: aaaaa bb -> aaaa bb; a bbbbbbbb -> (nothing) bbbbbb.
+    cut_first loses its end first. With room 6: aaaaa bb -> aaaa bb; a bbbbbbbb -> (nothing) bbbbbb.
     """
-    short_kept = short[:room]
-    long_kept = long[:room - len(short_kept)]
-    return long_kept, short_kept, len(long) + len(short) > room
+    last_kept = cut_last[:room]
+    first_kept = cut_first[:room - len(last_kept)]
+    return first_kept, last_kept, len(cut_first) + len(cut_last) > room
 
 
 def encode_choice(question, tokenizer, settings):
@@ -646,8 +646,7 @@ def resolve(args):
     lr = task.lr
     epochs = task.epochs
     # A small model takes larger steps, and more of them: our choice.
-    with torch.device("meta"):  # to count parameters takes no memory
-        gpt = GPT(config)
+    gpt = without_memory(config)
     if gpt.n_params() < 1e9:
         lr = 5e-5
     if gpt.n_params() < 50e6:

@@ -14,7 +14,7 @@ tokens of a row when T new ones follow cached ones.
 The model calls four fused ops: add_layer_norm, bias_gelu, attention, cross_entropy.
 Each computes what its name says; an op with dropout draws its mask from a seed. In the second half
 of this file each stands in the same order: a note that derives its backward, the reference (plain
-PyTorch, any dtype), the forward kernel, the backward kernel, the autograd wiring, the public op. A
+PyTorch, any dtype), the kernels (forward first), the autograd wiring, the public op. A
 CUDA tensor takes the Triton kernel, TRITON_INTERPRET=1 runs the same kernel on the CPU, anything
 else (no GPU, no triton) the reference. Statistics, softmax and sums are fp32. In training
 the linear layers have an op too, accumulating_linear, which calls torch's matrix products.
@@ -215,8 +215,8 @@ class GPT(nn.Module):
 
         By default positions are 0, 1, ..., and each token sees those before it. finetune.py gives
         positions (B, T) int64 and a mask (bool, broadcasts to (B, H, T, T), True where a token sees
-        another): its rows hold a question and then several answers, each seen by itself alone. Such
-        a row may be longer than the context; its positions are not.
+        another): its rows hold a question and then several answers. An answer sees the question and
+        itself. Such a row may be longer than the context; its positions are not.
         """
         T = idx.size(1)
         length = T if cache is None else cache.length + T
@@ -356,7 +356,7 @@ MODEL_TYPE = "gpt2"
 HF_NAMES = {"dropout": "resid_pdrop", "eot_id": "eos_token_id"}  # the other fields are named alike
 
 PRESETS = {
-    # our choice: two layers learn the demo's 320 facts, on two CPU cores, in about a minute
+    # our choice: two layers learn the demo's 384 facts, on two CPU cores, in about a minute
     "demo": dict(n_layer=2, n_head=4, n_embd=128, n_positions=128, vocab_size=2048, dropout=0.0),
     "gpt2-124m": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257,
                       scale_attn_by_inverse_layer_idx=False),
@@ -591,7 +591,7 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     # bf16 on a CPU is to generate, not to train: there the tensors may lie as they are mapped
     mapped = dtype != torch.float32 and torch.device(device).type == "cpu"
     layout = torch.preserve_format if mapped else torch.contiguous_format
-    saved = read_weights(Path(path), model.state_dict())
+    saved = read_weights(Path(path), model.state_dict())  # its names begin with "transformer."
     head = saved.get("transformer.lm_head.weight")
     if head is not None and not torch.equal(head, saved["transformer.wte.weight"]):
         raise ValueError(f"{path} has a head (lm_head.weight) of its own, this model's is the "
@@ -912,7 +912,7 @@ def sum_programs(partial):
 #
 # A row's key is made with "lowbias32" of Chris Wellons' hash-prospector, in which every input bit
 # changes every output bit with probability one half. An element's hash must cost less. `stays` is
-# just good enough: without its last multiplication test_dropout_statistics fails. Triton has a
+# just good enough: without its last multiplication test_dropout_masks fails. Triton has a
 # generator of its own, Philox. It takes ten times the instructions, more than attention does.
 
 
@@ -922,7 +922,7 @@ def dropout_arguments(p, seed):
 
 
 def lowbias32(x):
-    """x is uint32 in a kernel. In the reference it is int64, and "&" keeps it at 32 bits."""
+    """Hash of 32 bits. x: uint32 in a kernel; int64 in the reference, where "&" keeps 32 bits."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)
@@ -1204,7 +1204,7 @@ def add_layer_norm(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=0):
 # Backward. The product rule gives dy/du = s + u · s', and the sigmoid's derivative is
 # s' = s (1 - s) · 2z'. In 2z', 0.134145 is 3 · 0.044715:
 #     dx = dy · (s + u · s (1 - s) · 2z'),  2z' = 2√(2/π) (1 + 0.134145 u²)      db = Σ_rows dx
-# Only x and b are kept: y is cheaper to make again than to store (a quarter of a block's memory).
+# Backward needs u, not y: so only x and b are kept here, and s is computed again.
 
 
 def bias_gelu_ref(x, bias):
@@ -1679,7 +1679,10 @@ def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
 
 
 def add_product(total, a, b):
-    """total + a b in place, total fp32; None: a b, new. bf16 operands take the tensor cores."""
+    """Add the product a b to `total` (fp32) in place; with None return a b as a new tensor.
+
+    bf16 operands take the tensor cores.
+    """
     if a.is_cuda and a.dtype != torch.float32:
         if total is None:
             return torch.mm(a, b, out_dtype=torch.float32)

@@ -85,8 +85,9 @@ def token_bytes(token):
 #     p+ug and hug+s 5 times each     a tie: the smaller ids win, and p is a byte -> "pug"
 #
 # Counting all pairs anew after each merge would take days. But a merge changes only the pairs that
-# touch it. So each pair keeps a list of its words, and counts are corrected. All pairs that a merge
-# makes hold its new token; all others only get rarer. So a pair is counted once, when it comes up.
+# touch it. So each pair keeps a list of its words. The pairs that a merge makes all hold its new
+# token, and are counted once, when they appear. All other pairs only get rarer: the merge lowers
+# their counts.
 
 
 def train_bpe(counts, vocab_size, min_frequency=2):
