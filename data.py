@@ -31,6 +31,7 @@ import shutil
 import tarfile
 import time
 import xml.etree.ElementTree as ET
+import zlib
 from array import array
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +54,6 @@ from tokenizer import (
     json_lines,
     load_named,
     natural,
-    open_input,
     positive,
     read_json,
     read_records,
@@ -534,8 +534,7 @@ def cut_by_label(questions, n_parts, rng):
 def read_blurb(path, split):
     """BLURB's form of BioASQ, tab-separated: id, question, context, yes or no."""
     for line in read_lines(path):
-        ident, question, context, label = line.split("\t")
-        yield yes_or_no(ident, question, context, label)
+        yield yes_or_no(*line.split("\t"))
 
 
 def read_bioasq(path, split):
@@ -885,9 +884,25 @@ SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
 
 
 def chunks(path):
-    """Yield the bytes of a file, plain or .gz, CHUNK at a time."""
-    with open_input(path) as f:
-        yield from iter(partial(f.read, CHUNK), b"")
+    """Yield the bytes of a file, plain or .gz, at most CHUNK at once.
+
+    By zlib: Python's gzip module takes longer to open a small file than to read it.
+    """
+    with open(path, "rb", 0) as f:
+        read = partial(f.read, CHUNK)
+        if not str(path).endswith(".gz"):
+            yield from iter(read, b"")
+            return
+        try:
+            inflate = zlib.decompressobj(31)  # 31: with gzip's header and checksum
+            while packed := inflate.unconsumed_tail or inflate.unused_data or read():
+                if inflate.eof:  # another gzip file after the first
+                    inflate = zlib.decompressobj(31)
+                yield inflate.decompress(packed, CHUNK)
+            if not inflate.eof:
+                raise EOFError("it ends too early")
+        except (EOFError, zlib.error) as e:
+            raise ValueError(f"{path}: damaged gzip ({e}): download it again") from None
 
 
 def xml_records(path):
