@@ -289,7 +289,7 @@ ARTICLE = """<article article-type="{kind}" xmlns:mml="m"><front><article-meta>{
 <abstract abstract-type="teaser"><p>TEASER</p></abstract><abstract abstract-type="toc"><p>TOC</p>
 </abstract><abstract abstract-type="precis"><p>PRECIS</p></abstract><kwd-group><kwd>KEYWORD</kwd>
 </kwd-group></article-meta></front><body><sec><label>1.</label><title>Methods</title>
-<p>Cells<sup><xref ref-type="bibr">3</xref></sup> grew [<xref ref-type="bibr">4</xref>]
+<p>All 40<sup><xref ref-type="bibr">3</xref></sup> grew [<xref ref-type="bibr">4</xref>]
  in vivo<xref ref-type="bibr">7</xref>,<xref ref-type="bibr">8</xref>,
  by <inline-formula><alternatives><tex-math>\\documentclass{{a}}
 \\begin{{document}}$x^2$\\end{{document}}</tex-math><mml:math><mml:mi>x</mml:mi></mml:math>
@@ -306,7 +306,7 @@ ARTICLE = """<article article-type="{kind}" xmlns:mml="m"><front><article-meta>{
 ARTICLE_TEXT = """On mice
 We saw mice.
 1. Methods
-Cells grew [4] in vivo, by $x^2$.
+All 40 grew [4] in vivo, by $x^2$.
 Table 1 Ages
 | Drug
 n | 5
