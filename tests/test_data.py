@@ -730,7 +730,7 @@ def test_download_weights_by_their_pointer(serve):
 
 def test_download_pmc(serve, capsys):
     """An outdated version or inventory, a retracted article or one of another licence is fetched;
-    odd metadata of one article end the whole download, a missing file does not; a bar in a log."""
+    odd metadata of one article end the whole download, or a missing file doesn't; a bar in a log."""
     prefix, files = "inventory-reports/pmc-oa-opendata/metadata/", {}
     articles = {f"PMC{i}.1": {"is_retracted": True} for i in range(100, 550)}
     articles |= {"PMC1.10": {}, "PMC1.2": {}, "PMC3.1": {"license_code": "CC BY-NC"},
