@@ -410,23 +410,23 @@ def test_rerun_makes_what_changed(monkeypatch):
     monkeypatch.setattr(data, "OUTPUT_BYTES", 3)
     for i in (1, 2, 3, 5, 6):
         write(f"raw/{i}.txt", str(i))
-    first = write("raw/10.txt", "large")
+    first = write("raw/a/10.txt", "large")
     out = "raw/out"
     data.extract(["raw"], out)
     before = contents(out)
-    assert outputs(out) == ["1", "5", "10"]
+    assert outputs(out) == ["1", "5", "a-10"]
     assert data.extract(["raw"], out) == {} and contents(out) == before
     write(first, "other")
     os.utime(first, (1, 1))
     write("raw/0.txt", "0")
     data.extract(["raw"], out)
-    assert outputs(out) == ["0", "3", "10"]
+    assert outputs(out) == ["0", "3", "a-10"]
     assert [text for _, text in read_records(f"{out}/0.jsonl.gz")] == ["0", "1", "2"]
-    second = write("b/10.txt", "second")
-    refused("10.jsonl.gz holds the text of .*raw/10.txt", data.extract, [second], out)
+    second = write("b/a-10.txt", "second")
+    refused("a-10.jsonl.gz holds the text of .*raw/a/10.txt", data.extract, [second], out)
     data.extract([write("b/y.txt", "more")], out)
     assert {*texts(out).values()} == {*"012356", "other", "more"}
-    data.extract([first, second, pubmed_file("b/10.xml", citation(3))], "new")
+    data.extract([first, write("b/10.txt", "b"), pubmed_file("b/10.xml", citation(3))], "new")
     assert outputs("new") == ["10-2", "10-3", "10"] and len(texts("new")) == 3
 
 
@@ -521,21 +521,24 @@ def test_same_bytes_for_any_workers(tokenizer, corpus, monkeypatch):
     refused("no meta.json", data.load_meta, "one")
 
 
-def test_both_sides_get_a_document(tokenizer):
-    """Documents on one side only, and so an empty array that training or validation dies of."""
+def test_both_sides_get_a_document():
+    """Documents on one side only, and so an empty array that training or validation dies of; a
+    tokenizer that stood in the folder before."""
     write_text("t.jsonl.gz", [("1", "one"), ("2", "two"), ("3", "three")])
-    for val_fraction in (1e-9, 1 - 1e-9):
-        meta = data.tokenize("t.jsonl.gz", tokenizer, "out", val_fraction)
+    for val_fraction, merges in (1e-9, []), (1 - 1e-9, [("o", "n")]):
+        Tokenizer.from_merges(merges).save("t")
+        meta = data.tokenize("t.jsonl.gz", "t", "out", val_fraction)
         assert sorted(meta[split]["documents"] for split in ("train", "val")) == [1, 2]
+        assert set.union(*documents("out")) == {"one", "two", "three"}
 
 
 def test_tokenize_refuses_with_the_mend(tokenizer, corpus):
-    """A half-written array, an empty corpus, a share that is none."""
-    write_text("empty.jsonl.gz", [("1", "a"), ("1", None)])
+    """A half-written array, a corpus of one document, a share that is none."""
+    write_text("short.jsonl.gz", [("1", "a"), ("1", None), ("2", "b")])
     pairs = list(itertools.product(ALPHABET, repeat=2))
     Tokenizer.from_merges(pairs).save("large")
     refused("uint16 holds 65,536", data.tokenize, "text", "large", "out")
-    refused("two are needed", data.tokenize, "empty.jsonl.gz", tokenizer, "out")
+    refused("two are needed", data.tokenize, "short.jsonl.gz", tokenizer, "out")
     refused("between 0 and 1", data.tokenize, "text", tokenizer, "out", 2)
     refused("run python data.py extract", data.tokenize, "no", tokenizer, "out")
     path = Path("text/f3.jsonl.gz")
@@ -565,7 +568,7 @@ def test_demo(capsys):
         asked = data.load_qa("medqa", "demo", split)
         for q in asked:
             drug = re.search(r"[A-Z]\w+in\b", q.question)[0]
-            assert split_of.setdefault(drug, split) == split
+            assert split_of.setdefault(drug, split) == split and len({*q.options}) == 4
         # of a fact's three questions the corpus has the first
         for q in asked[::3] + data.load_qa("pubmedqa", "demo", split):
             assert f"{q.question} {q.options[q.answer]}.".lower() in told
@@ -730,7 +733,7 @@ def test_download_weights_by_their_pointer(serve):
 
 def test_download_pmc(serve, capsys):
     """An outdated version or inventory, a retracted article or one of another licence is fetched;
-    odd metadata of one article end the whole download, or a missing file doesn't; a bar in a log."""
+    odd metadata of one article end the whole download, or a missing one doesn't; a bar in a log."""
     prefix, files = "inventory-reports/pmc-oa-opendata/metadata/", {}
     articles = {f"PMC{i}.1": {"is_retracted": True} for i in range(100, 550)}
     articles |= {"PMC1.10": {}, "PMC1.2": {}, "PMC3.1": {"license_code": "CC BY-NC"},
