@@ -534,8 +534,7 @@ def cut_by_label(questions, n_parts, rng):
 def read_blurb(path, split):
     """BLURB's form of BioASQ, tab-separated: id, question, context, yes or no."""
     for line in read_lines(path):
-        ident, question, context, label = line.split("\t")
-        yield yes_or_no(ident, question, context, label)
+        yield yes_or_no(*line.split("\t"))
 
 
 def read_bioasq(path, split):
@@ -1064,8 +1063,8 @@ def tidy(line):
     return " ".join(line.replace(CELL, " | ").split())
 
 
-# Each reader below gives the documents of a record: [(id or None, text or None, reason)]. Where
-# there is no text, the reason says why: "no abstract". Most records hold one document.
+# Each reader below gives the documents of a record: [(id or None, text or None, reason)]. A reason
+# to drop the text ("no abstract") makes it a deletion. Most records hold one document.
 
 OLDER = "older version"
 
@@ -1082,14 +1081,13 @@ def pubmed_documents(record, options):
     languages = {e.text for e in article.findall("Language")}
     ids = record.findall("PubmedData/ArticleIdList/ArticleId")  # the references' ids lie deeper
     abstract = pubmed_abstract(article, options["labels"])
-    text = reason = None
+    text = f"{pubmed_text(article.find('ArticleTitle'))}\n{abstract}".strip()
+    reason = None
     if options["languages"] and languages.isdisjoint(options["languages"]):
         reason = "another language"
     elif options["skip_pmc"] and any(e.get("IdType") == "pmc" for e in ids):
         reason = "in PMC"
-    elif abstract:
-        text = f"{pubmed_text(article.find('ArticleTitle'))}\n{abstract}".strip()
-    else:
+    elif not abstract:
         reason = "no abstract"
     return [(ident, text, reason), *((old, None, OLDER) for old in older)]
 
@@ -1124,7 +1122,7 @@ def pubmed_text(element):
         return ""
     if len(element):
         return flatten(element).replace("\n", " ")
-    return " ".join((element.text or "").split())  # the same, faster: few have inline tags
+    return full_text(element)  # the same, faster: few have inline tags
 
 
 def jats_documents(article, path):
@@ -1135,8 +1133,7 @@ def jats_documents(article, path):
     for e in article.iter():
         e.tag = local(e)
     meta = "front/article-meta/"
-    ids = {e.get("pub-id-type"): (e.text or "").strip()
-           for e in article.findall(meta + "article-id")}
+    ids = {e.get("pub-id-type"): full_text(e) for e in article.findall(meta + "article-id")}
     name = re.match(r"PMC(\d+)", os.path.basename(path))  # PMC123.1.xml
     pmc = re.search(r"\d+", ids.get("pmcid") or ids.get("pmc") or "")
     ident = ids.get("pmid")
@@ -1145,17 +1142,15 @@ def jats_documents(article, path):
     main = [e for e in article.findall(meta + "abstract")
             if e.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
     main += article.findall("body")
-    text = reason = None
+    title = article.findall(meta + "title-group/article-title")
+    end = article.findall("floats-group") + article.findall("back/glossary")
+    reason = None
     if article.get("article-type") in (
             "correction", "retraction", "partial-retraction", "expression-of-concern"):
         reason = "correction or retraction"
-    elif any(map(full_text, main)):
-        title = article.findall(meta + "title-group/article-title")
-        end = article.findall("floats-group") + article.findall("back/glossary")
-        text = flatten(*title, *main, *end)
-    else:
+    elif not any(map(full_text, main)):
         reason = "no abstract and no body"
-    return [(ident, text, reason)]
+    return [(ident, flatten(*title, *main, *end), reason)]
 
 
 def json_documents(record):
@@ -1164,36 +1159,27 @@ def json_documents(record):
     {"id", "deleted": true} passes through, so that extracted text may be extracted again.
     """
     ident = str(record.get("id") or "") or None
-    text = record.get("text")
-    if text is None and record.get("abstract"):
+    text = (record.get("text") or "").strip()
+    if not text and record.get("abstract"):
         text = f"{record['title'].strip()}\n{record['abstract'].strip()}"
     reason = None
     if (record.get("meta") or {}).get("pile_set_name", PILE_SETS[0]) not in PILE_SETS:
         reason = "another part of The Pile"
     elif record.get("deleted") or not text:
         reason = "deleted or without text"
-    return [(ident, None if reason else text.strip(), reason)]
+    return [(ident, text, reason)]
 
 
 def source_records(path):
-    """Yield (number, record) of a file: XML elements, JSON objects by line, or a .txt's (id, text).
-
-    The last one of a damaged file is the error that ended the reading.
-    """
+    """(number, record) of a file: XML elements, JSON objects by line, or a .txt's (id, text)."""
     kind = SUFFIX.search(path)[1]
-    try:
-        if kind in ("json", "jsonl"):
-            yield from json_lines(path)
-        else:
-            yield from enumerate(read_records(path) if kind == "txt" else xml_records(path), 1)
-    except ValueError as e:
-        yield 0, e
+    if kind in ("json", "jsonl"):
+        return json_lines(path)
+    return enumerate(read_records(path) if kind == "txt" else xml_records(path), 1)
 
 
 def documents(record, path, options):
     """What a record of any kind holds."""
-    if isinstance(record, ValueError):
-        raise record
     if isinstance(record, tuple):
         return [(*record, None)]
     if isinstance(record, dict):
@@ -1227,20 +1213,23 @@ def output_lines(paths, options, counts, skipped):
     """
     older = set()
     for path in paths:
-        for number, record in source_records(path):
-            try:
-                found = documents(record, path, options)
-                lines = [text_line(ident, text) for ident, text, _ in found]
-            except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as e:
-                counts["bad records" if number else "damaged files"] += 1
-                skipped.append(f"{path}: record {number}: {e!r}" if number else str(e))
-                continue
-            yield from lines
-            for ident, text, reason in found:
-                counts["documents" if text else reason or "empty"] += 1
-                if reason == OLDER:
-                    older.add(ident)
-            counts["records"] += 1
+        try:
+            for number, record in source_records(path):
+                try:
+                    found = documents(record, path, options)
+                    lines = [text_line(ident, None if reason else text)
+                             for ident, text, reason in found]
+                except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as e:
+                    counts["bad records"] += 1
+                    skipped.append(f"{path}: record {number}: {e!r}")
+                    continue
+                yield from lines
+                counts["records"] += 1
+                counts.update(reason or "documents" for _, _, reason in found)
+                older.update(ident for ident, _, reason in found if reason == OLDER)
+        except ValueError as e:
+            counts["damaged files"] += 1
+            skipped.append(str(e))
     # again at the end: a version 1 may stand after its version 2
     for ident in sorted(older):
         yield text_line(ident, None)
@@ -1261,11 +1250,8 @@ def extract_files(task):
             n_records = counts["records"] + counts["bad records"]
             for kind, n in ("bad records", n_records), ("damaged files", len(paths)):
                 if counts[kind] > max(n // 100, len(paths) > 1):
-                    raise ValueError(f"{output.name}: {counts[kind]} {kind} of {n}, the first: "
-                                     f"{skipped[0]}")
-    except ValueError as e:
-        return Counter(), [], [str(e)]
-    except OSError as e:
+                    raise ValueError(f"{counts[kind]} {kind} of {n}, the first: {skipped[0]}")
+    except (ValueError, OSError) as e:
         return Counter(), [], [f"{paths[0]} -> {output}: {e}"]
     finally:
         gc.enable()
@@ -1281,7 +1267,7 @@ def plan_outputs(inputs, out):
     """
     plan = {}
     for given in map(os.path.realpath, inputs):
-        found = list(source_files(given, out))
+        found = source_files(given, out)
         if not found:
             raise ValueError(f"nothing to extract in {given}: give .xml, .nxml, .jsonl, .json, "
                              ".txt, plain or .gz, or folders of them (unpack .zst and .tar first)")
@@ -1299,7 +1285,7 @@ def plan_outputs(inputs, out):
 
 
 def source_files(given, out):
-    """Yield the file, or those in the folder, folder by folder in natural order, `out` left out.
+    """The file, or those in the folder, folder by folder in natural order, `out` left out.
 
     No FIFO, whose reading would wait for ever.
     """
@@ -1308,9 +1294,7 @@ def source_files(given, out):
         folders.sort(key=natural)
         if folder != str(out):
             paths += [f"{folder}/{name}" for name in sorted(names, key=natural)]
-    for path in paths:
-        if SUFFIX.search(path) and os.path.isfile(path):
-            yield path
+    return [path for path in paths if SUFFIX.search(path) and os.path.isfile(path)]
 
 
 def free_name(source, plan):
@@ -1532,9 +1516,8 @@ def fetch_pmc(base, out, numbers, bar, licenses):
         inventory = out / ".inventory" / Path(part["key"]).name
         fetch(base + part["key"], inventory, bar, partial(part.get, "MD5checksum"))
         with gzip.open(inventory, "rt") as f:
-            for line in f:
-                if match := re.search(r"metadata/PMC(\d+)\.(\d+)\.json", line):
-                    versions.append((int(match[1]), int(match[2])))
+            names = (re.search(r"metadata/PMC(\d+)\.(\d+)\.json", line) for line in f)
+            versions += [(int(name[1]), int(name[2])) for name in filter(None, names)]
     for number, version in dict(sorted(versions)).items():  # a number's highest comes last
         if number in numbers:
             name = f"PMC{number}.{version}"
@@ -1550,12 +1533,12 @@ def fetch_article(base, name, path, bar, licenses):
     text = page(f"{base}metadata/{name}.json", '"pmcid"')
     try:
         about = json.loads(text)
-        wanted = about["is_pmc_openaccess"] and not about["is_retracted"]
-        wanted = wanted and (not licenses or about["license_code"] in licenses)
+        unwanted = (about["is_retracted"] or not about["is_pmc_openaccess"]
+                    or licenses and about["license_code"] not in licenses)
         key, md5 = re.fullmatch(r"https://[^/]+/(.+)\?md5=(\w{32})", about["xml_url"]).groups()
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{name}.json: odd metadata ({e})") from None
-    if wanted:
+    if not unwanted:
         fetch(base + key, path, bar, lambda: md5)
 
 
