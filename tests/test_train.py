@@ -208,7 +208,7 @@ def test_run_equals_a_plain_loop(arrays, go, tmp_path):
 
     Every flag differs from its default. The oracle is a loop without accumulation or clock.
     """
-    flags = ("--seed 3 --grad_clip 0.3 --weight_decay 4 --lr 0.02 --warmup_steps 2 --total_steps 6 "
+    flags = ("--seed 3 --grad_clip 1.5 --weight_decay 4 --lr 0.02 --warmup_steps 2 --total_steps 6 "
              "--micro_batch 2 --eval_every 3 --eval_tokens 100 --ignore_eot_targets")
     out = tmp_path / "run"
     go(out, flags)
@@ -235,13 +235,14 @@ def test_run_equals_a_plain_loop(arrays, go, tmp_path):
         loss = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten(), reduction="sum") / (8 * 15)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.5).item()
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         row = {"loss": loss.item(), "grad_norm": norm, "lr": lr, "tokens": 128 * (step + 1)}
         for key, value in row.items():
             expected[key][step + 1] = value
-    assert expected["grad_norm"][1] > 0.3
+    norms = expected["grad_norm"].values()
+    assert min(norms) < 1.5 < max(norms)  # AdamW would not see that all are scaled alike
     for key, values in expected.items():
         assert rows(out, key) == pytest.approx(values, rel=1e-4)
 
@@ -415,7 +416,7 @@ def test_bfloat16_weights_cast_once_a_step(go, tmp_path, undisturbed):
     assert rows(copies)[1] == rows(plain)[1]
     for key, step in (("loss", 1), ("val_loss", 0)):
         ours, fp32 = rows(copies, key)[step], rows(undisturbed, key)[step]
-        assert ours != pytest.approx(fp32, rel=1e-6) and ours == pytest.approx(fp32, rel=1e-2)
+        assert 1e-6 < abs(ours / fp32 - 1) < 1e-2
 
 
 @pytest.mark.parametrize("checkpointing", ["", "--activation_checkpointing"])
@@ -457,8 +458,7 @@ def test_changed_settings(arrays, go, tmp_path):
                         ("--batch_tokens 256", "batch_tokens 128"), ("--seq_len 8", "seq_len 16"),
                         ("--ignore_eot_targets", "ignore_eot_targets False"),
                         (f"--data {other}", "data_fingerprint"), (f"--init {out}", "init None")):
-        shape = "" if "init" in name else SHAPE
-        text = go(out, flags, shape=shape, code=1)
+        text = go(out, flags, shape="" if "init" in name else SHAPE, code=1)
         assert f"the run was made with {name}" in text
     text = go(out, "--lr 0.01 --micro_batch 2 --keep 1")
     for change in ("lr 0.002 -> 0.01", "micro_batch 4 -> 2", "keep 2 -> 1"):
@@ -563,8 +563,9 @@ def test_saves_by_the_clock(go, tmp_path):
         if rank == 1:  # its clock goes on by a minute whenever it is read
             time.monotonic = lambda: now() + 60 * next(calls)
 
-    go(tmp_path / "run", "--save_every 0 --save_minutes 7.5 --keep 9", mode="ddp", fault=fault)
-    names = [p.name for p in sorted((tmp_path / "run").glob("*.pt"))]
+    out = tmp_path / "run"
+    go(out, "--save_every 0 --save_minutes 7.5 --keep 9", mode="ddp", fault=fault)
+    names = [p.name for p in sorted(out.glob("*.pt"))]
     assert names == [f"checkpoint_{step:07d}.pt" for step in (7, 15, 20)]
 
 
@@ -627,7 +628,7 @@ def test_full_disk(go, tmp_path, undisturbed):
     ("--preset biomedlm", "python data.py tokenize"),
     *[(args, f"{args.split()[1]} is refused: use a number from") for args in (
         "--lr inf", "--min_lr -1", "--min_lr nan", "--grad_clip nan", "--warmup_steps -5",
-        "--seq_len 1", "--keep 0", "--dropout 1")]])
+        "--seq_len 1", "--dropout 1")]])
 def test_mistakes_name_their_mend(arrays, monkeypatch, capsys, args, mend):
     """A wrong flag ends in a traceback, or in a message that leaves the user to guess; a number
     that no run can use is taken."""
@@ -719,8 +720,7 @@ def train_step(model, optimizer, batches, step, *rest):
 train.train_step = train_step
 train.main()
 """)
-    how = "--standalone --nproc_per_node 2 --max_restarts 1"
-    agent = torchrun(how, script, arrays, out)
+    agent = torchrun("--standalone --nproc_per_node 2 --max_restarts 1", script, arrays, out)
     text = agent.communicate(timeout=120)[0]
     assert agent.returncode == 0, text
     assert (tmp_path / "died").exists() and "steps 5 to 20" in text
