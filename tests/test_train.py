@@ -35,7 +35,7 @@ import data
 import model as model_module
 import train
 from model import GPT
-from tokenizer import Tokenizer, count_batch, run_command, train_bpe
+from tokenizer import ALPHABET, Tokenizer, run_command
 
 SHAPE = "--n_layer 2 --n_head 2 --n_embd 16"
 SMALL = ("--seq_len 16 --batch_tokens 128 --micro_batch 4 --eval_every 10 --eval_tokens 300 "
@@ -50,14 +50,13 @@ MODES = {"one": (1, 1, "ddp"), "ddp": (2, 2, "ddp"), "fsdp": (2, 2, "fsdp"),
 
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory):
-    """A folder of arrays: short documents, of words that are a few tokens each."""
+    """A folder of arrays: short documents, over the tokenizer of bare bytes. End-of-text is 0."""
     folder = tmp_path_factory.mktemp("arrays")
     rng = random.Random(0)
-    words = [f"{rng.randrange(5000)}\u03b2" for _ in range(30)]
-    texts = [" ".join(rng.choices(words, k=5)) for _ in range(190)]
+    texts = [" ".join(f"{rng.randrange(5000)}\u03b2" for _ in range(4)) for _ in range(140)]
     rows = [json.dumps({"id": i, "text": text}) for i, text in enumerate(texts)]
     (folder / "text.jsonl").write_text("\n".join(rows))
-    Tokenizer.from_merges(train_bpe(count_batch(enumerate(texts)), 280)).save(folder)
+    Tokenizer({c: i for i, c in enumerate(["<|endoftext|>", *ALPHABET])}, []).save(folder)
     data.tokenize(folder / "text.jsonl", folder, folder, val_fraction=0.08)
     return folder
 
@@ -214,8 +213,8 @@ def test_run_equals_a_plain_loop(arrays, go, tmp_path):
     go(out, flags)
     which = {"data_dir": arrays, "seq_len": 16, "micro_batch": 8, "ignore_eot": True}
     torch.manual_seed(3)
-    config = model_module.GPTConfig.preset("demo", n_layer=2, n_head=2, n_embd=16, vocab_size=280,
-                                           eot_id=279)
+    config = model_module.GPTConfig.preset("demo", n_layer=2, n_head=2, n_embd=16, vocab_size=257,
+                                           eot_id=0)
     assert GPT.config_of(out) == config
     model, batches = GPT(config), data.train_batches(**which, seed=3)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=4)
@@ -416,7 +415,7 @@ def test_bfloat16_weights_cast_once_a_step(go, tmp_path, undisturbed):
     assert rows(copies)[1] == rows(plain)[1]
     for key, step in (("loss", 1), ("val_loss", 0)):
         ours, fp32 = rows(copies, key)[step], rows(undisturbed, key)[step]
-        assert 1e-6 < abs(ours / fp32 - 1) < 1e-2
+        assert 0 < abs(ours / fp32 - 1) < 1e-2
 
 
 @pytest.mark.parametrize("checkpointing", ["", "--activation_checkpointing"])
@@ -627,7 +626,7 @@ def test_full_disk(go, tmp_path, undisturbed):
     ("--min_lr 5", "use at most --lr"),
     ("--preset biomedlm", "python data.py tokenize"),
     *[(args, f"{args.split()[1]} is refused: use a number from") for args in (
-        "--lr inf", "--min_lr -1", "--min_lr nan", "--grad_clip nan", "--warmup_steps -5",
+        "--lr inf", "--min_lr -1", "--min_lr nan", "--keep 0", "--warmup_steps -5",
         "--seq_len 1", "--dropout 1")]])
 def test_mistakes_name_their_mend(arrays, monkeypatch, capsys, args, mend):
     """A wrong flag ends in a traceback, or in a message that leaves the user to guess; a number
