@@ -54,8 +54,8 @@ def test_imports_on_a_bare_machine():
 def test_ctrl_c_while_importing(tmp_path, script):
     """A traceback through whatever was being imported: torch takes seconds."""
     for module in ("torch", "tqdm"):
-        text = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
-        (tmp_path / f"{module}.py").write_text(text)
+        source = tmp_path / f"{module}.py"
+        source.write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
     done = run(f"{script}.py", env={"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stderr) == (130, "")
 
