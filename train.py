@@ -24,7 +24,6 @@ import fcntl
 import json
 import math
 import resource
-import shutil
 import socket
 import subprocess
 import sys
@@ -73,11 +72,9 @@ def main():
 
     # The run's folder: a new one, or one with a checkpoint to go on from. Its run.json records the
     # settings that are used.
-    settings |= {
+    settings |= vars(config) | {
         "data": settings["data"] or DEMO_DATA, "data_fingerprint": meta["train"]["sha256"],
-        "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
-        "vocab_size": config.vocab_size, "micro_batch": micro_batch,
-        "accumulation": accumulation, "world_size": process.world_size,
+        "micro_batch": micro_batch, "accumulation": accumulation, "world_size": process.world_size,
         "device": str(process.device), "dtype": str(process.dtype).removeprefix("torch.")}
     start, checkpoint = process.on_rank_0(lambda: open_run(run, settings, config, fresh))
     if start >= total_steps:
@@ -140,8 +137,8 @@ def main():
         due = time.monotonic() - saved_at > 60 * settings["save_minutes"]
         if settings["save_every"]:
             due = step % settings["save_every"] == 0
-        stopping, due = process.any([signals, due])
-        ending = last or stopping
+        stopping, due = process.all_reduce([bool(signals), due])  # on how many ranks
+        ending = last or stopping > 0
         if step > start and (ending or due):
             writing = save_checkpoint(run, model, optimizer, step, settings["keep"], process,
                                       writing, wait=ending)
@@ -154,10 +151,8 @@ def main():
         loss, grad_norm = train_step(model, optimizer, batches, step, settings, process)
         seconds.append(time.perf_counter() - began)
         done = step + 1
-        if math.isfinite(grad_norm):
-            skipped = 0
-        else:
-            skipped += 1
+        skipped = 0 if math.isfinite(grad_norm) else skipped + 1
+        if skipped > 0:
             report_skip(loss, done, skipped, process)
 
         # Once in a while: a line for people, and a row of log.jsonl.
@@ -241,9 +236,7 @@ def recipe(preset):
     """The settings that a preset gives. The largest one is sharded and recomputes its blocks."""
     settings = {flag: row[COLUMN[preset]] for flag, row in SETTINGS.items()}
     large = preset == "biomedlm"
-    settings["parallel"] = "fsdp" if large else "ddp"
-    settings["activation_checkpointing"] = large
-    return settings
+    return settings | {"parallel": "fsdp" if large else "ddp", "activation_checkpointing": large}
 
 
 def make_parser():
@@ -415,16 +408,12 @@ class Process:
             tqdm.write(text)
             sys.stdout.flush()
 
-    def all_reduce(self, values, op=dist.ReduceOp.SUM):
-        """Numbers or 0-d tensors, reduced over the ranks on the CPU, as Python floats."""
+    def all_reduce(self, values):
+        """Numbers or 0-d tensors, summed over the ranks on the CPU, as Python floats."""
         values = torch.tensor([float(value) for value in values], dtype=torch.float64)
         if self.world_size > 1:
-            dist.all_reduce(values, op, self.group)
+            dist.all_reduce(values, dist.ReduceOp.SUM, self.group)
         return values.tolist()
-
-    def any(self, conditions):
-        """For each condition whether it holds on any rank, the same answers on all of them."""
-        return [count > 0 for count in self.all_reduce([bool(value) for value in conditions])]
 
     def gather(self, value):
         """The values of all ranks, in a list. A value is anything that can be pickled."""
@@ -435,16 +424,16 @@ class Process:
 
     def on_rank_0(self, fn):
         """fn() of rank 0; its result, or its user's error, reaches every rank: so none hangs."""
-        result, error = None, None
+        answer = None
         if self.rank == 0:
             try:
-                result = fn()
+                answer = fn()
             except (ValueError, OSError) as e:
-                error = str(e)
-        result, error = self.gather((result, error))[0]
-        if error is not None:
-            raise ValueError(error)
-        return result
+                answer = e
+        answer = self.gather(answer)[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     def close(self):
         """Leave the group at the end of a run that went well."""
@@ -545,8 +534,8 @@ def linear_layers(model):
 def catch_signals():
     """SIGTERM or SIGINT now asks for a stop at the step's edge; a second one ends the process.
 
-    Returns a list, which a signal fills. The ranks stop together, by Process.any: one that stopped
-    alone would hang the rest.
+    Returns a list, which a signal fills. The ranks tell each other and stop together: one that
+    stopped alone would hang the rest.
     """
     asked = []
 
@@ -573,8 +562,8 @@ def learning_rate(step, settings):
     warmup_steps = settings["warmup_steps"]
     if step < warmup_steps:
         return lr * step / warmup_steps
-    done = (step - warmup_steps) / max(1, settings["total_steps"] - warmup_steps)
-    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * min(done, 1)))
+    done = (step - warmup_steps) / (settings["total_steps"] - warmup_steps)
+    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * done))
 
 
 def make_optimizer(model, settings):
@@ -585,7 +574,7 @@ def make_optimizer(model, settings):
     DecoupledAdamW shrinks a weight by 1 - (lr_t / lr_0) * 1.6e-5 a step, torch by
     1 - lr_t * weight_decay: with lr_0 = 1.6e-4 the same at weight_decay 0.1.
     """
-    return torch.optim.AdamW(model.parameters(), lr=settings["lr"], betas=(0.9, 0.95), eps=1e-8,
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8,
                              weight_decay=settings["weight_decay"], fused=True)
 
 
@@ -658,11 +647,11 @@ def evaluate(model, batches, process, signals):
         valid = (y != -100).sum()
         nats += loss.double() * valid  # the mean over this batch's valid targets -> their sum
         targets += valid
-        if process.any([signals])[0]:
+        if process.all_reduce([bool(signals)])[0]:  # on how many ranks
             return None
     model.train()
     nats, targets = process.all_reduce([nats, targets])
-    return nats / max(targets, 1)
+    return nats / targets
 
 
 # ---------------------------------------------------------------------------------------------
@@ -700,8 +689,7 @@ def open_run(run, settings, config, fresh):
             return step, checkpoint
         check_same_run(before, settings)
     cut_log(run / "log.jsonl", step, step % settings["eval_every"] == 0)
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copyfile(Path(settings["data"]) / name, run / name)
+    Tokenizer.load(settings["data"]).save(run)
     # The code's revision, with "-dirty" where files were changed since. By a shell: where there is
     # no git, it prints nothing.
     git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
@@ -843,9 +831,7 @@ SKIP_LIMIT = 10  # our choice: so many updates skipped in a row end the run
 
 def peak_flops(device):
     """Datasheet bf16 FLOP/s of a CUDA device, None where the table lacks it."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
@@ -883,13 +869,12 @@ def log_step(run, step, loss, grad_norm, seconds_per_step, flops, settings, proc
     tokens_per_s = settings["batch_tokens"] / seconds_per_step
     row = {"step": step, "tokens": step * settings["batch_tokens"], "loss": loss,
            "lr": learning_rate(step - 1, settings), "grad_norm": grad_norm,
-           "tokens_per_s": tokens_per_s}
+           "tokens_per_s": tokens_per_s, "memory": memory_gib(process.device)}
     mfu = ""
     peak = peak_flops(process.device)
     if peak is not None:
         row["mfu"] = tokens_per_s * flops / (peak * process.world_size)
         mfu = f"  mfu {100 * row['mfu']:4.1f}%"
-    row["memory"] = memory_gib(process.device)
     eta = timedelta(seconds=int((settings["total_steps"] - step) * seconds_per_step))
     log(run, row, f"step {step:>6}/{settings['total_steps']}  "
         f"tokens {row['tokens'] / 1e6:9.2f}M  loss {loss:7.4f}  lr {row['lr']:.2e}  "
@@ -927,7 +912,7 @@ def print_end(run, gpt, settings):
                                  top_k=50, seed=0, eot_id=eot_id)
     print(f"\na sample: {Tokenizer.load(run).decode(tokens[0, 1:].tolist()).strip()}")
     print(f"\nnext:\n  python eval.py perplexity --init {run} --data {settings['data']}")
-    if Path(settings["data"]) == Path(DEMO_DATA):
+    if settings["data"] == DEMO_DATA:
         tune = (f"python finetune.py --task medqa --data {DEMO_DATA}/qa/medqa --init {run} "
                 f"--out {run}-medqa")
         print(f"  {tune}\n  {tune}-random --random_init    # the same without pre-training")

@@ -9,7 +9,6 @@ nothing: it computes the memory, the step's time and the hours of a preset by fo
 
 import argparse
 import gzip
-import itertools
 import json
 import os
 import re
@@ -19,8 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from functools import partial
-from itertools import islice, product
+from itertools import count, cycle, islice, product
 from pathlib import Path
 from unittest import mock
 from xml.sax.saxutils import escape
@@ -55,9 +55,7 @@ def interleave(variants, rounds):
     seconds = {name: [] for name in variants}
     for _ in range(rounds):
         for name, fn in variants.items():
-            start = time.perf_counter()
-            fn()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(timeit.timeit(fn, number=1))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -76,9 +74,8 @@ MACHINES = (  # name, GPUs, 8 a node; GB of each, bytes/s of its memory by the d
 COPY_RATE = 5e9  # a guess: bytes/s at which the full state reaches rank 0's CPU; training waits
 
 
-def bench_plan(rest):
+def bench_plan(parser, rest):
     """Parameters, FLOPs, memory and step time by part, and hours, each with its formula."""
-    parser = argparse.ArgumentParser(prog="bench.py plan")
     parser.add_argument("--preset", default="biomedlm", help="shape and recipe (default: biomedlm)",
                         choices=("biomedlm", "biomedlm-125m", "gpt2-124m"))
     preset = parser.parse_args(rest).preset
@@ -235,32 +232,19 @@ def recorded_launches(arch, C=2560, n_head=20):
 
 
 def cross_compile(kernel, arguments, options, target):
-    """Compile one recorded launch for another machine's chip; returns triton's CompiledKernel."""
+    """Compile one recorded launch for another machine's chip; returns triton's CompiledKernel.
+
+    Triton does all as it would before this launch, on a machine whose driver names that chip.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    types = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
-             torch.int64: "*i64"}
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params)):
-        value = arguments[name]
-        divisible = False  # by 16: Triton then loads wider
-        if parameter.is_constexpr:
-            signature[name] = "constexpr"
-            constants[(i,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = types[value.dtype]
-            divisible = True
-        elif isinstance(value, int):
-            signature[name] = "i32"
-            divisible = value % 16 == 0 and not parameter.do_not_specialize
-        else:
-            signature[name] = "fp32"
-        if divisible:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", TARGETS[target], 32), options=options)
+    driver = mock.Mock()
+    driver.get_current_device.return_value = 0
+    driver.get_current_target.return_value = GPUTarget("cuda", TARGETS[target], 32)
+    kernel.device_caches.clear()  # they know the last target
+    with mock.patch.object(triton.runtime.driver, "_active", driver):
+        return kernel.warmup(grid=(1,), **arguments, **options)
 
 
 def resources(compiled):
@@ -293,9 +277,8 @@ def static_table():
 # kernels on a GPU: each op against eager torch and torch.compile
 
 
-def bench_kernels(rest):
+def bench_kernels(parser, rest):
     """Each op against eager torch and torch.compile, on a GPU; --static needs none."""
-    parser = argparse.ArgumentParser(prog="bench.py kernels")
     parser.add_argument("--static", action="store_true",
                         help="cross-compile and print resources (default: off with a GPU)")
     parser.add_argument("--quick", action="store_true",
@@ -327,17 +310,6 @@ def kernel_cases(rows, C, n_head, p, V=28896, T=1024):
         # autocast's norm is fp32; the cast that the next linear layer makes belongs to it
         return F.layer_norm(new, (C,), w, b).to(x.dtype), new
 
-    def plain_bias_gelu(x, b):
-        return F.gelu(x + b.to(x.dtype), approximate="tanh")
-
-    def plain_attention(qkv):
-        q, k, v = gpt_model.split_heads(qkv, n_head)
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=p)
-        return o.transpose(1, 2).flatten(2)
-
-    def plain_cross_entropy(h, w, t):
-        return F.cross_entropy(F.linear(h, w), t)  # bf16 product, fp32 loss
-
     fp32 = torch.float32
     wte = (torch.randn(V, C, device="cuda") / 50).requires_grad_()
     targets = torch.randint(0, V, (rows,), device="cuda")
@@ -351,19 +323,19 @@ def kernel_cases(rows, C, n_head, p, V=28896, T=1024):
         "bias_gelu": (
             (rand(rows, 4 * C), rand(4 * C, dtype=fp32)),
             gpt_model.bias_gelu,
-            plain_bias_gelu,
+            lambda x, b: F.gelu(x + b.to(x.dtype), approximate="tanh"),
             "copy",
             {"forward": 16 * C * rows, "backward": 24 * C * rows}),
         "attention": (
             (rand(rows // T, T, 3 * C),),
             lambda qkv: gpt_model.attention(qkv, n_head, (C // n_head) ** -0.5, p, 1),
-            plain_attention,
+            lambda qkv: plain_attention(qkv, n_head, p),
             "matmul",
             {"forward": 2 * T * C * rows, "backward": 5 * T * C * rows}),
         "cross_entropy": (
             (rand(rows, C), wte, targets),
             gpt_model.cross_entropy,
-            plain_cross_entropy,
+            lambda h, w, t: F.cross_entropy(F.linear(h, w), t),  # bf16 product, fp32 loss
             "matmul",
             {"both": 6 * rows * C * V}),
     }
@@ -435,9 +407,8 @@ def measured_ceilings():
 # train: a whole step of train.py beside a plain GPT's, on the same weights and optimiser
 
 
-def bench_train(rest):
+def bench_train(parser, rest):
     """tokens/s, MFU and peak memory of a full step, ours and plain in turns on the same weights."""
-    parser = argparse.ArgumentParser(prog="bench.py train")
     parser.add_argument("--shape", default="demo", choices=gpt_model.PRESETS,
                         help="preset of train.py (default: demo)")
     parser.add_argument("--micro_batch", type=int, default=8,
@@ -498,13 +469,13 @@ def timed_segment(step, process, seconds):
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    for count in itertools.count(1):
+    for n_steps in count(1):
         step()
         if cuda:
             torch.cuda.synchronize()
         elapsed = time.perf_counter() - start
         if elapsed > seconds:
-            return count / elapsed, train.memory_gib(process.device)
+            return n_steps / elapsed, train.memory_gib(process.device)
 
 
 def plain_block(residual, branch, dropout, n_head, ln_1w, ln_1b, qkv_w, qkv_b, proj_w, proj_b,
@@ -513,13 +484,18 @@ def plain_block(residual, branch, dropout, n_head, ln_1w, ln_1b, qkv_w, qkv_b, p
     if branch is not None:
         residual = residual + F.dropout(branch, dropout)
     x = F.layer_norm(residual, ln_1w.shape, ln_1w, ln_1b)
-    q, k, v = gpt_model.split_heads(F.linear(x, qkv_w, qkv_b), n_head)
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
-    y = F.linear(y.transpose(1, 2).flatten(2), proj_w, proj_b)
-    residual = residual + F.dropout(y, dropout)
+    y = plain_attention(F.linear(x, qkv_w, qkv_b), n_head, dropout)
+    residual = residual + F.dropout(F.linear(y, proj_w, proj_b), dropout)
     x = F.layer_norm(residual, ln_2w.shape, ln_2w, ln_2b)
     x = F.gelu(F.linear(x, fc_w, fc_b), approximate="tanh")
     return residual, F.linear(x, out_w, out_b)
+
+
+def plain_attention(qkv, n_head, dropout):
+    """(B, T, 3C) -> (B, T, C)."""
+    q, k, v = gpt_model.split_heads(qkv, n_head)
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+    return o.transpose(1, 2).flatten(2)
 
 
 def plain_head(residual, branch, targets, dropout, ln_w, ln_b, wte):
@@ -613,9 +589,8 @@ print(*(b - a for a, b in zip(start, end)), peak / 1024)
 """
 
 
-def bench_tokenizer(rest):
+def bench_tokenizer(parser, rest):
     """Seconds, MB/s and peak memory of training 28,896 tokens and of encoding."""
-    parser = argparse.ArgumentParser(prog="bench.py tokenizer")
     parser.add_argument("--hf_python", help="a python that has tokenizers (default: ours alone)")
     args = parser.parse_args(rest)
     children = {"ours": (sys.executable, OUR_CHILD)}
@@ -657,9 +632,8 @@ def all_text(stem):
 # data: extraction, tokenizing, the loader
 
 
-def bench_data(rest):
+def bench_data(parser, rest):
     """Extraction, tokenizing at 1 and 2 workers, the loader, small files, and hours in all."""
-    parser = argparse.ArgumentParser(prog="bench.py data")
     parser.add_argument("--citations", type=int, default=30_000,
                         help="of the large file, and small files of one each (default: 30000)")
     n = parser.parse_args(rest).citations
@@ -686,13 +660,12 @@ def citations(n):
         frames = re.findall(r"(?s)<PubmedArticle>.*?</PubmedArticle>", abstracts.sub("", f.read()))
     with gzip.open(SHARED / "abstracts.jsonl.gz", "rt") as f:
         records = [json.loads(line) for line in f]
-    for i in range(n):
-        record = records[i % len(records)]
+    for i, frame, record in zip(range(1, n + 1), cycle(frames), cycle(records)):
         text = (f"<ArticleTitle>{escape(record['title'])}</ArticleTitle><Abstract><AbstractText>"
                 f"{escape(record['abstract'])} {i}</AbstractText></Abstract>")
-        before, after = title.split(frames[i % len(frames)], 1)
+        before, after = title.split(frame, 1)
         citation = before + bad.sub("", text) + after
-        yield re.sub(r"(<PMID [^>]*>)\d+", rf"\g<1>{i + 1}", citation, count=1)
+        yield re.sub(r"(<PMID [^>]*>)\d+", rf"\g<1>{i}", citation, count=1)
 
 
 def write_citations(path, found):
@@ -708,16 +681,15 @@ def usage(*args):
     code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
             "r = resource.getrusage(resource.RUSAGE_CHILDREN);"
             "print(r.ru_utime + r.ru_stime, r.ru_maxrss)")
-    done = subprocess.run([sys.executable, "-c", code, sys.executable, *map(str, args)],
-                          capture_output=True, text=True, check=True)
-    *_, seconds, kib = done.stdout.split()
+    *_, seconds, kib = subprocess.check_output(
+        [sys.executable, "-c", code, sys.executable, *map(str, args)], cwd=ROOT, text=True).split()
     return float(seconds), int(kib) / 1024
 
 
 def usage_of_extract(source, out, workers=1):
     """The same of `data.py extract`, from the start."""
     shutil.rmtree(out, ignore_errors=True)
-    return usage(ROOT / "data.py", "extract", source, "--out", out, "--workers", workers)
+    return usage("data.py", "extract", source, "--out", out, "--workers", workers)
 
 
 ITERPARSE = """import gzip, sys, xml.etree.ElementTree as ET
@@ -752,15 +724,16 @@ def measure_extract(folder, n):
 def measure_tokenize(folder):
     """MB/s of that text on 1 and 2 workers, all included. Returns (MB/s of one, MB of text)."""
     tokenizer = folder / "tokenizer"
-    usage(ROOT / "tokenizer.py", "train", "--input", folder / "text", "--vocab_size", 8192,
-             "--out", tokenizer)
+    train_flags = f"--input {folder}/text --vocab_size 8192 --out {tokenizer}"
+    usage("tokenizer.py", "train", *train_flags.split())
     text_mb = sum(len(text.encode()) for _, text in read_documents(folder / "text")) / 1e6
 
     def tokenize(workers):
-        usage(ROOT / "data.py", "tokenize", "--text", folder / "text", "--tokenizer", tokenizer,
-                 "--out", folder / f"arrays{workers}", "--workers", workers)
+        flags = (f"--text {folder}/text --tokenizer {tokenizer} --out {folder}/arrays{workers} "
+                 f"--workers {workers}")
+        usage("data.py", "tokenize", *flags.split())
 
-    seconds = interleave({1: lambda: tokenize(1), 2: lambda: tokenize(2)}, 2)
+    seconds = interleave({workers: partial(tokenize, workers) for workers in (1, 2)}, 2)
     rate = text_mb / seconds[1]
     show({"what": "tokenize", "MB_per_s": rate, "with 2 workers": text_mb / seconds[2]})
     return rate, text_mb
@@ -770,10 +743,7 @@ def measure_loader(arrays):
     """Million tokens a second of one process, batches of 8 x 1024."""
     batches = data.train_batches(arrays, 1024, 8, seed=0)
     next(batches)
-    start = time.perf_counter()
-    for _ in range(5000):
-        next(batches)
-    seconds = time.perf_counter() - start
+    seconds = timeit.timeit(lambda: next(batches), number=5000)
     show({"what": "loader", "M_tokens_per_s": 5000 * 8 * 1024 / seconds / 1e6})
 
 
@@ -785,8 +755,7 @@ def measure_small_files(folder, n):
         for i in range(n // size):
             write_citations(folder / name / f"{i}.xml.gz", islice(stream, size))
     extract = partial(usage_of_extract, out=folder / "text", workers=2)
-    seconds = interleave({"many": lambda: extract(folder / "many"),
-                          "few": lambda: extract(folder / "few")}, 3)
+    seconds = interleave({name: partial(extract, folder / name) for name in ("many", "few")}, 3)
     show({"what": "extract, 2 workers", f"{n} files, s": seconds["many"],
           "30 files, s": seconds["few"], "many over few": seconds["many"] / seconds["few"]})
 
@@ -795,9 +764,9 @@ def measure_small_files(folder, n):
 # finetune: a question's shared prefix once, against one option at a time
 
 
-def bench_finetune(rest):
+def bench_finetune(parser, rest):
     """Questions a second on MedQA dev: train step (forward, backward) and scoring, fp32."""
-    argparse.ArgumentParser(prog="bench.py finetune").parse_args(rest)  # no flags
+    parser.parse_args(rest)  # no flags
     questions = data.load_qa("medqa", SHARED / "qa/medqa", "dev")
     texts = [(q.id, f"{q.question} {' '.join(q.options)}") for q in questions]
     tokenizer = Tokenizer.from_merges(train_bpe(count_batch(texts), 8192))
@@ -810,19 +779,22 @@ def bench_finetune(rest):
                 "one option at a time, padded": [alone[i : i + 4]
                                                  for i in range(0, len(alone), 4)]}
 
+    def loss(chunk):
+        return finetune.loss_sum(model, finetune.collate(chunk))
+
     def score(chunks):
         with torch.no_grad():
-            return sum(finetune.loss_sum(model, finetune.collate(chunk)) for chunk in chunks)
+            return sum(map(loss, chunks))
 
     def step(chunks):
         for chunk in chunks:
-            finetune.loss_sum(model, finetune.collate(chunk)).backward()
+            loss(chunk).backward()
         model.zero_grad()
 
     for what, run in ("scoring", score), ("train step", step):
         seconds = interleave({name: partial(run, chunks) for name, chunks in variants.items()}, 3)
         for name, chunks in variants.items():
-            saved_mb = max(saved_bytes(model, chunk) for chunk in chunks) / 1e6
+            saved_mb = max(saved_bytes(partial(loss, chunk)) for chunk in chunks) / 1e6
             show({"what": what, "how": name, "saved_mb": saved_mb,
                   "questions_per_s": len(shared) / seconds[name]})
 
@@ -833,8 +805,8 @@ def split_options(example):
     return example._replace(rows=rows)
 
 
-def saved_bytes(model, examples):
-    """Bytes of the distinct tensors that autograd keeps for backward."""
+def saved_bytes(forward):
+    """Bytes of the distinct tensors that autograd keeps for the backward of forward()."""
     kept = {}
 
     def pack(t):
@@ -842,7 +814,7 @@ def saved_bytes(model, examples):
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = finetune.loss_sum(model, finetune.collate(examples))
+        loss = forward()
     del loss  # the graph lived: no address was used twice
     return sum(kept.values())
 
@@ -876,9 +848,8 @@ for _ in sys.stdin:
 """
 
 
-def bench_generate(rest):
+def bench_generate(parser, rest):
     """Greedy tokens a second for one prompt, against weights' bytes over the memory's read rate."""
-    parser = argparse.ArgumentParser(prog="bench.py generate")
     parser.add_argument("--shape", default="biomedlm",
                         help="preset of model.py (default: biomedlm)")
     parser.add_argument("--hf_python", help="a python that has transformers (default: ours alone)")
@@ -886,15 +857,15 @@ def bench_generate(rest):
     pythons = {"ours": sys.executable}
     if args.hf_python:
         pythons["hf"] = args.hf_python
-    rows = {who: {"who": who} for who in pythons}
-    children, speeds, rates = {}, {who: [] for who in pythons}, []
+    rows, children, speeds, rates = {}, {}, {}, []
     with tempfile.TemporaryDirectory() as folder:
         n_bytes = random_folder(args.shape, folder)
         for who, python in pythons.items():  # one after the other: each load has the machine
             children[who] = subprocess.Popen(
                 [python, "-c", GENERATE_CHILD, who, folder], cwd=ROOT, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            rows[who]["load_s"] = float(children[who].stdout.readline())
+            rows[who] = {"who": who, "load_s": float(children[who].stdout.readline())}
+            speeds[who] = []
         for _ in range(6):
             rates.append(read_rate())
             for who, child in children.items():
@@ -942,7 +913,7 @@ def main():
     parser.add_argument("part", choices=PARTS, help="what to measure")
     parser.add_argument("--json", metavar="FILE", help="also write the rows here (default: none)")
     args, rest = parser.parse_known_args()
-    PARTS[args.part](rest)
+    PARTS[args.part](argparse.ArgumentParser(prog=f"bench.py {args.part}"), rest)
     if args.json:
         Path(args.json).write_text(json.dumps(ROWS, indent=1))
 

@@ -17,14 +17,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes rather than seconds; run with -m slow")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
-
-
-def pytest_collection_modifyitems(config, items):
-    """`pytest -q` leaves out the slow tier; any -m expression takes over the choice."""
-    if not config.getoption("-m"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow tier: run with -m slow"))
+    config.addinivalue_line("filterwarnings", "ignore:Unable to enable fault handler")  # torch's
+    # `pytest -q` leaves out the slow tier; any -m expression takes over the choice.
+    config.option.markexpr = config.option.markexpr or "not slow"
 
 
 @pytest.fixture
@@ -35,7 +30,7 @@ def shared():
     return SHARED
 
 
-def run(*args, cwd=ROOT, env=None, timeout=600):
+def run(*args, cwd=ROOT, env=None):
     """Run a script of the repository as a user would; returns the CompletedProcess, with text."""
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True,
-                          text=True, env={**os.environ, **(env or {})}, timeout=timeout)
+                          text=True, env={**os.environ, **(env or {})}, timeout=600)

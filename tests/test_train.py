@@ -5,10 +5,8 @@ start them. A fault is injected by a function that the forked process calls befo
 """
 
 import collections
-import copy
 import faulthandler
 import functools
-import hashlib
 import io
 import itertools
 import json
@@ -26,7 +24,6 @@ import time
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch._dynamo  # the optimiser imports it; here, before forking, it is paid for once
@@ -40,10 +37,9 @@ import train
 from model import GPT
 from tokenizer import ALPHABET, Tokenizer, run_command
 
-SHAPE = ("--n_layer", 2, "--n_head", 2, "--n_embd", 16)
-SMALL = ("--seq_len", 16, "--batch_tokens", 128, "--micro_batch", 4, "--eval_every", 10,
-         "--eval_tokens", 300, "--save_every", 5, "--log_every", 1, "--warmup_steps", 3,
-         "--total_steps", 20)
+SHAPE = "--n_layer 2 --n_head 2 --n_embd 16"
+SMALL = ("--seq_len 16 --batch_tokens 128 --micro_batch 4 --eval_every 10 --eval_tokens 300 "
+         "--save_every 5 --log_every 1 --warmup_steps 3 --total_steps 20")
 # processes, of them on a node, and how they share: grid is two nodes of two GPUs
 MODES = {"one": (1, 1, "ddp"), "ddp": (2, 2, "ddp"), "fsdp": (2, 2, "fsdp"),
          "grid": (4, 2, "fsdp")}
@@ -54,20 +50,14 @@ MODES = {"one": (1, 1, "ddp"), "ddp": (2, 2, "ddp"), "fsdp": (2, 2, "fsdp"),
 
 @pytest.fixture(scope="module")
 def arrays(tmp_path_factory):
-    """A folder of arrays over the tokenizer of bare bytes: numbers that mostly count upwards."""
+    """A folder of arrays: short documents, over the tokenizer of bare bytes. End-of-text is 0."""
     folder = tmp_path_factory.mktemp("arrays")
-    tokenizer = Tokenizer({c: i for i, c in enumerate(["<|endoftext|>", *ALPHABET])}, [])
-    tokenizer.save(folder)
-    rng = np.random.default_rng(0)
-    meta = {"dtype": "uint16", "vocab_size": 257, "eot_id": 0, "eot": True, "seed": 17,
-            "tokenizer_sha256": tokenizer.fingerprint}
-    for split, count, n_bytes in (("train", 3000, 6000), ("val", 250, 750)):
-        tokens = (np.cumsum(rng.integers(1, 4, count)) % 250).astype(np.uint16)
-        tokens[::7] = 0
-        tokens.tofile(folder / f"{split}.bin")
-        meta[split] = {"tokens": count, "documents": 10, "bytes": n_bytes,
-                       "sha256": hashlib.sha256(tokens).hexdigest()}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    rng = random.Random(0)
+    texts = [" ".join(f"{rng.randrange(5000)}\u03b2" for _ in range(4)) for _ in range(140)]
+    rows = [json.dumps({"id": i, "text": text}) for i, text in enumerate(texts)]
+    (folder / "text.jsonl").write_text("\n".join(rows))
+    Tokenizer({c: i for i, c in enumerate(["<|endoftext|>", *ALPHABET])}, []).save(folder)
+    data.tokenize(folder / "text.jsonl", folder, folder, val_fraction=0.08)
     return folder
 
 
@@ -78,8 +68,6 @@ def free_port():
 
 def rank_main(rank, world_size, node_size, port, argv, fault, output):
     sys.stdout = sys.stderr = open(output, "a", 1)  # noqa: SIM115
-    for descriptor in (1, 2):
-        os.dup2(sys.stdout.fileno(), descriptor)
     torch.set_num_threads(1)
     train.tqdm.set_lock(threading.RLock())  # forks share its own: one killed while writing keeps it
     faulthandler.dump_traceback_later(50)
@@ -87,42 +75,46 @@ def rank_main(rank, world_size, node_size, port, argv, fault, output):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank % node_size),
                           WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(node_size),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    sys.argv = ["train.py", *map(str, argv)]
+    sys.argv = ["train.py", *argv]
     if fault:
         fault(rank)
     run_command(train.main)
 
 
-def start(arrays, out, *flags, mode="one", fault=None, shape=SHAPE):
+def start(arrays, out, flags="", mode="one", fault=None, shape=SHAPE):
     """Start a small run; returns its processes and the file of their output."""
     world_size, node_size, parallel = MODES[mode]
-    argv = ["--data", arrays, "--out", out, "--parallel", parallel, *shape, *SMALL, *flags]
-    output, port = Path(f"{out}.output"), free_port()
+    flags = f"--data {arrays} --out {out} --parallel {parallel} {shape} {SMALL} {flags}"
+    output = Path(f"{out}.output")
     output.unlink(missing_ok=True)
     context = torch.multiprocessing.start_processes(
-        rank_main, (world_size, node_size, port, argv, fault, output), world_size, join=False,
-        start_method="fork")
+        rank_main, (world_size, node_size, free_port(), flags.split(), fault, output), world_size,
+        join=False, start_method="fork")
     return context.processes, output
 
 
-def go(*args, code=0, **how):
+@pytest.fixture(scope="module")
+def go(arrays):
     """A small run to its end; returns what it printed. `code`: the exit code expected of all."""
-    processes, output = start(*args, **how)
-    for p in processes:
-        p.join(60)
-        p.kill()
-    text = output.read_text()
-    assert [p.exitcode for p in processes] == [code] * len(processes), text
-    return text
+    def go(out, flags="", code=0, **how):
+        processes, output = start(arrays, out, flags, **how)
+        for p in processes:
+            p.join(60)
+            p.kill()
+        text = output.read_text()
+        assert [p.exitcode for p in processes] == [code] * len(processes), text
+        return text
+    return go
 
 
 def rows(out, key="loss"):
-    """{step: value} of log.jsonl; a step logged twice must say the same."""
+    """{step: value} of log.jsonl, where no step may stand twice."""
     values = {}
     for line in (out / "log.jsonl").read_text().splitlines():
         row = json.loads(line, parse_constant=str)  # NaN equals NaN
         if key in row:
-            assert values.setdefault(row["step"], row[key]) == row[key]
+            assert row["step"] not in values
+            values[row["step"]] = row[key]
     return values
 
 
@@ -142,10 +134,10 @@ def at_step(step, act, ranks=range(4)):
     def fault(rank):
         original = train.train_step
 
-        def train_step(model, optimizer, batches, now, *rest):
-            if now == step and rank in ranks:
+        def train_step(*args):
+            if args[3] == step and rank in ranks:
                 act()
-            return original(model, optimizer, batches, now, *rest)
+            return original(*args)
 
         train.train_step = train_step
     return fault
@@ -156,10 +148,10 @@ die = functools.partial(signal.raise_signal, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(arrays, tmp_path_factory):
+def undisturbed(go, tmp_path_factory):
     """Folder of a whole run of one process without dropout: what the others must equal."""
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    go(arrays, out)
+    go(out)
     return out
 
 
@@ -180,16 +172,16 @@ def in_validation(rank):
 
 
 @pytest.mark.parametrize("mode", ["one", "ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_resume_is_bit_exact(arrays, tmp_path, undisturbed, mode):
+def test_resume_is_bit_exact(go, tmp_path, undisturbed, mode):
     """R1, R5: a resumed run repeats data, skips a step, or draws other dropout masks; SIGTERM in a
     validation is lost, hangs a rank, or logs a part's loss as the whole's."""
-    whole, out, flags = tmp_path / "whole", tmp_path / "cut", ("--dropout", 0.1)
-    go(arrays, whole, *flags, mode=mode)
+    whole, out, flags = tmp_path / "whole", tmp_path / "cut", "--dropout 0.1"
+    go(whole, flags, mode=mode)
     for step, fault in ((8, at_step(7, terminate, ranks=(0,))), (10, in_validation)):
-        text = go(arrays, out, *flags, mode=mode, fault=fault)
+        text = go(out, flags, mode=mode, fault=fault)
         assert f"stopped at step {step}" in text and final(out)["step"] == step
     assert list(rows(out, "val_loss")) == [0]
-    go(arrays, out, *flags, mode=mode)
+    go(out, flags, mode=mode)
     assert_same(whole, out)
     for key in ("loss", "val_loss"):
         assert rows(whole, key) == rows(out, key)
@@ -200,27 +192,26 @@ def test_resume_is_bit_exact(arrays, tmp_path, undisturbed, mode):
 @pytest.mark.parametrize(("mode", "flags"), [
     ("one", "--micro_batch 2"), ("ddp", "--micro_batch 4"), ("ddp", "--micro_batch 1"),
     ("fsdp", "--micro_batch 2 --activation_checkpointing")])
-def test_losses_do_not_depend_on_the_sharing(arrays, tmp_path, undisturbed, mode, flags):
+def test_losses_do_not_depend_on_the_sharing(go, tmp_path, undisturbed, mode, flags):
     """R2: gradients summed instead of averaged, or synchronised for the wrong micro-batch.
 
     fp32 sums in another order differ by about 1e-7 of the loss a step; 20 steps leave under 1e-5.
     """
-    go(arrays, tmp_path / "run", *flags.split(), mode=mode)
+    go(tmp_path / "run", flags, mode=mode)
     for key in ("loss", "val_loss", "grad_norm"):
         ours, theirs = rows(tmp_path / "run", key), rows(undisturbed, key)
         assert ours == pytest.approx(theirs, rel=1e-4 if key == "grad_norm" else 1e-5)
 
 
-def test_run_equals_a_plain_loop(arrays, tmp_path):
+def test_run_equals_a_plain_loop(arrays, go, tmp_path):
     """A flag that reaches nothing, or one of two places; a loss, mean, rate or unit that is off.
 
     Every flag differs from its default. The oracle is a loop without accumulation or clock.
     """
-    flags = {"seed": 3, "grad_clip": 0.3, "weight_decay": 4, "lr": 0.02, "warmup_steps": 2,
-             "total_steps": 6, "micro_batch": 2, "eval_every": 3, "eval_tokens": 100}
+    flags = ("--seed 3 --grad_clip 1.5 --weight_decay 4 --lr 0.02 --warmup_steps 2 --total_steps 6 "
+             "--micro_batch 2 --eval_every 3 --eval_tokens 100 --ignore_eot_targets")
     out = tmp_path / "run"
-    argv = [f"--{name}={value}" for name, value in flags.items()]
-    go(arrays, out, *argv, "--ignore_eot_targets")
+    go(out, flags)
     which = {"data_dir": arrays, "seq_len": 16, "micro_batch": 8, "ignore_eot": True}
     torch.manual_seed(3)
     config = model_module.GPTConfig.preset("demo", n_layer=2, n_head=2, n_embd=16, vocab_size=257,
@@ -228,67 +219,63 @@ def test_run_equals_a_plain_loop(arrays, tmp_path):
     assert GPT.config_of(out) == config
     model, batches = GPT(config), data.train_batches(**which, seed=3)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=4)
+    val = data.load_meta(arrays)["val"]
+    tokens_per_byte = val["tokens"] / val["bytes"]
     cosine = [0.002 + 0.009 * (1 + math.cos(math.pi * i / 4)) for i in range(5)]
-    expected = {}
+    expected = collections.defaultdict(dict)
     for step, lr in enumerate([0, 0.01, *cosine]):
         if step % 3 == 0:
             x, y = map(torch.cat, zip(*data.val_batches(**which, max_tokens=100)))
             nats = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
-            expected[step, "val_loss"] = nats
-            expected[step, "val_bits_per_byte"] = nats * math.log2(math.e) / 3
+            expected["val_loss"][step] = nats
+            expected["val_bits_per_byte"][step] = nats * math.log2(math.e) * tokens_per_byte
+        if step == 6:
+            break
         x, y = next(batches)
         loss = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten(), reduction="sum") / (8 * 15)
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.5).item()
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         row = {"loss": loss.item(), "grad_norm": norm, "lr": lr, "tokens": 128 * (step + 1)}
-        expected |= {(step + 1, key): value for key, value in row.items() if step < 6}
-    assert expected[1, "grad_norm"] > 0.3
-    logged = {(step, key): value for key in {key for _, key in expected}
-              for step, value in rows(out, key).items()}
-    assert logged == pytest.approx(expected, rel=1e-4)
-
-
-def test_bfloat16_reaches_training_and_validation(arrays, tmp_path, undisturbed):
-    """--dtype without effect in one of the two."""
-    go(arrays, tmp_path / "run", "--dtype", "bfloat16", "--total_steps", 1)
-    for key, step in (("loss", 1), ("val_loss", 0)):
-        ours, theirs = rows(tmp_path / "run", key)[step], rows(undisturbed, key)[step]
-        assert ours != pytest.approx(theirs, rel=1e-6) and ours == pytest.approx(theirs, rel=1e-2)
+        for key, value in row.items():
+            expected[key][step + 1] = value
+    norms = expected["grad_norm"].values()
+    assert min(norms) < 1.5 < max(norms)  # AdamW would not see that all are scaled alike
+    for key, values in expected.items():
+        assert rows(out, key) == pytest.approx(values, rel=1e-4)
 
 
 def test_presets(monkeypatch):
     """A preset that takes another one's column, or a default that no longer follows its flag."""
-    for preset, *expected in (("biomedlm", 1.6e-4, 1.6e-5, 2**20, 1024, 0.1, "fsdp"),
-                              ("biomedlm-125m", 6e-4, 6e-5, 2**19, 1024, 0.1, "ddp"),
-                              ("demo", 2e-3, 2e-4, 1024, 128, 0.0, "ddp")):
-        argv = ["train.py", "--preset", preset, "--data", "x", "--total_steps", "40"]
-        monkeypatch.setattr(sys, "argv", argv)
+    for preset, *expected in (("biomedlm", 1.6e-4, 1.6e-5, 2**20, 0.1, "fsdp", True),
+                              ("biomedlm-125m", 6e-4, 6e-5, 2**19, 0.1, "ddp", False)):
+        flags = f"--preset {preset} --data x --total_steps 40"
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags.split()])
         settings = train.read_settings()
-        names = ("lr", "min_lr", "batch_tokens", "seq_len", "dropout", "parallel")
+        names = ("lr", "min_lr", "batch_tokens", "dropout", "parallel", "activation_checkpointing")
         assert [settings[name] for name in names] == pytest.approx(expected)
         assert settings["warmup_steps"] == 40
 
 
-def test_resume_at_other_world_sizes_and_modes(arrays, tmp_path, undisturbed):
+def test_resume_at_other_world_sizes_and_modes(go, tmp_path, undisturbed):
     """R3: a checkpoint of one world size or mode holds shards, or names that another can't read."""
     out = tmp_path / "run"
     for step, mode in ((3, "one"), (6, "ddp"), (9, "fsdp"), (12, "grid"), (15, "ddp")):
-        go(arrays, out, "--micro_batch", 2, mode=mode, fault=at_step(step - 1, terminate))
+        go(out, "--micro_batch 2", mode=mode, fault=at_step(step - 1, terminate))
         assert final(out)["step"] == step
-    text = go(arrays, out)
+    text = go(out)
     assert "changed on resume: world_size 2 -> 1" in text
     assert_same(out, undisturbed, atol=1e-5)
     assert rows(out) == pytest.approx(rows(undisturbed), rel=1e-5)
 
 
 def watch_gradients(folder):
-    """A fault: note before each update in how many storages the gradients lie, what else these
-    hold, how many reductions were sent, and all addresses. DDP's buckets are small here."""
+    """A fault: note before each step's last micro-batch how many reductions were sent since the one
+    before, and address and size of the gradients' storages. DDP's buckets are small here."""
     def fault(rank):
-        update, init, sent = train.update, train.DistributedDataParallel.__init__, []
+        announce, init, sent = train.announce, train.DistributedDataParallel.__init__, []
 
         def count(state, bucket):
             sent.append(1)
@@ -298,30 +285,30 @@ def watch_gradients(folder):
             init(ddp, *args, **options, bucket_cap_mb=0.02)
             ddp.register_comm_hook(None, count)
 
-        def watched(model, *rest):
-            gradients = [p.grad for p in model.parameters()]
-            held = {g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in gradients}
-            more = sum(held.values()) - sum(g.nbytes for g in gradients)
-            with open(folder / f"rank{rank}", "a") as f:
-                print([len(held), more, len(sent), [g.data_ptr() for g in gradients]], file=f)
-            sent.clear()
-            return update(model, *rest)
+        def watched(model, last):
+            if last:
+                storages = [p.grad.untyped_storage() for p in model.parameters()]
+                held = sorted({(storage.data_ptr(), storage.nbytes()) for storage in storages})
+                with open(folder / f"rank{rank}", "a") as f:
+                    f.write(json.dumps([len(sent), held]) + "\n")
+                sent.clear()
+            announce(model, last)
 
-        train.update = watched
+        train.announce = watched
         train.DistributedDataParallel.__init__ = small
     return fault
 
 
-def test_ddp_holds_gradients_once(arrays, tmp_path):
+def test_ddp_holds_gradients_once(go, tmp_path):
     """Gradients lie beside DDP's buckets, from the start or later: 10.4 GB more for BioMedLM."""
     out = tmp_path / "run"
-    go(arrays, out, "--micro_batch", 1, mode="ddp", fault=at_step(9, terminate))
-    go(arrays, out, "--micro_batch", 1, mode="ddp", fault=watch_gradients(tmp_path))
-    first, *others = map(json.loads, (tmp_path / "rank1").read_text().splitlines())
-    buckets, more, _, addresses = first
-    assert 1 < buckets < 10 and more == 0  # many gradients a storage, and nothing else
-    # one reduction a step, not one a micro-batch; no address changes from step to step
-    assert others == [[buckets, 0, buckets, addresses]] * 9
+    go(out, "--micro_batch 1", mode="ddp", fault=at_step(9, terminate))
+    go(out, "--micro_batch 1", mode="ddp", fault=watch_gradients(tmp_path))
+    (_, held), *others = map(json.loads, (tmp_path / "rank1").read_text().splitlines())
+    assert 1 < len(held) < 10  # many gradients a storage, and nothing else
+    assert sum(size for _, size in held) == 4 * GPT.from_pretrained(out).n_params()
+    # one reduction a step, not one a micro-batch; the storages stay from step to step
+    assert others == [[len(held), held]] * 9
 
 
 COLLECTIVES = {  # what FSDP calls, in torch 2.13 and before
@@ -359,18 +346,28 @@ def count_collectives(path):
     return fault
 
 
+def spoil_loss(is_bad):
+    """A fault: the loss is NaN where is_bad(rank, step, micro-batch)."""
+    def fault(rank):
+        train_step, loss_of = train.train_step, model_module.cross_entropy
+
+        def spoiling(*args):
+            step, calls = args[3], itertools.count()
+
+            def spoilt(*args):
+                return loss_of(*args) * (math.nan if is_bad(rank, step, next(calls)) else 1)
+
+            with mock.patch.object(model_module, "cross_entropy", spoilt):
+                return train_step(*args)
+
+        train.train_step = spoiling
+    return fault
+
+
 def one_bad_micro_batch_and_sgd(rank):
     """A fault: another optimiser, and a NaN in the second of a rank's 4 micro-batches in step 3."""
-    train.make_optimizer = lambda model, settings: torch.optim.SGD(
-        model.parameters(), lr=settings["lr"], momentum=0.9)
-    forward, calls = GPT.forward, itertools.count()
-
-    def spoiled(self, idx, targets=None):
-        logits, loss = forward(self, idx, targets)
-        spoils = len(idx) > 1 and self.training and next(calls) == 3 * 4 + 1
-        return logits, loss * (math.nan if spoils else 1)
-
-    GPT.forward = spoiled
+    train.make_optimizer = lambda model, settings: torch.optim.SGD(model.parameters(), momentum=0.9)
+    spoil_loss(lambda rank, *now: now == (3, 1))(rank)
 
 
 def the_same_by_plain_autograd(rank):
@@ -379,20 +376,21 @@ def the_same_by_plain_autograd(rank):
     train.linear_layers = lambda model: []
 
 
-@pytest.mark.parametrize("mode, checkpointing", [
-    ("one", "--no_activation_checkpointing"), ("ddp", "--activation_checkpointing"),
-    ("fsdp", "--no_activation_checkpointing"), *(pytest.param(*case, marks=pytest.mark.slow)
-    for case in (("one", "--activation_checkpointing"), ("ddp", "--no_activation_checkpointing"),
-                 ("fsdp", "--activation_checkpointing")))])
-def test_gradients_that_add_up_in_place(arrays, tmp_path, mode, checkpointing):
-    """The same bits as plain autograd's: losses, norms, weights and moments of 5 steps."""
-    flags = ("--batch_tokens", 128 if mode == "one" else 256, "--micro_batch", 2,
-             "--total_steps", 5, "--dropout", 0.1, checkpointing)
-    go(arrays, tmp_path / "in_place", *flags, mode=mode, fault=one_bad_micro_batch_and_sgd)
-    go(arrays, tmp_path / "plain", *flags, mode=mode, fault=the_same_by_plain_autograd)
-    assert_same(tmp_path / "in_place", tmp_path / "plain")
+@pytest.mark.parametrize("flag", [
+    "--no_activation_checkpointing",
+    pytest.param("--activation_checkpointing", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["one", "ddp", "fsdp"])
+def test_gradients_that_add_up_in_place(go, tmp_path, mode, flag):
+    """The same bits as plain autograd's: losses, norms, weights and moments of 5 steps; or a NaN
+    reaches the weights of an optimiser other than AdamW."""
+    in_place, plain = tmp_path / "in_place", tmp_path / "plain"
+    tokens = 128 if mode == "one" else 256
+    flags = f"--batch_tokens {tokens} --micro_batch 2 --total_steps 5 --dropout 0.1 {flag}"
+    go(in_place, flags, mode=mode, fault=one_bad_micro_batch_and_sgd)
+    go(plain, flags, mode=mode, fault=the_same_by_plain_autograd)
+    assert_same(in_place, plain)  # NaN equals nothing
     for key in ("loss", "grad_norm"):
-        assert rows(tmp_path / "in_place", key) == rows(tmp_path / "plain", key)
+        assert rows(in_place, key) == rows(plain, key)
 
 
 def copies_must_be_fresh(rank):
@@ -408,22 +406,26 @@ def copies_must_be_fresh(rank):
     GPT.forward = checked
 
 
-def test_weights_cast_once_a_step(arrays, tmp_path):
-    """bf16 copies of the weights that lag behind the update, or change a loss by a bit."""
-    flags = ("--dtype", "bfloat16", "--total_steps", 3, "--warmup_steps", 0)
-    go(arrays, tmp_path / "copies", *flags, fault=copies_must_be_fresh)
-    go(arrays, tmp_path / "plain", *flags, fault=the_same_by_plain_autograd)
-    assert rows(tmp_path / "copies")[1] == rows(tmp_path / "plain")[1]
+def test_bfloat16_weights_cast_once_a_step(go, tmp_path, undisturbed):
+    """--dtype without effect in training or validation; copies of the weights that lag behind the
+    update, or change a loss by a bit."""
+    copies, plain = tmp_path / "copies", tmp_path / "plain"
+    flags = "--dtype bfloat16 --total_steps 3 --warmup_steps 0"
+    go(copies, flags, fault=copies_must_be_fresh)
+    go(plain, flags, fault=the_same_by_plain_autograd)
+    assert rows(copies)[1] == rows(plain)[1]
+    for key, step in (("loss", 1), ("val_loss", 0)):
+        ours, fp32 = rows(copies, key)[step], rows(undisturbed, key)[step]
+        assert 0 < abs(ours / fp32 - 1) < 1e-2
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_grid_sends_gradients_once_a_step(arrays, tmp_path, checkpointing):
+@pytest.mark.parametrize("checkpointing", ["", "--activation_checkpointing"])
+def test_grid_sends_gradients_once_a_step(go, tmp_path, checkpointing):
     """A reduction in each micro-batch, weights that travel between nodes, or a wrong average."""
-    flags = ("--batch_tokens", 256, "--micro_batch", 1, "--total_steps", 4)
-    how = ("--activation_checkpointing",) if checkpointing else ()
+    flags = "--batch_tokens 256 --micro_batch 1 --total_steps 4"
     count = count_collectives(tmp_path / "sent")
-    go(arrays, tmp_path / "one", *flags)
-    go(arrays, tmp_path / "grid", *flags, *how, mode="grid", fault=count)
+    go(tmp_path / "one", flags)
+    go(tmp_path / "grid", f"{flags} {checkpointing}", mode="grid", fault=count)
     assert rows(tmp_path / "grid") == pytest.approx(rows(tmp_path / "one"), rel=1e-6)
     # Three groups of parameters, the two blocks and the rest; [0, 1] is rank 0's node.
     expected = {"reduce_sca 4 [0, 1]": 3, "all_reduce 4 [0, 2]": 3, "all_gather 1 [0, 1]": 3}
@@ -432,61 +434,54 @@ def test_grid_sends_gradients_once_a_step(arrays, tmp_path, checkpointing):
     assert collections.Counter((tmp_path / "sent").read_text().splitlines()) == expected
 
 
-def test_dropout_differs_between_ranks_and_seeds():
+def test_dropout_differs_between_ranks_and_seeds(monkeypatch):
     """Seeds packed in 64 bits: the CPU's generator reads 32, so that all ranks drop alike."""
-    draws = set()
-
-    def model(x, y):
-        draws.add(torch.rand(1).item())
-        raise StopIteration
-
-    settings = {"accumulation": 1, "micro_batch": 1, "seq_len": 16}
+    manual_seed = mock.Mock(side_effect=StopIteration)
+    monkeypatch.setattr(torch, "manual_seed", manual_seed)
     for rank, seed, step in ((0, 17, 3), (1, 17, 3), (0, 18, 3), (0, 17, 4)):
-        process = train.Process(torch.device("cpu"), torch.float32, rank, 2)
+        process = train.Process(None, None, rank)
         with pytest.raises(StopIteration):
-            train.train_step(model, None, iter([(0, 0)]), step, settings | {"seed": seed}, process)
-    assert len(draws) == 4
+            train.train_step(None, None, None, step, {"seed": seed}, process)
+    assert len({call.args[0] % 2**32 for call in manual_seed.call_args_list}) == 4
 
 
-def test_changed_settings(arrays, tmp_path):
+def test_changed_settings(arrays, go, tmp_path):
     """R9: a run goes on with another data order unnoticed, or refuses a harmless change."""
-    out, other = tmp_path / "run", shutil.copytree(arrays, tmp_path / "other")
+    out, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(arrays, other)
     meta = json.loads((other / "meta.json").read_text())
     meta["train"]["sha256"] = "0" * 64
     (other / "meta.json").write_text(json.dumps(meta))
-    assert "sha256 differs" in go(other, out, "--verify", code=1)
-    go(arrays, out, fault=at_step(6, terminate))
-    for flags, name in ((("--seed", 1), "seed 17"), (("--n_embd", 32), "n_embd 16"),
-                        (("--batch_tokens", 256), "batch_tokens 128"),
-                        (("--seq_len", 8), "seq_len 16"),
-                        (("--ignore_eot_targets",), "ignore_eot_targets False"),
-                        (("--data", other), "data_fingerprint")):
-        assert f"the run was made with {name}" in go(arrays, out, *flags, code=1)
-    text = go(arrays, out, "--lr", 0.01, "--micro_batch", 2, "--keep", 1)
+    text = go(out, f"--data {other} --verify", mode="ddp", code=1)
+    assert text.count("sha256 differs") == 2  # rank 1 hears of it, too
+    go(out, fault=at_step(6, terminate))
+    for flags, name in (("--seed 1", "seed 17"), ("--n_embd 32", "n_embd 16"),
+                        ("--batch_tokens 256", "batch_tokens 128"), ("--seq_len 8", "seq_len 16"),
+                        ("--ignore_eot_targets", "ignore_eot_targets False"),
+                        (f"--data {other}", "data_fingerprint"), (f"--init {out}", "init None")):
+        text = go(out, flags, shape="" if "init" in name else SHAPE, code=1)
+        assert f"the run was made with {name}" in text
+    text = go(out, "--lr 0.01 --micro_batch 2 --keep 1")
     for change in ("lr 0.002 -> 0.01", "micro_batch 4 -> 2", "keep 2 -> 1"):
         assert f"changed on resume: {change}" in text
-    assert "is finished: 20 steps" in go(arrays, out, "--lr", 0.5)
+    assert "is finished: 20 steps" in go(out, "--lr 0.5")
     assert json.loads((out / "run.json").read_text())["settings"]["lr"] == 0.01
-    assert "steps 20 to 22" in go(arrays, out, "--lr", 0.01, "--total_steps", 22)
+    assert "steps 20 to 22" in go(out, "--lr 0.01 --total_steps 22")
     (out / "run.json").write_text('{"settings": ')
-    assert "run.json is damaged" in go(arrays, out, "--total_steps", 24, code=1)
-    assert "steps 0 to 20" in go(arrays, out, "--fresh")
+    assert "run.json is damaged" in go(out, "--total_steps 24", code=1)
+    assert "steps 0 to 20" in go(out, "--fresh")
 
 
-def test_start_from_weights(arrays, tmp_path, undisturbed):
+def test_start_from_weights(go, tmp_path, undisturbed):
     """--init ignored, or read again over the weights of a resumed run, or forgotten by run.json."""
-    folder, out = tmp_path / "hf", tmp_path / "run"
+    folder, out, dropped = tmp_path / "hf", tmp_path / "run", tmp_path / "dropped"
     GPT.from_pretrained(undisturbed).save_pretrained(folder)
-    flags = {"shape": (), "fault": at_step(6, terminate)}
-    go(arrays, out, "--init", folder, **flags)
+    go(out, f"--init {folder}", shape="", fault=at_step(6, terminate))
     assert rows(out, "val_loss")[0] == pytest.approx(rows(undisturbed, "val_loss")[20], rel=1e-5)
-    dropped = tmp_path / "dropped"
-    go(arrays, dropped, "--init", folder, "--dropout", 0.5, "--total_steps", 1, shape=())
+    go(dropped, f"--init {folder} --dropout 0.5 --total_steps 1", shape="")
     assert rows(dropped, "val_loss")[0] == rows(out, "val_loss")[0]
     assert rows(dropped)[1] > 1.001 * rows(out)[1]
-    text = go(arrays, out, "--init", undisturbed, shape=(), code=1)
-    assert "the run was made with init" in text
-    assert "steps 7 to 20" in go(arrays, out)  # without --init it goes on
+    assert "steps 7 to 20" in go(out)  # without --init it goes on
     assert json.loads((out / "run.json").read_text())["settings"]["init"] == str(folder)
 
 
@@ -494,74 +489,53 @@ def test_start_from_weights(arrays, tmp_path, undisturbed):
 # faults
 
 
-def spoil_loss(steps, bad_rank):
-    """A fault: the loss of one rank is NaN in these steps."""
-    def fault(rank):
-        train_step, loss_of = train.train_step, model_module.cross_entropy
-
-        def spoilt(*args):
-            return loss_of(*args) * math.nan
-
-        def spoiling(model, optimizer, batches, step, *rest):
-            bad = step in steps and rank == bad_rank
-            model_module.cross_entropy = spoilt if bad else loss_of
-            return train_step(model, optimizer, batches, step, *rest)
-
-        train.train_step = spoiling
-    return fault
-
-
 @pytest.mark.parametrize("mode", ["one", "ddp", "fsdp"])
-def test_not_a_number(arrays, tmp_path, mode):
+def test_not_a_number(go, tmp_path, mode):
     """R6: NaN on one rank reaches weights, moments or step counts, or a checkpoint; a run whose
     every update is skipped goes on for weeks."""
     out, bad_rank = tmp_path / "run", MODES[mode][0] - 1
-    fault = spoil_loss((2, 3, *range(8, 20)), bad_rank)
-    text = go(arrays, out, "--log_every", 4, mode=mode, fault=fault, code=1)
+    bad_steps = (2, 3, *range(8, 20))
+    fault = spoil_loss(lambda rank, step, _: rank == bad_rank and step in bad_steps)
+    text = go(out, "--log_every 4", mode=mode, fault=fault, code=1)
     for step, in_a_row in ((3, 1), (4, 2), (18, 10)):
         assert f"loss of rank {bad_rank} was not finite at step {step}: " in text
         assert f"{in_a_row} in a row" in text
-    assert "step 19" not in text
     state = final(out)
     assert state["step"] == 15 and state["optimizer"]["transformer.wte.weight"]["step"] == 6
-    assert all(t.isfinite().all() for t in state["model"].values())
+    assert all(weight.isfinite().all() for weight in state["model"].values())
 
 
-def kill_in_save(stage, out):
-    """A fault: SIGKILL at one stage of writing checkpoint 10."""
-    module, name = {"half written": (torch, "save"), "before rename": (os, "replace"),
-                    "after rename": (train.Path, "unlink")}[stage]
+@pytest.mark.parametrize(("module", "name", "stands"), [
+    (torch, "save", 5), (os, "replace", 5), (train.Path, "unlink", 10)])
+def test_killed_in_a_save(go, tmp_path, undisturbed, module, name, stands):
+    """R4, R8: a kill while saving costs the run, or leaves what is taken for a checkpoint."""
+    out = tmp_path / "run"
 
     def fault(rank):
         original = getattr(module, name)
 
         def killing(*args, **kwargs):
             if any(out.glob("checkpoint_0000010*")):
-                if stage == "half written":
+                if name == "save":  # half of the file is written
                     original(*args, **kwargs)
                     args[-1].truncate(args[-1].tell() // 2)
                 die()
             return original(*args, **kwargs)
 
         setattr(module, name, killing)
-    return fault
 
-
-@pytest.mark.parametrize("stage", ["half written", "before rename", "after rename"])
-def test_killed_in_a_save(arrays, tmp_path, undisturbed, stage):
-    """R4, R8: a kill while saving costs the run, or leaves what is taken for a checkpoint."""
-    out = tmp_path / "run"
-    go(arrays, out, "--keep", 1, fault=kill_in_save(stage, out), code=-signal.SIGKILL)
-    assert final(out)["step"] == (10 if stage == "after rename" else 5)
-    go(arrays, out, "--keep", 1)
+    go(out, "--keep 1", fault=fault, code=-signal.SIGKILL)
+    assert final(out)["step"] == stands
+    go(out, "--keep 1")
     assert_same(out, undisturbed)
-    assert rows(out) == rows(undisturbed)
+    for key in ("loss", "val_loss"):
+        assert rows(out, key) == rows(undisturbed, key)
     names = ["checkpoint_0000020.pt", "config.json", "lock", "log.jsonl", "merges.txt",
              "run.json", "vocab.json"]
     assert sorted(p.name for p in out.iterdir()) == names
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(arrays, tmp_path, undisturbed):
+def test_training_goes_on_while_a_checkpoint_is_written(go, tmp_path, undisturbed):
     """The loop waits for the disk, or a later step changes the weights that are being written."""
     stepped = threading.Event()
 
@@ -576,107 +550,72 @@ def test_training_goes_on_while_a_checkpoint_is_written(arrays, tmp_path, undist
 
         torch.save = late
 
-    go(arrays, tmp_path / "run", fault=fault)
+    go(tmp_path / "run", fault=fault)
     assert_same(tmp_path / "run", undisturbed)
     late, prompt = (model_module.load_tensors(out / "checkpoint_0000015.pt")["model"]
                     for out in (tmp_path / "run", undisturbed))
     torch.testing.assert_close(late, prompt, rtol=0, atol=0)
 
 
-def test_saves_by_the_clock(arrays, tmp_path):
+def test_saves_by_the_clock(go, tmp_path):
     """No save within --save_minutes, or one on the rank alone whose clock says so: a hang."""
-    out = tmp_path / "run"
-
     def fault(rank):
-        for step, minutes in ((3, 40), (7, 60)):  # on the clock of rank 1
-            at_step(step, functools.partial(later, minutes), ranks=(1,))(rank)
+        now, calls = time.monotonic, itertools.count()
+        if rank == 1:  # its clock goes on by a minute whenever it is read
+            time.monotonic = lambda: now() + 60 * next(calls)
 
-    def later(minutes):
-        now = time.monotonic
-        time.monotonic = lambda: now() + 60 * minutes
-
-    go(arrays, out, "--save_every", 0, "--save_minutes", 50, "--keep", 3, mode="ddp", fault=fault)
-    assert [p.name for p in sorted(out.glob("*.pt"))] == [
-        "checkpoint_0000008.pt", "checkpoint_0000020.pt"]
+    out = tmp_path / "run"
+    go(out, "--save_every 0 --save_minutes 7.5 --keep 9", mode="ddp", fault=fault)
+    names = [p.name for p in sorted(out.glob("*.pt"))]
+    assert names == [f"checkpoint_{step:07d}.pt" for step in (7, 15, 20)]
 
 
-def test_one_owner(arrays, tmp_path, undisturbed):
+def test_one_owner(arrays, go, tmp_path, undisturbed):
     """Two trainings share a folder, or a training that was killed keeps the next one out."""
     out = tmp_path / "run"
     (first,), _ = start(arrays, out, fault=at_step(7, lambda: time.sleep(60)))
     while not (out / "checkpoint_0000005.pt").exists():
         time.sleep(0.1)
-    text = go(arrays, out, "--fresh", code=1)
+    text = go(out, "--fresh", code=1)
     assert f"another training owns {out}: process {first.pid} on {socket.gethostname()}" in text
     first.kill()
     first.join()
-    assert "steps 5 to 20" in go(arrays, out)
+    assert "steps 5 to 20" in go(out)
     assert_same(out, undisturbed)
 
 
-def test_damaged_checkpoints_are_skipped(arrays, tmp_path, undisturbed):
+def test_damaged_checkpoints_are_skipped(go, tmp_path, undisturbed):
     """R4, R8: a truncated newest file ends the run, or counts as kept."""
     out = tmp_path / "run"
-    go(arrays, out, fault=at_step(11, terminate))
+    go(out, fault=at_step(11, terminate))
     whole = out / "checkpoint_0000012.pt"
     (out / "checkpoint_0000019.pt").write_bytes(whole.read_bytes()[:-3000])
-    text = go(arrays, out, "--keep", 1, fault=at_step(15, terminate))
-    assert "steps 12 to 20" in text
+    text = go(out, "--keep 1", fault=at_step(15, terminate))
     assert f"warning: skipping {out}/checkpoint_0000019.pt" in text
     assert final(out)["step"] == 16  # 19 is damaged: it must not push 16 out
-    go(arrays, out)
+    go(out)
     assert_same(out, undisturbed)
     for path in out.glob("checkpoint_*.pt"):
         os.truncate(path, 100)
-    assert "restore one, or" in go(arrays, out, code=1)
+    assert "restore one, or" in go(out, code=1)
     assert len(rows(out)) == 20  # the log of a run that may yet be rescued
 
 
-def test_full_disk(arrays, tmp_path, undisturbed):
+def test_full_disk(go, tmp_path, undisturbed):
     """R12: a save that fails ends the run, spoils the checkpoint before it, or goes unsaid."""
     out = tmp_path / "run"
-
-    def fill(step, limit):
-        return at_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-
-    text = go(arrays, out, fault=fill(6, 50_000), code=1)
+    largest = 50_000, 50_000  # bytes of a file from now on
+    fill = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, largest)
+    text = go(out, fault=at_step(6, fill), code=1)
     for step in (10, 20):
         assert f"checkpoint_{step:07d}.pt could not be written" in text
     assert "warning:" in text and "make room" in text
     assert [p.name for p in sorted(out.glob("checkpoint*"))] == ["checkpoint_0000005.pt"]
-    go(arrays, out)
+    go(out)
     assert_same(out, undisturbed)
 
 # ---------------------------------------------------------------------------------------------
 # parts
-
-
-@pytest.mark.parametrize("make", [
-    lambda model: train.make_optimizer(model, {"lr": 0.5, "weight_decay": 0.1}),
-    lambda model: torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)], ids=["adamw", "sgd"])
-def test_update_of_any_optimiser(make):
-    """A step with NaN changes weights or state of an optimiser other than AdamW, or isn't clipped.
-
-    The oracle takes the norm by hand, and gives its optimiser gradients that are clipped by hand.
-    """
-    torch.manual_seed(0)
-    ours = torch.nn.Linear(7, 5, bias=False)
-    theirs = copy.deepcopy(ours)
-    optimizer, plain = make(ours), make(theirs)
-    plain.param_groups[0]["lr"] = 0.01
-    for scale in (0.01, math.nan, 100.0, math.inf, 1.0):  # below and above the clipping norm
-        gradient = torch.randn(5, 7)
-        ours.weight.grad = scale * gradient
-        norm = train.update(ours, optimizer, 0.01, 1.0)
-        assert ours.weight.grad is None
-        assert math.isfinite(norm) == math.isfinite(scale)
-        if math.isfinite(scale):
-            by_hand = scale * math.sqrt(gradient.square().sum())
-            assert norm == pytest.approx(by_hand, rel=1e-5)
-            theirs.weight.grad = gradient * (scale / max(1, by_hand))
-            plain.step()
-        torch.testing.assert_close([ours.weight, dict(optimizer.state[ours.weight])],
-                                   [theirs.weight, dict(plain.state[theirs.weight])])
 
 
 @pytest.mark.parametrize(("args", "mend"), [
@@ -688,10 +627,8 @@ def test_update_of_any_optimiser(make):
     ("--min_lr 5", "use at most --lr"),
     ("--preset biomedlm", "python data.py tokenize"),
     *[(args, f"{args.split()[1]} is refused: use a number from") for args in (
-        "--lr -1", "--lr inf", "--lr nan", "--min_lr -1", "--min_lr nan", "--grad_clip nan",
-        "--warmup_steps -5", "--seq_len 1", "--keep 0", "--dropout 1", "--n_layer 0",
-        "--weight_decay inf")]])
-@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # torch, under capsys
+        "--lr inf", "--min_lr -1", "--min_lr nan", "--keep 0", "--warmup_steps -5",
+        "--seq_len 1", "--dropout 1")]])
 def test_mistakes_name_their_mend(arrays, monkeypatch, capsys, args, mend):
     """A wrong flag ends in a traceback, or in a message that leaves the user to guess; a number
     that no run can use is taken."""
@@ -725,17 +662,17 @@ def kill_later(seconds):
 
 
 @pytest.mark.slow
-def test_twenty_random_kills(arrays, tmp_path):
+def test_twenty_random_kills(go, tmp_path):
     """R4: one of twenty kill -9 at any moment, most of them while the thread writes, costs a file,
     a row or the checkpoint before, or changes the weights."""
-    flags = ("--total_steps", 300, "--save_every", 7, "--dropout", 0.1)
+    flags = "--total_steps 300 --save_every 7 --dropout 0.1"
     rng, out, whole, halves = random.Random(0), tmp_path / "run", tmp_path / "whole", 0
-    go(arrays, whole, *flags)
+    go(whole, flags)
     for _ in range(20):
-        go(arrays, out, *flags, fault=kill_later(rng.uniform(0.1, 2.5)), code=-signal.SIGKILL)
+        go(out, flags, fault=kill_later(rng.uniform(0.1, 2.5)), code=-signal.SIGKILL)
         halves += any(out.glob("*.tmp"))
     assert halves >= 5
-    go(arrays, out, *flags)
+    go(out, flags)
     assert_same(whole, out)
     for key in ("loss", "val_loss"):
         assert rows(whole, key) == rows(out, key)
@@ -743,13 +680,13 @@ def test_twenty_random_kills(arrays, tmp_path):
     assert names[0] == names[1]
 
 
-def torchrun(script, *flags):
+def torchrun(how, script, arrays, out, flags=""):
     # a fresh store for each round: in the agent's own, a restarted rank may find the dead one's
     # address under the same key, and gloo then gives up
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    flags = f"--data {arrays} --out {out} {SHAPE} {SMALL} {flags}"
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *map(str, flags[:-1]), str(script),
-         *map(str, flags[-1])],
+        [sys.executable, "-m", "torch.distributed.run", *how.split(), script, *flags.split()],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -757,11 +694,11 @@ def torchrun(script, *flags):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_nodes(arrays, tmp_path, undisturbed, parallel):
     """A node's ranks take the other's GPUs or data, or both write the run."""
-    out, port = tmp_path / "run", free_port()
-    argv = ("--data", arrays, "--out", out, "--parallel", parallel, *SHAPE, *SMALL)
-    nodes = [torchrun(ROOT / "train.py", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend",
-                      "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "two",
-                      "--local_addr", "127.0.0.1", argv) for _ in range(2)]
+    out = tmp_path / "run"
+    how = ("--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id two "
+           f"--rdzv_endpoint 127.0.0.1:{free_port()} --local_addr 127.0.0.1")
+    script, flags = ROOT / "train.py", f"--parallel {parallel}"
+    nodes = [torchrun(how, script, arrays, out, flags) for _ in range(2)]
     texts = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], texts
     assert sorted("validation loss" in text for text in texts) == [False, True]
@@ -783,8 +720,7 @@ def train_step(model, optimizer, batches, step, *rest):
 train.train_step = train_step
 train.main()
 """)
-    argv = ("--data", arrays, "--out", out, *SHAPE, *SMALL)
-    agent = torchrun(script, "--standalone", "--nproc_per_node", 2, "--max_restarts", 1, argv)
+    agent = torchrun("--standalone --nproc_per_node 2 --max_restarts 1", script, arrays, out)
     text = agent.communicate(timeout=120)[0]
     assert agent.returncode == 0, text
     assert (tmp_path / "died").exists() and "steps 5 to 20" in text
