@@ -31,7 +31,7 @@ import threading
 import time
 import warnings
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -227,9 +227,9 @@ SHAPE = ("n_layer", "n_head", "n_embd")
 MICRO_BATCH = 8  # BioMedLM: sequences that a GPU of 40 GB took at once
 DEMO_DATA = "data/demo"
 
-# On resume these must be as before: the weights' shape and the order of the data depend on them.
-FIXED = (*SHAPE, "vocab_size", "seq_len", "batch_tokens", "seed", "ignore_eot_targets",
-         "data_fingerprint", "init")
+# On resume these must be as before: else one run would mix two models, data orders or losses.
+FIXED = {"seq_len", "batch_tokens", "seed", "ignore_eot_targets", "data_fingerprint", "init"}
+FIXED |= {field.name for field in fields(GPTConfig)} - {"dropout"}
 
 
 def recipe(preset):
@@ -742,7 +742,8 @@ def check_same_run(before, now):
             continue
         if name in FIXED:
             raise ValueError(f"the run was made with {name} {before.get(name)}, now it is "
-                             f"{now[name]}: keep it, give another --out, or start --fresh")
+                             f"{now[name]}: keep it (or the --init that gave it), give another "
+                             "--out, or start --fresh")
         print(f"changed on resume: {name} {before.get(name)} -> {now[name]}")
 
 

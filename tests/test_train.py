@@ -473,8 +473,9 @@ def test_changed_settings(arrays, go, tmp_path):
 
 
 def test_start_from_weights(go, tmp_path, undisturbed):
-    """--init ignored, or read again over the weights of a resumed run, or forgotten by run.json."""
-    folder, out, dropped = tmp_path / "hf", tmp_path / "run", tmp_path / "dropped"
+    """--init ignored, or read again over the weights of a resumed run, or forgotten by run.json; a
+    run that goes on as another model."""
+    folder, out, dropped, unlike = (tmp_path / name for name in ("hf", "run", "dropped", "unlike"))
     GPT.from_pretrained(undisturbed).save_pretrained(folder)
     go(out, f"--init {folder}", shape="", fault=at_step(6, terminate))
     assert rows(out, "val_loss")[0] == pytest.approx(rows(undisturbed, "val_loss")[20], rel=1e-5)
@@ -482,6 +483,10 @@ def test_start_from_weights(go, tmp_path, undisturbed):
     assert rows(dropped, "val_loss")[0] == rows(out, "val_loss")[0]
     assert rows(dropped)[1] > 1.001 * rows(out)[1]
     assert "steps 7 to 20" in go(out)  # without --init it goes on
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
+    go(unlike, f"--init {folder} --total_steps 1", shape="")
+    assert "made with layer_norm_epsilon 0.001, now it is 1e-05: keep" in go(unlike, code=1)
     assert json.loads((out / "run.json").read_text())["settings"]["init"] == str(folder)
 
 
