@@ -46,6 +46,7 @@ import urllib3
 from tqdm import tqdm
 
 from tokenizer import (
+    COUNT,
     MIB,
     Tokenizer,
     count_pretokens,
@@ -54,7 +55,6 @@ from tokenizer import (
     json_lines,
     load_named,
     natural,
-    positive,
     read_json,
     read_records,
     read_records_backwards,
@@ -128,8 +128,8 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
 def read_rows(array, rows, shape, ignored, device):
     """(x, y), int64 of `shape` (micro_batch, seq_len), x the rows, y the next token of each.
 
-    y is -100, which the loss ignores, at a row's last position, as in the paper; in what the rows
-    leave of the shape; and in place of the token `ignored`.
+    y is -100, which the loss ignores, at a row's last position (as in the paper), where the shape
+    has more places than the rows fill, and where the token is `ignored`.
     """
     import torch  # here, as it would cost extract and tokenize 200 MB and seconds
 
@@ -675,7 +675,7 @@ def make_demo(out):
     documents = ({"id": f"demo{i}", "text": demo_document(rng, drugs, facts)}
                  for i in range(16_000))
     write_json_lines(out / "text/demo.jsonl.gz", documents)
-    # The questions of a drug are all in one split: nothing about a drug of the test is trained on.
+    # Multiple choice: all questions of a drug are in one split.
     rng.shuffle(drugs)
     for split, part in (("train", drugs[:32]), ("dev", drugs[32:40]), ("test", drugs[40:])):
         questions = demo_multiple_choice(rng, part, facts, objects)
@@ -862,7 +862,7 @@ def hash_file(path, name="sha256"):
 # extract: PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz
 #
 # Every record is passed on in its order, as {"id", "text"}, or {"id", "deleted": true} where it has
-# an id and no text to keep: so a later record that is dropped takes an earlier one's text along.
+# an id and no text to keep: so a later record without text deletes the text of an earlier one.
 # tokenize keeps the last record of each id.
 #
 #     <PubmedArticle>… <PMID>7</PMID> … 5 × 10<sup>4</sup> cells …      {"id": "7", "text": "…
@@ -1624,7 +1624,7 @@ def main():
     commands = parser.add_subparsers(required=True)
     text = {"required": True, "help": ".jsonl or .txt file (.gz too), or a folder of them"}
     val_fraction = {"type": float, "default": 0.002, "help": "of documents (default: 0.002)"}
-    workers = {"type": positive, "default": os.cpu_count(), "help": "processes (default: CPUs)"}
+    workers = {"type": COUNT, "default": os.cpu_count(), "help": "processes (default: CPUs)"}
 
     def command(function, name, summary):
         sub = commands.add_parser(name, help=summary)

@@ -35,8 +35,8 @@ import finetune
 from data import TASKS, load_meta, load_qa, val_batches
 from finetune import LIST, REQUIRED, SWITCH, add_flag, new_file
 from model import GPT, cross_entropy
-from tokenizer import json_lines, load_named, read_documents, run_command
-from train import COUNT, COUNT_OR_0, POSITIVE_OR_0, numbers, start_process, write_json
+from tokenizer import COUNT, json_lines, load_named, numbers, read_documents, run_command
+from train import COUNT_OR_0, POSITIVE_OR_0, start_process, write_json
 
 # ---------------------------------------------------------------------------------------------
 # perplexity: how well does the model predict text?

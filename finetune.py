@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from data import TASKS, load_qa
 from model import GPT, check_tensors, cross_entropy, load_tensors, without_memory
-from tokenizer import Tokenizer, read_json, replacing, run_command
-from train import COUNT, POSITIVE, PROBABILITY, announce, distribute, start_process, write_json
+from tokenizer import COUNT, Tokenizer, read_json, replacing, run_command
+from train import POSITIVE, PROBABILITY, announce, distribute, start_process, write_json
 
 # ---------------------------------------------------------------------------------------------
 # the run: settings, questions; for each seed a model, its training, its scores; then the report

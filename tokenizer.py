@@ -22,6 +22,7 @@ import hashlib
 import heapq
 import io
 import json
+import math
 import multiprocessing
 import operator
 import pickle
@@ -565,11 +566,18 @@ def run_command(main):
         sys.exit(130)
 
 
-def positive(text):
-    """argparse's type of a count."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is refused: use 1 or more")
-    return int(text)
+def numbers(kind, low, high=math.inf):
+    """argparse's type for the numbers from `low` to below `high`, whole ones or not; never nan."""
+    def number(text):
+        value = kind(text)
+        if not low <= value < high:  # false for nan, too
+            below = "" if high == math.inf else f" to below {high}"
+            raise argparse.ArgumentTypeError(f"{text} is refused: use a number from {low}{below}")
+        return value
+    return number
+
+
+COUNT = numbers(int, 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -585,7 +593,7 @@ def main():
     sub.add_argument("--vocab_size", type=int, default=28896,
                      help="tokens, the 256 bytes and end-of-text included (default: 28896)")
     sub.add_argument("--out", required=True, help="folder for the files written (required)")
-    sub.add_argument("--workers", type=positive, default=os.cpu_count(),
+    sub.add_argument("--workers", type=COUNT, default=os.cpu_count(),
                      help="counting processes (default: all cores)")
     sub.set_defaults(function=train)
     sub = commands.add_parser("show", help="print the pieces and ids of a text")

@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import data
 from model import GPT, GPTConfig, Linear, kernels_active, load_tensors, newest_checkpoint
-from tokenizer import Tokenizer, read_json, replacing, run_command
+from tokenizer import COUNT, Tokenizer, numbers, read_json, replacing, run_command
 
 # ---------------------------------------------------------------------------------------------
 # the run, from the first line to the last
@@ -176,26 +176,14 @@ def main():
 # A new setting is a row of the table below, and is then settings["name"] everywhere.
 
 
-def numbers(kind, low, high=math.inf):
-    """argparse's type for the numbers from `low` to below `high`, whole ones or not; never nan."""
-    def number(text):
-        value = kind(text)
-        if not low <= value < high:  # false for nan, too
-            raise argparse.ArgumentTypeError(f"{text} is refused: use a number from {low} to "
-                                             f"below {high}")
-        return value
-    return number
-
-
-COUNT = numbers(int, 1)
 COUNT_OR_0 = numbers(int, 0, 2**32)
 LENGTH = numbers(int, 2)  # the last token of a sequence is only a target
 POSITIVE = numbers(float, 1e-12)
 POSITIVE_OR_0 = numbers(float, 0)
 PROBABILITY = numbers(float, 0, 1)
 
-# BioMedLM: the third column is the authors' gpt-3b-biotok-300k.yaml and the paper, section 2, the
-# second the paper's 125M ablations (gpt2-124m: our choice). The demo's numbers are our choice.
+# BioMedLM's column is the authors' gpt-3b-biotok-300k.yaml and the paper, section 2. The one before
+# it is the paper's 125M ablations (gpt2-124m: our choice). The demo's numbers are our choice.
 SETTINGS = {  # flag: (kind, demo, gpt2-124m and biomedlm-125m, biomedlm, help)
     # The yaml and the checkpoint's name have 300,000; the paper's 300B tokens are 286,102.
     # The demo's facts sink in suddenly, between steps 500 and 900.
@@ -863,9 +851,9 @@ def log(run, row, line, process):
 
 
 def log_step(run, step, loss, grad_norm, seconds_per_step, flops, settings, process):
-    """The line and the row of the last of `step` updates.
+    """Print and log the step that just ended.
 
-    loss: mean over the ranks. flops: a token's. MFU: the share of the GPUs' peak that those make.
+    loss: mean over the ranks. flops: of one token. MFU: flops · tokens/s over the GPUs' peak.
     """
     tokens_per_s = settings["batch_tokens"] / seconds_per_step
     row = {"step": step, "tokens": step * settings["batch_tokens"], "loss": loss,

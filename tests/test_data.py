@@ -554,7 +554,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys):
     refused("no plain address", data.download, "medqa", "o")
     with pytest.raises(SystemExit, match="2"):
         main(monkeypatch, "extract . --out o --workers 0")
-    assert "0 is refused: use 1 or more" in capsys.readouterr().err
+    assert "0 is refused: use a number from 1" in capsys.readouterr().err
 
 
 def test_demo(capsys):

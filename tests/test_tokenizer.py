@@ -341,6 +341,6 @@ def test_commands(tmp_path, monkeypatch, capsys):
 
     (tmp_path / "c.txt").write_text("abab abab\n")
     given = "train", "--input", tmp_path / "c.txt", "--out", tmp_path
-    assert "use 1 or more" in said(*given, "--workers", 0)
+    assert "use a number from 1" in said(*given, "--workers", 0)
     assert "no pair is left" in said(*given, "--workers", 1)
     assert "ab| |\\xc3|\\xa9" in said("show", "--tokenizer", tmp_path, "ab é")
