@@ -408,7 +408,7 @@ def test_rerun_makes_what_changed(monkeypatch):
     that a new file has moved left twice; an input of an earlier one's name silently over it, in one
     command or the next; the output's own text as an input."""
     monkeypatch.setattr(data, "OUTPUT_BYTES", 3)
-    for i in (1, 2, 3, 5, 6):
+    for i in (1, 2, 3, 5, 11):
         write(f"raw/{i}.txt", str(i))
     first = write("raw/a/10.txt", "large")
     out = "raw/out"
@@ -420,12 +420,12 @@ def test_rerun_makes_what_changed(monkeypatch):
     os.utime(first, (1, 1))
     write("raw/0.txt", "0")
     data.extract(["raw"], out)
-    assert outputs(out) == ["0", "3", "a-10"]
+    assert outputs(out) == ["0", "3", "11", "a-10"]
     assert [text for _, text in read_records(f"{out}/0.jsonl.gz")] == ["0", "1", "2"]
     second = write("b/a-10.txt", "second")
     refused("a-10.jsonl.gz holds the text of .*raw/a/10.txt", data.extract, [second], out)
     data.extract([write("b/y.txt", "more")], out)
-    assert {*texts(out).values()} == {*"012356", "other", "more"}
+    assert {*texts(out).values()} == {*"01235", "11", "other", "more"}
     data.extract([first, write("b/10.txt", "b"), pubmed_file("b/10.xml", citation(3))], "new")
     assert outputs("new") == ["10-2", "10-3", "10"] and len(texts("new")) == 3
 
@@ -602,15 +602,18 @@ def test_kill_and_rerun(tokenizer):
 # download from a server with faults
 
 
+FAULTS = "cut", "cut", 429, 500, 503, "html", "wrong"
+
+
 class Faulty(http.server.BaseHTTPRequestHandler):
-    """Serves server.files; with probability server.rate a request meets one of the faults."""
+    """Serves server.files; with probability server.rate a request meets one of server.faults."""
 
     def do_GET(self):
         rng = self.server.rng
         body = self.server.files.get(self.path.split("?md5")[0].lstrip("/"))
         fault = None
         if rng.random() < self.server.rate:
-            fault = rng.choice(("cut", "cut", 429, 500, 503, "html", "wrong"))
+            fault = rng.choice(self.server.faults)
         if body is None or isinstance(fault, int):
             return self.send_error(fault or 404)
         if fault == "html":
@@ -635,14 +638,14 @@ class Faulty(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(files, rate, seed, resumes) -> URL of a local server; retries without long waits."""
+    """serve(files, rate, seed, resumes, faults) -> URL of a local server; retries without waits."""
     monkeypatch.setattr(data, "BACKOFF_S", 0.001)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def serve(files, rate=0.0, seed=0, resumes=True):
+    def serve(files, rate=0.0, seed=0, resumes=True, faults=FAULTS):
         rng = random.Random(seed)
-        vars(server).update(files=files, rate=rate, rng=rng, resumes=resumes)
+        vars(server).update(files=files, rate=rate, rng=rng, resumes=resumes, faults=faults)
         return f"http://127.0.0.1:{server.server_port}/"
 
     serve.ranges = server.ranges = []  # what the requests asked for
@@ -683,8 +686,8 @@ def test_download_survives_faults(serve, runs):
 
 
 def test_download_errors_are_clear(serve, monkeypatch):
-    """Endless retries of a 404 or a wrong md5; a web page taken for a question set; a listing
-    without end."""
+    """Endless retries of a 404 or a wrong md5; a web page, or a part, taken for a question
+    set; a listing without end."""
     files = pubmed_site()
     md5 = {"baseline/pubmed26n0001.xml.gz.md5": b"MD5(x)= " + b"0" * 32}
     refused("checksum differs", data.download, "pubmed", "a", serve(files | md5), "1")
@@ -694,6 +697,8 @@ def test_download_errors_are_clear(serve, monkeypatch):
     refused("404.*--base_url$", data.download, "pubmedqa", "a", serve(files))
     page = dict.fromkeys(data.FILES["pubmedqa"], b" <html>Log in</html>")
     refused("a web page", data.download, "pubmedqa", "a", serve(page))
+    cut = serve(dict.fromkeys(data.FILES["pubmedqa"], b"{}" * 999), 1.0, faults=["cut"])
+    refused("connection failed", data.download, "pubmedqa", "a", cut)
     monkeypatch.setattr(data, "PAGE_BYTES", 10)
     refused("beyond 10 bytes.*--base_url", data.download, "pubmed", "b", serve(files))
 
@@ -907,6 +912,8 @@ def test_bad_question_files_are_refused():
                           ('{"question": ' + "[" * 90_000, "val.json: line 1"),
                           ('{"cop": 0}\n{"cop": 4}', "cop holds 0 and 4")):
         refused(message, load, "medmcqa", "val.json", body)
+    write("val.target", "a\n")
+    refused("after 1 questions.*shorter", load, "text", "val.source", "a\nb\n")
     refused("use one of medqa", data.load_qa, "nope", ".", "test")
 
 
