@@ -639,7 +639,7 @@ def evaluate(model, batches, process, signals):
             return None
     model.train()
     nats, targets = process.all_reduce([nats, targets])
-    return nats / targets
+    return nats / max(targets, 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -726,13 +726,13 @@ def read_old_settings(run):
 def check_same_run(before, now):
     """Refuse settings that the checkpoint can't go on with; print the other changes."""
     for name in sorted(now):
-        if before.get(name) == now[name]:
+        if name not in before or before[name] == now[name]:  # older runs record less
             continue
         if name in FIXED:
-            raise ValueError(f"the run was made with {name} {before.get(name)}, now it is "
+            raise ValueError(f"the run was made with {name} {before[name]}, now it is "
                              f"{now[name]}: keep it (or the --init that gave it), give another "
                              "--out, or start --fresh")
-        print(f"changed on resume: {name} {before.get(name)} -> {now[name]}")
+        print(f"changed on resume: {name} {before[name]} -> {now[name]}")
 
 
 def cut_log(path, step, evaluates):

@@ -632,7 +632,7 @@ def test_full_disk(go, tmp_path, undisturbed):
     ("--min_lr 5", "use at most --lr"),
     ("--preset biomedlm", "python data.py tokenize"),
     *[(args, f"{args.split()[1]} is refused: use a number from") for args in (
-        "--lr inf", "--min_lr -1", "--min_lr nan", "--keep 0", "--warmup_steps -5",
+        "--lr inf", "--min_lr -1", "--grad_clip nan", "--keep 0", "--warmup_steps -5",
         "--seq_len 1", "--dropout 1")]])
 def test_mistakes_name_their_mend(arrays, monkeypatch, capsys, args, mend):
     """A wrong flag ends in a traceback, or in a message that leaves the user to guess; a number
