@@ -73,7 +73,6 @@ def test_perplexity(parts, ask):
     tokenize("a.jsonl", "init", "arrays", val_fraction=0.6)
     ids = np.fromfile("arrays/val.bin", np.uint16).tolist()
     rows = [ids[at:at + 48] for at in range(0, len(ids), 48)]
-    assert len(rows) > 2 and len(rows[-1]) < 40
     held_out = tokenizer.decode([i for i in ids if i != tokenizer.eot_id])
     for data, cut, n_bytes, n_tokens in (
             ("a.jsonl --limit 7", windows, len("".join(texts).encode()), None),
@@ -325,6 +324,11 @@ WEIGHTS = "model.safetensors" if find_spec("safetensors") else "pytorch_model.bi
 DAMAGE = [  # file, the commands that read it, ways to spoil it
     ("pretrained/config.json", "train, perplexity",
      "empty half null list utf16 deep n_layer=2 n_head=null vocab_size=10000000"),
+    ("pretrained/config.json", "export",
+     'n_layer=10000000 n_layer="12" n_layer=true n_head=0 n_head=3 n_embd=18 resid_pdrop=1 '
+     'layer_norm_epsilon=null initializer_range=Infinity scale_attn_by_inverse_layer_idx="no" '
+     'eos_token_id=-1 eos_token_id=["end"] n_inner="wide" scale_attn_weights=false '
+     'activation_function="gelu_fast" model_type=null'),
     ("pretrained/run.json", "train",
      "empty half null list utf16 deep settings=null settings=[]"),
     ("pretrained/checkpoint_0000004.pt", "train",
@@ -381,7 +385,7 @@ def whole(tmp_path_factory):
 
 
 def spoil(path, way):
-    """way: a name in BYTES, or what to set: length=0, or all numbers of a tensor: weight=NaN."""
+    """way: a name in BYTES, or what to set: length=0. All numbers of a tensor: weight=NaN."""
     if way in BYTES:
         new = BYTES[way]
         path.write_bytes(new(path.read_bytes()) if callable(new) else new)
@@ -392,10 +396,11 @@ def spoil(path, way):
     *groups, name = names.split("/")
     inner = reduce(getitem, groups, contents)
     new = json.loads(value)
-    inner[name] = torch.full_like(inner[name], new) if isinstance(new, float) else new
     if is_json:
+        inner[name] = new
         write_json(path, contents)
     else:
+        inner[name] = torch.full_like(inner[name], new) if isinstance(new, float) else new
         torch.save(contents, path)
 
 

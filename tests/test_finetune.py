@@ -341,16 +341,10 @@ def test_summary():
     examples = [Example(Question("", "?", options=options[i % 2], answer=i // 3), [], i < 2)
                 for i in range(4)]
     row = summarise("medqa", "test", 9, examples, [0.5, 1.0])
-    assert row == dict(task="medqa",
-                       split="test",
-                       available=9,
-                       n=4,
-                       truncated=2,
-                       accuracy=0.75,
-                       ci95=wilson(0.75, 4),
-                       std=pytest.approx(0.125**0.5),
-                       chance=0.375,
-                       majority=0.75)
+    # the last six: accuracy, ci95, truncated, std, chance, majority
+    assert list(row.values()) == [
+        "medqa", "test", 9, 4,
+        0.75, wilson(0.75, 4), 2, pytest.approx(0.125**0.5), 0.375, 0.75]
 
 
 def write_medqa(folder):
