@@ -337,7 +337,7 @@ def test_summary():
     """Catches the normal interval, which leaves [0, 1] (Newcombe 1998, table I: 81 of 263); one
     over seeds x questions; a chance or majority of something else."""
     assert wilson(81 / 263, 263) == pytest.approx([0.2553, 0.3662], abs=1e-4)
-    options = [("a", "b"), ("a", "b", "c", "d")]
+    options = ["ab", "abcd"]
     examples = [Example(Question("", "?", options=options[i % 2], answer=i // 3), [], i < 2)
                 for i in range(4)]
     row = summarise("medqa", "test", 9, examples, [0.5, 1.0])
@@ -350,7 +350,7 @@ def test_summary():
 def write_medqa(folder):
     drugs = ["aspirin", "heparin", "insulin", "no"]
     Path(folder, "4_options").mkdir(parents=True)
-    for split, first in (("train", 0), ("dev", 5), ("test", 100)):
+    for split, first in ("train", 0), ("dev", 5), ("test", 100):
         write_lines(Path(folder, f"4_options/phrases_no_exclude_{split}.jsonl"), [
             dict(question=f"Which drug helps patient {i}?",
                  options=dict(zip("ABCD", drugs[i % 3:] + drugs[:i % 3])),
@@ -417,7 +417,7 @@ def lines(path):
 def test_command_trains_saves_and_eval_agrees(init, task, flags):
     """Catches a saved folder whose scores differ from those of the run that reported them: another
     head, tokenizer, length, or prompt; dropout in scoring; a result without its figures."""
-    for split in ("train", "dev", "test"):
+    for split in "train", "dev", "test":
         Path(f"qa/{split}.tsv").write_text("".join(
             f"{split}{i}\tthe {split} {i}\t{TEXT[i:i + 20]}\t{['no', 'yes'][i % 2]}\n"
             for i in range(12)))

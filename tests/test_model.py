@@ -140,7 +140,7 @@ def test_checkpointed_block_repeats_its_dropout(idx):
     """Recomputing a block with another dropout mask: gradients of a function never evaluated."""
     grads = []
     model = GPT(replace(TINY, dropout=0.2))
-    for checkpointing in (False, True):
+    for checkpointing in False, True:
         torch.manual_seed(0)
         model.activation_checkpointing = checkpointing
         loss = model(idx[:, :-1], idx[:, 1:])[1]
@@ -303,7 +303,7 @@ def test_one_bf16_row_is_a_linear():
     layer = Linear(48, 80, dtype=torch.bfloat16)
     x, weight = torch.randn(1, 1, 48).bfloat16(), layer.weight.data
     product = x.double() @ weight.double().t()
-    for stored in (weight, weight.t().contiguous().t()):  # [out, in], and Hugging Face's [in, out]
+    for stored in weight, weight.t().contiguous().t():  # [out, in], and Hugging Face's [in, out]
         layer.weight = torch.nn.Parameter(stored)
         for y, exact in ((layer(x, with_bias=False), product), (layer(x), product + layer.bias)):
             torch.testing.assert_close(y.double(), exact, rtol=0, atol=2**-6)
