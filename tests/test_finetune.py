@@ -49,8 +49,8 @@ def small_tokenizer():
     return Tokenizer.from_merges(train_bpe(dict.fromkeys(re.findall(" ?[A-Za-z]+", TEXT), 5), 300))
 
 
-def small_gpt(vocab_size, dropout=0.0, seed=0, n_positions=64):
-    torch.manual_seed(seed)
+def small_gpt(vocab_size, dropout=0.0, n_positions=48):
+    torch.manual_seed(0)
     return GPT(GPTConfig(n_layer=3, n_head=2, n_embd=32, n_positions=n_positions, dropout=dropout,
                          vocab_size=vocab_size, initializer_range=0.3))
 
@@ -64,7 +64,7 @@ QUESTIONS = [  # ragged, of 2 to 5 options
              target=" ".join(WORDS[i:2 + 2 * i])) for i in range(7)]
 
 
-def encode(qs, task, length=64, markers=False):
+def encode(qs, task, length=48, markers=False):
     """(examples, their tokenizer)."""
     tokenizer = small_tokenizer()
     return encode_all(qs, task, tokenizer, {"length": length, "markers": markers}), tokenizer
@@ -337,26 +337,20 @@ def test_summary():
     """Catches the normal interval, which leaves [0, 1] (Newcombe 1998, table I: 81 of 263); one
     over seeds x questions; a chance or majority of something else."""
     assert wilson(81 / 263, 263) == pytest.approx([0.2553, 0.3662], abs=1e-4)
-    options = [("a", "b"), ("a", "b", "c", "d")]
+    options = ["ab", "abcd"]
     examples = [Example(Question("", "?", options=options[i % 2], answer=i // 3), [], i < 2)
                 for i in range(4)]
     row = summarise("medqa", "test", 9, examples, [0.5, 1.0])
-    assert row == dict(task="medqa",
-                       split="test",
-                       available=9,
-                       n=4,
-                       truncated=2,
-                       accuracy=0.75,
-                       ci95=wilson(0.75, 4),
-                       std=pytest.approx(0.125**0.5),
-                       chance=0.375,
-                       majority=0.75)
+    # the last six: accuracy, ci95, truncated, std, chance, majority
+    assert list(row.values()) == [
+        "medqa", "test", 9, 4,
+        0.75, wilson(0.75, 4), 2, pytest.approx(0.125**0.5), 0.375, 0.75]
 
 
 def write_medqa(folder):
     drugs = ["aspirin", "heparin", "insulin", "no"]
     Path(folder, "4_options").mkdir(parents=True)
-    for split, first in (("train", 0), ("dev", 5), ("test", 100)):
+    for split, first in ("train", 0), ("dev", 5), ("test", 100):
         write_lines(Path(folder, f"4_options/phrases_no_exclude_{split}.jsonl"), [
             dict(question=f"Which drug helps patient {i}?",
                  options=dict(zip("ABCD", drugs[i % 3:] + drugs[:i % 3])),
@@ -423,7 +417,7 @@ def lines(path):
 def test_command_trains_saves_and_eval_agrees(init, task, flags):
     """Catches a saved folder whose scores differ from those of the run that reported them: another
     head, tokenizer, length, or prompt; dropout in scoring; a result without its figures."""
-    for split in ("train", "dev", "test"):
+    for split in "train", "dev", "test":
         Path(f"qa/{split}.tsv").write_text("".join(
             f"{split}{i}\tthe {split} {i}\t{TEXT[i:i + 20]}\t{['no', 'yes'][i % 2]}\n"
             for i in range(12)))
@@ -474,7 +468,7 @@ def test_flags_and_defaults_reach_the_settings(init, monkeypatch):
         return tuple(found[name] for name in ("lr", "epochs", "length", "dropout"))
 
     assert settings("text --lr 1 --epochs 2 --dropout 0 --length 9") == (1, 2, 9, 0)
-    assert settings("medqa")[2:] == (64, None)
+    assert settings("medqa")[2:] == (48, None)
     config = dataclasses.replace(GPT.config_of(init), n_positions=2048)
     monkeypatch.setattr(GPT, "config_of", lambda folder: config)
     for n_params, task, *expected in [
