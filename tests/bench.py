@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from pathlib import Path
 from unittest import mock
 from xml.sax.saxutils import escape
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -36,9 +36,10 @@ import data  # noqa: E402
 import finetune  # noqa: E402
 import model as gpt_model  # noqa: E402
 import train  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from model import GPT, GPTConfig, add_layer_norm, attention, bias_gelu, cross_entropy  # noqa: E402
 from tokenizer import Tokenizer, count_batch, read_documents, train_bpe  # noqa: E402
 
+SECONDS = partial(timeit.timeit, number=1)
 ROWS = []  # all that was shown, for --json
 
 
@@ -50,13 +51,14 @@ def show(row):
     print("  ".join(cells), flush=True)
 
 
-def interleave(variants, rounds):
-    """Median seconds of each named callable, run in turns so that drift hits all alike."""
-    seconds = {name: [] for name in variants}
+def interleave(variants, rounds, measure=SECONDS):
+    """{name: medians of the figures, one or several, that measure(variant) returns}. The variants
+    are measured in turns, so that drift hits all alike."""
+    figures = {name: [] for name in variants}
     for _ in range(rounds):
-        for name, fn in variants.items():
-            seconds[name].append(timeit.timeit(fn, number=1))
-    return {name: statistics.median(values) for name, values in seconds.items()}
+        for name, variant in variants.items():
+            figures[name].append(measure(variant))
+    return {name: np.median(values, axis=0) for name, values in figures.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -221,12 +223,12 @@ def recorded_launches(arch, C=2560, n_head=20):
     with (mock.patch.object(JITFunction, "run", record),
           mock.patch.multiple(gpt_model, runs_kernel=lambda x: True, gpu=lambda: arch)):
         outputs = [
-            *gpt_model.add_layer_norm(x, residual, weight, bias, 1e-5, 0.1, 1),
-            *gpt_model.add_layer_norm(x, residual, weight, bias),
-            gpt_model.bias_gelu(parameter(16, 4 * C, dtype=bf16), parameter(4 * C)),
-            gpt_model.attention(qkv, n_head, 0.1),
-            gpt_model.attention(qkv, n_head, 0.1, 0.1, 1),
-            gpt_model.cross_entropy(x, wte, targets)]
+            *add_layer_norm(x, residual, weight, bias, 1e-5, 0.1, 1),
+            *add_layer_norm(x, residual, weight, bias),
+            bias_gelu(parameter(16, 4 * C, dtype=bf16), parameter(4 * C)),
+            attention(qkv, n_head, 0.1),
+            attention(qkv, n_head, 0.1, 0.1, 1),
+            cross_entropy(x, wte, targets)]
         torch.autograd.backward(outputs, [torch.zeros_like(o) for o in outputs])
     return launches
 
@@ -316,25 +318,25 @@ def kernel_cases(rows, C, n_head, p, V=28896, T=1024):
     return {
         "add_layer_norm": (
             (rand(rows, C), rand(rows, C, dtype=fp32), rand(C, dtype=fp32), rand(C, dtype=fp32)),
-            lambda x, r, w, b: gpt_model.add_layer_norm(x, r, w, b, 1e-5, p, 1),
+            lambda x, r, w, b: add_layer_norm(x, r, w, b, 1e-5, p, 1),
             plain_add_layer_norm,
             "copy",
             {"forward": (12 * C + 8) * rows, "backward": (16 * C + 8) * rows}),
         "bias_gelu": (
             (rand(rows, 4 * C), rand(4 * C, dtype=fp32)),
-            gpt_model.bias_gelu,
+            bias_gelu,
             lambda x, b: F.gelu(x + b.to(x.dtype), approximate="tanh"),
             "copy",
             {"forward": 16 * C * rows, "backward": 24 * C * rows}),
         "attention": (
             (rand(rows // T, T, 3 * C),),
-            lambda qkv: gpt_model.attention(qkv, n_head, (C // n_head) ** -0.5, p, 1),
+            lambda qkv: attention(qkv, n_head, (C // n_head) ** -0.5, p, 1),
             lambda qkv: plain_attention(qkv, n_head, p),
             "matmul",
             {"forward": 2 * T * C * rows, "backward": 5 * T * C * rows}),
         "cross_entropy": (
             (rand(rows, C), wte, targets),
-            gpt_model.cross_entropy,
+            cross_entropy,
             lambda h, w, t: F.cross_entropy(F.linear(h, w), t),  # bf16 product, fp32 loss
             "matmul",
             {"both": 6 * rows * C * V}),
@@ -374,21 +376,18 @@ def gpu_milliseconds(variants):
     """Median device milliseconds of each named callable, in turns. A sleeping kernel goes first,
     for longer than Python needs to queue the launches behind it, so that Python's own time stays
     out of the figure."""
-    times = {name: [] for name in variants}
-    for _ in range(3):
-        for fn in variants.values():
+    def measure(fn):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(40_000_000)  # cycles: 20 ms
+        begin.record()
+        for _ in range(4):
             fn()
-    for _ in range(9):
-        for name, fn in variants.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(40_000_000)  # cycles: 20 ms
-            begin.record()
-            for _ in range(4):
-                fn()
-            end.record()
-            torch.cuda.synchronize()
-            times[name].append(begin.elapsed_time(end) / 4)
-    return {name: statistics.median(values) for name, values in times.items()}
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 4
+
+    interleave(variants, 1, measure)  # compiles
+    return interleave(variants, 9, measure)
 
 
 def measured_ceilings():
@@ -448,15 +447,13 @@ def measure_train(args, process, settings):
     steps = {
         "ours": lambda: train.train_step(model, optimizer, batches, 200, settings, process),
         "plain": lambda: plain_step(model, optimizer, x, settings["accumulation"], process, plain)}
-    segments = {name: [] for name in steps}
-    for _ in range(7):
-        for name, step in steps.items():
-            segments[name].append(timed_segment(step, process, args.seconds / 6))
+    timed = partial(timed_segment, process=process, seconds=args.seconds / 6)
+    for rounds in (1, 6):  # the first one compiles, and fills the cache
+        medians = interleave(steps, rounds, timed)
     flops = train.flops_per_token(config, model.n_params(), settings["seq_len"])
     peak = train.peak_flops(process.device)
     speeds = {}
-    for name, (_, *hot) in segments.items():  # the first one compiles, and fills the cache
-        steps_per_s, memory_gib = map(statistics.median, zip(*hot))
+    for name, (steps_per_s, memory_gib) in medians.items():
         speeds[name] = steps_per_s * settings["accumulation"] * x.numel()
         show({"variant": name, "dropout": settings["dropout"], "tokens_per_s": speeds[name],
               "mfu": speeds[name] * flops / peak if peak else None, "memory_gib": memory_gib})
@@ -502,7 +499,7 @@ def plain_head(residual, branch, targets, dropout, ln_w, ln_b, wte):
     """Final LayerNorm, all logits at once, F.cross_entropy."""
     x = F.layer_norm(residual + F.dropout(branch, dropout), ln_w.shape, ln_w, ln_b)
     logits = F.linear(x, wte)
-    return F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.view(-1))
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
 def plain_step(model, optimizer, x, accumulation, process, compiled):
@@ -593,25 +590,27 @@ def bench_tokenizer(parser, rest):
     """Seconds, MB/s and peak memory of training 28,896 tokens and of encoding."""
     parser.add_argument("--hf_python", help="a python that has tokenizers (default: ours alone)")
     args = parser.parse_args(rest)
-    children = {"ours": (sys.executable, OUR_CHILD)}
+    children = {"ours": ("ours", sys.executable, OUR_CHILD)}
     if args.hf_python:
-        children["hf"] = (args.hf_python, HF_CHILD)
+        children["hf"] = ("hf", args.hf_python, HF_CHILD)
     with tempfile.TemporaryDirectory() as folder:
-        text = f"{folder}/all"
-        megabytes = all_text(text) / 1e6
+        megabytes = all_text(f"{folder}/all") / 1e6
         for part, threads in (("train", 1), ("train", 2), ("encode", 1)):
-            figures = {name: [] for name in children}
             digests = set()
-            for _, (name, (python, code)) in product(range(3), children.items()):
-                command = [python, "-c", code, part, text, str(threads), f"{folder}/{name}"]
-                digest, *found = subprocess.check_output(command, cwd=ROOT, text=True).split()
-                digests.add(digest)
-                figures[name].append(map(float, found))
-            for name, runs in figures.items():
-                seconds, cpu, peak = map(statistics.median, zip(*runs))
+            measure = partial(run_child, digests, folder, part, str(threads))
+            for name, (seconds, cpu, peak) in interleave(children, 3, measure).items():
                 show({"part": part, "threads": threads, "who": name, "seconds": seconds,
                       "cpu_s": cpu, "MB_per_s": megabytes / seconds, "peak_MB": peak,
                       "all_equal": len(digests) == 1})
+
+
+def run_child(digests, folder, part, threads, child):
+    """(seconds, CPU seconds, peak MB) of one part in a child; the result's sha256 joins digests."""
+    who, python, code = child
+    command = [python, "-c", code, part, f"{folder}/all", threads, f"{folder}/{who}"]
+    digest, *figures = subprocess.check_output(command, cwd=ROOT, text=True).split()
+    digests.add(digest)
+    return list(map(float, figures))
 
 
 def all_text(stem):
@@ -709,14 +708,12 @@ def measure_extract(folder, n):
     with gzip.open(large) as f:
         xml_mb = f.seek(0, os.SEEK_END) / 1e6
     _, small_peak = usage_of_extract(small, folder / "text")
-    alone, ours = [], []
-    for _ in range(2):
-        alone.append(usage("-c", ITERPARSE, large)[0])
-        seconds, peak = usage_of_extract(large, folder / "text")
-        ours.append(seconds)
-    rate = xml_mb / statistics.median(ours)
+    variants = {"alone": partial(usage, "-c", ITERPARSE, large),
+                "ours": partial(usage_of_extract, large, folder / "text")}
+    (alone, _), (ours, peak) = interleave(variants, 2, lambda fn: fn()).values()
+    rate = xml_mb / ours
     show({"what": "extract", "citations": n, "MB_per_s": rate,
-          "gunzip + iterparse alone": xml_mb / statistics.median(alone), "peak_MiB": peak,
+          "gunzip + iterparse alone": xml_mb / alone, "peak_MiB": peak,
           f"peak_MiB at {n // 10}": small_peak})
     return rate, xml_mb
 
@@ -857,29 +854,31 @@ def bench_generate(parser, rest):
     pythons = {"ours": sys.executable}
     if args.hf_python:
         pythons["hf"] = args.hf_python
-    rows, children, speeds, rates = {}, {}, {}, []
+    children, loads = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         n_bytes = random_folder(args.shape, folder)
         for who, python in pythons.items():  # one after the other: each load has the machine
             children[who] = subprocess.Popen(
                 [python, "-c", GENERATE_CHILD, who, folder], cwd=ROOT, text=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            rows[who] = {"who": who, "load_s": float(children[who].stdout.readline())}
-            speeds[who] = []
-        for _ in range(6):
-            rates.append(read_rate())
-            for who, child in children.items():
-                print("go", file=child.stdin, flush=True)
-                seconds, rows[who]["peak_gb"] = map(float, child.stdout.readline().split())
-                speeds[who].append(16 / seconds)
+            loads[who] = float(children[who].stdout.readline())
+        for rounds in (1, 5):  # the first one touches the mapped file
+            medians = interleave(children, rounds, ask)
         for child in children.values():
             child.communicate()
-    floor = statistics.median(rates) / n_bytes
+    floor = medians["ours"][2] / n_bytes
     show({"who": "floor", "tokens_per_s": floor, "weights_gb": n_bytes / 1e9,
           "read_gb_per_s": floor * n_bytes / 1e9})
-    for who, row in rows.items():
-        speed = statistics.median(speeds[who][1:])  # the first one touches the mapped file
-        show(row | {"tokens_per_s": speed, "of_floor": speed / floor})
+    for who, (speed, peak_gb, _) in medians.items():
+        show({"who": who, "load_s": loads[who], "peak_gb": peak_gb, "tokens_per_s": speed,
+              "of_floor": speed / floor})
+
+
+def ask(child):
+    """(tokens a second, peak GB) of one answer of a child, and the memory's read rate now."""
+    print("go", file=child.stdin, flush=True)
+    seconds, peak_gb = map(float, child.stdout.readline().split())
+    return 16 / seconds, peak_gb, read_rate()
 
 
 def random_folder(shape, folder):

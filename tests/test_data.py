@@ -25,6 +25,18 @@ import torch
 from conftest import ROOT, run
 
 import data
+from data import (
+    FILES,
+    Question,
+    cloze,
+    download,
+    extract,
+    load_meta,
+    load_qa,
+    tokenize,
+    train_batches,
+    val_batches,
+)
 from tokenizer import (
     ALPHABET,
     Tokenizer,
@@ -57,10 +69,15 @@ def tokenizer(tmp_path_factory):
 
 
 def write(path, body):
-    """A file of text or bytes, in a folder that is made where missing; returns its Path."""
+    """A file in a folder that is made where missing: bytes as they are, text compressed if the
+    name says so. Returns its Path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(body if isinstance(body, bytes) else body.encode())
+    if isinstance(body, str):
+        body = body.encode()
+        if path.suffix == ".gz":
+            body = gzip.compress(body)
+    path.write_bytes(body)
     return path
 
 
@@ -72,7 +89,7 @@ def write_text(path, records):
     """Text as extract leaves it; a document without text is deleted."""
     rows = [{"id": ident} | ({"deleted": True} if text is None else {"text": text})
             for ident, text in records]
-    write(path, gzip.compress(lines(rows).encode()))
+    write(path, lines(rows))
 
 
 def write_arrays(tokenizer, train, val=(0,)):
@@ -99,8 +116,7 @@ def citation(pmid, title="A title", abstract="An abstract.", version=1, ids=""):
 
 def pubmed_file(path, *items):
     body = '<?xml version="1.0" encoding="utf-8"?><!DOCTYPE PubmedArticleSet SYSTEM "pubmed.dtd">'
-    raw = f"{body}<PubmedArticleSet>{' '.join(items)}</PubmedArticleSet>".encode()
-    return write(path, gzip.compress(raw) if str(path).endswith(".gz") else raw)
+    return write(path, f"{body}<PubmedArticleSet>{' '.join(items)}</PubmedArticleSet>")
 
 
 def texts(out="out"):
@@ -134,7 +150,7 @@ def test_training_order(tokenizer):
     write_arrays(tokenizer, 2**15 + np.arange(60 * 8 + 5))
 
     def batches(n, seed=3, **kwargs):
-        for x, y in itertools.islice(data.train_batches(".", 8, seed=seed, **kwargs), n):
+        for x, y in itertools.islice(train_batches(".", 8, seed=seed, **kwargs), n):
             assert x.dtype == y.dtype == torch.int64
             assert (y[:, :-1] == x[:, :-1] + 1).all() and (y[:, -1] == -100).all()
             yield ((x[:, 0] - 2**15) // 8).tolist()
@@ -154,7 +170,7 @@ def test_training_order(tokenizer):
 def test_permutation():
     """A cycle walk that leaves [0, n) or meets a row twice; a mended one, with which a run that is
     resumed would repeat and skip rows."""
-    for n in (1, 2, 3, 5, 64, 1000, 4097):
+    for n in (1, 2, 3, 64, 4097):
         assert sorted(data.permute(i, n, 17, 3) for i in range(n)) == list(range(n))
     found = [data.permute(i, 2**30, seed=0, epoch=0) for i in range(3)]
     assert found == [972684279, 1071033926, 35584876]
@@ -166,7 +182,7 @@ def test_validation_rows(tokenizer):
     write_arrays(tokenizer, [0] * 8, 2**15 + np.arange(8 * 1500 + 3))
 
     def targets(world_size, max_tokens=None):
-        ranks = [list(data.val_batches(".", 8, 2, r, world_size, max_tokens))
+        ranks = [list(val_batches(".", 8, 2, r, world_size, max_tokens))
                  for r in range(world_size)]
         assert len({len(batches) for batches in ranks}) == 1
         return sorted(torch.cat([y[y >= 0] - 2**15 for rank in ranks for _, y in rank]).tolist())
@@ -184,8 +200,8 @@ def test_end_of_text_targets_can_be_ignored(tokenizer):
     eot = Tokenizer.load(tokenizer).eot_id
     for ignore, target in (True, -100), (False, eot):
         write_arrays(tokenizer, *[[1, eot, 2, 3] * 8] * 2)
-        loaders = (data.train_batches(".", 16, 1, seed=0, ignore_eot=ignore),
-                   data.val_batches(".", 16, 1, ignore_eot=ignore))
+        loaders = (train_batches(".", 16, 1, seed=0, ignore_eot=ignore),
+                   val_batches(".", 16, 1, ignore_eot=ignore))
         for _ in range(2):
             for x, y in map(next, loaders):
                 assert (x == eot).sum() == 4
@@ -197,29 +213,29 @@ def test_end_of_text_targets_can_be_ignored(tokenizer):
 def test_bad_arrays_are_refused_with_the_mend(tokenizer):
     """Training for days on a cut array, another tokenizer, or ids beyond the vocabulary (D5)."""
     write_arrays(tokenizer, np.arange(100), np.arange(100))
-    refused("less than one sequence", next, data.train_batches(".", 128, 1, seed=0))
+    refused("less than one sequence", next, train_batches(".", 128, 1, seed=0))
     for split in ("train", "val"):
         path = Path(f"{split}.bin")
         raw = path.read_bytes()
         for other, message in ((raw[:-2], "cut or replaced.*tokenize"), (raw * 2, "cut or"),
                                (raw[:-2] + b"\0\0", "sha256")):
             path.write_bytes(other)
-            refused(message, data.load_meta, ".", message == "sha256")
-        data.load_meta(".")  # only verify reads the whole array
+            refused(message, load_meta, ".", message == "sha256")
+        load_meta(".")  # only verify reads the whole array
         path.write_bytes(raw)
-    meta = data.load_meta(".", verify=True)
+    meta = load_meta(".", verify=True)
     write_arrays(tokenizer, [meta["vocab_size"]])
-    refused("beyond the vocabulary of", data.load_meta, ".", True)
+    refused("beyond the vocabulary of", load_meta, ".", True)
     Tokenizer.from_merges([]).save(".")
-    refused("is not the one that made the arrays", data.load_meta, ".")
-    refused("data.py tokenize", data.load_meta, "nothing")
+    refused("is not the one that made the arrays", load_meta, ".")
+    refused("data.py tokenize", load_meta, "nothing")
 
 
 def test_memory_stays_flat(tokenizer):
     """A memmap kept open: its touched pages count as resident and grow with every batch (D6)."""
     write_arrays(tokenizer, np.zeros(20_000_000, np.uint16))
     pages = []
-    for _ in itertools.islice(data.train_batches(".", 1024, 16, seed=0), 400):
+    for _ in itertools.islice(train_batches(".", 1024, 16, seed=0), 400):
         pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
     assert pages[-1] - pages[0] < 3000, "of the array's 9765"
 
@@ -275,10 +291,10 @@ def test_pubmed_json_lines_and_txt(monkeypatch):
         expected[f"{hash64(text):016x}"] = text
     deleted = dict.fromkeys(["3", "9", "9.2", "10", "10.2", "11", "12", "13", "14"])
     monkeypatch.setattr(data, "RECORD_LIMIT", 132_000)  # less than the file, more than a record
-    data.extract(["."], "out")
+    extract(["."], "out")
     assert dict(read_records("out/own.jsonl.gz")) == expected | deleted
-    refused("other options", data.extract, ["."], "out", labels=True)
-    counts = data.extract(["."], "2", labels=True, skip_pmc=True, languages=["eng"])
+    refused("other options", extract, ["."], "out", labels=True)
+    counts = extract(["."], "2", labels=True, skip_pmc=True, languages=["eng"])
     expected |= {"2": "A title\nAIM: To see. END: Seen.", "4": None, "8": None}
     assert dict(read_records("2/own.jsonl.gz")) == expected | deleted
     assert counts["another language"] == 1
@@ -333,9 +349,8 @@ def test_jats():
             *(article(kind, pmc=7) for kind in corrected)]
     front, body, back = re.split("(?s)(<body>.*</body>)(?=<back>)", article(pmid=14))
     bulk += [front + back, f"<article>{body}</article>", "<article/>"]
-    bulk = f"<articles xmlns:mml='m'>{''.join(bulk)}</articles>"
-    write("bulk.xml.gz", gzip.compress(bulk.encode()))
-    counts = data.extract(["PMC12.1.xml", "bulk.xml.gz"], "out", workers=2)
+    write("bulk.xml.gz", f"<articles xmlns:mml='m'>{''.join(bulk)}</articles>")
+    counts = extract(["PMC12.1.xml", "bulk.xml.gz"], "out", workers=2)
     found = texts()
     lines = ARTICLE_TEXT.split("\n")
     assert found.pop("14").split("\n") == lines[:2] + lines[-2:]
@@ -384,7 +399,7 @@ def test_what_is_bad_is_skipped(capsys):
     for i, end in enumerate(["", "<", ""], 500):
         pubmed_file(f"raw/{i}.xml", citation(i), end)
     os.mkfifo("raw/503.xml")
-    counts = data.extract(["a.xml", "b.jsonl", "raw"], "out")
+    counts = extract(["a.xml", "b.jsonl", "raw"], "out")
     assert counts["bad records"] == 2 and counts["damaged files"] == 1
     assert len(texts()) == 100 + 199 + 2 and {"500", "502"} <= set(texts())
     said = capsys.readouterr()
@@ -392,9 +407,9 @@ def test_what_is_bad_is_skipped(capsys):
         assert reason in said.out
     assert not said.err
     pubmed_file("c.xml", bad, *map(citation, range(2, 100)))
-    refused("1 bad records of 99, the first: .*c.xml: record 1: ", data.extract, ["c.xml"], "out")
+    refused("1 bad records of 99, the first: .*c.xml: record 1: ", extract, ["c.xml"], "out")
     pubmed_file("raw/502.xml", "<")
-    refused("2 damaged files of 3, the first: .*/501.xml: malf", data.extract, ["raw"], "out")
+    refused("2 damaged files of 3, the first: .*/501.xml: malf", extract, ["raw"], "out")
     _, _, [error] = data.extract_files((Path("no/folder.gz"), ["c.xml"], OPTIONS))
     assert error.startswith("c.xml -> no/folder.gz: [Errno 2]")
 
@@ -412,21 +427,21 @@ def test_rerun_makes_what_changed(monkeypatch):
         write(f"raw/{i}.txt", str(i))
     first = write("raw/a/10.txt", "large")
     out = "raw/out"
-    data.extract(["raw"], out)
+    extract(["raw"], out)
     before = contents(out)
     assert outputs(out) == ["1", "5", "a-10"]
-    assert data.extract(["raw"], out) == {} and contents(out) == before
+    assert extract(["raw"], out) == {} and contents(out) == before
     write(first, "other")
     os.utime(first, (1, 1))
     write("raw/0.txt", "0")
-    data.extract(["raw"], out)
+    extract(["raw"], out)
     assert outputs(out) == ["0", "3", "11", "a-10"]
     assert [text for _, text in read_records(f"{out}/0.jsonl.gz")] == ["0", "1", "2"]
     second = write("b/a-10.txt", "second")
-    refused("a-10.jsonl.gz holds the text of .*raw/a/10.txt", data.extract, [second], out)
-    data.extract([write("b/y.txt", "more")], out)
+    refused("a-10.jsonl.gz holds the text of .*raw/a/10.txt", extract, [second], out)
+    extract([write("b/y.txt", "more")], out)
     assert {*texts(out).values()} == {*"01235", "11", "other", "more"}
-    data.extract([first, write("b/10.txt", "b"), pubmed_file("b/10.xml", citation(3))], "new")
+    extract([first, write("b/10.txt", "b"), pubmed_file("b/10.xml", citation(3))], "new")
     assert outputs("new") == ["10-2", "10-3", "10"] and len(texts("new")) == 3
 
 
@@ -441,17 +456,16 @@ DEEP = b"<article><body>" + b"<p>a" * 50_000 + b"</p>" * 50_000 + b"</body></art
     ("a.xml.gz", gzip.compress(b"<!DOCTYPE x [<!ENT") + gzip.compress(b'ITY a "aa">]><articles/>'),
      "declares an entity"),
     ("a.xml.gz", gzip.compress(b"<articles></articles>")[:-9], "damaged gzip"),
-    ("a.xml.gz", b"not gzip", "damaged gzip"),
     ("a.xml", DEEP, "recursion"),
     ("a.xml.gz", gzip.compress(b"<articles>" + b"a" * (60 * 2**20)), "record beyond 32")])
 def test_bad_input_is_one_clear_error(name, body, message):
     """A full memory, a traceback, or a half-written file out of damaged or hostile input (D8)."""
     write(name, body)
     inputs = [name, pubmed_file("good.xml", citation(1))]
-    refused(message, data.extract, inputs, "out")
+    refused(message, extract, inputs, "out")
     assert set(contents("out")) == {"extract.json", "good.jsonl.gz"}
     pubmed_file(name, citation(2))
-    data.extract(inputs, "out")
+    extract(inputs, "out")
     assert set(texts()) == {"1", "2"}
 
 
@@ -495,11 +509,11 @@ def test_last_record_of_an_id_stands(tokenizer, corpus, monkeypatch):
     main(monkeypatch, f"{flags} out --val_fraction 0.2")
     for found, split in zip(documents("out"), ("train", "val")):
         expected = {text for text in held_out if held_out[text] == (split == "val")}
-        sizes = data.load_meta("out")[split]
+        sizes = load_meta("out")[split]
         assert found == expected and sizes["documents"] == len(expected) > 20
         assert sizes["bytes"] == len("".join(expected).encode())
     main(monkeypatch, f"{flags} plain --no_eot")
-    meta = data.load_meta("plain")
+    meta = load_meta("plain")
     assert not meta["eot"] and meta["eot_id"] not in np.fromfile("plain/train.bin", "H")
     assert meta["val"]["documents"] == 1  # --val_fraction is 0.002
 
@@ -507,18 +521,18 @@ def test_last_record_of_an_id_stands(tokenizer, corpus, monkeypatch):
 def test_same_bytes_for_any_workers(tokenizer, corpus, monkeypatch):
     """Arrays that depend on the number of processes, or on what an earlier run left; new arrays
     beside an old meta.json (D7)."""
-    data.tokenize("text", tokenizer, "one", val_fraction=0.05)
+    tokenize("text", tokenizer, "one", val_fraction=0.05)
     one = contents("one")
     write("one/train.bin.1.tmp", "left by a killed run")
-    data.tokenize("text", tokenizer, "one", val_fraction=0.05)
+    tokenize("text", tokenizer, "one", val_fraction=0.05)
     monkeypatch.setattr(data, "BATCH", 3)
-    data.tokenize("text", tokenizer, "two", val_fraction=0.05, workers=2)
+    tokenize("text", tokenizer, "two", val_fraction=0.05, workers=2)
     assert contents("one") == contents("two") == one
     assert set(one) == {"train.bin", "val.bin", "meta.json", "vocab.json", "merges.txt"}
     monkeypatch.setattr(Tokenizer, "save", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        data.tokenize("text", tokenizer, "one", val_fraction=0.1)
-    refused("no meta.json", data.load_meta, "one")
+        tokenize("text", tokenizer, "one", val_fraction=0.1)
+    refused("no meta.json", load_meta, "one")
 
 
 def test_both_sides_get_a_document():
@@ -527,7 +541,7 @@ def test_both_sides_get_a_document():
     write_text("t.jsonl.gz", [("1", "one"), ("2", "two"), ("3", "three")])
     for val_fraction, merges in (1e-9, []), (1 - 1e-9, [("o", "n")]):
         Tokenizer.from_merges(merges).save("t")
-        meta = data.tokenize("t.jsonl.gz", "t", "out", val_fraction)
+        meta = tokenize("t.jsonl.gz", "t", "out", val_fraction)
         assert sorted(meta[split]["documents"] for split in ("train", "val")) == [1, 2]
         assert set.union(*documents("out")) == {"one", "two", "three"}
 
@@ -537,13 +551,13 @@ def test_tokenize_refuses_with_the_mend(tokenizer, corpus):
     write_text("short.jsonl.gz", [("1", "a"), ("1", None), ("2", "b")])
     pairs = list(itertools.product(ALPHABET, repeat=2))
     Tokenizer.from_merges(pairs).save("large")
-    refused("uint16 holds 65,536", data.tokenize, "text", "large", "out")
-    refused("two are needed", data.tokenize, "short.jsonl.gz", tokenizer, "out")
-    refused("between 0 and 1", data.tokenize, "text", tokenizer, "out", 2)
-    refused("run python data.py extract", data.tokenize, "no", tokenizer, "out")
+    refused("uint16 holds 65,536", tokenize, "text", "large", "out")
+    refused("two are needed", tokenize, "short.jsonl.gz", tokenizer, "out")
+    refused("between 0 and 1", tokenize, "text", tokenizer, "out", 2)
+    refused("run python data.py extract", tokenize, "no", tokenizer, "out")
     path = Path("text/f3.jsonl.gz")
     path.write_bytes(path.read_bytes()[:-20])
-    refused("f3.*damaged gzip", data.tokenize, "text", tokenizer, "out")
+    refused("f3.*damaged gzip", tokenize, "text", tokenizer, "out")
     assert not contents("out")
 
 
@@ -551,7 +565,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys):
     """A traceback for a user's mistake, or exit code 0; workers of a number that is none."""
     done = run(DATA, "extract", "no", "--out", "o", cwd=".")
     assert done.returncode == 1 and re.fullmatch(".*nothing to extract in .*\n", done.stderr)
-    refused("no plain address", data.download, "medqa", "o")
+    refused("no plain address", download, "medqa", "o")
     with pytest.raises(SystemExit, match="2"):
         main(monkeypatch, "extract . --out o --workers 0")
     assert "0 is refused: use a number from 1" in capsys.readouterr().err
@@ -565,12 +579,12 @@ def test_demo(capsys):
     told = " ".join(texts("demo/text").values()).lower()
     split_of = {}
     for split in ("train", "dev", "test"):
-        asked = data.load_qa("medqa", "demo", split)
+        asked = load_qa("medqa", "demo", split)
         for q in asked:
             drug = re.search(r"[A-Z]\w+in\b", q.question)[0]
             assert split_of.setdefault(drug, split) == split and len({*q.options}) == 4
         # of a fact's three questions the corpus has the first
-        for q in asked[::3] + data.load_qa("pubmedqa", "demo", split):
+        for q in asked[::3] + load_qa("pubmedqa", "demo", split):
             assert f"{q.question} {q.options[q.answer]}.".lower() in told
 
 
@@ -602,18 +616,16 @@ def test_kill_and_rerun(tokenizer):
 # download from a server with faults
 
 
-FAULTS = "cut", "cut", 429, 500, 503, "html", "wrong"
+FAULTS = ["cut", "cut", 429, 500, 503, "html", "wrong"]
 
 
 class Faulty(http.server.BaseHTTPRequestHandler):
-    """Serves server.files; with probability server.rate a request meets one of server.faults."""
+    """Serves server.files; a request meets one of server.faults (None: no fault) by chance."""
 
     def do_GET(self):
         rng = self.server.rng
         body = self.server.files.get(self.path.split("?md5")[0].lstrip("/"))
-        fault = None
-        if rng.random() < self.server.rate:
-            fault = rng.choice(self.server.faults)
+        fault = rng.choice(self.server.faults)
         if body is None or isinstance(fault, int):
             return self.send_error(fault or 404)
         if fault == "html":
@@ -638,20 +650,24 @@ class Faulty(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(files, rate, seed, resumes, faults) -> URL of a local server; retries without waits."""
+    """serve(files, seed, resumes, faults) -> URL of a local server; retries without waits."""
     monkeypatch.setattr(data, "BACKOFF_S", 0.001)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def serve(files, rate=0.0, seed=0, resumes=True, faults=FAULTS):
+    def serve(files, seed=0, resumes=True, faults=(None,)):
         rng = random.Random(seed)
-        vars(server).update(files=files, rate=rate, rng=rng, resumes=resumes, faults=faults)
+        vars(server).update(files=files, rng=rng, resumes=resumes, faults=faults)
         return f"http://127.0.0.1:{server.server_port}/"
 
     serve.ranges = server.ranges = []  # what the requests asked for
     yield serve
     server.shutdown()
     server.server_close()
+
+
+def no_download(message, name, *args):
+    refused(message, download, name, "bad", *args)
 
 
 def pubmed_site(seed=0):
@@ -672,15 +688,16 @@ def test_download_survives_faults(serve, runs):
     failed = 0
     for seed in range(runs):
         files, out = pubmed_site(seed), str(seed)
+        whole = [None] * (28, 7, 2)[seed % 3]  # 20, 50 or 78% of faults
         wanted = {k.split("/")[1]: v for k, v in files.items() if k.endswith(".gz")}
         try:
-            data.download("pubmed", out, serve(files, 0.2 + seed % 3 * 0.3, seed))
+            download("pubmed", out, serve(files, seed, faults=FAULTS + whole))
             assert contents(out) == wanted
         except OSError as e:
             failed += "times: try again" in str(e)
             found = {k: v for k, v in contents(out).items() if ".part" not in k}
             assert found.items() <= wanted.items()
-        data.download("pubmed", out, serve(files))
+        download("pubmed", out, serve(files))
         assert contents(out) == wanted
     assert 0 < failed < runs
 
@@ -690,17 +707,17 @@ def test_download_errors_are_clear(serve, monkeypatch):
     set; a listing without end."""
     files = pubmed_site()
     md5 = {"baseline/pubmed26n0001.xml.gz.md5": b"MD5(x)= " + b"0" * 32}
-    refused("checksum differs", data.download, "pubmed", "a", serve(files | md5), "1")
-    refused("numbered 7-9", data.download, "pubmed", "a", serve(files), "7-9")
-    refused("give a number or a range", data.download, "pubmed", "a", None, "1-x")
-    assert not any(name.endswith(".gz") for name in contents("a"))
-    refused("404.*--base_url$", data.download, "pubmedqa", "a", serve(files))
-    page = dict.fromkeys(data.FILES["pubmedqa"], b" <html>Log in</html>")
-    refused("a web page", data.download, "pubmedqa", "a", serve(page))
-    cut = serve(dict.fromkeys(data.FILES["pubmedqa"], b"{}" * 999), 1.0, faults=["cut"])
-    refused("connection failed", data.download, "pubmedqa", "a", cut)
+    no_download("checksum differs", "pubmed", serve(files | md5), "1")
+    no_download("numbered 7-9", "pubmed", serve(files), "7-9")
+    no_download("give a number or a range", "pubmed", None, "1-x")
+    assert not any(name.endswith(".gz") for name in contents("bad"))
+    no_download("404.*--base_url$", "pubmedqa", serve(files))
+    page = dict.fromkeys(FILES["pubmedqa"], b" <html>Log in</html>")
+    no_download("a web page", "pubmedqa", serve(page))
+    cut = serve(dict.fromkeys(FILES["pubmedqa"], b"{}" * 999), faults=["cut"])
+    no_download("connection failed", "pubmedqa", cut)
     monkeypatch.setattr(data, "PAGE_BYTES", 10)
-    refused("beyond 10 bytes.*--base_url", data.download, "pubmed", "b", serve(files))
+    no_download("beyond 10 bytes.*--base_url", "pubmed", serve(files))
 
 
 def test_only_a_checksum_allows_to_resume(serve):
@@ -712,28 +729,28 @@ def test_only_a_checksum_allows_to_resume(serve):
         for resumes in (True, False):
             out = f"{i}{resumes}"
             write(f"{out}/{name}.part", part)
-            data.download("pubmed", out, serve(files, resumes=resumes), files="2-2")
+            download("pubmed", out, serve(files, resumes=resumes), files="2-2")
             assert contents(out) == {name: body}
     # two listings, an md5 and a file each; three files start anew, with their md5
     assert len(serve.ranges) == 8 * 4 + 3 * 2
     serve.ranges.clear()
-    data.download("pubmed", out, serve(files | {f"baseline/{name}": b"new"}), files="2")
+    download("pubmed", out, serve(files | {f"baseline/{name}": b"new"}), files="2")
     assert len(serve.ranges) == 2  # the listings
     write("qa/ori_pqal.json.part", "{")
-    data.download("pubmedqa", "qa", serve(dict.fromkeys(data.FILES["pubmedqa"], b"{}")))
+    download("pubmedqa", "qa", serve(dict.fromkeys(FILES["pubmedqa"], b"{}")))
     assert set(serve.ranges) == {None} and set(contents("qa").values()) == {b"{}"}
 
 
 def test_download_weights_by_their_pointer(serve):
     """The released weights taken without a look at Hugging Face's sha256."""
-    files = {f"resolve/main/{name}": b"{}" for name in data.FILES["biomedlm"]}
+    files = {f"resolve/main/{name}": b"{}" for name in FILES["biomedlm"]}
     url = serve(files) + "resolve/main"
     files["raw/main/pytorch_model.bin"] = b"oid sha256:" + b"0" * 64
-    refused("model.bin: the checksum differs", data.download, "biomedlm", ".", url)
+    no_download("model.bin: the checksum differs", "biomedlm", url)
     sha256 = hashlib.sha256(b"{}").hexdigest()
     files["raw/main/pytorch_model.bin"] = f"version 1\noid sha256:{sha256}\n".encode()
-    data.download("biomedlm", ".", url)
-    assert set(contents(".")) == set(data.FILES["biomedlm"])
+    download("biomedlm", "out", url)
+    assert set(contents("out")) == set(FILES["biomedlm"])
 
 
 def test_download_pmc(serve, capsys):
@@ -758,15 +775,15 @@ def test_download_pmc(serve, capsys):
     files[f"{prefix}{days[1]}/manifest.json"] = json.dumps({"files": [key]}).encode()
     listing = "".join(f"<Prefix>{prefix}{day}/</Prefix>" for day in days)
     files[f"?list-type=2&delimiter=/&prefix={prefix}"] = f"<ListBucketResult>{listing}".encode()
-    data.download("pmc", ".", serve(files), licenses=["CC BY"])
+    download("pmc", ".", serve(files), licenses=["CC BY"])
     assert [p.name for p in Path(".").rglob("*.xml")] == ["PMC1.10.xml"]
     said = capsys.readouterr()
     assert said.out.count("odd metadata") == 3 and not said.err
-    refused("3 of 5 files failed.*odd metadata", data.download, "pmc", ".", serve(files), "3-7")
+    refused("3 of 5 files failed.*odd metadata", download, "pmc", ".", serve(files), "3-7")
     del files["PMC1.10.xml"]
-    refused("4 of 456 files failed", data.download, "pmc", "404", serve(files))
+    refused("4 of 456 files failed", download, "pmc", "404", serve(files))
     files[prefix + "data/i.csv.gz"] += b"x"
-    refused("checksum differs", data.download, "pmc", "new", serve(files))
+    no_download("checksum differs", "pmc", serve(files))
 
 
 def test_download_unpacks(serve):
@@ -782,12 +799,12 @@ def test_download_unpacks(serve):
         tar.add(question, "../outside.csv")
     url = serve({name: Path(name).read_bytes() for name in ("data.tar", "master.zip")})
     for _ in range(2):
-        data.download("mmlu", "out", url)
-        assert len(data.load_qa("mmlu", "out", "dev")) == 1
-    data.download("medquad", "xml", url)
-    assert len(data.load_qa("text", "xml", "train")) == 1
+        download("mmlu", "out", url)
+        assert len(load_qa("mmlu", "out", "dev")) == 1
+    download("medquad", "xml", url)
+    assert len(load_qa("text", "xml", "train")) == 1
     assert [*map(str, Path(".").rglob("outside.csv"))] == ["out/unpacked/outside.csv"]
-    refused("delete it", data.download, "mmlu", "bad", serve({"data.tar": b"no archive"}))
+    no_download("delete it", "mmlu", serve({"data.tar": b"no archive"}))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -816,24 +833,24 @@ def test_pubmedqa_split_is_the_official_one():
         items[str(i)] = PUBMEDQA | {"QUESTION": f"Q{i}?", "final_decision": label}
     write("ori_pqal.json", json.dumps(items))
     for split, ids in PUBMEDQA_SPLITS.items():
-        found = data.load_qa("pubmedqa", ".", split)
+        found = load_qa("pubmedqa", ".", split)
         assert [q.id for q in found] == ids.split()
         for q in found:
             labels = ("maybe", "no", "yes")  # BioMedLM's order
             answer = labels.index(items[q.id]["final_decision"])
-            assert q == data.Question(q.id, f"Q{q.id}?", "A. B.", labels, answer, "Long.")
+            assert q == Question(q.id, f"Q{q.id}?", "A. B.", labels, answer, "Long.")
 
 
 def test_official_test_set(shared):
     """Another test set than the official one, or an answer off by one (F5)."""
     truth = json.loads((shared / "qa/pubmedqa/test_ground_truth.json").read_text())
-    asked = data.load_qa("pubmedqa", shared / "qa", "test")
+    asked = load_qa("pubmedqa", shared / "qa", "test")
     assert [(q.id, q.options[q.answer]) for q in asked] == list(truth.items())
 
 
 def load(task, name, body, split="val"):
     write(name, body)
-    return data.load_qa(task, ".", split)
+    return load_qa(task, ".", split)
 
 
 def test_official_layouts():
@@ -844,20 +861,20 @@ def test_official_layouts():
     for subject in subjects:
         found = load("mmlu", f"{subject}_val.csv", '"Is ""it"", so?","a, b",c,d,e,C\n')
     assert [q.subject for q in found] == subjects[:6]
-    assert found[0] == data.Question("anatomy-val-0", 'Is "it", so?', answer=2, subject="anatomy",
+    assert found[0] == Question("anatomy-val-0", 'Is "it", so?', answer=2, subject="anatomy",
                                      options=("a, b", "c", "d", "e"))
     assert load("medqa", "phrases_no_exclude_val.jsonl", json.dumps(MEDQA)) == [
-        data.Question("val-0", "Q?", options=("yes", "no"), answer=1, kind="step1")]
+        Question("val-0", "Q?", options=("yes", "no"), answer=1, kind="step1")]
     for cops, answers in (
             ((4, 1, None), [3, 0, None]), ((3, 0, -1), [3, 0, None]),  # Hugging Face's copy
             ((2, 1), [1, 0])):
         rows = [MEDMCQA | {"id": str(cop), "cop": cop} for cop in cops]
         found = load("medmcqa", "val.json", lines(rows))
         assert [q.answer for q in found] == answers
-    assert found[1] == data.Question("1", "a < b", "", ("1", "2", "3", "> 4"), 0, subject="Dental",
+    assert found[1] == Question("1", "a < b", "", ("1", "2", "3", "> 4"), 0, subject="Dental",
                                      kind="one")
     found = load("bioasq", "val.tsv", "i1\tIs it?\ta\u2028b\tyes\ni2\tIs it?\tText\tno\n")
-    assert found[0] == data.Question("i1", "Is it?", "a\u2028b", ("no", "yes"), 1, kind="yesno")
+    assert found[0] == Question("i1", "Is it?", "a\u2028b", ("no", "yes"), 1, kind="yesno")
     assert found[1].answer == 0 and len(found) == 2
     write("val.target", "d\ne\n")
     found = load("text", "val.source", "a\u2028b\nc\n")
@@ -870,20 +887,20 @@ def test_bioasqs_own_files():
     items = [item | {"id": str(i), "exact_answer": ["Yes", "no"][i % 2]} for i in range(20)]
     write("7b_train.json", json.dumps({"questions": [*items, {"type": "list"}]}))
     write("7B1_golden.json", json.dumps({"questions": items[5:6]}))
-    train, dev, test = (data.load_qa("bioasq", ".", split) for split in ("train", "dev", "test"))
+    train, dev, test = (load_qa("bioasq", ".", split) for split in ("train", "dev", "test"))
     assert [q.id for q in train] == [str(i) for i in range(20) if i % 10]
     assert [q.id for q in dev] == ["0", "10"] and [q.id for q in test] == ["5"]
-    assert dev[0] == data.Question("0", "Is it?", "A. B.", ("no", "yes"), 1, kind="yesno")
+    assert dev[0] == Question("0", "Is it?", "A. B.", ("no", "yes"), 1, kind="yesno")
 
 
 BAD_FIELDS = {
     ("medqa", "phrases_no_exclude_test.jsonl"): [
         {"answer": "yes"}, {"answer_idx": None}, {"options": None}, {"question": "\u2028 \n"},
-        {"options": {"A": "yes", "B": 7}}, {"meta_info": 1},
+        {"options": {"A": "yes", "B": 7}},
         {"options": dict.fromkeys(map(str, range(50_000)), "x" * 50)}],
-    ("medmcqa", "test.json"): [{"cop": 7}, {"cop": [1]}, {"id": "1"}, {"id": None}, {"opa": None}],
+    ("medmcqa", "test.json"): [{"cop": 7}, {"cop": [1]}, {"id": "1"}, {"opa": None}],
     ("pubmedqa", "ori_pqal.json"): [
-        {"CONTEXTS": "one string"}, {"CONTEXTS": ["A.", None]}, {"LONG_ANSWER": None},
+        {"CONTEXTS": "one string"}, {"CONTEXTS": ["A.", None]},
         {"final_decision": "x" * 10**6}]}
 BAD_ROWS = "Q?,a,b,c,d,", "Q?,a,b,c,d,AB", "a,b,c,d,A", "Q?" * 200_000 + ",a,b,c,d,A"
 
@@ -907,14 +924,14 @@ def test_bad_question_files_are_refused():
     """A traceback, or a score on a damaged or missing set."""
     os.mkfifo("test.tsv")
     for task in ("mmlu", "medqa", "bioasq"):
-        refused("put the official files", data.load_qa, task, ".", "test")
+        refused("put the official files", load_qa, task, ".", "test")
     for body, message in (("", "is empty"), ('{"id": "a"}', "after 0 questions.*op"),
                           ('{"question": ' + "[" * 90_000, "val.json: line 1"),
                           ('{"cop": 0}\n{"cop": 4}', "cop holds 0 and 4")):
         refused(message, load, "medmcqa", "val.json", body)
     write("val.target", "a\n")
     refused("after 1 questions.*shorter", load, "text", "val.source", "a\nb\n")
-    refused("use one of medqa", data.load_qa, "nope", ".", "test")
+    refused("use one of medqa", load_qa, "nope", ".", "test")
 
 
 def test_medquad_split_shares_no_text():
@@ -928,7 +945,7 @@ def test_medquad_split_shares_no_text():
         write(f"1_GHR/{i}.xml", f"<QAPairs><QAPair>{pair}</QAPair></QAPairs>")
     split_of, sizes = {}, []
     for split in ("train", "dev", "test"):
-        found = data.load_qa("text", ".", split)
+        found = load_qa("text", ".", split)
         sizes.append(len(found))
         for q in found:
             assert (q.subject, q.kind) == ("1_GHR", "use")
@@ -946,8 +963,8 @@ def cloze_corpus():
     has paragraphs: in text. A tokenizer that has some of the rarer words whole: in everyday."""
     chance, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
     grammar = [f"{a}{b}word" for a in letters for b in letters][:300]
-    words = [f"{a}{b}{c}" for a in ("bron", "hepa", "arth", "gast", "neph", "derm")
-             for b in ("chi", "ri", "to", "al", "u") for c in ("tis", "oma", "ina")]
+    parts = "bron hepa arth gast neph derm", "chi ri to al u", "tis oma ina"
+    words = ["".join(word) for word in itertools.product(*map(str.split, parts))]
     records = []
     for i in range(400):
         paragraphs = []
@@ -969,9 +986,9 @@ def test_cloze_questions(tokenizer):
     ending or frequency, a question on a document that was trained on, or counts of a held-out; a
     piece of a compound asked, a long document as one passage."""
     cloze_corpus()
-    data.cloze("text", "text", ".", 0.2, "everyday")
-    asked = data.load_qa("medqa", ".", "test")
-    data.tokenize("text", tokenizer, "arrays", val_fraction=0.2)
+    cloze("text", "text", ".", 0.2, "everyday")
+    asked = load_qa("medqa", ".", "test")
+    tokenize("text", tokenizer, "arrays", val_fraction=0.2)
     trained, held_out = documents("arrays")
     passages = sum([[d] if len(d) < 4000 else d.split("\n") for d in held_out], [])
     counted = Counter(re.findall(r"(?<!-)\b[a-z]{5,}", " ".join(trained)))
@@ -994,4 +1011,4 @@ def test_cloze_questions(tokenizer):
         sorts[n_tokens] += 1
     assert max(asked_of.values()) == 3 and len(asked_of) > 40 and sorts[1] and sorts[2]
     assert {q.answer for q in asked} == {0, 1, 2, 3}
-    refused("raise --val_fraction", data.cloze, "text", "text", "d", 1e-9)
+    refused("raise --val_fraction", cloze, "text", "text", "d", 1e-9)

@@ -6,7 +6,6 @@ start them. A fault is injected by a function that the forked process calls befo
 
 import collections
 import faulthandler
-import functools
 import io
 import itertools
 import json
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -107,11 +107,17 @@ def go(arrays):
     return go
 
 
+@pytest.fixture
+def out(tmp_path):
+    """The folder of the run that is tested."""
+    return tmp_path / "run"
+
+
 def rows(out, key="loss"):
     """{step: value} of log.jsonl, where no step may stand twice."""
     values = {}
     for line in (out / "log.jsonl").read_text().splitlines():
-        row = json.loads(line, parse_constant=str)  # NaN equals NaN
+        row = json.loads(line)
         if key in row:
             assert row["step"] not in values
             values[row["step"]] = row[key]
@@ -125,26 +131,38 @@ def final(out):
 
 
 def assert_same(a, b, atol=0.0):
-    """The newest checkpoints of two runs are bit-equal, or their numbers differ by atol at most."""
+    """The newest checkpoints and logs of two runs are bit-equal, or nearly so. A NaN in the log
+    equals another, one in a checkpoint nothing."""
     torch.testing.assert_close(final(a), final(b), atol=atol, rtol=100 * atol)
+    for key in ("loss", "val_loss", "grad_norm"):
+        expected = pytest.approx(rows(b, key), rel=10 * atol, abs=0, nan_ok=True)
+        assert rows(a, key) == expected
+
+
+def before(owner, name, act):
+    """From now on each call of owner.name(...) calls act(...) first."""
+    original = getattr(owner, name)
+
+    def both(*args, **options):
+        act(*args, **options)
+        return original(*args, **options)
+
+    setattr(owner, name, both)
 
 
 def at_step(step, act, ranks=range(4)):
     """A fault: act() in the middle of the update after `step`."""
     def fault(rank):
-        original = train.train_step
-
-        def train_step(*args):
+        def check(*args):
             if args[3] == step and rank in ranks:
                 act()
-            return original(*args)
 
-        train.train_step = train_step
+        before(train, "train_step", check)
     return fault
 
 
-terminate = functools.partial(signal.raise_signal, signal.SIGTERM)
-die = functools.partial(signal.raise_signal, signal.SIGKILL)
+terminate = partial(signal.raise_signal, signal.SIGTERM)
+die = partial(signal.raise_signal, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -161,21 +179,15 @@ def undisturbed(go, tmp_path_factory):
 
 def in_validation(rank):
     """A fault: SIGTERM on rank 0 at the first validation."""
-    evaluate = train.evaluate
-
-    def interrupted(*args):
-        if rank == 0:
-            terminate()
-        return evaluate(*args)
-
-    train.evaluate = interrupted
+    if rank == 0:
+        before(train, "evaluate", lambda *_: terminate())
 
 
 @pytest.mark.parametrize("mode", ["one", "ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
-def test_resume_is_bit_exact(go, tmp_path, undisturbed, mode):
+def test_resume_is_bit_exact(go, out, tmp_path, undisturbed, mode):
     """R1, R5: a resumed run repeats data, skips a step, or draws other dropout masks; SIGTERM in a
     validation is lost, hangs a rank, or logs a part's loss as the whole's."""
-    whole, out, flags = tmp_path / "whole", tmp_path / "cut", "--dropout 0.1"
+    whole, flags = tmp_path / "whole", "--dropout 0.1"
     go(whole, flags, mode=mode)
     for step, fault in ((8, at_step(7, terminate, ranks=(0,))), (10, in_validation)):
         text = go(out, flags, mode=mode, fault=fault)
@@ -183,8 +195,6 @@ def test_resume_is_bit_exact(go, tmp_path, undisturbed, mode):
     assert list(rows(out, "val_loss")) == [0]
     go(out, flags, mode=mode)
     assert_same(whole, out)
-    for key in ("loss", "val_loss"):
-        assert rows(whole, key) == rows(out, key)
     # before the first step dropout makes no difference: none in a validation
     assert rows(out, "val_loss")[0] == pytest.approx(rows(undisturbed, "val_loss")[0], rel=1e-6)
 
@@ -192,25 +202,22 @@ def test_resume_is_bit_exact(go, tmp_path, undisturbed, mode):
 @pytest.mark.parametrize(("mode", "flags"), [
     ("one", "--micro_batch 2"), ("ddp", "--micro_batch 4"), ("ddp", "--micro_batch 1"),
     ("fsdp", "--micro_batch 2 --activation_checkpointing")])
-def test_losses_do_not_depend_on_the_sharing(go, tmp_path, undisturbed, mode, flags):
+def test_losses_do_not_depend_on_the_sharing(go, out, undisturbed, mode, flags):
     """R2: gradients summed instead of averaged, or synchronised for the wrong micro-batch.
 
     fp32 sums in another order differ by about 1e-7 of the loss a step; 20 steps leave under 1e-5.
     """
-    go(tmp_path / "run", flags, mode=mode)
-    for key in ("loss", "val_loss", "grad_norm"):
-        ours, theirs = rows(tmp_path / "run", key), rows(undisturbed, key)
-        assert ours == pytest.approx(theirs, rel=1e-4 if key == "grad_norm" else 1e-5)
+    go(out, flags, mode=mode)
+    assert_same(out, undisturbed, atol=1e-6)
 
 
-def test_run_equals_a_plain_loop(arrays, go, tmp_path):
+def test_run_equals_a_plain_loop(arrays, go, out):
     """A flag that reaches nothing, or one of two places; a loss, mean, rate or unit that is off.
 
     Every flag differs from its default. The oracle is a loop without accumulation or clock.
     """
     flags = ("--seed 3 --grad_clip 1.5 --weight_decay 4 --lr 0.02 --warmup_steps 2 --total_steps 6 "
              "--micro_batch 2 --eval_every 3 --eval_tokens 100 --ignore_eot_targets")
-    out = tmp_path / "run"
     go(out, flags)
     which = {"data_dir": arrays, "seq_len": 16, "micro_batch": 8, "ignore_eot": True}
     torch.manual_seed(3)
@@ -259,49 +266,46 @@ def test_presets(monkeypatch):
         assert settings["warmup_steps"] == 40
 
 
-def test_resume_at_other_world_sizes_and_modes(go, tmp_path, undisturbed):
+def test_resume_at_other_world_sizes_and_modes(go, out, undisturbed):
     """R3: a checkpoint of one world size or mode holds shards, or names that another can't read."""
-    out = tmp_path / "run"
     for step, mode in ((3, "one"), (6, "ddp"), (9, "fsdp"), (12, "grid"), (15, "ddp")):
         go(out, "--micro_batch 2", mode=mode, fault=at_step(step - 1, terminate))
         assert final(out)["step"] == step
     text = go(out)
     assert "changed on resume: world_size 2 -> 1" in text
-    assert_same(out, undisturbed, atol=1e-5)
-    assert rows(out) == pytest.approx(rows(undisturbed), rel=1e-5)
+    assert_same(out, undisturbed, atol=1e-6)
 
 
 def watch_gradients(folder):
     """A fault: note before each step's last micro-batch how many reductions were sent since the one
     before, and address and size of the gradients' storages. DDP's buckets are small here."""
     def fault(rank):
-        announce, init, sent = train.announce, train.DistributedDataParallel.__init__, []
+        sent = []
 
         def count(state, bucket):
             sent.append(1)
             return allreduce_hook(None, bucket)
 
-        def small(ddp, *args, **options):
-            init(ddp, *args, **options, bucket_cap_mb=0.02)
-            ddp.register_comm_hook(None, count)
+        class Small(train.DistributedDataParallel):
+            def __init__(self, *args, **options):
+                super().__init__(*args, **options, bucket_cap_mb=0.02)
+                self.register_comm_hook(None, count)
 
-        def watched(model, last):
+        def watch(model, last):
             if last:
                 storages = [p.grad.untyped_storage() for p in model.parameters()]
                 held = sorted({(storage.data_ptr(), storage.nbytes()) for storage in storages})
                 with open(folder / f"rank{rank}", "a") as f:
                     f.write(json.dumps([len(sent), held]) + "\n")
                 sent.clear()
-            announce(model, last)
 
-        train.announce = watched
-        train.DistributedDataParallel.__init__ = small
+        before(train, "announce", watch)
+        train.DistributedDataParallel = Small
     return fault
 
 
-def test_ddp_holds_gradients_once(go, tmp_path):
+def test_ddp_holds_gradients_once(go, out, tmp_path):
     """Gradients lie beside DDP's buckets, from the start or later: 10.4 GB more for BioMedLM."""
-    out = tmp_path / "run"
     go(out, "--micro_batch 1", mode="ddp", fault=at_step(9, terminate))
     go(out, "--micro_batch 1", mode="ddp", fault=watch_gradients(tmp_path))
     (_, held), *others = map(json.loads, (tmp_path / "rank1").read_text().splitlines())
@@ -319,30 +323,23 @@ COLLECTIVES = {  # what FSDP calls, in torch 2.13 and before
 def count_collectives(path):
     """A fault: write what rank 0 sends in the last step as lines: what, micro-batch, to whom."""
     def fault(rank):
-        sent, update, dist = [], train.update, torch.distributed
+        sent, dist = [], torch.distributed
         train.announce = mock.Mock(wraps=train.announce)  # called before each micro-batch
 
-        def count(name):
-            original = getattr(dist, name)
+        def note(name, *_, group=None, **options):
+            if group:  # FSDP names it, train.py doesn't
+                sent.append(f"{name[:10]} {train.announce.call_count} "
+                            f"{dist.get_process_group_ranks(group)}")
 
-            def counted(*args, **kwargs):
-                if "group" in kwargs:  # FSDP names it, train.py doesn't
-                    sent.append(f"{name[:10]} {train.announce.call_count} "
-                                f"{dist.get_process_group_ranks(kwargs['group'])}")
-                return original(*args, **kwargs)
-
-            setattr(dist, name, counted)
-
-        def counted_update(*args):
+        def end_step(*_):
             if rank == 0:
                 path.write_text("\n".join(sent))
             sent.clear()
             train.announce.reset_mock()
-            return update(*args)
 
         for name in COLLECTIVES & set(dir(dist)):
-            count(name)
-        train.update = counted_update
+            before(dist, name, partial(note, name))
+        before(train, "update", end_step)
     return fault
 
 
@@ -380,53 +377,48 @@ def the_same_by_plain_autograd(rank):
     "--no_activation_checkpointing",
     pytest.param("--activation_checkpointing", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["one", "ddp", "fsdp"])
-def test_gradients_that_add_up_in_place(go, tmp_path, mode, flag):
+def test_gradients_that_add_up_in_place(go, out, tmp_path, mode, flag):
     """The same bits as plain autograd's: losses, norms, weights and moments of 5 steps; or a NaN
     reaches the weights of an optimiser other than AdamW."""
-    in_place, plain = tmp_path / "in_place", tmp_path / "plain"
+    plain = tmp_path / "plain"
     tokens = 128 if mode == "one" else 256
     flags = f"--batch_tokens {tokens} --micro_batch 2 --total_steps 5 --dropout 0.1 {flag}"
-    go(in_place, flags, mode=mode, fault=one_bad_micro_batch_and_sgd)
+    go(out, flags, mode=mode, fault=one_bad_micro_batch_and_sgd)
     go(plain, flags, mode=mode, fault=the_same_by_plain_autograd)
-    assert_same(in_place, plain)  # NaN equals nothing
-    for key in ("loss", "grad_norm"):
-        assert rows(in_place, key) == rows(plain, key)
+    assert_same(out, plain)
 
 
 def copies_must_be_fresh(rank):
     """A fault: a step with bf16 copies of older weights fails."""
-    forward = GPT.forward
-
-    def checked(self, *args):
+    def check(self, *_):
         if self.training:
             for layer in train.linear_layers(self):
                 assert torch.equal(layer.working, layer.weight.bfloat16())
-        return forward(self, *args)
 
-    GPT.forward = checked
+    before(GPT, "forward", check)
 
 
-def test_bfloat16_weights_cast_once_a_step(go, tmp_path, undisturbed):
+def test_bfloat16_weights_cast_once_a_step(go, out, tmp_path, undisturbed):
     """--dtype without effect in training or validation; copies of the weights that lag behind the
     update, or change a loss by a bit."""
-    copies, plain = tmp_path / "copies", tmp_path / "plain"
+    plain = tmp_path / "plain"
     flags = "--dtype bfloat16 --total_steps 3 --warmup_steps 0"
-    go(copies, flags, fault=copies_must_be_fresh)
+    go(out, flags, fault=copies_must_be_fresh)
     go(plain, flags, fault=the_same_by_plain_autograd)
-    assert rows(copies)[1] == rows(plain)[1]
+    assert rows(out)[1] == rows(plain)[1]
     for key, step in (("loss", 1), ("val_loss", 0)):
-        ours, fp32 = rows(copies, key)[step], rows(undisturbed, key)[step]
+        ours, fp32 = rows(out, key)[step], rows(undisturbed, key)[step]
         assert 0 < abs(ours / fp32 - 1) < 1e-2
 
 
 @pytest.mark.parametrize("checkpointing", ["", "--activation_checkpointing"])
-def test_grid_sends_gradients_once_a_step(go, tmp_path, checkpointing):
+def test_grid_sends_gradients_once_a_step(go, out, tmp_path, checkpointing):
     """A reduction in each micro-batch, weights that travel between nodes, or a wrong average."""
     flags = "--batch_tokens 256 --micro_batch 1 --total_steps 4"
     count = count_collectives(tmp_path / "sent")
     go(tmp_path / "one", flags)
-    go(tmp_path / "grid", f"{flags} {checkpointing}", mode="grid", fault=count)
-    assert rows(tmp_path / "grid") == pytest.approx(rows(tmp_path / "one"), rel=1e-6)
+    go(out, f"{flags} {checkpointing}", mode="grid", fault=count)
+    assert rows(out) == pytest.approx(rows(tmp_path / "one"), rel=1e-6)
     # Three groups of parameters, the two blocks and the rest; [0, 1] is rank 0's node.
     expected = {"reduce_sca 4 [0, 1]": 3, "all_reduce 4 [0, 2]": 3, "all_gather 1 [0, 1]": 3}
     if checkpointing:  # the blocks' weights are dropped and gathered again
@@ -445,9 +437,9 @@ def test_dropout_differs_between_ranks_and_seeds(monkeypatch):
     assert len({call.args[0] % 2**32 for call in manual_seed.call_args_list}) == 4
 
 
-def test_changed_settings(arrays, go, tmp_path):
+def test_changed_settings(arrays, go, out, tmp_path):
     """R9: a run goes on with another data order unnoticed, or refuses a harmless change."""
-    out, other = tmp_path / "run", tmp_path / "other"
+    other = tmp_path / "other"
     shutil.copytree(arrays, other)
     meta = json.loads((other / "meta.json").read_text())
     meta["train"]["sha256"] = "0" * 64
@@ -472,10 +464,10 @@ def test_changed_settings(arrays, go, tmp_path):
     assert "steps 0 to 20" in go(out, "--fresh")
 
 
-def test_start_from_weights(go, tmp_path, undisturbed):
+def test_start_from_weights(go, out, tmp_path, undisturbed):
     """--init ignored, or read again over the weights of a resumed run, or forgotten by run.json; a
     run that goes on as another model."""
-    folder, out, dropped, unlike = (tmp_path / name for name in ("hf", "run", "dropped", "unlike"))
+    folder, dropped, unlike = (tmp_path / name for name in ("hf", "dropped", "unlike"))
     GPT.from_pretrained(undisturbed).save_pretrained(folder)
     go(out, f"--init {folder}", shape="", fault=at_step(6, terminate))
     assert rows(out, "val_loss")[0] == pytest.approx(rows(undisturbed, "val_loss")[20], rel=1e-5)
@@ -495,10 +487,10 @@ def test_start_from_weights(go, tmp_path, undisturbed):
 
 
 @pytest.mark.parametrize("mode", ["one", "ddp", "fsdp"])
-def test_not_a_number(go, tmp_path, mode):
+def test_not_a_number(go, out, mode):
     """R6: NaN on one rank reaches weights, moments or step counts, or a checkpoint; a run whose
     every update is skipped goes on for weeks."""
-    out, bad_rank = tmp_path / "run", MODES[mode][0] - 1
+    bad_rank = MODES[mode][0] - 1
     bad_steps = (2, 3, *range(8, 20))
     fault = spoil_loss(lambda rank, step, _: rank == bad_rank and step in bad_steps)
     text = go(out, "--log_every 4", mode=mode, fault=fault, code=1)
@@ -512,72 +504,61 @@ def test_not_a_number(go, tmp_path, mode):
 
 @pytest.mark.parametrize(("module", "name", "stands"), [
     (torch, "save", 5), (os, "replace", 5), (train.Path, "unlink", 10)])
-def test_killed_in_a_save(go, tmp_path, undisturbed, module, name, stands):
+def test_killed_in_a_save(go, out, undisturbed, module, name, stands):
     """R4, R8: a kill while saving costs the run, or leaves what is taken for a checkpoint."""
-    out = tmp_path / "run"
+
+    def kill(*args, **_):
+        if any(out.glob("checkpoint_0000010*")):
+            if name == "save":
+                args[-1].write(b"a part of the file")
+                args[-1].flush()
+            die()
 
     def fault(rank):
-        original = getattr(module, name)
-
-        def killing(*args, **kwargs):
-            if any(out.glob("checkpoint_0000010*")):
-                if name == "save":  # half of the file is written
-                    original(*args, **kwargs)
-                    args[-1].truncate(args[-1].tell() // 2)
-                die()
-            return original(*args, **kwargs)
-
-        setattr(module, name, killing)
+        before(module, name, kill)
 
     go(out, "--keep 1", fault=fault, code=-signal.SIGKILL)
     assert final(out)["step"] == stands
     go(out, "--keep 1")
     assert_same(out, undisturbed)
-    for key in ("loss", "val_loss"):
-        assert rows(out, key) == rows(undisturbed, key)
     names = ["checkpoint_0000020.pt", "config.json", "lock", "log.jsonl", "merges.txt",
              "run.json", "vocab.json"]
-    assert sorted(p.name for p in out.iterdir()) == names
+    assert sorted(os.listdir(out)) == names
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(go, tmp_path, undisturbed):
+def test_training_goes_on_while_a_checkpoint_is_written(go, out, undisturbed):
     """The loop waits for the disk, or a later step changes the weights that are being written."""
     stepped = threading.Event()
 
+    def wait(contents, f):
+        if contents["step"] == 15:
+            assert stepped.wait(20)
+
     def fault(rank):
         at_step(18, stepped.set)(rank)
-        save = torch.save
+        before(torch, "save", wait)
 
-        def late(contents, f):
-            if contents["step"] == 15:
-                assert stepped.wait(20)
-            save(contents, f)
-
-        torch.save = late
-
-    go(tmp_path / "run", fault=fault)
-    assert_same(tmp_path / "run", undisturbed)
+    go(out, fault=fault)
+    assert_same(out, undisturbed)
     late, prompt = (model_module.load_tensors(out / "checkpoint_0000015.pt")["model"]
-                    for out in (tmp_path / "run", undisturbed))
+                    for out in (out, undisturbed))
     torch.testing.assert_close(late, prompt, rtol=0, atol=0)
 
 
-def test_saves_by_the_clock(go, tmp_path):
+def test_saves_by_the_clock(go, out):
     """No save within --save_minutes, or one on the rank alone whose clock says so: a hang."""
     def fault(rank):
         now, calls = time.monotonic, itertools.count()
         if rank == 1:  # its clock goes on by a minute whenever it is read
             time.monotonic = lambda: now() + 60 * next(calls)
 
-    out = tmp_path / "run"
     go(out, "--save_every 0 --save_minutes 7.5 --keep 9", mode="ddp", fault=fault)
     names = [p.name for p in sorted(out.glob("*.pt"))]
     assert names == [f"checkpoint_{step:07d}.pt" for step in (7, 15, 20)]
 
 
-def test_one_owner(arrays, go, tmp_path, undisturbed):
+def test_one_owner(arrays, go, out, undisturbed):
     """Two trainings share a folder, or a training that was killed keeps the next one out."""
-    out = tmp_path / "run"
     (first,), _ = start(arrays, out, fault=at_step(7, lambda: time.sleep(60)))
     while not (out / "checkpoint_0000005.pt").exists():
         time.sleep(0.1)
@@ -589,9 +570,8 @@ def test_one_owner(arrays, go, tmp_path, undisturbed):
     assert_same(out, undisturbed)
 
 
-def test_damaged_checkpoints_are_skipped(go, tmp_path, undisturbed):
+def test_damaged_checkpoints_are_skipped(go, out, undisturbed):
     """R4, R8: a truncated newest file ends the run, or counts as kept."""
-    out = tmp_path / "run"
     go(out, fault=at_step(11, terminate))
     whole = out / "checkpoint_0000012.pt"
     (out / "checkpoint_0000019.pt").write_bytes(whole.read_bytes()[:-3000])
@@ -606,11 +586,10 @@ def test_damaged_checkpoints_are_skipped(go, tmp_path, undisturbed):
     assert len(rows(out)) == 20  # the log of a run that may yet be rescued
 
 
-def test_full_disk(go, tmp_path, undisturbed):
+def test_full_disk(go, out, undisturbed):
     """R12: a save that fails ends the run, spoils the checkpoint before it, or goes unsaid."""
-    out = tmp_path / "run"
     largest = 50_000, 50_000  # bytes of a file from now on
-    fill = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, largest)
+    fill = partial(resource.setrlimit, resource.RLIMIT_FSIZE, largest)
     text = go(out, fault=at_step(6, fill), code=1)
     for step in (10, 20):
         assert f"checkpoint_{step:07d}.pt could not be written" in text
@@ -630,15 +609,14 @@ def test_full_disk(go, tmp_path, undisturbed):
     ("--device meta", "is not available on this machine"),
     ("--seq_len 256 --batch_tokens 2048", "use --seq_len 128"),
     ("--min_lr 5", "use at most --lr"),
-    ("--preset biomedlm", "python data.py tokenize"),
+    ("--preset biomedlm --data none", "python data.py tokenize"),
     *[(args, f"{args.split()[1]} is refused: use a number from") for args in (
         "--lr inf", "--min_lr -1", "--grad_clip nan", "--keep 0", "--warmup_steps -5",
         "--seq_len 1", "--dropout 1")]])
 def test_mistakes_name_their_mend(arrays, monkeypatch, capsys, args, mend):
     """A wrong flag ends in a traceback, or in a message that leaves the user to guess; a number
     that no run can use is taken."""
-    folder = [] if "biomedlm" in args else ["--data", str(arrays)]
-    monkeypatch.setattr(sys, "argv", ["train.py", *folder, *args.split()])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(arrays), *args.split()])
     with pytest.raises(SystemExit) as ended:
         run_command(train.main)
     assert mend in f"{ended.value}{capsys.readouterr().err}"
@@ -667,11 +645,11 @@ def kill_later(seconds):
 
 
 @pytest.mark.slow
-def test_twenty_random_kills(go, tmp_path):
+def test_twenty_random_kills(go, out, tmp_path):
     """R4: one of twenty kill -9 at any moment, most of them while the thread writes, costs a file,
     a row or the checkpoint before, or changes the weights."""
     flags = "--total_steps 300 --save_every 7 --dropout 0.1"
-    rng, out, whole, halves = random.Random(0), tmp_path / "run", tmp_path / "whole", 0
+    rng, whole, halves = random.Random(0), tmp_path / "whole", 0
     go(whole, flags)
     for _ in range(20):
         go(out, flags, fault=kill_later(rng.uniform(0.1, 2.5)), code=-signal.SIGKILL)
@@ -679,10 +657,7 @@ def test_twenty_random_kills(go, tmp_path):
     assert halves >= 5
     go(out, flags)
     assert_same(whole, out)
-    for key in ("loss", "val_loss"):
-        assert rows(whole, key) == rows(out, key)
-    names = [sorted(p.name for p in folder.iterdir()) for folder in (out, whole)]
-    assert names[0] == names[1]
+    assert set(os.listdir(out)) == set(os.listdir(whole))
 
 
 def torchrun(how, script, arrays, out, flags=""):
@@ -697,9 +672,8 @@ def torchrun(how, script, arrays, out, flags=""):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_nodes(arrays, tmp_path, undisturbed, parallel):
+def test_two_nodes(arrays, out, undisturbed, parallel):
     """A node's ranks take the other's GPUs or data, or both write the run."""
-    out = tmp_path / "run"
     how = ("--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id two "
            f"--rdzv_endpoint 127.0.0.1:{free_port()} --local_addr 127.0.0.1")
     script, flags = ROOT / "train.py", f"--parallel {parallel}"
@@ -707,13 +681,13 @@ def test_two_nodes(arrays, tmp_path, undisturbed, parallel):
     texts = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], texts
     assert sorted("validation loss" in text for text in texts) == [False, True]
-    assert rows(out) == pytest.approx(rows(undisturbed), rel=1e-5)
+    assert_same(out, undisturbed, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_restart_after_a_rank_dies(arrays, tmp_path, undisturbed):
+def test_restart_after_a_rank_dies(arrays, out, tmp_path, undisturbed):
     """R11: torchrun --max-restarts starts over, or the restarted ranks disagree on the step."""
-    script, out = tmp_path / "dying.py", tmp_path / "run"
+    script = tmp_path / "dying.py"
     script.write_text(f"""
 import os, train
 original, mark = train.train_step, {str(tmp_path / "died")!r}
@@ -729,7 +703,7 @@ train.main()
     text = agent.communicate(timeout=120)[0]
     assert agent.returncode == 0, text
     assert (tmp_path / "died").exists() and "steps 5 to 20" in text
-    assert rows(out) == pytest.approx(rows(undisturbed), rel=1e-5)
+    assert_same(out, undisturbed, atol=1e-6)
 
 
 SAVED_BYTES = """
@@ -762,10 +736,8 @@ for checkpointing in (False, True):
 
 
 @pytest.mark.slow
-def test_planned_activations(tmp_path):
+def test_planned_activations():
     """A block saves other tensors for backward, or wider ones, than `bench.py plan` counts."""
-    script = tmp_path / "saved.py"
-    script.write_text(SAVED_BYTES)
-    done = run(script, env={"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)})
+    done = run("-c", SAVED_BYTES, env={"TRITON_INTERPRET": "1"})
     C, H = 64, 2  # bytes a token that one more block saves, whole and checkpointed
     assert done.stdout.split() == [f"{36 * C + 4 * H + 16:.1f}", f"{6 * C:.1f}"], done.stderr
