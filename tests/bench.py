@@ -78,13 +78,12 @@ COPY_RATE = 5e9  # a guess: bytes/s at which the full state reaches rank 0's CPU
 
 def bench_plan(parser, rest):
     """Parameters, FLOPs, memory and step time by part, and hours, each with its formula."""
-    parser.add_argument("--preset", default="biomedlm", help="shape and recipe (default: biomedlm)",
-                        choices=("biomedlm", "biomedlm-125m", "gpt2-124m"))
+    parser.add_argument("--preset", default="biomedlm", choices=gpt_model.PRESETS,
+                        help="shape and recipe (default: biomedlm)")
     preset = parser.parse_args(rest).preset
     settings = train.recipe(preset)
     config = GPTConfig.preset(preset)
-    with torch.device("meta"):
-        n_params = GPT(config).n_params()
+    n_params = gpt_model.without_memory(config).n_params()
     flops = train.flops_per_token(config, n_params, settings["seq_len"])
     tokens = settings["total_steps"] * settings["batch_tokens"]
     minutes = settings["save_minutes"]
@@ -153,10 +152,11 @@ def memory_parts(config, n_params, way):
     block = (36 * C + 4 * H + 16) * t
     parts = {
         "weights, gradients, two moments in fp32 = 16*N / S": 16 * n_params / way["shards"],
-        "bf16 copies of the blocks' weights, made once a step = 24*C*C*L": 24 * C * C * L,
         "a block's gradients in flight = (36*C + 4*H + 16) * t": block,
         f"embedding and head = 9*C*t + 2*V*min(t, {rows}) + 10*V*C":
             9 * C * t + 2 * V * min(t, rows) + 10 * V * C}
+    copies = "bf16 copies of the blocks' weights = 24*C*C*L, recomputed under FSDP 24*C*C"
+    parts[copies] = 24 * C * C * L
     if way["activation_checkpointing"]:
         parts["inputs of L blocks, one block's inside = 6*C*L*t + (36*C + 4*H + 16) * t"] = \
             6 * C * L * t + block
@@ -164,6 +164,8 @@ def memory_parts(config, n_params, way):
         parts["saved activations = (36*C + 4*H + 16) * L * t"] = block * L
     if way["parallel"] == "fsdp":
         # Of all blocks, or of the block at work, the one fetched ahead and what is outside.
+        if way["activation_checkpointing"]:
+            parts[copies] /= L
         whole = 4 * n_params
         some = 4 * ((V + config.n_positions + 2) * C + 2 * (12 * C * C + 13 * C))
         parts["gathered weights = 4*N, with activation checkpointing 4*(R + 2*B)"] = \
@@ -883,8 +885,7 @@ def ask(child):
 
 def random_folder(shape, folder):
     """A Hugging Face GPT-2 folder of random bf16 weights; returns the bytes a token must read."""
-    with torch.device("meta"):
-        model = GPT(GPTConfig.preset(shape)).to(torch.bfloat16)
+    model = gpt_model.without_memory(GPTConfig.preset(shape)).to(torch.bfloat16)
     model.to_empty(device="cpu")
     for weight in model.parameters():
         weight.data.normal_(0.0, 0.02)
