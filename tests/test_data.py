@@ -896,8 +896,8 @@ def test_bioasqs_own_files():
 BAD_FIELDS = {
     ("medqa", "phrases_no_exclude_test.jsonl"): [
         {"answer": "yes"}, {"answer_idx": None}, {"options": None}, {"question": "\u2028 \n"},
-        {"options": {"A": "yes", "B": 7}},
-        {"options": dict.fromkeys(map(str, range(50_000)), "x" * 50)}],
+        {"options": {"A": "yes", "B": 7}}, {"meta_info": 1},
+        {"options": {"x" * 10**6: "y"}}],
     ("medmcqa", "test.json"): [{"cop": 7}, {"cop": [1]}, {"id": "1"}, {"opa": None}],
     ("pubmedqa", "ori_pqal.json"): [
         {"CONTEXTS": "one string"}, {"CONTEXTS": ["A.", None]},
