@@ -17,7 +17,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes rather than seconds; run with -m slow")
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped without one")
-    config.addinivalue_line("filterwarnings", "ignore:Unable to enable fault handler")  # torch's
     # `pytest -q` leaves out the slow tier; any -m expression takes over the choice.
     config.option.markexpr = config.option.markexpr or "not slow"
 
@@ -33,4 +32,4 @@ def shared():
 def run(*args, cwd=ROOT, env=None):
     """Run a script of the repository as a user would; returns the CompletedProcess, with text."""
     return subprocess.run([sys.executable, *map(str, args)], cwd=cwd, capture_output=True,
-                          text=True, env={**os.environ, **(env or {})}, timeout=600)
+                          text=True, env=os.environ | (env or {}), timeout=600)

@@ -588,13 +588,16 @@ def test_damaged_checkpoints_are_skipped(go, out, undisturbed):
 
 def test_full_disk(go, out, undisturbed):
     """R12: a save that fails ends the run, spoils the checkpoint before it, or goes unsaid."""
-    largest = 50_000, 50_000  # bytes of a file from now on
-    fill = partial(resource.setrlimit, resource.RLIMIT_FSIZE, largest)
+    def fill():
+        while not list(out.glob("checkpoint*.pt")):  # a thread still writes the first one
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # bytes of a file
+
     text = go(out, fault=at_step(6, fill), code=1)
     for step in (10, 20):
         assert f"checkpoint_{step:07d}.pt could not be written" in text
     assert "warning:" in text and "make room" in text
-    assert [p.name for p in sorted(out.glob("checkpoint*"))] == ["checkpoint_0000005.pt"]
+    assert [p.name for p in out.glob("checkpoint*")] == ["checkpoint_0000005.pt"]
     go(out)
     assert_same(out, undisturbed)
 
