@@ -1126,15 +1126,16 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
 
 
 def norm_launch(C):
-    """(C, PIECE, N_PIECES), num_warps: no idle lanes where C allows it, 4 elements a thread.
+    """(PIECE, N_PIECES, num_warps): no idle lanes where C allows it, 4 elements a thread up to
+    a PIECE of 1024.
 
-    C = 2560 -> PIECE 512, N_PIECES 5, 4 warps; 768 -> 256, 3, 2; 1000 -> 1024, 1, 8.
+    2560 -> 512, 5, 4; 768 -> 256, 3, 2; 1000 -> 1024, 1, 8.
     """
     piece = C & -C  # the largest power of two that divides C: its lowest bit that is set
     if piece < 128 or C // piece > 8:  # too many small pieces: one piece, with idle lanes
         piece = triton.next_power_of_2(C)
     warps = min(max(piece // 128, 1), 8)
-    return (C, piece, triton.cdiv(C, piece)), warps
+    return piece, triton.cdiv(C, piece), warps
 
 
 class AddLayerNorm(torch.autograd.Function):
@@ -1150,13 +1151,13 @@ class AddLayerNorm(torch.autograd.Function):
         mean = x.new_empty(x.numel() // C, dtype=torch.float32)
         rstd = torch.empty_like(mean)
         ctx.dropout = dropout_arguments(p, seed)
-        sizes, warps = norm_launch(C)
+        piece, n_pieces, warps = norm_launch(C)
         norm_forward_kernel[(len(mean),)](
             x, residual, weight, bias,
             y, new, mean, rstd,
             *ctx.dropout,
             eps,
-            *sizes,
+            C, piece, n_pieces,
             num_warps=warps)
         ctx.save_for_backward(new, weight, mean, rstd)
         return y, new
@@ -1172,13 +1173,13 @@ class AddLayerNorm(torch.autograd.Function):
         per_sm = min(max(6144 // C, 2), 16)  # C = 2560: 2 programs a multiprocessor; 768: 8
         programs = min(N, n_programs(r, per_sm))
         partial = r.new_empty(programs, 2, C, dtype=torch.float32)
-        sizes, warps = norm_launch(C)
+        piece, n_pieces, warps = norm_launch(C)
         norm_backward_kernel[(programs,)](
             dy, dnew.contiguous(), r, weight, mean, rstd,
             dx, dresidual, partial,
             N,
             *ctx.dropout,
-            *sizes,
+            C, piece, n_pieces,
             num_warps=warps)
         dw, db = sum_programs(partial)
         return dx, dresidual, dw, db, None, None, None
