@@ -518,6 +518,12 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path, contents):
+    """Write a small JSON file, whole or not at all."""
+    with replacing(path) as f:
+        f.write((json.dumps(contents, indent=2) + "\n").encode())
+
+
 def in_processes(function, tasks, workers):
     """Yield function(task) for tasks, any iterable, in its order, from `workers` processes.
 
