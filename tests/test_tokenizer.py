@@ -53,11 +53,6 @@ def join(word, left, right):
     return word.replace(f" {left}  {right} ", f" {left}{right} ")
 
 
-def pairs_of(word):
-    symbols = word.split()
-    return zip(symbols, symbols[1:])
-
-
 def naive_train(counts, n_merges, min_frequency):
     """The rule as recipe and papers state it: recount everything after each merge."""
     tokens = list(ALPHABET)
@@ -66,7 +61,8 @@ def naive_train(counts, n_merges, min_frequency):
     while len(merges) < n_merges:
         pairs = Counter()
         for word, n in words.items():
-            for pair in pairs_of(word):
+            symbols = word.split()
+            for pair in zip(symbols, symbols[1:]):
                 pairs[pair] += n
         best = min(pairs, key=lambda p: (-pairs[p], *map(tokens.index, p)), default=None)
         if pairs[best] < min_frequency:
@@ -77,23 +73,12 @@ def naive_train(counts, n_merges, min_frequency):
     return merges
 
 
-def naive_encode(text, vocab, merges):
-    """HF's rule: in each piece, the pair that comes first in the merges, until none is left."""
-    ids = []
-    for piece in regex.findall(PATTERN, text):
-        word = spell(piece)
-        while pairs := set(pairs_of(word)).intersection(merges):
-            word = join(word, *min(pairs, key=merges.index))
-        ids += map(vocab.get, word.split())
-    return ids
-
-
 # ---------------------------------------------------------------------------------------------
 # training
 
 
 def test_fast_trainer_equals_naive():
-    """T2. Wrong counts: overlaps (aaaa), merges side by side (abab), ties, old heap rows."""
+    """Wrong counts: overlaps (aaaa), merges side by side (abab), ties, old heap rows."""
     for seed in range(150):
         rng = random.Random(seed)
         letters = "abcdé "[:rng.randint(1, 6)]
@@ -104,7 +89,7 @@ def test_fast_trainer_equals_naive():
 
 
 def test_merges_and_vocab_equal_hf(trained, tmp_path):
-    """T3, T7. Any difference to Hugging Face in pre-tokens, counts, ties, ids or files; a batch
+    """Any difference to Hugging Face in pre-tokens, counts, ties, ids or files; a batch
     lost between processes; merges that hang on set or dict order."""
     vocab = FIXTURE["vocab_json"][:-1] + ',"<|endoftext|>":799}'
     expected = {"merges.txt": FIXTURE["merges_txt"].encode(), "vocab.json": vocab.encode()}
@@ -206,29 +191,14 @@ def test_patterns_cut_as_gpt2s(trained):
     assert trained.decode(trained.encode(text)) == text
 
 
-def test_random_merges_equal_naive():
-    """T4. Vocabularies where a token can be spelt by a pair that no merge has, or never be reached,
-    and ids in another order than the merges: tiktoken alone gives other ids than HF there."""
-    for seed in range(150):
-        rng = random.Random(seed)
-        tokens, merges = list("abc"), []
-        while len(merges) < 12:
-            pair = rng.choice(tokens), rng.choice(tokens)
-            if pair not in merges:
-                merges.append(pair)
-                tokens.append("".join(pair))
-        every = [*{*ALPHABET, *tokens, END_OF_TEXT}]
-        rng.shuffle(every)
-        tok = Tokenizer(dict(zip(every, range(999))), merges)
-        for _ in range(20):
-            text = "".join(rng.choices("abc", k=20))
-            assert tok.encode(text) == naive_encode(text, tok.vocab, merges), (seed, text)
-
-
 def test_fixture_and_round_trip(trained):
-    """T4, T5. tiktoken's merge rule or pattern differing from HF's; long and odd pieces. Bytes lost
-    or changed on the way, for any code point and any byte."""
+    """tiktoken's merge rule or pattern differing from HF's; long and odd pieces; ids in another
+    order than the merges. Bytes lost or changed on the way, for any code point and any byte."""
     assert [trained.encode(text) for text in FIXTURE["texts"]] == FIXTURE["ids"]
+    order = random.Random(0).sample(range(800), 800)
+    other = Tokenizer({t: order[i] for t, i in trained.vocab.items()}, trained.merges)
+    for text, ids in zip(FIXTURE["texts"], FIXTURE["ids"]):
+        assert other.encode(text) == [order[i] for i in ids]
     points = [p for p in range(0, 0x110000, 97) if not 0xD800 <= p < 0xE000]
     text = "".join(map(chr, points))
     assert trained.decode(trained.encode(text)) == text
@@ -242,7 +212,7 @@ def test_fixture_and_round_trip(trained):
 
 
 def test_special_tokens(trained, tmp_path):
-    """T6, T8. Special strings in plain text taken as special; ids that move; save and load; a size
+    """Special strings in plain text taken as special; ids that move; save and load; a size
     taken from the count of ids that have holes, or a fingerprint that sees no merges."""
     Tokenizer({**trained.vocab, END_OF_TEXT: 998}, trained.merges).save(tmp_path)
     tok = Tokenizer.load(tmp_path)
@@ -290,6 +260,7 @@ def test_other_file_formats(trained, tmp_path, monkeypatch):
     ("merges.txt", r"(?s)(.{999}.*?)\n.*", r"\1"),  # half of the lines
     ("merges.txt", r" \S+\n$", ""),
     ("merges.txt", "$", "q zz\n"),
+    ("merges.txt", "$", "t he\n"),  # a second way to one token
     ("vocab.json", ',"<.*799', ""),
     ("vocab.json", '"a":64,', ""),
     ("vocab.json", '"a":64,', '"a":65,')])
