@@ -11,6 +11,7 @@ The second half of the file reads and writes text files; the other scripts use i
 """
 
 import argparse
+import codecs
 import gzip
 import hashlib
 import heapq
@@ -476,21 +477,31 @@ def read_records_backwards(path):
 
 
 def cut_txt(path):
-    """Yield the text of a .txt in pieces.
+    """Yield the text of a .txt in pieces: UTF-8, or UTF-16 that opens with a byte-order mark.
 
-    A piece ends at the first blank line after 4,000 characters, or at the first line's end after
-    8,000. A line that is longer itself is cut.
+    A piece ends at a line that is <|endoftext|> alone, which belongs to no piece. Long ones end at
+    the first blank line after 4,000 characters, or at the first line's end after 8,000. A line that
+    is longer itself is cut.
     """
     piece = ""
+    unreadable = 0
     with open_input(path) as f:
-        lines = io.TextIOWrapper(f, "utf-8-sig", "replace", newline="\n")
+        utf16 = f.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        encoding = "utf-16" if utf16 else "utf-8-sig"
+        lines = io.TextIOWrapper(f, encoding, "replace", newline="\n")
         for line in iter(lambda: lines.readline(8000), ""):
-            piece += line
+            unreadable += line.count("\ufffd")
             limit = 8000 if line.strip() else 4000  # a blank line ends a paragraph
+            if line.strip() == END_OF_TEXT:
+                line, limit = "", 0
+            piece += line
             if len(piece) >= limit:
                 yield piece
                 piece = ""
     yield piece
+    if unreadable > 10:
+        print(f"{path}: {unreadable:,} characters are U+FFFD, most likely bytes that are not "
+              "UTF-8: convert the file, as with iconv -f CP1252 -t UTF-8", file=sys.stderr)
 
 
 def hash64(text):

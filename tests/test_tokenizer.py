@@ -160,6 +160,18 @@ def test_a_txt_is_cut_into_documents(tmp_path, end, thousands):
     assert len(ids) == 3 and ids[1] == ids[2] == f"{bpe.hash64('ACGT' * 2000):016x}"
 
 
+@pytest.mark.parametrize("codec", ["utf-8", "utf-16", "utf-16-be"])
+def test_marks_in_a_txt(tmp_path, codec, capsys):
+    """UTF-16 read as letters with NULs between; end-of-text lines spelt inside the documents."""
+    text = "\ufeff" * (codec == "utf-16-be") + "é a\n<|endoftext|>\r\nb <|endoftext|>\n\nc\n"
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode(codec)))
+    records = [text for _, text in read_records(tmp_path / "a.txt.gz")]
+    assert records == ["é a", "b <|endoftext|>\n\nc"]
+    (tmp_path / "b.txt").write_bytes(text.encode("cp1252", "replace") * 11)
+    assert sum(text.count("\ufffd") for _, text in read_records(tmp_path / "b.txt")) == 11
+    assert "b.txt: 11 characters are U+FFFD" in capsys.readouterr().err
+
+
 def test_processes_keep_order_and_take_few_tasks_ahead():
     """Results out of order; a reader that runs ahead until memory is full."""
     taken = []
@@ -228,6 +240,27 @@ def test_special_tokens(trained, tmp_path):
         again.decode([900])
     other = Tokenizer(tok.vocab, trained.merges[::-1])
     assert len({again.fingerprint, trained.fingerprint, other.fingerprint}) == 3
+
+
+@pytest.mark.parametrize(("name", "content", "eot"), [
+    ("none.json", {}, 799),
+    ("added_tokens.json", {"[PAD]": 799, END_OF_TEXT: 800}, 800),
+    ("tokenizer.json", {"added_tokens": [{"id": 801, "content": END_OF_TEXT}]}, 801),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"802": {"content": END_OF_TEXT}}}, 802),
+    ("config.json", {"vocab_size": 804, "eos_token_id": 803}, 803),
+    ("config.json", {"vocab_size": 804, "eos_token_id": 64}, 799),  # "a" has 64
+    ("config.json", {"vocab_size": 800, "eos_token_id": 50256}, 799)])
+def test_released_form(trained, tmp_path, name, content, eot):
+    """BioMedLM's form refused, or a merge short: merges.txt without a version line, vocab.json
+    without end-of-text. Its id is what another file says, but no other token's, or the next."""
+    (tmp_path / "vocab.json").write_text(FIXTURE["vocab_json"])
+    (tmp_path / "merges.txt").write_text(FIXTURE["merges_txt"].strip().split("\n", 1)[1])
+    (tmp_path / name).write_text(json.dumps(content))
+    tok = Tokenizer.load(tmp_path)
+    assert (tok.merges, tok.eot_id) == (trained.merges, eot)
+    assert [tok.encode(text) for text in FIXTURE["texts"]] == FIXTURE["ids"]
+    tok.save(tmp_path / "again")
+    assert Tokenizer.load(tmp_path / "again").special == tok.special
 
 
 def test_other_file_formats(trained, tmp_path, monkeypatch):
