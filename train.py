@@ -174,7 +174,7 @@ def main():
 # settings: presets, flags, and what must fit together
 #
 # A new setting is a line of read_settings, and is then settings["name"] everywhere. Its default is
-# a line of SMALL_RECIPE.
+# a line of RECIPE.
 
 
 SHAPE = ("n_layer", "n_head", "n_embd")
@@ -184,8 +184,9 @@ POSITIVE = numbers(float, 1e-12)
 POSITIVE_OR_0 = numbers(float, 0)
 PROBABILITY = numbers(float, 0, 1)
 
-# What a preset sets, and a flag replaces. First the paper's 125M ablations.
-SMALL_RECIPE = {
+# What a flag is where it is not given: first for the paper's 125M ablations, then what the other
+# presets have instead.
+RECIPE = {
     "total_steps": 100_000, "batch_tokens": 512 * 1024, "seq_len": 1024, "lr": 6e-4,
     "warmup_steps": 100, "grad_clip": 1.0, "dropout": 0.1, "seed": 17, "eval_every": 5000,
     # Composer's 1.6e-5, decoupled from lr. AdamW's decay is multiplied by lr: 0.1.
@@ -197,16 +198,16 @@ SMALL_RECIPE = {
     # torchrun kills 30 s after SIGTERM, and a 31 GB checkpoint takes longer to write. So the
     # periodic ones are the guarantee. By the clock they cost the same share on any machine.
     "save_minutes": 30.0, "save_every": 0}
-RECIPES = {
+PRESETS = {
     # Our choice. Its facts sink in suddenly, between steps 500 and 900.
-    "demo": SMALL_RECIPE | {
+    "demo": {
         "total_steps": 1500, "batch_tokens": 1024, "seq_len": 128, "lr": 2e-3, "dropout": 0.0,
         "eval_every": 250, "eval_tokens": 16_384, "log_every": 50, "micro_batch": 8},
-    "gpt2-124m": SMALL_RECIPE,  # our choice
-    "biomedlm-125m": SMALL_RECIPE,
+    "gpt2-124m": {},  # our choice
+    "biomedlm-125m": {},
     # The authors' gpt-3b-biotok-300k.yaml and the paper, section 2. The yaml and the checkpoint's
     # name have 300,000 steps; the paper's 300B tokens are 286,102.
-    "biomedlm": SMALL_RECIPE | {
+    "biomedlm": {
         "total_steps": 300_000, "batch_tokens": 1024 * 1024, "lr": 1.6e-4, "micro_batch": 8,
         "parallel": "fsdp", "activation_checkpointing": True}}
 DEMO_DATA = "data/demo"
@@ -216,14 +217,19 @@ FIXED = {"seq_len", "batch_tokens", "seed", "ignore_eot_targets", "data_fingerpr
 FIXED |= {field.name for field in fields(GPTConfig)} - {"dropout"}
 
 
+def recipe(preset):
+    """{flag: value} of a preset."""
+    return RECIPE | PRESETS[preset]
+
+
 def read_settings():
     """{flag: value} of the command line; None where neither a flag nor the preset gives a value."""
     # --preset is read first: it gives the defaults that --help shows.
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--preset", choices=RECIPES, default="demo",
+    first.add_argument("--preset", choices=PRESETS, default="demo",
                        help="shape and recipe; gives the defaults (default: demo)")
     preset = first.parse_known_args()[0].preset
-    recipe = RECIPES[preset]
+    defaults = recipe(preset)
     parser = argparse.ArgumentParser(
         parents=[first],
         description="Pre-train a GPT-2 as BioMedLM was. Without arguments: the offline demo.")
@@ -243,7 +249,7 @@ def read_settings():
     number("total_steps", COUNT, "optimiser steps of the whole run")
     number("batch_tokens", COUNT, "tokens of one step, over all ranks and micro-batches")
     add("--micro_batch", type=COUNT, help="sequences in one forward pass of one rank (default: "
-        f"the largest divisor of a rank's share up to {recipe['micro_batch']})")
+        f"the largest divisor of a rank's share up to {defaults['micro_batch']})")
     number("seq_len", LENGTH, "tokens of one sequence")
     number("lr", POSITIVE, "peak learning rate")
     add("--min_lr", type=POSITIVE_OR_0,
@@ -275,7 +281,7 @@ def read_settings():
         help="remove the run's checkpoints and log and start anew (default: go on)")
     add("--verify", action="store_true",
         help="check the arrays' full hashes first (default: sizes only)")
-    parser.set_defaults(**recipe | {"micro_batch": None})
+    parser.set_defaults(**defaults | {"micro_batch": None})
     settings = vars(parser.parse_args())
     if settings["data"] is None:
         raise ValueError("--data is missing: make arrays with: python data.py tokenize --text DIR "
@@ -314,7 +320,7 @@ def split_batch(settings, world_size):
                          f"step evenly: start {fewer}, or a new run with another --batch_tokens")
     share = n_sequences // world_size  # of one rank
     divisors = [n for n in range(1, share + 1) if share % n == 0]
-    most = RECIPES[settings["preset"]]["micro_batch"]
+    most = recipe(settings["preset"])["micro_batch"]
     micro_batch = settings["micro_batch"] or max(n for n in divisors if n <= most)
     if micro_batch not in divisors:
         raise ValueError(f"micro_batch {micro_batch} does not divide {share} sequences per rank: "
@@ -787,14 +793,17 @@ def write_checkpoint(run, contents, keep):
 
 
 def load_checkpoint(checkpoint, model, optimizer, process):
-    """Spread a checkpoint over the ranks: its contents on rank 0, None elsewhere."""
-    if process.rank > 0:
-        checkpoint = {"model": {}, "optimizer": {}}
+    """Spread a checkpoint over the ranks: contents on rank 0, which it empties, None elsewhere."""
+    checkpoint = checkpoint or {"model": {}, "optimizer": {}}
     options = dcp.StateDictOptions(full_state_dict=True,
                                    broadcast_from_rank0=process.world_size > 1)
     # Not set_state_dict: it takes a rank's empty model for "optimiser only", and the ranks part.
-    dcp.set_model_state_dict(model, checkpoint["model"], options=options)
-    dcp.set_optimizer_state_dict(model, optimizer, checkpoint["optimizer"], options=options)
+    # Each part goes through the GPU and is let go of before the next: 10.4 GB less for BioMedLM.
+    dcp.set_model_state_dict(model, checkpoint.pop("model"), options=options)
+    moments = checkpoint.pop("optimizer")
+    if process.gather(bool(moments.get("state")))[0]:  # plain SGD has none
+        dcp.set_optimizer_state_dict(model, optimizer, moments, options=options)
+    torch.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------------------------------------
