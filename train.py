@@ -15,11 +15,10 @@ its share in micro-batches, and adds up their gradients.
 
 import argparse
 import copy
-import fcntl
 import json
 import math
 import os
-import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -99,7 +98,7 @@ def main():
     if start > 0:
         load_checkpoint(checkpoint, model, optimizer, process)
     settle_gradients(model, process)
-    speed_up(gpt, settings["compile"])
+    speed_up(gpt, settings["compile"], process)
     process.print(f"{run}: {n_params:,} parameters, steps {start} to {total_steps} of "
                   f"{settings['batch_tokens']:,} tokens = {process.world_size} ranks x "
                   f"{accumulation} micro-batches x {micro_batch} sequences x "
@@ -274,7 +273,7 @@ def read_settings():
     add("--compile", action="store_true", help="torch.compile each block (default: off)")
     add("--ignore_eot_targets", action="store_true", help="no loss where the target is "
         "end-of-text, as the authors had it: the model then never learns to stop (default: off)")
-    add("--device", help="torch device (default: cuda if it is there, else cpu)")
+    add("--device", help="torch device (default: cuda or mps if it is there, else cpu)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the matrix products, autocast over "
         "fp32 weights (default: bfloat16 on cuda, else float32)")
     add("--fresh", action="store_true",
@@ -341,9 +340,11 @@ def choose_config(settings, meta):
         raise ValueError(f"--{next(iter(shape))} can't change the model of --init: drop it")
     else:
         config = replace(GPT.config_of(settings["init"]), dropout=settings["dropout"])
-    if config.vocab_size != meta["vocab_size"]:
-        raise ValueError(f"{settings['init']} has {config.vocab_size} tokens, the arrays "
-                         f"{meta['vocab_size']}: tokenize with the tokenizer of --init")
+    # An embedding may be padded to a multiple of 64 rows. No target is beyond the tokenizer.
+    if meta["vocab_size"] > config.vocab_size or meta["eot_id"] != config.eot_id:
+        raise ValueError(f"{settings['init']} has {config.vocab_size} tokens and end-of-text "
+                         f"{config.eot_id}, the arrays {meta['vocab_size']} and {meta['eot_id']}: "
+                         "tokenize with the tokenizer of --init")
     if settings["seq_len"] > config.n_positions:
         raise ValueError(f"seq_len {settings['seq_len']} is longer than the model's context: use "
                          f"--seq_len {config.n_positions} or less")
@@ -357,27 +358,34 @@ def choose_config(settings, meta):
 def start_process(device=None, dtype=None):
     """This process, as a Process; it joins the others if torchrun started it.
 
-    device: a torch device's name, None for cuda if it is there, else cpu.
-    dtype: "float32" or "bfloat16", None for bfloat16 on cuda, else float32.
+    device: a torch device's name, None for cuda if it is there, else mps (a Mac's GPU), else cpu.
+    dtype: "float32" or "bfloat16", None for bfloat16 on cuda from capability 8.0, else float32.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     in_group = "RANK" in os.environ  # torchrun sets it
+    if device is None:
+        # A Mac's GPU serves one process alone: gloo can't reduce its tensors.
+        mps = torch.backends.mps.is_available() and not in_group
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(device)
         if in_group and device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # each rank its own
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as e:  # torch says "not compiled with CUDA" by assertion
-        reason = str(e).splitlines()[0]
+        reason = str(e).splitlines()[0].partition(". ")[0]
         raise ValueError(f"--device {device} is not available on this machine: {reason}") from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches on the current device
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    if old and dtype == "bfloat16":
+        raise ValueError(f"{torch.cuda.get_device_name(device)} has no fast bfloat16: use --dtype "
+                         "float32")
     if dtype is None:
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = "bfloat16" if device.type == "cuda" and not old else "float32"
     process = Process(device, getattr(torch, dtype))
     if in_group:
         backend = "gloo"
         if device.type == "cuda":
-            torch.cuda.set_device(device)
             # gloo beside NCCL: agreeing on Python's values is then no work for the GPU.
             backend = "cpu:gloo,cuda:nccl"
         # A GPU that hangs ends the run in 15 minutes. What is agreed on by the CPUs has a group of
@@ -386,6 +394,8 @@ def start_process(device=None, dtype=None):
         process.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
         process.rank = dist.get_rank()
         process.world_size = dist.get_world_size()
+    if old:
+        process.print("float32: this GPU is older than those with bfloat16 products (8.0)")
     return process
 
 
@@ -516,14 +526,20 @@ def settle_gradients(model, process):
     model.zero_grad(set_to_none=False)
 
 
-def speed_up(model, compiled):
-    """On a GPU let weight gradients add up in place; if asked, compile each block."""
+def speed_up(model, compiled, process):
+    """Let weight gradients add up in place where that is faster; if asked, compile each block."""
+    in_place = kernels_active(process.device) == "triton" and process.dtype == torch.bfloat16
     for layer in linear_layers(model):
-        layer.accumulates = layer.weight.is_cuda  # a CPU gains nothing by it
-    if compiled:
-        torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets
-        for block in model.transformer.h:
-            block.compile()
+        layer.accumulates = in_place
+    if not compiled:
+        return
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ValueError(f"--compile needs a C++ compiler, and there is no {compiler}: install it, "
+                         "name yours in CXX, or drop --compile")
+    torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets
+    for block in model.transformer.h:
+        block.compile()
 
 
 def linear_layers(model):
@@ -578,15 +594,17 @@ def make_optimizer(model, settings):
 
 
 def cast_weights(model, dtype):
-    """Give the linear layers their weights in bf16, once a step and not in each micro-batch.
+    """Cast the weights of large products to bf16 once a step, and not in each micro-batch.
 
     With FSDP a rank has no whole weight to cast before a block gathers it.
     """
     if dtype == torch.float32 or isinstance(model, FSDPModule):
         return
-    for layer in linear_layers(model):
-        if layer.accumulates:
-            layer.working = layer.weight.detach().to(dtype)
+    for module in model.modules():
+        if isinstance(module, GPT):  # its head
+            module.working = module.transformer.wte.weight.detach().to(dtype)
+        elif isinstance(module, Linear) and module.accumulates:
+            module.working = module.weight.detach().to(dtype)
 
 
 def train_step(model, optimizer, batches, step, settings, process):
@@ -620,12 +638,14 @@ def update(model, optimizer, lr, grad_clip):
     Returns the gradient norm before clipping. It is the same on all ranks, so that all of them
     skip the update or none. To read it, Python waits for the device: 0.2% of a step.
     """
-    # Scales all gradients by grad_clip / norm where the norm is larger than grad_clip.
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    if hasattr(grad_norm, "full_tensor"):  # FSDP: this shard's part -> the norm over all ranks
-        grad_norm = grad_norm.full_tensor()
-    grad_norm = grad_norm.item()
+    parameters = list(model.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if hasattr(norm, "full_tensor"):  # FSDP: this shard's part -> the norm over all ranks
+        norm = norm.full_tensor()
+    grad_norm = norm.item()
     if math.isfinite(grad_norm):
+        if grad_norm > grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -702,6 +722,11 @@ def lock(run):
     inherit it. Other nodes see it where the file system carries locks: NFSv4, GPFS, Lustre mounted
     with flock. When a node dies, NFSv4 drops it after a lease, 90 s by default.
     """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        print(f"warning: no locks on this system: start no second training in {run}")
+        return
     descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT)  # never closed: that would unlock
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -809,14 +834,20 @@ def load_checkpoint(checkpoint, model, optimizer, process):
 # ---------------------------------------------------------------------------------------------
 # what people see: one line and one row a logged step
 
-# Dense bf16 FLOP/s of the datasheets. MFU is printed for these only.
-PEAK_FLOPS = {"H200": 989.5e12, "H100 PCIe": 756e12, "H100": 989.5e12, "A100": 312e12}
+# Dense bf16 FLOP/s, accumulated in fp32, by NVIDIA's datasheets (of the RTX cards by the Ada,
+# Blackwell and Ampere whitepapers). MFU is printed for these only; the first name that fits counts.
+PEAK_FLOPS = {
+    "GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835.5e12, "H200": 989.5e12,
+    "H100 NVL": 835.5e12, "H100 PCIe": 756e12, "H100": 989.5e12, "A100": 312e12, "L40S": 362e12,
+    "RTX A6000": 154.8e12, "RTX 4090": 165.2e12, "RTX 5090": 209.5e12}
 SKIP_LIMIT = 10  # our choice: so many updates skipped in a row end the run
 
 
 def peak_flops(device):
     """Datasheet bf16 FLOP/s of a CUDA device, None where the table lacks it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if name.endswith((" D", "Laptop GPU")):  # slower chips that carry a faster one's name
+        return None
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
@@ -826,9 +857,13 @@ def flops_per_token(config, n_params, seq_len):
 
 
 def memory_gib(device):
-    """Peak memory of this process since it began: of the GPU, or resident on a CPU."""
+    """Peak memory of this process since it began: of the GPU, or resident on a CPU, or None."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss: bytes on macOS, else KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -863,8 +898,8 @@ def log_step(run, step, loss, grad_norm, seconds_per_step, flops, settings, proc
     eta = timedelta(seconds=int((settings["total_steps"] - step) * seconds_per_step))
     log(run, row, f"step {step:>6}/{settings['total_steps']}  "
         f"tokens {row['tokens'] / 1e6:9.2f}M  loss {loss:7.4f}  lr {row['lr']:.2e}  "
-        f"norm {grad_norm:7.3f}  tok/s {tokens_per_s:9,.0f}{mfu}  mem {row['memory']:5.1f}G  "
-        f"eta {eta}", process)
+        f"norm {grad_norm:7.3f}  tok/s {tokens_per_s:9,.0f}{mfu}  "
+        f"mem {row['memory'] or math.nan:5.1f}G  eta {eta}", process)
 
 
 def log_validation(run, step, val_loss, val, settings, process):
