@@ -56,6 +56,7 @@ def main():
 
     # Processes: this one alone, or one of torchrun's.
     process = start_process(settings.device, settings.dtype)
+    settings.device, settings.dtype = str(process.device), str(process.dtype)
 
     # Data: token arrays on disk, and meta, which says what they hold. A step's sequences are cut
     # among the ranks and their micro-batches.
@@ -70,8 +71,7 @@ def main():
         process.print(f"{run} is finished: {start} steps. Raise --total_steps to go on, or start "
                       "--fresh")
         return process.close()
-    facts = {"world_size": process.world_size, "device": str(process.device),
-             "dtype": str(process.dtype), "data_fingerprint": meta["train"]["sha256"]}
+    facts = {"world_size": process.world_size, "data_fingerprint": meta["train"]["sha256"]}
     process.on_rank_0(lambda: describe_run(run, start, settings, config, facts))
 
     # Model: the weights of --init, or fresh ones. Every rank draws the same from the seed, on its
@@ -98,7 +98,7 @@ def main():
     process.print(f"{run}: {n_params:,} parameters, steps {start} to {total_steps} of "
                   f"{settings.batch_tokens:,} tokens = {process.world_size} ranks x "
                   f"{settings.accumulation} micro-batches x {settings.micro_batch} sequences x "
-                  f"{settings.seq_len}; {process.device}, {process.dtype}, "
+                  f"{settings.seq_len}; {settings.device}, {settings.dtype}, "
                   f"ops: {kernels_active(process.device)}")
 
     # Batches: their order depends on the seed alone. So a resumed run only needs to know how many
