@@ -617,7 +617,7 @@ def load_finetuned(folder, task, device="cpu"):
         raise ValueError(f"{folder} has no head for {task}: run finetune.py --task {task} on it "
                          "first, or give --zero_shot")
     model = TaskModel(GPT.from_pretrained(folder), kind, settings["labels"])
-    head = load_tensors(head_file, checksums=True)
+    head = load_tensors(head_file)
     check_tensors(head, model.head.state_dict(), head_file)
     model.head.load_state_dict(head)
     return model.to(device), load_tokenizer(folder, model.gpt), settings
