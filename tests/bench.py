@@ -28,6 +28,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -206,62 +207,50 @@ def bench_plan(parser, rest):
     flops = train.flops_per_token(config, n_params, recipe["seq_len"])
     stall = 12 * n_params / COPY_RATE
     share = stall / (60 * SAVE_MINUTES + stall)
-    print(f"parameters N   {n_params:,} (the tied head counted once)\n"
-          f"FLOPs a token  {flops / 1e9:.2f} G = 6*N + 12*L*T*C\n"
-          f"steps          {recipe['total_steps']:,} of {recipe['batch_tokens']:,} tokens\n"
-          f"checkpoint     {12 * n_params / 1e9:.1f} GB = 12*N; training waits {stall:.1f} s = "
-          f"12*N / {COPY_RATE / 1e9:g} GB/s (a guess) every {SAVE_MINUTES} minutes: {share:.2%}")
-    machines = [(args.gpus, "H100", args.gb, 3.35e12)] if args.gpus else MACHINES
+    show({"parameters N": n_params, "FLOPs a token = 6*N + 12*L*T*C": flops,
+          "checkpoint, GB = 12*N": 12 * n_params / 1e9,
+          f"every {SAVE_MINUTES} minutes training waits for it, s": stall})
     hours = recipe["total_steps"] / (1 - share) / 3600  # of a step of one second
-    for machine in machines:
-        plan_machine(args, config, n_params, recipe, flops * recipe["batch_tokens"], hours, machine)
+    for machine in [(args.gpus, "H100", args.gb, 3.35e12)] if args.gpus else MACHINES:
+        plan_machine(args, config, n_params, recipe, machine, hours, flops)
 
 
-def plan_machine(args, config, n_params, recipe, flops, hours, machine):
-    """Print the fastest way that fits a machine, with its memory, step and hours.
-
-    flops: of a step.
-    """
+def plan_machine(args, config, n_params, recipe, machine, hours, flops):
+    """Print the fastest way that fits a machine, with its memory, step and hours."""
     gpus, name, gigabytes, bandwidth = machine
-    ideal = flops / gpus / train.PEAK_FLOPS[name]  # seconds a step at the peak
     title = f"{gpus} x {name}-{gigabytes:g}"
+    ideal = flops * recipe["batch_tokens"] / gpus / train.PEAK_FLOPS[name]  # s a step at the peak
     found = {}
-    for way in ways(args, recipe, gpus):
+    for parallel, recomputes, micro_batch in product(args.parallel, (False, True),
+                                                     args.micro_batch):
+        sequences = recipe["batch_tokens"] // recipe["seq_len"] // gpus  # of a GPU, a step
+        fsdp = parallel == "fsdp"
+        way = SimpleNamespace(
+            fsdp=fsdp, shards=min(gpus, 8) if fsdp else 1, recomputes=recomputes,
+            n=sequences // micro_batch, t=micro_batch * recipe["seq_len"])
         memory = memory_parts(config, n_params, way)
         seconds = step_parts(config, n_params, way, ideal, bandwidth)
         # The rest is NCCL's, and what the allocator holds for later: more under FSDP.
-        usable = 0.85e9 if way["parallel"] == "fsdp" else 0.92e9
-        if sum(memory.values()) < usable * gigabytes:
-            few = way["micro_batch"] < 4  # matrix products of few rows are slower than counted
-            found[few, sum(seconds.values())] = way, memory, seconds
+        usable = (0.85e9 if fsdp else 0.92e9) * gigabytes
+        if sequences % micro_batch == 0 and sum(memory.values()) < usable:
+            few = micro_batch < 4  # matrix products of few rows are slower than counted
+            flags = (f"--parallel {parallel} --{'' if recomputes else 'no_'}"
+                     f"activation_checkpointing --micro_batch {micro_batch}")
+            found[few, sum(seconds.values())] = flags, memory, seconds
     if not found:
         return print(f"\n{title}: nothing fits: more GPUs or GB, or a smaller --micro_batch")
     few, step_s = min(found)
-    way, memory, seconds = found[few, step_s]
-    recomputes = "" if way["activation_checkpointing"] else "no_"
-    print(f"\n{title}: --parallel {way['parallel']} --{recomputes}activation_checkpointing "
-          f"--micro_batch {way['micro_batch']}")
+    flags, memory, seconds = found[few, step_s]
+    print(f"\n{title}: {flags}")
     for formula, size in memory.items():
         print(f"  {size / 1e9:7.2f} GB  {formula}")
     for formula, part in seconds.items():
         print(f"  {part:7.3f} s   {formula}")
-    row = {"machine": title, "gb": sum(memory.values()) / 1e9, "step_s": step_s,
+    row = {"machine": title, "flags": flags, "gb": sum(memory.values()) / 1e9, "step_s": step_s,
            "mfu": ideal / step_s, "hours": hours * step_s}
     for mfu in (0.23, 0.40, 0.60):  # BioMedLM's own; a fair guess; our aim on an H200
         row[f"hours at {mfu:.0%}"] = hours * ideal / mfu
     show(row)
-
-
-def ways(args, recipe, gpus):
-    """Yield each way to take a step on so many GPUs: settings of train.py, and "shards"."""
-    sequences = recipe["batch_tokens"] // recipe["seq_len"] // gpus  # a GPU's, a step
-    for parallel, checkpointing, micro_batch in product(args.parallel, (False, True),
-                                                        args.micro_batch):
-        if sequences % micro_batch == 0:
-            yield {"parallel": parallel, "activation_checkpointing": checkpointing,
-                   "micro_batch": micro_batch, "accumulation": sequences // micro_batch,
-                   "tokens": micro_batch * recipe["seq_len"],
-                   "shards": min(gpus, 8) if parallel == "fsdp" else 1}
 
 
 def memory_parts(config, n_params, way):
@@ -270,32 +259,28 @@ def memory_parts(config, n_params, way):
     A block saves, a token: the residual stream twice (8C in fp32), in bf16 two LayerNorm outputs
     (4C), qkv (6C), attention (2C), c_fc (8C) and its GELU (8C), and 4 statistics and H logsumexps.
     """
-    C, L, H, V = config.n_embd, config.n_layer, config.n_head, config.vocab_size
-    t = way["tokens"]
-    recomputes = way["activation_checkpointing"]
-    block_weights = 12 * C * C + 13 * C
-    activations = (36 * C + 4 * H + 16) * t  # of a block
+    C, L, V, t = config.n_embd, config.n_layer, config.vocab_size, way.t
+    B = 12 * C * C + 13 * C
+    activations = (36 * C + 4 * config.n_head + 16) * t  # of a block
     parts = {
-        "weights and two moments in fp32 = 12*N / S": 12 * n_params / way["shards"],
-        "gradients in fp32 = 4*N": 4 * n_params,
-        "blocks' weights in bf16 = 24*C*C*L": 24 * C * C * L,
-        "a block's gradients in flight = (36*C + 4*H + 16) * t": activations,
+        "weights and two moments in fp32 = 12*N / S": 12 * n_params / way.shards,
+        "gradients of the block at work = (36*C + 4*H + 16) * t": activations,
         "gradients of the embedding, hidden states = 4*V*C + 2*C*t": 4 * V * C + 2 * C * t}
-    if recomputes:
+    if way.recomputes:
         parts["inputs of L blocks, one block's inside = 6*C*L*t + (36*C + 4*H + 16) * t"] = \
             6 * C * L * t + activations
     else:
         parts["saved activations = (36*C + 4*H + 16) * L * t"] = activations * L
-    if way["parallel"] == "fsdp":
-        if way["accumulation"] == 1:  # reduced block by block; else whole until the last one
-            del parts["gradients in fp32 = 4*N"]
-            parts["gradients of two blocks = 8*B"] = 8 * block_weights
-        if recomputes:  # weights live while their block is at work, one block is fetched ahead
-            parts["blocks' weights in bf16 = 24*C*C*L"] /= L
-            parts["gathered weights = 4*(R + 2*B)"] = \
-                4 * (n_params - (L - 2) * block_weights)
-        else:
-            parts["gathered weights = 4*N"] = 4 * n_params
+    if way.fsdp and way.n == 1:  # reduced block by block; else whole until the last micro-batch
+        parts["gradients of two blocks = 8*B"] = 8 * B
+    else:
+        parts["gradients = 4*N"] = 4 * n_params
+    if way.fsdp and way.recomputes:  # of the block at work and the next; and what is no block's
+        parts["gathered weights, also in bf16 = 4*(R + 2*B) + 24*C*C"] = \
+            4 * (n_params - (L - 2) * B) + 24 * C * C
+    else:
+        parts["blocks' weights in bf16 = 24*C*C*L"] = 24 * C * C * L
+        parts["gathered weights, under FSDP = 4*N"] = 4 * n_params if way.fsdp else 0
     return parts
 
 
@@ -306,19 +291,19 @@ def step_parts(config, n_params, way, ideal, bandwidth):
     tokens. Another machine's are scaled by its datasheet. Traffic between GPUs runs beside backward
     and isn't counted.
     """
-    recomputes = way["activation_checkpointing"]
-    runs = 4 / 3 if recomputes else 1  # a third forward, two backward
-    n = way["accumulation"]
-    casts = 1  # of all weights; with FSDP in each forward, since nothing whole lasts a step
-    if way["parallel"] == "fsdp":
-        casts = 2 * n if recomputes else n
-    return {
-        "matrix products and attention = FLOPs / (67% of the peak)": runs * ideal / 0.67,
+    runs = 4 / 3 if way.recomputes else 1  # a third forward, two backward
+    casts = 1  # of all weights; under FSDP in each forward, since nothing whole lasts a step
+    if way.fsdp:
+        casts = (1 + way.recomputes) * way.n
+    n_bytes = {
         "LayerNorm, GELU and the rest = 173*L*C bytes a token":
-            runs * 173 * config.n_layer * config.n_embd * n * way["tokens"] / bandwidth,
-        "gradients added = 8*N bytes a micro-batch": n * 8 * n_params / bandwidth,
-        f"weights to bf16 = 6*N bytes, {casts} times": casts * 6 * n_params / bandwidth,
-        "gradient norm and AdamW = 44*N / S bytes": 44 * n_params / way["shards"] / bandwidth}
+            runs * 173 * config.n_layer * config.n_embd * way.n * way.t,
+        "gradients added = 8*N bytes a micro-batch": way.n * 8 * n_params,
+        f"weights to bf16 = 6*N bytes, {casts} times": casts * 6 * n_params,
+        "gradient norm and AdamW = 44*N / S bytes": 44 * n_params / way.shards}
+    seconds = {formula: n / bandwidth for formula, n in n_bytes.items()}
+    return {"matrix products and attention = FLOPs / (67% of the peak)": runs * ideal / 0.67,
+            **seconds}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -423,13 +408,12 @@ def measure_products(n_out, n_in, N=8192):
 
 def bench_kernels(parser, rest):
     """Each op against eager torch and torch.compile; without a GPU: what its kernels need."""
-    parser.add_argument("--rows", type=int, nargs="+", default=[16384],
-                        help="of the activations (default: 16384)")
-    args = parser.parse_args(rest)
+    parser.parse_args(rest)  # no flags
+    rows = 16384
     if not torch.cuda.is_available():
         return static_table()
     torch._functorch.config.donated_buffer = False  # backward runs again and again on one graph
-    for (C, n_head), rows, p in product(((2560, 20), (768, 12)), args.rows, (0.0, 0.1)):
+    for (C, n_head), p in product(((2560, 20), (768, 12)), (0.0, 0.1)):
         for op, case in kernel_cases(rows, C, n_head, p).items():
             time_op({"op": op, "C": C, "rows": rows, "dropout": p}, *case)
 
@@ -680,12 +664,19 @@ def plain_step(model, optimizer, x, settings, process, compiled):
 # ---------------------------------------------------------------------------------------------
 # the tokenizer: training and encoding beside Hugging Face's
 
-HF_CHILD = """
+START = """
 import os, resource, sys, time
-clock = lambda: (time.perf_counter(), sum(os.times()[:4]))
-part, text, threads, folder = sys.argv[1:]
+part, folder, threads = sys.argv[1:]
 os.environ["RAYON_NUM_THREADS"] = threads
 os.environ["TOKENIZERS_PARALLELISM"] = "true" if int(threads) > 1 else "false"
+size = os.path.getsize(folder + "/all.txt")
+if part == "encode":
+    lines = open(folder + "/all.txt", newline="\\n", encoding="utf-8").readlines()
+    lines = lines[:len(lines) // 5]
+    texts = ["".join(lines[i:i + 40]) for i in range(0, len(lines), 40)]
+    size = len("".join(lines).encode())
+"""
+HF = """
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 if part == "train":
     byte_level = pre_tokenizers.ByteLevel
@@ -693,52 +684,34 @@ if part == "train":
     tok.pre_tokenizer = byte_level(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=28895, min_frequency=2, show_progress=False,
                                   initial_alphabet=byte_level.alphabet())
-    start = clock()
-    tok.train([text + ".txt"], trainer)
-    end = clock()
-    os.makedirs(folder, exist_ok=True)
-    tok.model.save(folder)
-    tok.save(folder + "/tokenizer.json")
-    result = open(folder + "/merges.txt").read()
+    start = time.perf_counter()
+    tok.train([folder + "/all.txt"], trainer)
+    end = time.perf_counter()
+    tok.save(folder + "/hf.json")
 else:
-    tok = Tokenizer.from_file(folder + "/tokenizer.json")
-    lines = open(text + ".txt", newline="\\n", encoding="utf-8").readlines()
-    texts = ["".join(lines[i:i + 40]) for i in range(0, len(lines), 40)]
-    start = clock()
+    tok = Tokenizer.from_file(folder + "/hf.json")
+    start = time.perf_counter()
     rows = tok.encode_batch_fast(texts, add_special_tokens=False)
-    end = clock()
-    result = repr([list(row.ids) for row in rows])
-import hashlib
-print(hashlib.sha256(result.encode()).hexdigest())
-peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # ru_maxrss: parent's
-print(*(b - a for a, b in zip(start, end)), peak / 1024)
+    end = time.perf_counter()
 """
-
-OUR_CHILD = """
-import os, resource, sys, time
-clock = lambda: (time.perf_counter(), sum(os.times()[:4]))
-part, text, threads, folder = sys.argv[1:]
+OURS = """
 from tokenizer import Tokenizer, count_pretokens, train_bpe
 if part == "train":
-    start = clock()
-    counts = count_pretokens([text + ".jsonl"], workers=int(threads))
+    start = time.perf_counter()
+    counts = count_pretokens([folder + "/all.jsonl"], workers=int(threads))
     merges = train_bpe(counts, 28896)
-    end = clock()
+    end = time.perf_counter()
     Tokenizer.from_merges(merges).save(folder)
-    result = open(folder + "/merges.txt").read()
 else:
     tok = Tokenizer.load(folder)
-    lines = open(text + ".txt", newline="\\n", encoding="utf-8").readlines()
-    texts = ["".join(lines[i:i + 40]) for i in range(0, len(lines), 40)]
-    start = clock()
+    start = time.perf_counter()
     rows = [tok.encode(text) for text in texts]
-    end = clock()
-    result = repr(rows)
-import hashlib
-print(hashlib.sha256(result.encode()).hexdigest())
-peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # ru_maxrss: parent's
+    end = time.perf_counter()
+"""
+END = """
+peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 peak += int(threads) * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(*(b - a for a, b in zip(start, end)), peak / 1024)
+print(end - start, size / 1e6 / (end - start), peak / 1024)
 """
 
 
@@ -747,33 +720,25 @@ def bench_tokenizer(parser, rest):
     parser.add_argument("--megabytes", type=float, default=90,
                         help="of text to train on (default: 90, all)")
     megabytes = parser.parse_args(rest).megabytes
-    children = {"ours": OUR_CHILD}
+    variants = {"ours": OURS}
     if importlib.util.find_spec("tokenizers"):
-        children["hf"] = HF_CHILD
+        variants["hf"] = HF
     else:
         print("ours alone; beside Hugging Face's after: pip install tokenizers")
     with tempfile.TemporaryDirectory() as folder:
         write_text(f"{folder}/all", megabytes)
-        write_text(f"{folder}/some", megabytes / 5)
-        for part, threads, text in ("train", 1, "all"), ("train", 2, "all"), ("encode", 1, "some"):
-            digests = set()
-            stem = f"{folder}/{text}"
-            command = {who: [code, part, stem, str(threads), f"{folder}/{who}"]
-                       for who, code in children.items()}
-            medians = interleave(command, 3, partial(run_child, digests))
-            for who, (seconds, cpu_s, peak_mb) in medians.items():
+        for part, threads in ("train", 1), ("train", 2), ("encode", 1):
+            medians = interleave(variants, 3, partial(run_child, part, folder, threads))
+            for who, (seconds, mb_per_s, peak_mb) in medians.items():
                 show({"part": part, "threads": threads, "who": who, "seconds": seconds,
-                      "cpu_s": cpu_s, "MB_per_s": os.path.getsize(f"{stem}.txt") / 1e6 / seconds,
-                      "peak_MB": peak_mb, "time_of_ours": seconds / medians["ours"][0],
-                      "all_equal": len(digests) == 1})
+                      "MB_per_s": mb_per_s, "peak_MB": peak_mb,
+                      "x_ours": seconds / medians["ours"][0]})
 
 
-def run_child(digests, command):
-    """(seconds, CPU seconds, peak MB) of one part in a child; the result's sha256 joins digests."""
-    output = subprocess.check_output([sys.executable, "-c", *command], cwd=ROOT, text=True)
-    digest, *figures = output.split()
-    digests.add(digest)
-    return list(map(float, figures))
+def run_child(part, folder, threads, code):
+    """(seconds, MB/s, peak MB) of one part in a process of its own."""
+    command = [sys.executable, "-c", START + code + END, part, folder, str(threads)]
+    return list(map(float, subprocess.check_output(command, cwd=ROOT, text=True).split()))
 
 
 def write_text(stem, megabytes):
@@ -879,13 +844,10 @@ def bench_generate(parser, rest):
     parser.add_argument("--prompts", type=int, nargs="+", default=[1], help="at once (default: 1)")
     args = parser.parse_args(rest)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    models = {}
     with tempfile.TemporaryDirectory() as folder:
         random_folder(GPTConfig(n_layer=args.n_layer), folder)
-        for name, dtype in ("bf16", torch.bfloat16), ("int8", torch.int8):
-            start = time.perf_counter()
-            models[name] = GPT.from_pretrained(folder, dtype, device)
-            show({"weights": name, "load_s": time.perf_counter() - start})
+        models = {"bf16": GPT.from_pretrained(folder, torch.bfloat16, device),
+                  "int8": GPT.from_pretrained(folder, torch.int8, device)}
     block = torch.ones(2**27, dtype=torch.int64, device=device)  # 2**30 bytes
     for prompts in args.prompts:
         idx = torch.ones(prompts, 1, dtype=torch.int64, device=device)
