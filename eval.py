@@ -12,31 +12,24 @@ Leaves out training and several GPUs: one process, one device.
 Dimensions: B rows, T time, C width, V vocabulary.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while the rest is imported ends it silently
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import argparse
 import itertools
 import math
-import random
 import re
-from bisect import bisect
 from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import fmean
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import finetune
 from data import TASKS, load_meta, load_qa, val_batches
-from finetune import LIST, REQUIRED, SWITCH, add_flag, new_file
+from finetune import new_file
 from model import GPT, cross_entropy
-from tokenizer import COUNT, json_lines, load_named, numbers, read_documents, run_command
-from train import COUNT_OR_0, POSITIVE_OR_0, start_process, write_json
+from tokenizer import COUNT, json_lines, load_named, read_documents, run_command, write_json
+from train import COUNT_OR_0, POSITIVE_OR_0, start_process
 
 # ---------------------------------------------------------------------------------------------
 # perplexity: how well does the model predict text?
@@ -137,20 +130,18 @@ def progress(items):
 
 def print_table(rows):
     """Print dictionaries of the same keys as aligned columns."""
-    lines = [list(rows[0])]
-    lines += [list(map(cell, row.values())) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        print(" | ".join(map(str.ljust, line, widths)))
+    table = [list(rows[0])]
+    table += [list(map(cell, row.values())) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        print("  ".join(map(str.ljust, line, widths)))
     print()
 
 
 def cell(value):
-    if isinstance(value, float):
-        return f"{value:.4g}"
     if isinstance(value, list):  # an interval
         return "-".join(map(cell, value))
-    return str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -168,9 +159,6 @@ def answer_questions(args):
 
     Returns finetune.summarise's figures, with "groups" and, for likelihoods, "acc_norm".
     """
-    if args.task == "text":
-        sets = [name for name in TASKS if name != "text"]
-        raise ValueError("qa compares options: give --task, one of " + ", ".join(sets))
     split, official = find_questions(args)
     questions = finetune.labeled(official, args.limit)
     if not questions:
@@ -220,14 +208,15 @@ def zero_shot(gpt, tokenizer, questions, process):
         room = limit - max(map(len, options))
         row = finetune.Row(prompt[-room:], options)
         examples.append(finetune.Example(q, [row], truncated=len(prompt) > room))
-    found = {}  # by identity, since micro_batches sorts by length
-    for chunk in progress(finetune.micro_batches(examples, max_tokens=8192)):
+
+    def score(chunk):
         batch = finetune.collate(chunk, process.device)
         with process.autocast():
             hidden = gpt.hidden(batch.idx, positions=batch.positions, mask=batch.mask)
-            for row in zip(chunk, batch.idx, hidden):  # (B, T, C) -> B times (T, C)
-                found[id(row[0])] = option_scores(gpt, *row)
-    return examples, [found[id(e)] for e in examples]
+            # (B, T, C) -> B times (T, C)
+            return [option_scores(gpt, *row) for row in zip(chunk, batch.idx, hidden)]
+
+    return examples, finetune.in_order(examples, 8192, score)
 
 
 def option_scores(gpt, example, idx, hidden):
@@ -282,13 +271,13 @@ def breakdown(questions, hits):
         n_words = len(f"{q.context} {q.question}".split())
         power = 2 ** n_words.bit_length()  # 4 for 2 and 3 words, 8 for 4 to 7
         for group in ("kind", q.kind), ("subject", q.subject), ("words <", power):
-            groups[group].append(hit)
+            if group[1]:  # many sets name no kind or no subject
+                groups[group].append(hit)
     rows = []
     for (what, value), hits in sorted(groups.items()):
-        if value:  # many sets name no kind or no subject
-            accuracy = fmean(hits)
-            rows.append(dict(group=f"{what} {value}", n=len(hits), accuracy=accuracy,
-                             ci95=finetune.wilson(accuracy, len(hits))))
+        accuracy = fmean(hits)
+        rows.append(dict(group=f"{what} {value}", n=len(hits), accuracy=accuracy,
+                         ci95=finetune.wilson(accuracy, len(hits))))
     return rows
 
 
@@ -308,7 +297,7 @@ def generate(args):
     gpt, tokenizer, _ = load_model(args, to_generate=True)
     prompts = [tokenizer.encode(text) or [tokenizer.eot_id] for text in args.prompt]
     decoding = PAPER_DECODING if args.paper else {name: vars(args)[name] for name in DECODING}
-    texts = continue_prompts(gpt, tokenizer, prompts, args.max_new_tokens or 64, **decoding)
+    texts = continue_prompts(gpt, tokenizer, prompts, args.max_new_tokens, **decoding)
     for prompt, text in zip(args.prompt, texts):
         print(prompt + text)
     return dict(texts=texts)
@@ -318,23 +307,22 @@ def continue_prompts(gpt, tokenizer, prompts, max_new_tokens, batch_size=16, **d
     """The text that gpt adds to each prompt (a list of ids), up to end-of-text.
 
     Where fine-tuning has added <|startoftext|>, after which the answer stands, a prompt ends in it.
-    A batch's prompts end at the same place, so that all go on together. Padding, which nothing
-    sees, stands before the shorter ones.
+    Shorter prompts of a batch are padded on the left, so that all end at the same place and go on
+    together. Nothing sees the padding.
     """
     device = gpt.transformer.wte.weight.device
-    eot_id = tokenizer.eot_id
-    if "<|startoftext|>" in tokenizer.special:
-        prompts = [[*ids, tokenizer.special["<|startoftext|>"]] for ids in prompts]
+    start = tokenizer.special.get("<|startoftext|>")
+    if start is not None:
+        prompts = [[*ids, start] for ids in prompts]
     texts = []
     for first in progress(range(0, len(prompts), batch_size)):
-        batch = prompts[first:first + batch_size]
-        T = max(map(len, batch))
+        batch = [torch.tensor(ids, device=device) for ids in prompts[first:first + batch_size]]
+        idx = pad_sequence(batch, batch_first=True, padding_side="left")  # (B, T)
+        T = idx.size(1)
         n_pad = torch.tensor([T - len(ids) for ids in batch], device=device)
-        rows = [[eot_id] * (T - len(ids)) + ids for ids in batch]
-        idx = torch.tensor(rows, device=device)  # (B, T)
-        out = gpt.generate(idx, max_new_tokens, eot_id=eot_id, n_pad=n_pad, **decoding)
+        out = gpt.generate(idx, max_new_tokens, eot_id=tokenizer.eot_id, n_pad=n_pad, **decoding)
         for ids in out[:, T:].tolist():
-            answer = itertools.takewhile(lambda i: i != eot_id, ids)
+            answer = itertools.takewhile(lambda i: i != tokenizer.eot_id, ids)
             texts.append(tokenizer.decode(answer))
     return texts
 
@@ -361,47 +349,27 @@ NUMBER = re.compile(
 def audit_numbers(args):
     """The numbers command: judge the numbers of generated answers by question and reference.
 
-    A control shows what chance does: references of other questions, as if they were answers. A
-    second test needs no generation: is a true text likelier than itself with one number changed?
+    A control shows what chance does: references of other questions, as if they were answers.
     """
     _, questions = find_questions(args)
     questions = finetune.labeled(questions, args.limit)
     references = [q.target for q in questions]
-    changed = [perturb(text, seed) for seed, text in enumerate(references)]
-    if not any(changed):
-        raise ValueError(f"no reference answer of {args.data} holds a number: nothing to change")
-    gpt, tokenizer, process = load_model(args, to_generate=True)
-    context = gpt.config.n_positions
-
-    # Generate answers, and judge their numbers.
+    gpt, tokenizer, _ = load_model(args, to_generate=True)
     finetuned = "<|startoftext|>" in tokenizer.special  # by finetune.py --task text
-    max_new_tokens = args.max_new_tokens or 128
-    room = context - max_new_tokens - 1  # for <|startoftext|>
+    room = gpt.config.n_positions - args.max_new_tokens - 1  # for <|startoftext|>
     prompts = []
     for q in questions:
         text = q.question if finetuned else zero_shot_prompt(q)
         prompts.append(tokenizer.encode(text)[-room:])  # a long one loses its start
     decoding = PAPER_DECODING if args.paper else {"temperature": 0.0}
-    answers = continue_prompts(gpt, tokenizer, prompts, max_new_tokens, **decoding)
+    answers = continue_prompts(gpt, tokenizer, prompts, args.max_new_tokens, **decoding)
     asked = [f"{q.question}\n{q.context}" for q in questions]
     sources = [f"{q.question}\n{q.context}\n{q.target}" for q in questions]
     rows = [judge("generated", answers, sources),
             judge("another question's reference", references[1:] + references[:1], sources),
             judge("reference, against question and context", references, asked)]
     print_table(rows)
-
-    # Compare each true text with the changed one.
-    def nats(text):
-        return summed_loss(gpt, text_rows([text], tokenizer, context), process)[0]
-
-    pairs = [pair for pair in zip(references, changed) if all(pair)]
-    wins = [nats(true) < nats(false) for true, false in progress(pairs)]
-    preferred = fmean(wins)
-    taste = dict(texts_with_numbers=len(wins), true_preferred=preferred,
-                 ci95=finetune.wilson(preferred, len(wins)))
-    print("a true text against itself with one number changed (chance 0.5):")
-    print_table([taste])
-    return dict(numbers=rows, perturbed=taste, answers=answers)
+    return dict(numbers=rows, answers=answers)
 
 
 def judge(name, answers, sources):
@@ -409,14 +377,14 @@ def judge(name, answers, sources):
     verdicts = []
     n_with_numbers = 0
     for answer, source in zip(answers, sources):
-        found = numbers_in(answer)
+        numbers_of_answer = numbers_in(answer)
         known = numbers_in(source)
-        verdicts += [verdict(number, known) for number in found]
-        n_with_numbers += bool(found)
-    row = dict(answers=name, n=len(answers), with_numbers=n_with_numbers, numbers=len(verdicts))
-    for kind in ("supported", "contradicted", "unsupported"):
-        row[kind] = verdicts.count(kind) / len(verdicts) if verdicts else None
-    return row
+        verdicts += [verdict(number, known) for number in numbers_of_answer]
+        n_with_numbers += bool(numbers_of_answer)
+    result = dict(answers=name, n=len(answers), with_numbers=n_with_numbers, numbers=len(verdicts))
+    for outcome in ("supported", "contradicted", "unsupported"):
+        result[outcome] = verdicts.count(outcome) / len(verdicts) if verdicts else None
+    return result
 
 
 def numbers_in(text):
@@ -448,23 +416,6 @@ def verdict(number, known):
     if unit and any(known_unit == unit for _, known_unit in known):
         return "contradicted"
     return "unsupported"
-
-
-def perturb(text, seed):
-    """text with one of its numbers replaced by another of as many digits; None without numbers.
-
-    "7 of 40 patients" may become "7 of 93 patients". Decimals stay, as do the digits of p53.
-    """
-    places = list(re.finditer(r"(?<![\w.,])\d+(?![\w.,]*\d)", text))
-    if not places:
-        return None
-    chance = random.Random(seed)
-    place = chance.choice(places)
-    other = place[0]
-    while other == place[0]:
-        first = chance.choice("123456789")
-        other = first + "".join(chance.choices("0123456789", k=len(place[0]) - 1))
-    return text[:place.start()] + other + text[place.end():]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -520,32 +471,24 @@ SPECIALTIES = {name: words.split() for name, words in {
         chikungunya melioidosis naegleria tularemia trichothiodystrophy ehrlichiosis""",
 }.items()}
 
-BANDS = ["never", "1 to 9", "10 to 99", "100 or more"]  # how often a text has a term
-
 
 def tokenizer_tables(args):
     """The tokenizer command: table 3 of the paper, and how the terms of a specialty break.
 
-    With --text also tokens a word and bytes a token there, and how terms break by their frequency.
+    With --text also tokens a word and bytes a token there.
     """
     tokenizers = {name: load_named(name) for name in [args.tokenizer, *args.against]}
     words = []
     for word in TABLE_3:
         pieces = {name: "/".join(pieces_of(word, one)) for name, one in tokenizers.items()}
         words.append(dict(word=word) | pieces)
-    *ten, rare = SPECIALTIES.values()
-    common = list(itertools.chain(*ten))
-    groups = SPECIALTIES | {"the ten together": common}
+    *ten, _ = SPECIALTIES.values()
+    groups = SPECIALTIES | {"the ten together": sum(ten, [])}
     tables = [words, fragmentation(groups, tokenizers)]
     if args.text:
-        rows, times = read_text(args.text, tokenizers)
-        bands = defaultdict(list)
-        for term in sorted(common + rare, key=lambda term: -times[term.lower()]):
-            band = BANDS[bisect([1, 10, 100], times[term.lower()])]
-            bands[band].append(term)
-        tables += [rows, fragmentation(bands, tokenizers)]
-    for rows in tables:
-        print_table(rows)
+        tables.append(density(args.text, tokenizers))
+    for table in tables:
+        print_table(table)
     return tables
 
 
@@ -573,122 +516,124 @@ def fragmentation(groups, tokenizers):
     return rows
 
 
-def read_text(path, tokenizers):
-    """(a row a tokenizer: tokens a word and bytes a token of the text, Counter of its words)."""
-    times = Counter()
+def density(path, tokenizers):
+    """A row a tokenizer: tokens a word and bytes a token of a text."""
+    n_words = n_bytes = 0
     n_tokens = Counter()
-    n_bytes = 0
     for _, text in progress(read_documents(path)):
         text += "\n"  # as when a tokenizer is trained
-        times.update(word.lower().strip(".,;:()[]\"'") for word in text.split())
+        n_words += len(text.split())
         n_bytes += len(text.encode())
         for name, tokenizer in tokenizers.items():
             n_tokens[name] += len(tokenizer.encode(text))
-    n_words = times.total()
-    rows = []
-    for name, count in n_tokens.items():
-        rows.append({"tokenizer": name, "words": n_words, "tokens": count,
-                     "tokens per word": count / n_words, "bytes per token": n_bytes / count})
-    return rows, times
+    return [{"tokenizer": name, "words": n_words, "tokens": count,
+             "tokens per word": count / n_words, "bytes per token": n_bytes / count}
+            for name, count in n_tokens.items()]
 
 
 # ---------------------------------------------------------------------------------------------
 # curves: pictures of training
 
-# what a row of log.jsonl may hold, and its title
-PANELS = {"loss": "training loss, nats a token", "val_loss": "validation loss, nats a token",
-          "val_bits_per_byte": "validation, bits a byte", "lr": "learning rate",
-          "grad_norm": "gradient norm", "tokens_per_s": "tokens a second",
-          "dev": "fine-tuning: score on dev"}
+CURVES = ("loss", "val_loss", "val_bits_per_byte", "lr", "grad_norm", "tokens_per_s", "dev")
 
 
 def curves(args):
     """The curves command: a picture of what the runs' log.jsonl hold. Returns their rows.
 
-    Runs of unlike tokenizers compare by bits a byte only. Needs matplotlib.
+    train.py counts steps, finetune.py epochs. Runs of unlike tokenizers compare by bits a byte
+    only. Needs matplotlib.
     """
-    logs = {}
-    for run in args.runs:
-        logs[run] = [row for _, row in json_lines(Path(run) / "log.jsonl")]
+    logs = {run: [row for _, row in json_lines(Path(run) / "log.jsonl")] for run in args.runs}
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("curves needs: pip install matplotlib") from None
     written = set().union(*itertools.chain(*logs.values()))
-    names = [name for name in PANELS if name in written]
-    n_rows = math.ceil(len(names) / 2)
-    figure = Figure(figsize=(11, 3 * n_rows), dpi=100, layout="constrained")
-    for place, name in enumerate(names, 1):
-        ax = figure.add_subplot(n_rows, min(2, len(names)), place, title=PANELS[name])
-        # train.py counts steps, finetune.py epochs. There several seeds pass the same epochs, so no
-        # line joins the points.
+    names = [name for name in CURVES if name in written]
+    figure = Figure(figsize=(8, 3 * len(names)), layout="constrained")
+    for ax, name in zip(figure.subplots(len(names), squeeze=False).flat, names):
         for run, axis in itertools.product(args.runs, ("step", "epoch")):
             points = [(row[axis], row[name]) for row in logs[run] if axis in row and name in row]
-            if points:
-                ax.plot(*zip(*points), ".-" if axis == "step" else ".", markersize=3, label=run)
-                ax.legend(fontsize="small")
+            if points:  # not joined by a line, since several seeds pass the same epochs
+                ax.plot(*zip(*points), ".", markersize=3, label=run)
+        ax.set_title(name)
+        ax.legend()
     figure.savefig(args.out)
     return logs
 
 
 # ---------------------------------------------------------------------------------------------
 # the command line
-#
-# A new command is a row of COMMANDS: its function, a sentence, its flags. Each flag is described
-# once, in FLAGS.
 
-COMMANDS = {
-    "perplexity": (perplexity, "nats a token and bits a byte",
-                   "--init --device --dtype --data --limit"),
-    "qa": (answer_questions, "accuracy on a question set",
-           "--init --device --dtype --data --limit --task --split --zero_shot --predictions"),
-    "generate": (generate, "continue a text",
-                 "--init --device --dtype --prompt --max_new_tokens --paper --temperature --top_k "
-                 "--top_p --num_beams --length_penalty --seed"),
-    "numbers": (audit_numbers, "audit of made-up numbers in generated answers",
-                "--init --device --dtype --data --limit --task --split --max_new_tokens --paper"),
-    "tokenizer": (tokenizer_tables, "how biomedical words break", "--tokenizer --against --text"),
-    "curves": (curves, "loss, rate, gradient norm and speed of runs as a picture", "runs --out"),
-}
 
-FLAGS = finetune.FLAGS | {  # flag: (kind, help) or (kind, help, default)
-    "--init": (REQUIRED, "run of train.py or finetune.py, or Hugging Face GPT-2 folder"),
-    "--data": (REQUIRED, "folder with a question set's official files; perplexity: arrays "
-               "(their val.bin), or text: each document on its own"),
-    "--limit": (COUNT, "N questions, evenly over the split; perplexity: the first N "
-                "documents of text (default: all)"),
-    "--task": ({"choices": TASKS}, "question set; qa has no text (default: text)", "text"),
-    "--split": ({"choices": ["train", "dev", "val", "test"]},
-                "val is mmlu's alone (default: test, else dev)"),
-    "--zero_shot": (SWITCH, "score options by likelihood, not by a fine-tuned head (default: off)"),
-    "--predictions": (new_file, "also write a JSON line a question (default: none)"),
-    "--prompt": (REQUIRED | LIST, "one or several texts"),
-    "--max_new_tokens": (COUNT, "tokens to add at most (default: 64, numbers 128)"),
-    "--paper": (SWITCH, "BioMedLM's decoding: 5 beams, no repeated 6-gram, length penalty "
-                "-0.5 (default: off)"),
-    "--temperature": (POSITIVE_OR_0, "0 = greedy (default: 0.8)", 0.8),
-    "--top_k": (COUNT, "sample among the k likeliest tokens (default: all)"),
-    "--top_p": (numbers(float, 0, 1.01), "sample within this probability mass (default: all)"),
-    "--num_beams": (COUNT, "beam search instead of sampling (default: 1)", 1),
-    "--length_penalty": (numbers(float, -100, 100), "exponent, beams only (default: 1.0)", 1.0),
-    "--seed": (COUNT_OR_0, "of sampling (default: 1)", 1),
-    "--tokenizer": (REQUIRED, "folder of a tokenizer, or gpt2"),
-    "--against": (LIST, "folders of others, or gpt2 (default: none)", []),
-    "--text": (str, "file or folder of text to measure on (default: none)"),
-    "runs": (LIST, "folders with log.jsonl"),
-    "--out": (new_file, "picture to write (default: curves.png)", "curves.png"),
-}
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, function, sentence, has_model=True):
+        """add_argument of a new command, which has the flags that commands share already."""
+        sub = commands.add_parser(name, help=sentence)
+        sub.set_defaults(function=function)
+        add = sub.add_argument
+        add("--json", type=new_file, help="also write the result here (default: none)")
+        if has_model:
+            add("--init", required=True,
+                help="run of train.py or finetune.py, or Hugging Face GPT-2 folder")
+            add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
+            add("--dtype", choices=("float32", "bfloat16"),
+                help="of the matrix products (default: bfloat16 on cuda, else float32)")
+        return add
+
+    def add_questions(add):
+        add("--data", required=True, help="folder with the question set's official files")
+        add("--split", choices=("train", "dev", "val", "test"),
+            help="val is mmlu's alone (default: test, else dev)")
+        add("--limit", type=COUNT, help="N questions, evenly over the split (default: all)")
+
+    add = command("perplexity", perplexity, "nats a token and bits a byte")
+    add("--data", required=True, help="arrays (their val.bin), or text: each document on its own")
+    add("--limit", type=COUNT, help="the first N documents of text (default: all)")
+
+    add = command("qa", answer_questions, "accuracy on a question set")
+    sets = [name for name in TASKS if name != "text"]  # text has no options
+    add("--task", choices=sets, required=True, help="question set")
+    add_questions(add)
+    add("--zero_shot", action="store_true",
+        help="score options by likelihood, not by a fine-tuned head (default: off)")
+    add("--predictions", type=new_file, help="also write a JSON line a question (default: none)")
+
+    add = command("generate", generate, "continue a text")
+    add("--prompt", required=True, nargs="+", help="one or several texts")
+    add("--max_new_tokens", type=COUNT, default=64, help="tokens to add at most (default: 64)")
+    add("--paper", action="store_true", help="BioMedLM's decoding: 5 beams, no repeated 6-gram, "
+        "length penalty -0.5 (default: off)")
+    add("--temperature", type=POSITIVE_OR_0, default=0.8, help="0 = greedy (default: 0.8)")
+    add("--top_k", type=COUNT, help="sample among the k likeliest tokens (default: all)")
+    add("--top_p", type=POSITIVE_OR_0, help="sample within this probability mass (default: all)")
+    add("--num_beams", type=COUNT, default=1, help="beam search instead of sampling (default: 1)")
+    add("--length_penalty", type=float, default=1.0, help="exponent, beams only (default: 1.0)")
+    add("--seed", type=COUNT_OR_0, default=1, help="of sampling (default: 1)")
+
+    add = command("numbers", audit_numbers, "audit of made-up numbers in generated answers")
+    add("--task", choices=TASKS, default="text", help="question set (default: text)")
+    add_questions(add)
+    add("--max_new_tokens", type=COUNT, default=128, help="tokens an answer (default: 128)")
+    add("--paper", action="store_true", help="BioMedLM's decoding (default: greedy)")
+
+    add = command("tokenizer", tokenizer_tables, "how biomedical words break", has_model=False)
+    add("--tokenizer", required=True, help="folder of a tokenizer, or gpt2")
+    add("--against", nargs="+", default=[], help="folders of others, or gpt2 (default: none)")
+    add("--text", help="file or folder of text to measure on (default: none)")
+
+    add = command("curves", curves, "loss, rate, gradient norm and speed of runs as a picture",
+                  has_model=False)
+    add("runs", nargs="+", help="folders with log.jsonl")
+    add("--out", type=new_file, default="curves.png", help="picture to write (default: curves.png)")
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, (function, sentence, flags) in COMMANDS.items():
-        command = commands.add_parser(name, help=sentence, description=sentence)
-        command.set_defaults(function=function)
-        for flag in ["--json", *flags.split()]:
-            add_flag(command, flag, *FLAGS[flag])
-    args = parser.parse_args()
+    args = parse_args()
     result = args.function(args)
     if args.json:
         write_json(args.json, result)

@@ -11,12 +11,6 @@ A sweep is a loop in the shell: give each point its own --out.
 Dimensions: B rows, T time, C width, Q questions, O options, E scored positions.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while the rest is imported ends it silently
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import argparse
 import contextlib
 import json
@@ -31,10 +25,10 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import TASKS, load_qa
+from data import LABELS_TOKENS, TASKS, load_qa
 from model import GPT, check_tensors, cross_entropy, load_tensors, without_memory
-from tokenizer import COUNT, Tokenizer, read_json, replacing, run_command
-from train import POSITIVE, PROBABILITY, announce, distribute, start_process, write_json
+from tokenizer import COUNT, Tokenizer, read_json, replacing, run_command, write_json
+from train import POSITIVE, PROBABILITY, distribute, start_process, sync_gradients
 
 # ---------------------------------------------------------------------------------------------
 # the run: settings, questions; for each seed a model, its training, its scores; then the report
@@ -54,11 +48,11 @@ def main():
     reported = "test" if labeled(questions["test"]) else "dev"
     examples = {}
     for split in questions:
-        some = labeled(questions[split], args.limit)
-        if not some and split in ("train", reported):
+        chosen = labeled(questions[split], args.limit)
+        if not chosen and split in ("train", reported):
             raise ValueError(f"no labeled {split} questions of {args.task} in {args.data}: put the "
                              "official file there, or add a --data folder that has some")
-        examples[split] = encode_all(some, args.task, tokenizer, settings)
+        examples[split] = encode_all(chosen, args.task, tokenizer, settings)
     train_set = examples["train"]
     test_set = examples[reported]
     dev_set = examples["dev"] if reported == "test" else []
@@ -70,16 +64,14 @@ def main():
     # added tokens), the order of the questions, and dropout.
     log = []
     seeds = []
-    best_dev = None
     for seed in args.seeds:
         model = build(settings, tokenizer, seed).to(process.device)
-        dev = train(model, train_set, dev_set, settings, seed, process, log)
+        dev = train_epochs(model, train_set, dev_set, settings, seed, process, log)
         scores = score_examples(model, test_set, process)
         score = quality(scores, test_set)
         process.print(f"seed {seed}: dev {dev}, {reported} {score}")
         # Save the seed that is best on dev: the first of equals. Without dev it is the first seed.
-        if not seeds or (dev_set and dev > best_dev):
-            best_dev = dev
+        if not seeds or (dev_set and dev > max(done["dev"] for done in seeds)):
             saved_seed = seed
             if process.rank == 0:
                 save(out, model, tokenizer, settings, predictions(scores, test_set))
@@ -87,7 +79,7 @@ def main():
 
     # Report the mean over seeds.
     result = summarise(args.task, reported, len(questions[reported]), test_set,
-                       [row["score"] for row in seeds])
+                       [done["score"] for done in seeds])
     result |= {"seeds": seeds, "saved_seed": saved_seed}
     if process.rank == 0:
         write_lines(out / "log.jsonl", [*log, result])
@@ -97,11 +89,11 @@ def main():
     process.close()
 
 
-def train(task_model, train_set, dev_set, settings, seed, process, log):
-    """Train task_model in place; a row an epoch goes to log. Returns its score on dev, or None.
+def train_epochs(task_model, train_set, dev_set, settings, seed, process, log):
+    """Train task_model in place and append a line an epoch to log. Returns its score on dev.
 
     It ends with the weights of the epoch that is best on dev. With --last (BioMedLM), or without
-    a dev set, it ends with the weights of the last epoch.
+    a dev set, it ends with the weights of the last epoch. Without a dev set the score is None.
     """
     model = distribute(task_model, "ddp", process)  # shares task_model's weights
     # BioMedLM: betas 0.9 and 0.999 and eps 1e-8, which are torch's own.
@@ -150,23 +142,23 @@ def train_step(model, examples, optimizer, process):
     and micro-batches cut it. ValueError where the gradient is not finite.
     """
     total = sum(e.n_targets or 1 for e in examples)
-    share = examples[process.rank::process.world_size]
+    mine = examples[process.rank::process.world_size]
     # A rank without a question must still join the sum of gradients: it adds one of weight 0.
-    weight = 1 if share else 0
-    chunks = micro_batches(share or examples[:1])
-    loss_of_share = 0.0
+    weight = 1 if mine else 0
+    chunks = micro_batches(mine or examples[:1])
+    my_loss = 0.0
     for i, chunk in enumerate(chunks):
-        announce(model, last=i == len(chunks) - 1)
+        sync_gradients(model, last=i == len(chunks) - 1)
         with process.autocast():
             loss = weight * loss_sum(model, collate(chunk, process.device)) / total
         (loss * process.world_size).backward()  # DDP takes the mean over ranks, we want the sum
-        loss_of_share += loss.detach()
+        my_loss += loss.detach()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # BioMedLM
     if not torch.isfinite(norm):  # the same on every rank
-        raise ValueError(f"the loss is {loss_of_share}, its gradient's norm {norm}: lower --lr")
+        raise ValueError(f"the loss is {my_loss}, its gradient's norm {norm}: lower --lr")
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss_of_share
+    optimizer.zero_grad()
+    return my_loss
 
 
 def learning_rate(step, total_steps, peak):
@@ -192,23 +184,26 @@ def read_questions(task, folders):
     """
     questions = {"train": [], "dev": [], "test": []}
     for folder in folders:
-        found = {split: find_split(task, folder, split) for split in questions}
+        in_folder = {split: find_split(task, folder, split) for split in questions}
         # No file of this task: borrow from another task whose head is the same.
         for other in TASKS:
-            if not any(found.values()) and TASKS[other].kind == TASKS[task].kind == "choice":
-                found["train"] = find_split(other, folder, "train")
-        if not any(found.values()):
+            if not any(in_folder.values()) and TASKS[other].kind == TASKS[task].kind == "choice":
+                in_folder["train"] = find_split(other, folder, "train")
+        if not any(in_folder.values()):
             load_qa(task, folder, "test")  # raises, and says which file is missing
-        for split in found:
-            questions[split] += found[split]
+        for split in questions:
+            questions[split] += in_folder[split]
 
-    # Unlabeled questions are held out, too: another folder may hold their answers.
     def content(q):
         return q.question, q.context, q.options, q.target
 
+    # Unlabeled questions are held out, too: another folder may hold their answers.
     held_out = {content(q) for q in questions["dev"] + questions["test"]}
-    questions["train"] = [q for q in questions["train"] if content(q) not in held_out]
-    return questions
+    train = [q for q in questions["train"] if content(q) not in held_out]
+    if questions["train"] and not train:
+        raise ValueError(f"all {len(questions['train'])} train questions in {folders} stand in dev "
+                         "or test, too, and were taken out: add a --data folder with others")
+    return questions | {"train": train}
 
 
 def find_split(task, folder, split):
@@ -332,10 +327,8 @@ def encode_labels(question, tokenizer, settings):
     context, text, cut = fit(context, text, room)
     ids = context + text
     if markers:
-        special = tokenizer.special
-        ids = [special["<|CONTEXT|>"], *context,
-               special["<|QUESTION|>"], *text,
-               special["<|ANSWER|>"]]
+        before, between, after = [tokenizer.special[name] for name in LABELS_TOKENS[1:]]
+        ids = [before, *context, between, *text, after]
     return Example(question, [Row([], [ids])], cut)
 
 
@@ -496,20 +489,29 @@ def build(settings, tokenizer, seed):
 def score_examples(model, examples, process):
     """Per example, in order: its options' or labels' scores; text: one, the summed nats."""
     model.eval()
-    # Without gradients twice as much fits. A batch of text has one loss: one example at a time.
-    max_tokens = 1 if model.kind == "text" else 8192
-    share = examples[process.rank::process.world_size]
-    found = {}  # by identity, since micro_batches sorts by length
-    for chunk in micro_batches(share, max_tokens):
+
+    def score(chunk):
         with process.autocast():
             scores = model(collate(chunk, process.device))
-        rows = scores.view(len(chunk), -1).tolist()
-        for e, row in zip(chunk, rows):
-            found[id(e)] = row[:len(e.question.options) or 1]  # without -inf of missing options
+        per_example = scores.view(len(chunk), -1).tolist()
+        # without the -inf of options that a question doesn't have
+        return [row[:len(e.question.options) or 1] for e, row in zip(chunk, per_example)]
+
+    # Without gradients twice as much fits. A batch of text has one loss: one example at a time.
+    max_tokens = 1 if model.kind == "text" else 8192
+    mine = in_order(examples[process.rank::process.world_size], max_tokens, score)
     scores = [None] * len(examples)
-    for rank, part in enumerate(process.gather([found[id(e)] for e in share])):
+    for rank, part in enumerate(process.gather(mine)):
         scores[rank::process.world_size] = part
     return scores
+
+
+def in_order(examples, max_tokens, score):
+    """What `score` returns for each example, in order; it gets a micro-batch at a time."""
+    scores = {}  # by identity, since micro_batches sorts by length
+    for chunk in micro_batches(examples, max_tokens):
+        scores |= zip(map(id, chunk), score(chunk))
+    return [scores[id(e)] for e in examples]
 
 
 def correct(scores, examples):
@@ -530,14 +532,14 @@ def quality(scores, examples):
     return fmean(correct(scores, examples))
 
 
-def wilson(share, n):
-    """95% interval of a share of n questions: Wilson's score interval, z = 1.96.
+def wilson(accuracy, n):
+    """95% interval of an accuracy on n questions: Wilson's score interval, z = 1.96.
 
-    The usual one, share ± z standard errors, is wrong near 0 and 1: it leaves [0, 1].
+    The usual one, accuracy ± z standard errors, is wrong near 0 and 1: it leaves [0, 1].
     """
     spread = 1.96**2 / n
-    centre = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    centre = (accuracy + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (accuracy * (1 - accuracy) + spread / 4)) / (1 + spread)
     return [centre - half, centre + half]
 
 
@@ -550,26 +552,27 @@ def summarise(task, split, available, examples, values):
     """
     mean = fmean(values)
     n = len(examples)
-    row = dict(task=task, split=split, available=available, n=n, accuracy=None, ci95=None,
-               truncated=sum(e.truncated for e in examples))
+    result = dict(task=task, split=split, available=available, n=n, accuracy=None, ci95=None,
+                  truncated=sum(e.truncated for e in examples))
     if task == "text":
-        return row | dict(loss=-mean)
+        return result | dict(loss=-mean)
     answers = [e.question.answer for e in examples]
-    return row | dict(accuracy=mean, ci95=wilson(mean, n),
-                      std=stdev(values) if len(values) > 1 else None,
-                      chance=fmean(1 / len(e.question.options) for e in examples),
-                      majority=answers.count(mode(answers)) / n)
+    return result | dict(accuracy=mean, ci95=wilson(mean, n),
+                         std=stdev(values) if len(values) > 1 else None,
+                         chance=fmean(1 / len(e.question.options) for e in examples),
+                         majority=answers.count(mode(answers)) / n)
 
 
-def describe(row, n_seeds=1):
-    """`summarise`'s row as a sentence."""
-    what = f"{row['task']} {row['split']}, n={row['n']}, {row['truncated']} truncated: "
-    if row["accuracy"] is None:
-        return f"{what}{row['loss']:.4f} nats a target token, mean of {n_seeds} seeds"
-    over = f" ± {row['std']:.1%} over {n_seeds} seeds" if row["std"] is not None else ""
-    low, high = row["ci95"]
-    return (f"{what}accuracy {row['accuracy']:.1%}{over}, 95% interval {low:.1%} to {high:.1%} "
-            f"for n questions; chance {row['chance']:.1%}, commonest answer {row['majority']:.1%}")
+def describe(result, n_seeds=1):
+    """`summarise`'s figures as a sentence."""
+    what = f"{result['task']} {result['split']}, n={result['n']}, {result['truncated']} truncated: "
+    if result["accuracy"] is None:
+        return f"{what}{result['loss']:.4f} nats a target token, mean of {n_seeds} seeds"
+    over = f" ± {result['std']:.1%} over {n_seeds} seeds" if n_seeds > 1 else ""
+    low, high = result["ci95"]
+    return (f"{what}accuracy {result['accuracy']:.1%}{over}, 95% interval {low:.1%} to {high:.1%} "
+            f"for n questions; chance {result['chance']:.1%}, commonest answer "
+            f"{result['majority']:.1%}")
 
 
 def predictions(scores, examples):
@@ -606,19 +609,17 @@ def load_finetuned(folder, task, device="cpu"):
     such task, another head only the task that it was trained on.
     """
     kind = TASKS[task].kind
-    path = Path(folder) / "head.pt"
+    head_file = Path(folder) / "head.pt"
     settings = {"task": None, "kind": None}  # of a folder that train.py wrote
-    if path.exists():
-        settings = read_json(path.with_name("run.json"), task=str, kind=str, labels=list,
-                             length=int, markers=bool)
-    any_choice = settings["kind"] == kind == "choice"
-    if settings["task"] != task and not any_choice:
+    if head_file.exists():
+        settings = read_json(Path(folder) / "run.json")
+    if settings["task"] != task and not settings["kind"] == kind == "choice":
         raise ValueError(f"{folder} has no head for {task}: run finetune.py --task {task} on it "
                          "first, or give --zero_shot")
     model = TaskModel(GPT.from_pretrained(folder), kind, settings["labels"])
-    head = load_tensors(path, checksums=True)
-    check_tensors(head, model.head.state_dict(), path)
-    model.head.load_state_dict(head, strict=False)  # more than these are of no use
+    head = load_tensors(head_file)
+    check_tensors(head, model.head.state_dict(), head_file)
+    model.head.load_state_dict(head)
     return model.to(device), load_tokenizer(folder, model.gpt), settings
 
 
@@ -675,47 +676,33 @@ def new_file(text):
     return text
 
 
-REQUIRED = {"required": True}
-SWITCH = {"action": "store_true", "default": False}
-LIST = {"nargs": "+"}
-
-FLAGS = {  # flag: (kind, help) or (kind, help, default)
-    "--task": (REQUIRED | {"choices": TASKS}, "which question set --data holds"),
-    "--data": (REQUIRED | LIST,
-               "folder with the official files; further ones add training questions"),
-    "--init": (REQUIRED, "run of train.py or Hugging Face GPT-2 folder"),
-    "--out": (REQUIRED, "folder to write"),
-    "--random_init": (SWITCH, "fresh weights of --init's shape (default: off)"),
-    "--markers": (SWITCH,
-                  "pubmedqa, bioasq: the paper's prompt, with marker tokens (default: the "
-                  "script's)"),
-    "--seeds": (counts, "a training for each, their mean is reported (default: 1,2,3)", [1, 2, 3]),
-    "--lr": (POSITIVE, "peak learning rate (default: by task and size)"),
-    "--batch_size": (COUNT, "questions a step (default: 16)", 16),
-    "--epochs": (COUNT, "passes over the training questions (default: by task)"),
-    "--length": (COUNT, "most tokens of a row (default: the task's, or context)"),
-    "--dropout": (PROBABILITY, "probability (default: --init's own)"),
-    "--limit": (COUNT, "N questions of each split, evenly spread (default: all)"),
-    "--last": (SWITCH, "report the last epoch, as BioMedLM (default: best)"),
-    "--activation_checkpointing": (
-        SWITCH, "recompute blocks in backward: less memory, a third more time (default: off)"),
-    "--device": (str, "cpu, cuda, cuda:1 … (default: cuda where there is one)"),
-    "--dtype": ({"choices": ["float32", "bfloat16"]},
-                "of the matrix products (default: bfloat16 on cuda, else float32)"),
-    "--json": (new_file, "also write the result here (default: none)"),
-}
-
-
-def add_flag(parser, name, kind, sentence, default=None):
-    """Add a row of FLAGS. kind: a type for one value, or options of argparse."""
-    options = kind if isinstance(kind, dict) else {"type": kind}
-    parser.add_argument(name, help=sentence, **{"default": default} | options)
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, row in FLAGS.items():
-        add_flag(parser, name, *row)
+    add = parser.add_argument
+    add("--task", required=True, choices=TASKS, help="which question set --data holds")
+    add("--data", required=True, nargs="+",
+        help="folder with the official files; further ones add training questions")
+    add("--init", required=True, help="run of train.py or Hugging Face GPT-2 folder")
+    add("--out", required=True, help="folder to write")
+    add("--random_init", action="store_true",
+        help="fresh weights of --init's shape (default: off)")
+    add("--markers", action="store_true", help="pubmedqa, bioasq: the paper's prompt, with marker "
+        "tokens (default: the script's)")
+    add("--seeds", type=counts, default=[1, 2, 3],
+        help="a training for each, their mean is reported (default: 1,2,3)")
+    add("--lr", type=POSITIVE, help="peak learning rate (default: by task and size)")
+    add("--batch_size", type=COUNT, default=16, help="questions a step (default: 16)")
+    add("--epochs", type=COUNT, help="passes over the training questions (default: by task)")
+    add("--length", type=COUNT, help="most tokens of a row (default: the task's, or context)")
+    add("--dropout", type=PROBABILITY, help="probability (default: --init's own)")
+    add("--limit", type=COUNT, help="N questions of each split, evenly spread (default: all)")
+    add("--last", action="store_true", help="report the last epoch, as BioMedLM (default: best)")
+    add("--activation_checkpointing", action="store_true",
+        help="recompute blocks in backward: less memory, a third more time (default: off)")
+    add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="of the matrix products (default: bfloat16 on cuda, else float32)")
+    add("--json", type=new_file, help="also write the result here (default: none)")
     return parser.parse_args()
 
 

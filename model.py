@@ -11,30 +11,25 @@ task heads (finetune.py).
 Legend: B batch, T time, C width, H heads, D head width (C = H·D), V vocabulary, N = B·T rows, S all
 tokens of a row when T new ones follow cached ones.
 
-The model calls four fused ops: add_layer_norm, bias_gelu, attention, cross_entropy.
-Each computes what its name says; an op with dropout draws its mask from a seed. In the second half
-of this file each stands in the same order: a note that derives its backward, the reference (plain
-PyTorch, any dtype), the kernels (forward first), the autograd wiring, the public op. A
-CUDA tensor takes the Triton kernel, TRITON_INTERPRET=1 runs the same kernel on the CPU, anything
-else (no GPU, no triton) the reference. Statistics, softmax and sums are fp32. In training
-the linear layers have an op too, accumulating_linear, which calls torch's matrix products.
+The model calls four fused ops: add_layer_norm, bias_gelu, attention, cross_entropy. Each computes
+what its name says; an op with dropout draws its mask from a seed. The second half of this file has
+each in the same order: a note that derives its backward, the reference (plain PyTorch, any dtype),
+the kernels (forward first), the autograd wiring, the public op. A CUDA tensor takes the Triton
+kernel, TRITON_INTERPRET=1 runs the same kernel on the CPU, anything else (no GPU, no triton) takes
+the reference. Statistics, softmax and sums are fp32. Linear, which stands there too, is nn.Linear
+with a faster backward for training on a GPU.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while the rest is imported ends it silently
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import argparse
+import functools
 import json
 import math
+import os
 import pickle
 import shutil
 import sys
 import zipfile
-import zlib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -43,7 +38,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 try:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 except ImportError:  # pytorch_model.bin holds the same
     load_file = None
@@ -59,20 +54,6 @@ except ImportError:  # macOS, Windows: the references run
 
 # ---------------------------------------------------------------------------------------------
 # the model
-
-
-class Linear(nn.Linear):
-    """nn.Linear, y = x Wᵀ + b; fast in training (accumulating_linear) and for one row (linear)."""
-
-    accumulates = False  # train.py: True lets a weight's gradient add up in place
-    working = None  # train.py: the weight in the dtype of the products, made once a step
-
-    def forward(self, x, with_bias=True):
-        """Without the bias x Wᵀ alone: the fused op that follows adds the bias."""
-        bias = self.bias if with_bias else None
-        if self.training and self.accumulates:
-            return accumulating_linear(x, self.weight, bias, self.working)
-        return linear(x, self.weight, bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -101,7 +82,7 @@ class CausalSelfAttention(nn.Module):
         # the positions. GPT.hidden knows these, (T,) or (B, T), and would hand them down through
         # Block.forward. wpe would go, and MODEL_TYPE take another name.
         if cache is None and mask is None:
-            y = self.causal(qkv, dropout_p, seed)
+            y = attention(qkv, self.n_head, self.scale, dropout_p, seed)
         else:
             q, k, v = split_heads(qkv, self.n_head)  # (B, T, 3C) -> three times (B, H, T, D)
             if cache is not None:
@@ -110,10 +91,6 @@ class CausalSelfAttention(nn.Module):
                                                scale=self.scale)
             y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
         return self.c_proj(y)
-
-    @torch.compiler.disable  # each block has another scale, and would be compiled anew for it
-    def causal(self, qkv, dropout_p, seed):
-        return attention(qkv, self.n_head, self.scale, dropout_p, seed)
 
 
 class MLP(nn.Module):
@@ -131,7 +108,7 @@ class MLP(nn.Module):
         return self.c_proj(x)  # (B, T, 4C) -> (B, T, C)
 
 
-class LayerNorm(nn.LayerNorm):
+class AddNorm(nn.LayerNorm):
     """x = residual + dropout(branch), then LayerNorm of x: one fused op. Block says what for."""
 
     def forward(self, branch, residual, dropout_p, seed):
@@ -159,9 +136,9 @@ class Block(nn.Module):
 
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.ln_1 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_1 = AddNorm(config.n_embd, config.layer_norm_epsilon)
         self.attn = CausalSelfAttention(config, layer_idx)
-        self.ln_2 = LayerNorm(config.n_embd, config.layer_norm_epsilon)
+        self.ln_2 = AddNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
         self.dropout = config.dropout
 
@@ -188,11 +165,12 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # True: save memory, run blocks again in backward
+        self.working = None  # train.py: the head in the dtype of the products, made once a step
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.n_positions, config.n_embd),
             h=nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
-            ln_f=LayerNorm(config.n_embd, config.layer_norm_epsilon)))
+            ln_f=AddNorm(config.n_embd, config.layer_norm_epsilon)))
         std = config.initializer_range
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -227,6 +205,9 @@ class GPT(nn.Module):
             positions, mask = cache.place(T)
         elif positions is None:
             positions = torch.arange(T, device=idx.device)
+        if mask is not None:
+            # cuDNN makes a plan for each new shape, in some 30 ms. Here most shapes are new.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         residual = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         seed = 0
         dropout_p = self.config.dropout if self.training else 0.0
@@ -257,18 +238,31 @@ class GPT(nn.Module):
         head = self.transformer.wte.weight  # (V, C)
         if targets is None:
             return F.linear(x, head), None
-        return None, cross_entropy(x.flatten(0, 1), head, targets.flatten())
+        return None, cross_entropy(x.flatten(0, 1), head, targets.flatten(), working=self.working)
 
-    # generate, config_of, from_pretrained and save_pretrained are functions in the acts below, and
-    # join this class there.
+    # The methods below are functions of the next acts, where their arguments are explained.
+
+    def generate(self, idx, max_new_tokens, *args, **options):
+        """Continue idx (B, T) int64: (B, at most T + max_new_tokens)."""
+        return generate(self, idx, max_new_tokens, *args, **options)
+
+    @staticmethod
+    def config_of(path):
+        """GPTConfig of a folder, without its weights."""
+        return config_of(path)
+
+    @staticmethod
+    def from_pretrained(path, *args, **options):
+        """Model of a run or of a Hugging Face GPT-2 folder, in eval mode."""
+        return from_pretrained(path, *args, **options)
+
+    def save_pretrained(self, path):
+        """Write a folder that `transformers` loads."""
+        save_pretrained(self, path)
 
 
 # ---------------------------------------------------------------------------------------------
 # configuration
-
-
-# Least and most of a field of GPTConfig, by the type of its default (only eot_id's is None).
-LIMITS = {int: (1, 10**6), float: (0.0, 0.99), bool: (False, True), type(None): (0, 10**6)}
 
 
 @dataclass
@@ -287,19 +281,14 @@ class GPTConfig:
     eot_id: int | None = None  # end-of-text; None: the last id, as in BioMedLM and GPT-2
 
     def __post_init__(self):
-        if self.eot_id is None:
-            self.eot_id = 10**6  # the last id, see below
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kind = type(field.default)
-            least, most = LIMITS[kind]
-            if type(value) not in (int, kind) or not least <= value <= most:
-                raise ValueError(f"{field.name} is {value!r}: use a value from {least} to {most}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}: use a rate from 0 to 0.99")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: "
                              "choose a width that is a multiple of the number of heads")
         # Hugging Face's default is GPT-2's 50256, in a smaller vocabulary too: the last id is meant
-        self.eot_id = min(self.eot_id, self.vocab_size - 1)
+        last = self.vocab_size - 1
+        self.eot_id = last if self.eot_id is None else min(self.eot_id, last)
 
     @staticmethod
     def preset(name, **overrides):
@@ -322,30 +311,30 @@ class GPTConfig:
 
     @staticmethod
     def from_hf(hf):
-        """GPTConfig of a parsed config.json; ValueError where it describes another architecture."""
+        """GPTConfig of a parsed config.json; ValueError where it describes another architecture.
+
+        resid_pdrop stands for the rates of all three dropouts.
+        """
+        if "quantization_config" in hf:
+            raise ValueError("the weights are quantized: use the folder they were made from, or "
+                             "`transformers`' model.dequantize() and save_pretrained(DIR)")
         given = {}
         for field in fields(GPTConfig):
             name = HF_NAMES.get(field.name, field.name)
             if name in hf:
                 given[field.name] = hf[name]
-        eot_id = given.get("eot_id")
-        if isinstance(eot_id, list):
-            given["eot_id"] = eot_id[0] if eot_id else None
-        config = GPTConfig.preset("gpt2-124m", **given)  # its fields are Hugging Face's defaults
+        config = GPTConfig(**HF_DEFAULTS | given)
         wanted = {
             "model_type": [MODEL_TYPE],
             "activation_function": ["gelu_new", "gelu_pytorch_tanh"],  # two names of one function
             "scale_attn_weights": [True],
             "n_inner": [None, 4 * config.n_embd],
+            "tie_word_embeddings": [True],  # the head is wte
         }
         for key, allowed in wanted.items():
             if hf.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"config.json has {key}={hf[key]!r}, this model is a GPT-2 with "
-                                 f"{key}={allowed[0]!r}: use a GPT-2 folder")
-        for key in ("embd_pdrop", "attn_pdrop"):
-            if hf.get(key, 0.1) != config.dropout:  # 0.1: Hugging Face's default
-                print(f"warning: config.json's {key} is ignored, resid_pdrop's rate "
-                      f"{config.dropout} is used in its place", file=sys.stderr)
+                raise ValueError(f"{key} is {hf[key]!r}, but this model is a GPT-2 with "
+                                 f"{allowed[0]!r}: use a GPT-2 folder")
         return config
 
 
@@ -355,11 +344,14 @@ MODEL_TYPE = "gpt2"
 
 HF_NAMES = {"dropout": "resid_pdrop", "eot_id": "eos_token_id"}  # the other fields are named alike
 
+# What a config.json leaves out: Hugging Face's defaults, which are GPT-2 of 124M parameters.
+HF_DEFAULTS = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257,
+                   scale_attn_by_inverse_layer_idx=False)
+
 PRESETS = {
     # our choice: two layers learn the demo's 384 facts, on two CPU cores, in about a minute
     "demo": dict(n_layer=2, n_head=4, n_embd=128, n_positions=128, vocab_size=2048, dropout=0.0),
-    "gpt2-124m": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257,
-                      scale_attn_by_inverse_layer_idx=False),
+    "gpt2-124m": HF_DEFAULTS,
     "biomedlm-125m": dict(n_layer=12, n_head=12, n_embd=768),  # BioMedLM: size of its ablations
     "biomedlm": dict(),
 }
@@ -374,7 +366,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
              num_beams=1, no_repeat_ngram_size=0, length_penalty=1.0, eot_id=None, n_pad=None):
     """Continue idx (B, T) int64 by up to max_new_tokens tokens; returns (B, <= T + new) int64.
 
-    Prompts of unlike length stand at the right: n_pad (B,) int64 counts the padding before.
+    Shorter prompts are padded on the left: n_pad (B,) int64 counts each row's padding.
     Samples from the softmax at `temperature` (0: greedy) among the top_k tokens and the top_p
     mass; num_beams > 1 searches with beams instead. After eot_id a row is filled with it.
     ValueError where the prompt is empty (start from end-of-text) or the context too short.
@@ -388,15 +380,20 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     if n_pad is None:
         n_pad = idx.new_zeros(len(idx))
     if num_beams > 1:
-        return beam_search(model, idx, max_new_tokens, num_beams, no_repeat_ngram_size,
-                           length_penalty, eot_id, n_pad)
+        texts = []
+        for row, n in zip(idx, n_pad.tolist()):
+            text = beam_search(model, row[None, n:], max_new_tokens, num_beams,
+                               no_repeat_ngram_size, length_penalty, eot_id)
+            texts.append(torch.cat([row[:n], text]))
+        return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=eot_id)
     cache = KVCache(n_pad)
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
     new = idx
     finished = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         logits = next_logits(model, new, cache)  # (B, V)
-        ban_repeats(logits, idx, no_repeat_ngram_size, n_pad)
+        for row, text, n in zip(logits, idx.tolist(), n_pad.tolist()):
+            ban_repeats(row, text[n:], no_repeat_ngram_size)
         new = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
         new[finished] = eot_id
         finished |= new[:, 0] == eot_id
@@ -409,29 +406,14 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 def next_logits(model, idx, cache):
     """fp32 logits (B, V) of the token after idx (B, T), which continues the cache."""
     last = model.hidden(idx, cache)[:, -1]  # (B, T, C) -> (B, C)
-    return linear(last, model.transformer.wte.weight).float()
-
-
-def linear(x, weight, bias=None):
-    """F.linear, x (..., in), weight (out, in) -> (..., out); fast for one bf16 row on a CPU.
-
-    Such a row is a step of generation, bound by reading the weights. mv reads them fast, be they
-    stored as [out, in] or as [in, out] (Hugging Face's files). F.linear reads the latter up to a
-    hundred times slower.
-    """
-    one_row = x.numel() == x.size(-1)
-    if not one_row or weight.dtype != torch.bfloat16 or weight.device.type != "cpu":
-        return F.linear(x, weight, bias)
-    y = torch.mv(weight, x.flatten())
-    if bias is not None:
-        y = y + bias
-    return y.view(*x.shape[:-1], -1)
+    return F.linear(last, model.transformer.wte.weight).float()
 
 
 class KVCache:
     """Keys and values of the tokens so far, so that a step computes those of new tokens only.
 
-    n_pad (B,) int64: how many leading tokens of each row are padding, which nothing else sees.
+    n_pad (B,) int64: how many leading tokens of each row are padding, which nothing else sees. One
+    number may stand for all rows.
     """
 
     def __init__(self, n_pad):
@@ -466,88 +448,73 @@ class KVCache:
         """Keep the given batch rows, in that order: a beam's history follows the beam."""
         for layer, kv in self.layers.items():
             self.layers[layer] = kv[:, rows]
-        self.n_pad = self.n_pad[rows]
 
 
 def sample(logits, temperature, top_k, top_p, generator):
     """One token id per row, (B, V) logits -> (B, 1) int64."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    ordered, order = (logits / temperature).sort(dim=-1, descending=True)
+    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
     if top_k is not None:
-        ordered[:, top_k:] = -math.inf
+        probs[:, top_k:] = 0
     if top_p is not None:
-        probs = ordered.softmax(dim=-1)
         # a token goes when the mass before it already reaches top_p; the first always stays
-        ordered[probs.cumsum(dim=-1) - probs >= top_p] = -math.inf
-    logits = logits.scatter(1, order, ordered)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+        before = probs.cumsum(dim=-1) - probs
+        probs[before >= top_p * probs.sum(dim=-1, keepdim=True)] = 0
+    return order.gather(1, torch.multinomial(probs, 1, generator=generator))
 
 
-def ban_repeats(logits, idx, n, n_pad):
-    """Set to -inf, in place, the tokens that would repeat an n-gram of idx (B, T); n = 0: none.
+def ban_repeats(logits, tokens, n):
+    """Set to -inf, in place, the tokens that would repeat an n-gram of a text; n = 0: none.
 
-    For n = 3 and a row that ends in "a b": every token that has followed an earlier "a b". The
-    first n_pad (B,) tokens of a row are padding, no part of its text.
+    logits (V,), tokens: list of int. For n = 3 and a text that ends in "a b": every token that has
+    followed an earlier "a b".
     """
     if n == 0:
         return
-    for row, tokens, start in zip(logits, idx.tolist(), n_pad.tolist()):
-        last = tokens[len(tokens) - n + 1:]
-        for i in range(start, len(tokens) - n + 1):
-            *before, token = tokens[i:i + n]
-            if before == last:
-                row[token] = -math.inf
+    last = tokens[len(tokens) - n + 1:]
+    for i in range(len(tokens) - n + 1):
+        *before, token = tokens[i:i + n]
+        if before == last:
+            logits[token] = -math.inf
 
 
-def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_penalty, eot_id, n_pad):
-    """Continue each row of idx (B, T) by the best text found with K beams, as Hugging Face does.
+def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_penalty, eot_id):
+    """The best text found with K beams that continues one prompt, as Hugging Face searches.
 
-    A text's score is its sum of log-probabilities divided by length ** length_penalty. A row whose
-    search is over is frozen: others may go on, its text stands, whatever its beams still find.
+    idx (1, T) -> (at most T + max_new_tokens,). A text's score is its sum of log-probabilities
+    divided by length ** length_penalty.
     """
-    B = len(idx)
     V = model.config.vocab_size
-    rows = torch.arange(B, device=idx.device)[:, None]  # (B, 1)
-    cache = KVCache(n_pad)
-    beams = idx[:, None]  # (B, 1, T): one beam at first, K after a step
-    sums = torch.zeros(B, 1, 1, device=idx.device)
-    ended = [[] for _ in range(B)]  # each row's best K texts that ended: (score, tokens)
-    best = {}  # the result of each row whose search is over
+    cache = KVCache(n_pad=idx.new_zeros(1))
+    beams = idx  # (1, T): one beam at first, K after a step
+    sums = torch.zeros(1, 1, device=idx.device)  # of the beams' log-probabilities
+    ended = []  # the best K texts that ended: (score, tokens)
     new = idx
     for length in range(1, max_new_tokens + 1):
         norm = length**length_penalty
-        log_probs = F.log_softmax(next_logits(model, new, cache), dim=-1)  # (B·K, V)
-        # after the softmax, as Hugging Face has it
-        ban_repeats(log_probs, beams.flatten(0, 1), no_repeat_ngram_size, cache.n_pad)
+        log_probs = F.log_softmax(next_logits(model, new, cache), dim=-1)  # (K, V)
+        for row, text in zip(log_probs, beams.tolist()):  # after the softmax, as Hugging Face
+            ban_repeats(row, text, no_repeat_ngram_size)
         # 2K candidates: even if K of them end, K are left to go on
-        scores = sums + log_probs.view(B, -1, V)
-        top, flat = scores.flatten(1).topk(2 * K)  # (B, K, V) -> (B, 2K)
+        top, flat = (sums + log_probs).flatten().topk(2 * K)
         parents = flat // V
         tokens = flat % V
-        texts = torch.cat([beams[rows, parents], tokens[..., None]], dim=2)  # (B, 2K, T + length)
+        texts = torch.cat([beams[parents], tokens[:, None]], dim=1)  # (2K, T + length)
         ends = tokens == eot_id
-        go_on = ends.int().argsort(dim=1, stable=True)[:, :K]  # the first K that do not end
-        parents = rows * beams.size(1) + parents[rows, go_on]
-        cache.reorder(parents.flatten())
-        sums = top[rows, go_on, None]  # (B, K, 1)
-        beams = texts[rows, go_on]  # (B, K, T + length)
-        new = beams[..., -1].reshape(-1, 1)  # (B·K, 1)
-        for i in range(B):
-            if i in best:
-                continue
-            for j in ends[i, :K].nonzero()[:, 0]:  # as Hugging Face: not an end among the lower K
-                ended[i].append((top[i, j].item() / norm, texts[i, j].tolist()))
-            ended[i] = sorted(ended[i], reverse=True)[:K]
-            running = sums[i, 0].item() / norm  # the score of the best beam that goes on
-            over = len(ended[i]) == K and ended[i][-1][0] >= running
-            if over or length == max_new_tokens:
-                ended[i].append((running, beams[i, 0].tolist()))
-                best[i] = idx.new_tensor(max(ended[i])[1])
-        if len(best) == B:
+        for i in ends[:K].nonzero()[:, 0]:  # as Hugging Face: not an end among the lower K
+            ended.append((top[i].item() / norm, texts[i].tolist()))
+        ended = sorted(ended, reverse=True)[:K]
+        go_on = ends.int().argsort(stable=True)[:K]  # the first K that do not end
+        cache.reorder(parents[go_on])
+        sums = top[go_on, None]  # (K, 1)
+        beams = texts[go_on]  # (K, T + length)
+        new = beams[:, -1:]
+        running = sums[0].item() / norm  # the score of the best beam that goes on
+        if len(ended) == K and ended[-1][0] >= running:
             break
-    texts = [best[i] for i in range(B)]
-    return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=eot_id)
+    best = max([*ended, (running, beams[0].tolist())])
+    return idx.new_tensor(best[1])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -560,21 +527,15 @@ def config_of(path):
     """GPTConfig of a run or of a Hugging Face GPT-2 folder, without its weights."""
     file = Path(path) / "config.json"
     if not file.exists():
-        raise FileNotFoundError(f"no config.json in {path}: give the folder of a run or of a "
-                                "Hugging Face GPT-2; the released weights: "
-                                "python data.py download biomedlm --out DIR")
+        raise FileNotFoundError(
+            f"no config.json in {path}: give the folder of a run or of a Hugging Face GPT-2. "
+            "A folder is made of a model's name by: hf download openai-community/gpt2 "
+            "--local-dir DIR. The released weights: hf download stanford-crfm/BioMedLM "
+            "--local-dir DIR")
     try:
-        return GPTConfig.from_hf(read_json(file))
+        return GPTConfig.from_hf(json.loads(file.read_bytes()))
     except ValueError as e:
         raise ValueError(f"{file}: {e}") from e
-
-
-def read_json(path):
-    """The object in a JSON file, as a dict. The model needs no tokenizer.py, which has its own."""
-    try:
-        return {} | json.loads(path.read_bytes())
-    except (ValueError, TypeError, RecursionError) as e:
-        raise ValueError(f"{path} is damaged ({e!r}): copy it again") from e
 
 
 def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
@@ -586,19 +547,13 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     """
     config = config_of(path)
     if dropout is not None:
-        config = replace(config, dropout=dropout)
+        config.dropout = dropout
     model = without_memory(config)
-    # bf16 on a CPU is to generate, not to train: there the tensors may lie as they are mapped
-    mapped = dtype != torch.float32 and torch.device(device).type == "cpu"
-    layout = torch.preserve_format if mapped else torch.contiguous_format
-    saved = read_weights(Path(path), model.state_dict())  # its names begin with "transformer."
-    head = saved.get("transformer.lm_head.weight")
-    if head is not None and not torch.equal(head, saved["transformer.wte.weight"]):
-        raise ValueError(f"{path} has a head (lm_head.weight) of its own, this model's is the "
-                         "embedding wte.weight: use a GPT-2 whose head is tied")
+    saved = read_weights(Path(path), model.state_dict())  # it may hold other tensors too
     state = {}
     for name in model.state_dict():
-        state[name] = saved[name].to(device, dtype, copy=not mapped, memory_format=layout)
+        state[name] = saved[name].to(device, dtype, copy=True,
+                                     memory_format=torch.contiguous_format)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -610,7 +565,7 @@ def without_memory(config):
 
 
 def read_weights(folder, expected):
-    """State dict of a folder in this model's names and layout; it may hold tensors of no use.
+    """State dict of a folder in this model's names and layout.
 
     expected: a state dict of the tensors that it must hold.
     """
@@ -620,7 +575,7 @@ def read_weights(folder, expected):
     for pattern in WEIGHTS:
         state = {}
         for file in sorted(folder.glob(pattern)):
-            state |= load_tensors(file, checksums=True)
+            state |= load_tensors(file)
         if state:
             state = transposed(state)
             check_tensors(state, expected, folder)
@@ -632,20 +587,23 @@ def read_weights(folder, expected):
 def check_tensors(state, expected, path):
     """ValueError unless the state dict has a tensor for each of the expected: as large, finite."""
     for name, like in expected.items():
-        tensor = state.get(name)
-        floats = isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-        if not floats or tensor.is_sparse or tensor.shape != like.shape:
+        if name not in state or state[name].shape != like.shape:
             raise ValueError(f"{path} has no {name} of shape {tuple(like.shape)}, as config.json "
                              "implies: use the config.json saved with the weights")
-        if not tensor.sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier checkpoint")
+        check_finite(state[name], name, path)
+
+
+def check_finite(values, name, path):
+    """ValueError where a tensor, or a number, holds NaN or infinity."""
+    if not torch.as_tensor(values).sum(dtype=torch.float32).isfinite():
+        raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier checkpoint")
 
 
 def newest_checkpoint(run):
     """(path, contents) of a run's newest whole checkpoint; (None, None) where it has none.
 
     Contents are what train.py saves: "model", "optimizer" and "step". A file that is damaged or
-    holds something else is skipped with a warning. ValueError where no whole one is left.
+    lacks a part is skipped with a warning. ValueError where no whole one is left.
     """
     paths = sorted(Path(run).glob("checkpoint_*.pt"), reverse=True)
     if not paths:
@@ -653,61 +611,39 @@ def newest_checkpoint(run):
     weights = without_memory(config_of(run)).state_dict()
     for path in paths:
         try:
-            checkpoint = load_tensors(path, checksums=True)
-            check_checkpoint(checkpoint, weights, path)
+            checkpoint = load_tensors(path)
+            missing = {"model", "optimizer", "step"} - set(checkpoint)
+            if missing:
+                raise ValueError(f"{path} has no {missing.pop()}")
+            check_tensors(checkpoint["model"], weights, path)
+            for name, moments in checkpoint["optimizer"]["state"].items():
+                for values in moments.values():
+                    check_finite(values, f"the optimiser's state of {name}", path)
             return path, checkpoint
-        except (ValueError, LookupError, TypeError, AttributeError) as e:
-            print(f"warning: skipping {path}, no whole checkpoint: {e!r}", file=sys.stderr)
+        except ValueError as e:
+            print(f"warning: skipping a checkpoint that is not whole: {e}", file=sys.stderr)
     raise ValueError(f"no checkpoint in {run} is whole: restore one, or start --fresh")
 
 
-def check_checkpoint(checkpoint, weights, path):
-    """Touch all that train.py needs: what is missing or of another type raises by itself."""
-    check_tensors(checkpoint["model"], weights, path)
-    optimizer = checkpoint["optimizer"]
-    optimizer["param_groups"][0]["params"]
-    for name, weight in weights.items():
-        for moment in filter(torch.is_tensor, optimizer["state"][name].values()):
-            like = weight if moment.dim() else moment  # AdamW's step counter is one number
-            check_tensors({name: moment}, {name: like}, f"{path}'s optimizer")
-    if path.name != f"checkpoint_{checkpoint['step']:07d}.pt":
-        raise ValueError(f"it is of step {checkpoint['step']}")
+def load_tensors(path):
+    """Contents of one file, memory-mapped: a pickle of plain tensors, or safetensors.
 
-
-def load_tensors(path, checksums=False):
-    """Contents (a dict) of one file, memory-mapped: a pickle of plain tensors, or safetensors.
-
-    checksums: read a pickle once more, to find damage; 0.5 s per GB. Of the safetensors only those
-    that save_pretrained wrote have one, which is always checked.
+    A pickle's checksums are read first, 0.5 s per GB. Safetensors have none.
     """
-    if path.suffix == ".safetensors" and load_file is None:
+    is_safetensors = path.suffix == ".safetensors"
+    if is_safetensors and load_file is None:
         raise ValueError(f"reading {path} needs: pip install safetensors")
     try:
-        if path.suffix == ".safetensors":
-            contents = load_file(path)
-            with safe_open(path, "pt") as file:
-                expected = (file.metadata() or {}).get("crc32")
-            damaged = expected and expected != crc32(contents)
-        else:
-            damaged = checksums and zipfile.ZipFile(path).testzip()  # torch.save writes a zip file
-            contents = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if damaged:
-            raise ValueError("a part has another CRC-32")
-        return {} | contents  # TypeError where it is no dict
-    except (ValueError, RuntimeError, OSError, EOFError, TypeError, pickle.UnpicklingError,
+        if is_safetensors:
+            return load_file(path)
+        if zipfile.ZipFile(path).testzip():  # torch.save writes a zip file
+            raise ValueError("a checksum is wrong")
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError,
             zipfile.BadZipFile, SafetensorError) as e:
         reason = str(e).partition("\n")[0]
         raise ValueError(f"{path} is missing, damaged or no file of plain tensors "
                          f"({type(e).__name__} {reason}): copy or download it again") from e
-
-
-def crc32(state):
-    """CRC-32 over all bytes of a state dict in the order of its names, in hexadecimal."""
-    crc = 0
-    for name in sorted(state):
-        numbers = state[name].contiguous().flatten().view(torch.uint8)
-        crc = zlib.crc32(numbers.numpy(), crc)
-    return f"{crc:08x}"
 
 
 def transposed(state):
@@ -715,7 +651,7 @@ def transposed(state):
     other = {}
     for name, tensor in state.items():
         name = "transformer." + name.removeprefix("transformer.")  # some files leave it out
-        is_block_matrix = ".h." in name and getattr(tensor, "ndim", 0) == 2
+        is_block_matrix = ".h." in name and tensor.ndim == 2
         other[name] = tensor.t() if is_block_matrix else tensor
     return other
 
@@ -724,21 +660,13 @@ def save_pretrained(model, path):
     """Write config.json and the weights: a folder that `transformers` loads.
 
     The weights go to model.safetensors, without the safetensors package to pytorch_model.bin.
-    ValueError, before anything is written, for a fork whose parameters are not a GPT-2's.
     """
     config = model.config
-    C = config.n_embd
-    layer = 12 * C + 13  # 4 matrices (3, 1, 4, 4), their biases (3, 1, 4, 1), 2 LayerNorms; times C
-    n = C * (config.vocab_size + config.n_positions + 2 + config.n_layer * layer)
-    if MODEL_TYPE == "gpt2" and model.n_params() != n:
-        raise ValueError(f"Hugging Face's GPT-2 of this config.json has {n:,} parameters: its "
-                         "folder cannot hold a changed architecture; give yours a name of its own "
-                         "in MODEL_TYPE")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     added = folder / "added_tokens.json"
-    special = list(read_json(added)) if added.exists() else []
-    # With it `transformers`' AutoTokenizer encodes as Tokenizer.encode does with allow_special.
+    special = list(json.loads(added.read_bytes())) if added.exists() else []
+    # With it `transformers`' AutoTokenizer knows the added tokens and the context.
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": config.n_positions,
@@ -752,7 +680,7 @@ def save_pretrained(model, path):
         write_whole(folder / "pytorch_model.bin", lambda file: torch.save(state, file))
     else:
         weights = folder / "model.safetensors"
-        about = {"format": "pt", "crc32": crc32(state)}
+        about = {"format": "pt"}
         write_whole(weights, lambda file: save_file(state, file, metadata=about))
         # save_file leaves a file that only its owner reads
         shutil.copymode(folder / "tokenizer_config.json", weights)
@@ -770,13 +698,6 @@ def write_whole(path, write):
     temporary.replace(path)
 
 
-# The functions above as methods: model.generate(idx, 20), GPT.from_pretrained("out/demo"), ...
-GPT.generate = generate
-GPT.config_of = config_of
-GPT.from_pretrained = from_pretrained
-GPT.save_pretrained = save_pretrained
-
-
 def main():
     """The export command: a run's model and tokenizer as a folder that `transformers` opens."""
     parser = argparse.ArgumentParser(description="Write a run as a Hugging Face GPT-2 folder.")
@@ -784,8 +705,6 @@ def main():
     parser.add_argument("--init", type=Path, required=True, help="folder of a run or of a GPT-2")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
-    if MODEL_TYPE != "gpt2":
-        raise ValueError(f"`transformers` has no {MODEL_TYPE}: only a GPT-2 can be exported")
     from tokenizer import Tokenizer  # the model itself needs nothing of the project
     model = GPT.from_pretrained(args.init)
     Tokenizer.load(args.init).save(args.out)
@@ -799,6 +718,7 @@ def main():
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@functools.cache  # every launch asks
 @torch.compiler.assume_constant_result  # torch.compile asks once and keeps the answer
 def gpu():
     """The chip whose launch settings are used: "sm_90" on Hopper, "sm_80" on any other.
@@ -825,8 +745,9 @@ def kernels_active(device="cuda"):
 
 def runs_kernel(x):
     """True if an op on tensor x runs its kernel. The kernels are fp32 inside, so that a float64
-    tensor, which only tests have, takes the reference."""
-    return x.dtype != torch.float64 and kernels_active(x.device) != "reference"
+    tensor, which only tests have, takes the reference. So does an empty one: nothing to launch."""
+    kernels = kernels_active(x.device) != "reference"
+    return kernels and x.dtype != torch.float64 and x.numel() > 0
 
 
 def compute_dtype(x):
@@ -879,30 +800,6 @@ def load_fp32(ptr, mask, other: constexpr = 0.0):
     return tl.load(ptr, mask=mask, other=other).to(tl.float32)
 
 
-@jit
-def sum_kernel(partial_ptr,  # (N, C)
-               total_ptr,  # written, (C,)
-               n_rows,
-               C: constexpr,
-               COLS: constexpr):
-    """COLS columns of the sum over all rows, 64 at a time."""
-    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    total = tl.zeros([64, COLS], tl.float32)
-    for start in range(0, n_rows, 64):
-        rows = start + tl.arange(0, 64)
-        inside = (rows < n_rows)[:, None] & (cols < C)[None, :]
-        total += load_fp32(partial_ptr + rows[:, None] * C + cols[None, :], inside)
-    tl.store(total_ptr + cols, tl.sum(total, 0), mask=cols < C)
-
-
-def sum_programs(partial):
-    """The sum of what each program has summed: (programs, ...) -> (...)."""
-    total = partial.new_empty(partial.shape[1:])
-    C = total.numel()
-    sum_kernel[(triton.cdiv(C, 32),)](partial, total, len(partial), C, 32)
-    return total
-
-
 # ---------------------------------------------------------------------------------------------
 # fused ops: dropout
 #
@@ -928,26 +825,7 @@ def lowbias32(x):
     return x ^ (x >> 16)
 
 
-def stays(key, col, threshold):
-    """True where the element of a column stays; key is its row's."""
-    # 0x9E3779B1 is 2^32 over the golden ratio: it spreads neighbouring columns far apart.
-    x = (key ^ (col * 0x9E3779B1)) * 0x7FEB352D & 0xFFFFFFFF
-    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
-    return x >= threshold
-
-
 lowbias32_kernel = jit(lowbias32)
-stays_kernel = jit(stays)
-
-
-def dropout_ref(x, p, seed):
-    """Dropout of x (..., columns), bit for bit the kernels' mask. All of ... counts as rows."""
-    if p == 0:
-        return x
-    seed, threshold, factor, _ = dropout_arguments(p, seed)
-    row = torch.arange(x[..., 0].numel(), device=x.device).view(x[..., :1].shape)
-    col = torch.arange(x.shape[-1], device=x.device)
-    return x * stays(lowbias32(lowbias32(seed) ^ row), col, threshold) * factor
 
 
 @jit
@@ -958,7 +836,32 @@ def dropout_key(seed, row):
 
 @jit
 def keeps(key, col, threshold):
-    return stays_kernel(key, col.to(tl.uint32), threshold.to(tl.uint32))
+    """True where the element of a column stays; key is its row's."""
+    # 0x9E3779B1 is 2^32 over the golden ratio: it spreads neighbouring columns far apart.
+    x = (key ^ (col.to(tl.uint32) * 0x9E3779B1)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x >= threshold.to(tl.uint32)
+
+
+def stays(key, col, threshold):
+    """`keeps` in int32, since torch has no shifts of uint32: products wrap around alike, "&" takes
+    away the copies of the sign bit, and flipping the top bit makes signed order unsigned."""
+    x = (key ^ (col * (0x9E3779B1 - 2**32))).mul_(0x7FEB352D)  # in place: this is all of its time
+    x ^= (x >> 15) & 0x1FFFF
+    x *= 0x846CA68B - 2**32
+    x ^= -(2**31)
+    return x >= threshold - 2**31
+
+
+def dropout_ref(x, p, seed):
+    """Dropout of x (..., columns), bit for bit the kernels' mask. All of ... counts as rows."""
+    if p == 0:
+        return x
+    seed, threshold, factor, _ = dropout_arguments(p, seed)
+    row = torch.arange(x[..., 0].numel(), device=x.device).view(x[..., :1].shape)
+    key = lowbias32(lowbias32(seed) ^ row).int()
+    col = torch.arange(x.shape[-1], device=x.device, dtype=torch.int32)
+    return x * stays(key, col, threshold) * factor
 
 
 # ---------------------------------------------------------------------------------------------
@@ -976,7 +879,7 @@ def keeps(key, col, threshold):
 #     dw = Σ_rows dy · x̂      db = Σ_rows dy
 #
 # The last two sums run over all rows. Each program walks many rows, keeps its own sums in registers
-# and writes them once; sum_kernel adds the programs' sums up. The order is fixed and there are no
+# and writes them once; then torch adds the programs' sums up. The order is fixed and there are no
 # atomics, so that every run is bit-identical.
 #
 # A Triton block has a power of two of lanes. For C = 2560 that would be 4096, 37% of them idle. So
@@ -1126,16 +1029,15 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
 
 
 def norm_launch(C):
-    """(PIECE, N_PIECES, num_warps): no idle lanes where C allows it, 4 elements a thread up to
-    a PIECE of 1024.
+    """How a row is cut: no idle lanes where C allows it, 4 elements a thread up to a PIECE of 1024.
 
-    2560 -> 512, 5, 4; 768 -> 256, 3, 2; 1000 -> 1024, 1, 8.
+    2560 -> 5 pieces of 512, 4 warps; 768 -> 3 of 256, 2 warps; 1000 -> 1 of 1024, 8 warps.
     """
     piece = C & -C  # the largest power of two that divides C: its lowest bit that is set
     if piece < 128 or C // piece > 8:  # too many small pieces: one piece, with idle lanes
         piece = triton.next_power_of_2(C)
     warps = min(max(piece // 128, 1), 8)
-    return piece, triton.cdiv(C, piece), warps
+    return dict(C=C, PIECE=piece, N_PIECES=triton.cdiv(C, piece), num_warps=warps)
 
 
 class AddLayerNorm(torch.autograd.Function):
@@ -1151,14 +1053,12 @@ class AddLayerNorm(torch.autograd.Function):
         mean = x.new_empty(x.numel() // C, dtype=torch.float32)
         rstd = torch.empty_like(mean)
         ctx.dropout = dropout_arguments(p, seed)
-        piece, n_pieces, warps = norm_launch(C)
         norm_forward_kernel[(len(mean),)](
             x, residual, weight, bias,
             y, new, mean, rstd,
             *ctx.dropout,
             eps,
-            C, piece, n_pieces,
-            num_warps=warps)
+            **norm_launch(C))
         ctx.save_for_backward(new, weight, mean, rstd)
         return y, new
 
@@ -1173,15 +1073,13 @@ class AddLayerNorm(torch.autograd.Function):
         per_sm = min(max(6144 // C, 2), 16)  # C = 2560: 2 programs a multiprocessor; 768: 8
         programs = min(N, n_programs(r, per_sm))
         partial = r.new_empty(programs, 2, C, dtype=torch.float32)
-        piece, n_pieces, warps = norm_launch(C)
         norm_backward_kernel[(programs,)](
             dy, dnew.contiguous(), r, weight, mean, rstd,
             dx, dresidual, partial,
             N,
             *ctx.dropout,
-            C, piece, n_pieces,
-            num_warps=warps)
-        dw, db = sum_programs(partial)
+            **norm_launch(C))
+        dw, db = partial.sum(0)
         return dx, dresidual, dw, db, None, None, None
 
 
@@ -1292,7 +1190,7 @@ class BiasGelu(torch.autograd.Function):
             dx, partial,
             N,
             C, GELU_COLS)
-        return dx, sum_programs(partial)
+        return dx, partial.sum(0)
 
 
 def bias_gelu(x, bias):
@@ -1345,7 +1243,7 @@ def attention_ref(qkv, n_head, scale, dropout_p=0.0, seed=0):
         O = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)  # noqa: E741
     else:
         S = scale * at_least_fp32(q @ k.transpose(-2, -1))  # (B, H, T, T)
-        above = torch.ones_like(S, dtype=torch.bool).triu(1)
+        above = S.new_ones(S.shape[-2:], dtype=torch.bool).triu(1)
         P = S.masked_fill(above, -torch.inf).softmax(-1)
         O = dropout_ref(P, dropout_p, seed).to(v.dtype) @ v  # noqa: E741
     return O.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
@@ -1591,19 +1489,20 @@ def attention_dkv_kernel(qkv_ptr,  # (B, T, 3C)
 LOG2_E = 1.4426950408889634
 
 
-def attention_tile(kernel, dtype, has_dropout):
-    """(BM, BN, num_warps, num_stages), measured on each chip; autotuning would cost minutes."""
-    if dtype == torch.float32:
-        return 32, 32, 4, 1
-    if gpu() == "sm_80":
-        if kernel is attention_forward_kernel:
-            return 128, 64, 8, 2
-        return 64, 32, 4, 1
-    if kernel is attention_forward_kernel:
-        return 64, 64, 4, 3
+def attention_tile(kernel, dtype, BD, has_dropout):
+    """(BM, BN, num_warps, num_stages): the fastest on an H100; autotuning would cost minutes.
+
+    Elsewhere nobody has measured. There each tile fits the smallest shared memory, 99 KB.
+    """
+    if dtype == torch.float32 or BD > 128:
+        rows = min(32, 16384 // (BD * dtype.itemsize))  # the wider a row, the fewer fit
+        return rows, rows, 4, 1
+    forward = kernel is attention_forward_kernel
+    if gpu() != "sm_90":
+        return (128, 64, 8, 2) if forward else (64, 32, 4, 1)
     if kernel is attention_dkv_kernel and has_dropout:
         return 32, 64, 4, 2  # at 64 rows the dropout mask's registers would spill
-    return 64, 64, 4, 2
+    return 64, 64, 4, 3 if forward else 2
 
 
 def launch_attention(kernel, tensors, n_head, *scalars):
@@ -1613,7 +1512,7 @@ def launch_attention(kernel, tensors, n_head, *scalars):
     C = C3 // 3
     D = C // n_head
     BD = max(triton.next_power_of_2(D), 16)  # tl.dot takes no less
-    BM, BN, warps, stages = attention_tile(kernel, tensors[0].dtype, scalars[-1])
+    BM, BN, warps, stages = attention_tile(kernel, tensors[0].dtype, BD, scalars[-1])
     even = T % BM == 0 and T % BN == 0 and BD == D
     owned = BN if kernel is attention_dkv_kernel else BM  # rows of one program
     kernel[triton.cdiv(T, owned), B * n_head](
@@ -1658,6 +1557,7 @@ class Attention(torch.autograd.Function):
         return dqkv, None, None, None, None
 
 
+@torch.compiler.disable  # each block has another scale, and would be compiled anew for it
 def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
     """Causal self-attention. qkv (B, T, 3C) packed [q | k | v]; scale multiplies q·k (it holds
     1/sqrt(D) and BioMedLM's 1/(layer_idx + 1)). Returns (B, T, C) in qkv's dtype, or autocast's."""
@@ -1666,7 +1566,7 @@ def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
 
 
 # ---------------------------------------------------------------------------------------------
-# fused ops: a linear layer of training, whose weight gradient adds up in place
+# linear layers, whose weight gradient adds up in place in training
 #
 #     y = x Wᵀ + b      dx = dy W      dW = dyᵀ x      db = Σ_rows dy
 #
@@ -1677,6 +1577,20 @@ def attention(qkv, n_head, scale, dropout_p=0.0, seed=0):
 # Backward takes the sum out of W.grad and returns it, larger by dW, as W's gradient. Autograd finds
 # W.grad empty and puts it back there, at the same address. So the hooks of DDP and FSDP see what
 # they always see. But torch.autograd.grad would return the whole sum: only train.py turns this on.
+
+
+class Linear(nn.Linear):
+    """nn.Linear, y = x Wᵀ + b, whose weight gradient can add up in place."""
+
+    accumulates = False  # train.py: True on a GPU in bf16, else autograd's own way is as fast
+    working = None  # train.py: the weight in the dtype of the products, made once a step
+
+    def forward(self, x, with_bias=True):
+        """Without the bias x Wᵀ alone: the fused op that follows adds the bias."""
+        bias = self.bias if with_bias else None
+        if self.accumulates and self.training:
+            return apply(AccumulatingLinear, x, self.weight, bias, self.working)
+        return F.linear(x, self.weight, bias)
 
 
 def add_product(total, a, b):
@@ -1693,10 +1607,15 @@ def add_product(total, a, b):
 
 
 class AccumulatingLinear(torch.autograd.Function):
-    """See accumulating_linear."""
+    """y = x Wᵀ + b, x (..., in), weight (out, in) fp32; dW is added to weight.grad in fp32.
+
+    working: the weight in the dtype that autocast wants, or None: it is cast here.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, working):
+        if working is None:
+            working = weight.detach().to(compute_dtype(x))
         x = x.to(working.dtype)
         ctx.weight = weight  # the parameter itself: backward needs its .grad
         ctx.save_for_backward(x, working)
@@ -1717,16 +1636,6 @@ class AccumulatingLinear(torch.autograd.Function):
         return dx, total.detach(), db, None
 
 
-def accumulating_linear(x, weight, bias, working=None):
-    """y = x weightᵀ + bias, x (..., in), weight (out, in) fp32; dW is added to weight.grad in fp32.
-
-    working: the weight in the dtype that autocast wants, or None: it is cast here.
-    """
-    if working is None:
-        working = weight.detach().to(compute_dtype(x))
-    return AccumulatingLinear.apply(x, weight, bias, working)
-
-
 # ---------------------------------------------------------------------------------------------
 # fused ops: cross-entropy with the head's matrix product
 #
@@ -1739,22 +1648,28 @@ def accumulating_linear(x, weight, bias, working=None):
 # For N = 16k rows Z is 0.9 GB in bf16, and would be written, read and written again as dZ. Here
 # rows go in chunks, and one chunk of logits is all that ever exists. A product makes the chunk's Z,
 # the kernel takes the loss and writes dZ over Z, and two products use dZ up at once. So the
-# gradients are made in forward already (if anybody wants them), for a loss gradient of 1; backward
-# multiplies by the real one, which nobody knows before. That reads and writes dW once more: by
-# arithmetic 0.2 ms on an H100. To make the logits again in backward would be 1.7 ms.
+# gradients are made in forward already, for a loss gradient of 1; backward multiplies by the real
+# one, which nobody knows before. That reads and writes dW once more: by arithmetic 0.2 ms on an
+# H100. To make the logits again in backward would be 1.7 ms. Where nobody wants gradients there is
+# nothing to gain, and the reference runs.
 
 
 CROSS_ENTROPY_CHUNK = 8192  # rows: a micro-batch of 8 x 1024 in one
 
 
-def cross_entropy_ref(z, targets, losses, count, ignore_index, gradient):
-    """What the kernel does."""
-    with torch.enable_grad():
-        leaf = at_least_fp32(z).detach().requires_grad_()
-        loss = F.cross_entropy(leaf, targets, ignore_index=ignore_index, reduction="none")
-        losses.copy_(loss.detach())
-        if gradient:
-            z.copy_(torch.autograd.grad(loss.sum() / count, leaf)[0])
+def cross_entropy_ref(hidden, weight, targets, ignore_index=-100):
+    def summed_loss(x, y):
+        logits = at_least_fp32(F.linear(x, weight.to(x.dtype)))  # (chunk, V)
+        return F.cross_entropy(logits, y, ignore_index=ignore_index, reduction="sum")
+
+    count = (targets != ignore_index).sum().clamp(min=1)
+    if len(hidden) <= CROSS_ENTROPY_CHUNK:
+        return summed_loss(hidden, targets) / count
+    # One chunk's logits at a time: backward makes them again.
+    total = 0.0
+    for x, y in zip(hidden.split(CROSS_ENTROPY_CHUNK), targets.split(CROSS_ENTROPY_CHUNK)):
+        total = total + torch.utils.checkpoint.checkpoint(summed_loss, x, y, use_reentrant=False)
+    return total / count
 
 
 @jit
@@ -1763,7 +1678,6 @@ def cross_entropy_kernel(z_ptr,  # logits (N, V); overwritten with their gradien
                          loss_ptr,  # written, (N,)
                          count_ptr,  # one number: the targets that count
                          ignore_index,
-                         GRADIENT: constexpr,
                          V: constexpr,
                          BLOCK: constexpr):
     """One row of logits: its loss and, in place, its gradient."""
@@ -1789,18 +1703,18 @@ def cross_entropy_kernel(z_ptr,  # logits (N, V); overwritten with their gradien
     z_target = load_fp32(z_ptr + target, counts)
     loss = tl.where(counts, peak - z_target + tl.log(total), 0.0)
     tl.store(loss_ptr + row, loss)
-    if GRADIENT:
-        # Warps run apart: every one must have read z_target before any overwrites it.
-        tl.debug_barrier()
 
-        # A second walk over the row. It reads from the cache what the first walk has read.
-        factor = tl.where(counts, 1.0 / tl.load(count_ptr).to(tl.float32), 0.0)
-        for start in range(0, V, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            z = load_fp32(z_ptr + cols, cols < V, -1e30)
-            softmax = tl.exp(z - peak) / total  # not exp(z - lse): at 1e4, lse has 3 decimals
-            dz = (softmax - tl.where(cols == target, 1.0, 0.0)) * factor
-            tl.store(z_ptr + cols, dz, mask=cols < V)
+    # Warps run apart: every one must have read z_target before any overwrites it.
+    tl.debug_barrier()
+
+    # A second walk over the row. It reads from the cache what the first walk has read.
+    factor = tl.where(counts, 1.0 / tl.load(count_ptr).to(tl.float32), 0.0)
+    for start in range(0, V, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z = load_fp32(z_ptr + cols, cols < V, -1e30)
+        softmax = tl.exp(z - peak) / total  # not exp(z - lse): at 1e4, lse has 3 decimals
+        dz = (softmax - tl.where(cols == target, 1.0, 0.0)) * factor
+        tl.store(z_ptr + cols, dz, mask=cols < V)
 
 
 CROSS_ENTROPY_BLOCK = 8192  # columns at a time
@@ -1810,43 +1724,44 @@ class CrossEntropy(torch.autograd.Function):
     """The kernel and its matrix products as one op of autograd."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index, gradient):
+    def forward(ctx, hidden, weight, targets, ignore_index, working):
+        if working is None:
+            working = weight.to(hidden.dtype)
         targets = targets.contiguous()
-        w = weight.to(hidden.dtype)
         count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device: no wait
-        losses = at_least_fp32(hidden.new_empty(len(hidden)))
-        if gradient:
-            dhidden = torch.empty_like(hidden)
-            dweight = at_least_fp32(torch.zeros_like(weight))
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        dhidden = torch.empty_like(hidden)
+        dweight = None
         for start in range(0, len(hidden), CROSS_ENTROPY_CHUNK):
             rows = slice(start, start + CROSS_ENTROPY_CHUNK)
-            z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
-            chunk = (z, targets[rows], losses[rows], count, ignore_index, gradient)
-            if runs_kernel(hidden):
-                cross_entropy_kernel[(len(z),)](*chunk, len(weight), CROSS_ENTROPY_BLOCK,
-                                                num_warps=16)
-            else:
-                cross_entropy_ref(*chunk)
-            if gradient:  # z is dZ now
-                torch.mm(z, w, out=dhidden[rows])
-                add_product(dweight, z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
-        if gradient:
-            ctx.save_for_backward(dhidden, dweight)
+            z = hidden[rows] @ working.T  # (chunk, C) x (C, V) -> (chunk, V)
+            cross_entropy_kernel[(len(z),)](
+                z, targets[rows], losses[rows], count,
+                ignore_index,
+                len(weight), CROSS_ENTROPY_BLOCK,
+                num_warps=16)
+            # z is dZ now
+            torch.mm(z, working, out=dhidden[rows])
+            dweight = add_product(dweight, z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
+        ctx.save_for_backward(dhidden, dweight)
         return losses.sum() / count
 
     @staticmethod
     def backward(ctx, dloss):
         dhidden, dweight = ctx.saved_tensors  # made for a loss gradient of 1
-        return dhidden * dloss, dweight * dloss, None, None, None
+        return dhidden.mul_(dloss), dweight.mul_(dloss), None, None, None, None
 
 
-def cross_entropy(hidden, weight, targets, ignore_index=-100):
+def cross_entropy(hidden, weight, targets, ignore_index=-100, working=None):
     """Mean cross-entropy of softmax(hidden weightᵀ) over the targets that are not ignore_index.
 
     hidden (N, C), weight (V, C), targets (N,) int64 below V. Returns an fp32 scalar. With every
-    target ignored it is 0 with zero gradients (torch's is NaN). No host synchronisation."""
+    target ignored it is 0 with zero gradients (torch's is NaN). No host synchronisation.
+    working: the weight in the dtype that autocast wants, or None: it is cast here."""
     hidden = hidden.to(compute_dtype(hidden))
-    return apply(CrossEntropy, hidden, weight, targets, ignore_index, torch.is_grad_enabled())
+    if runs_kernel(hidden) and torch.is_grad_enabled():
+        return apply(CrossEntropy, hidden, weight, targets, ignore_index, working)
+    return cross_entropy_ref(hidden, weight, targets, ignore_index)
 
 
 if __name__ == "__main__":

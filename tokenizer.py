@@ -5,18 +5,13 @@
 
 Reads text: .jsonl with a document {"id", "text"} a line, or .txt; plain or .gz; files or folders.
 Writes vocab.json and merges.txt, the same bytes as Hugging Face's BpeTrainer. Encodes with
-tiktoken. What is no valid character is read as U+FFFD. A special token's string in a text is plain
-text. Left out: normalisers, prefix spaces, dropout.
+tiktoken. Invalid bytes become U+FFFD. A special token's string in a text is plain text. Left out:
+normalisers, prefix spaces, dropout.
 The second half of the file reads and writes text files; the other scripts use it too.
 """
 
-import os
-import signal
-
-if __name__ == "__main__":  # Ctrl-C while the rest is imported ends it silently
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import argparse
+import codecs
 import gzip
 import hashlib
 import heapq
@@ -24,9 +19,10 @@ import io
 import json
 import math
 import multiprocessing
-import operator
+import os
 import pickle
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -34,8 +30,7 @@ import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice, pairwise
 from operator import add
 from pathlib import Path
 
@@ -104,24 +99,18 @@ def train_bpe(counts, vocab_size, min_frequency=2):
     # finds a pair, str.join writes its merge, and pairs sort as (id, id) does.
     words = [piece.encode().translate(ID_OF_BYTE).decode("latin-1") for piece in counts]
     count_of = list(counts.values()).__getitem__
-    new_pairs = defaultdict(list)  # pair -> indices of words, one an occurrence
+    where = defaultdict(list)  # pair -> indices of words, one an occurrence; some may be outdated
     for i, word in enumerate(words):
         for pair in map(add, word, word[1:]):
-            new_pairs[pair].append(i)
-    where = {}  # all that new_pairs had; a later merge may have taken the pair from a word
-    pair_counts = {}
+            where[pair].append(i)
+    pair_counts = {pair: sum(map(count_of, indices)) for pair, indices in where.items()}
     # The heap holds (-count, pair), so that the commonest pair comes out first. The count may be
     # outdated, that is too high: then the pair goes back with the true one.
-    heap = []
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
+    heapq.heapify(heap)
     tokens = list(ALPHABET)
     merges = []
     for new_id in tqdm(range(256, vocab_size - 1), "merging", unit="merge", disable=None):
-        for new, indices in new_pairs.items():
-            count = sum(map(count_of, indices))
-            if count >= min_frequency:  # a rarer pair will never be a token
-                pair_counts[new] = count
-                where[new] = indices
-                heapq.heappush(heap, (-count, new))
         if not heap:
             break
         minus_count, pair = heapq.heappop(heap)
@@ -130,16 +119,25 @@ def train_bpe(counts, vocab_size, min_frequency=2):
         if -minus_count < min_frequency:
             break
         # The commonest pair becomes a token.
-        left, right = [tokens[ord(symbol)] for symbol in pair]
-        merges.append((left, right))
-        tokens.append(left + right)
+        left, right = pair
+        merges.append((tokens[ord(left)], tokens[ord(right)]))
+        tokens.append("".join(merges[-1]))
         merged = chr(new_id)
-        new_pairs = merge_pair(pair, merged, words, where.pop(pair))
-        # The pairs that the new ones replace become rarer: "he" is merged, "tX" replaces "th".
-        for new, indices in new_pairs.items():
-            old = new[0].replace(merged, pair[1]) + new[1].replace(merged, pair[0])
+        # A new pair takes the place of an old one, which becomes rarer. After h e -> X:
+        #     word    new    old
+        #     then    t X    t h
+        #     then    X n    e n
+        #     hehe    X X    e h
+        for new, indices in merge_pair(pair, merged, words, where.pop(pair)).items():
+            count = sum(map(count_of, indices))
+            first, second = new
+            old = (right if first == merged else first) + (left if second == merged else second)
             if old in pair_counts:
-                pair_counts[old] -= sum(map(count_of, indices))
+                pair_counts[old] -= count
+            if count >= min_frequency:  # a rarer pair will never be a token
+                pair_counts[new] = count
+                where[new] = indices
+                heapq.heappush(heap, (-count, new))
     return merges
 
 
@@ -153,12 +151,14 @@ def merge_pair(pair, merged, words, indices):
     for i in dict.fromkeys(indices):  # a word once, however often it has the pair
         parts = words[i].split(pair)  # "hehe" -> "", "", ""; one part if the pair is gone
         words[i] = merged.join(parts)
-        for before, after in zip(parts, parts[1:]):
+        for before, after in pairwise(parts):
             if before:
                 new_pairs[before[-1] + merged].append(i)
             if after:
                 new_pairs[merged + after[0]].append(i)
-        new_pairs[merged + merged] += [i for between in parts[1:-1] if not between]
+        for between in parts[1:-1]:
+            if not between:
+                new_pairs[merged + merged].append(i)
     return new_pairs
 
 
@@ -171,29 +171,34 @@ class Tokenizer:
 
     vocab: {token in byte characters, or special string: id}; merges: pairs in order; added:
     {special string: id} beyond vocab. ValueError where these do not fit each other.
+
+    The merges must be such as training gives: for them tiktoken, which joins any neighbours whose
+    bytes together are a token, has HF's ids, which joins only the pairs of merges.txt. A token's
+    bytes, as long as no merge crosses their ends, always go through the same merges.
     """
 
     def __init__(self, vocab, merges, added=()):
         self.vocab = vocab
         self.merges = merges
-        ids = [*(vocab | dict(added)).values()]
-        if min(ids) < 0 or len(set(map(operator.index, ids))) < len(ids):
-            raise ValueError("an id is below 0 or stands twice")
-        # tiktoken gives ranks: bytes first, then merges in their order. In most vocabularies these
-        # are the ids: None saves the look-up, a fifth of the time.
         tokens = [*ALPHABET, *map("".join, merges)]
-        ids = [vocab[token] for token in tokens]
-        self._id_of_rank = None if ids == list(range(len(ids))) else ids
-        self._bpe = tiktoken.Encoding("bpe", pat_str=SAFE_PATTERN, special_tokens={},
-                                      mergeable_ranks=usable_ranks(tokens, merges))
         self.special = {token: vocab[token] for token in vocab.keys() - tokens} | dict(added)
         # What is neither byte nor merge must look special, or else the merges were cut short.
-        for token in self.special.keys() - added:
-            if not re.fullmatch(r"<.*>|\[.*\]", token):
-                raise ValueError(f"no merge makes {token!r}")
-        self.eot_id = self.special[END_OF_TEXT]
-        self._bytes = dict(zip(ids, map(token_bytes, tokens)))
+        wrong = [token for token in self.special.keys() - added
+                 if not re.fullmatch(r"<.*>|\[.*\]", token)]
+        wrong += [token for token in tokens if token not in vocab]
+        self._bytes = {vocab.get(token): token_bytes(token) for token in tokens}
         self._bytes |= {i: token.encode() for token, i in self.special.items()}
+        if wrong or len(self._bytes) < len(tokens) + len(self.special):
+            raise ValueError("its vocabulary and merges are damaged, or do not belong together "
+                             f"{wrong[:3]}: copy them again")
+        self.eot_id = self.special[END_OF_TEXT]
+        # tiktoken gives ranks: bytes first, then merges in their order. In most vocabularies these
+        # are the ids: None saves the look-up, a fifth of the time.
+        ids = [vocab[token] for token in tokens]
+        self._id_of_rank = None if ids == list(range(len(ids))) else ids
+        ranks = {self._bytes[i]: rank for rank, i in enumerate(ids)}
+        self._bpe = tiktoken.Encoding("bpe", pat_str=SAFE_PATTERN, special_tokens={},
+                                      mergeable_ranks=ranks)
 
     @classmethod
     def from_merges(cls, merges):
@@ -255,76 +260,72 @@ class Tokenizer:
     @classmethod
     def load(cls, folder):
         """From vocab.json + merges.txt, GPT-2's encoder.json + vocab.bpe, or a tokenizer.json."""
-        try:
-            for vocab in map(Path(folder).joinpath, MERGES_OF):
-                if vocab.is_file():
-                    return cls(*read_files(vocab))
-        except (ValueError, LookupError, TypeError, AttributeError) as e:
-            raise ValueError(f"{folder}: its vocabulary and merges are damaged, or do not belong "
-                             f"together ({e}): copy them again") from e
-        raise FileNotFoundError(f"{folder} has no vocab.json + merges.txt: make them with python "
-                                f"tokenizer.py train --input TEXT --out {folder}; for gpt2, set "
-                                "TIKTOKEN_CACHE_DIR to the folder where tiktoken keeps its files")
-
-
-def usable_ranks(tokens, merges):
-    """tiktoken's {bytes: rank} that gives HF's tokens; `tokens` are bytes and merges, by rank.
-
-    tiktoken joins any neighbours whose bytes together are a token. HF joins only the pairs of
-    merges.txt. In trained merges this is the same: a token's bytes, as long as no merge crosses
-    their ends, always go through the same merges and arrive at the one pair that makes the token.
-    In other files a token may be out of reach: with the merges a+b, b+c, a+bc the text "abc" stops
-    at ab, c. HF never gives "abc", so it gets no rank.
-    """
-    rank_of = {pair: rank for rank, pair in enumerate(merges, len(ALPHABET))}
-    ranks = {}
-    for rank, token in enumerate(tokens):
-        # What HF makes of this token's own text: the earliest merge that applies, until none does.
-        # Then `rank` is the last merge's, and for a byte its own.
-        word = list(token)
-        while found := [(rank_of[pair], i) for i, pair in enumerate(zip(word, word[1:]))
-                        if pair in rank_of]:
-            rank, i = min(found)
-            word[i:i + 2] = [word[i] + word[i + 1]]
-        if len(word) == 1:
-            ranks[token_bytes(token)] = rank
-    return ranks
+        error = FileNotFoundError(
+            f"{folder} has no vocab.json + merges.txt: make them with python tokenizer.py train "
+            f"--input TEXT --out {folder}; for gpt2, set TIKTOKEN_CACHE_DIR to the folder where "
+            "tiktoken keeps its files")
+        for name, merges_name in MERGES_OF.items():
+            vocab, merges = Path(folder, name), Path(folder, merges_name)
+            if vocab.is_file() and merges.is_file():
+                try:
+                    return cls(*read_files(vocab, merges))
+                except ValueError as e:  # a whole tokenizer.json may stand there, too
+                    error = ValueError(f"{vocab}: {e}")
+        raise error
 
 
 # ---------------------------------------------------------------------------------------------
-# counting pre-tokens: streamed in bounded memory, over processes
+# counting pre-tokens: the text is streamed, in several processes
 
-BATCH_DOCUMENTS = 500
+BATCH_CHARS = 2**21
 # A pre-token starts at every space that something visible follows.
-SPACE = re.compile(r"(?= \S)")
-cut_chunk = lru_cache(maxsize=1 << 18)(LINE_PATTERN.findall)
+SPACE = re.compile(r" (?=\S)")
 
 
 def count_pretokens(inputs, workers=1):
     """Counter of the pre-tokens in files or folders, the same for every number of processes.
 
-    This process reads, the workers count; some two batches a worker are in memory.
+    This process reads, the workers count; some two batches a worker are in memory. The Counter
+    grows with the text: 176,000 pre-tokens in 86 MB of abstracts, 20 MB here and NNN while merging.
+    All of PubMed, 30 GB, has some 10 million by extrapolation.
     """
-    documents = read_documents(*inputs)
-    batches = iter(lambda: list(islice(documents, BATCH_DOCUMENTS)), [])
+    batches = read_batches(inputs)
+    first = list(islice(batches, 15))
+    if len(first) < 15:
+        workers = 1  # below 30 MB it would take longer to start others
     counts = Counter()
-    results = in_processes(count_batch, batches, workers)
+    results = in_processes(count_batch, chain(first, batches), workers)
     for counted in tqdm(results, "counting", unit=" batches", disable=None):
         counts.update(counted)
     return counts
 
 
-def count_batch(documents):
-    """Counter of the pre-tokens of (id, text) documents.
+def read_batches(inputs):
+    """Yield the documents one after another, each with "\n", BATCH_CHARS and a bit at a time."""
+    batch = io.StringIO()
+    for _, text in read_documents(*inputs):
+        batch.write(text.removesuffix("\n") + "\n")
+        if batch.tell() > BATCH_CHARS:
+            yield batch.getvalue()
+            batch = io.StringIO()
+    yield batch.getvalue()
+
+
+def count_batch(text):
+    """Counter of the pre-tokens of a text.
 
     GPT-2's pattern is slow. So the text is cut at spaces first, and the pattern runs once on each
-    distinct chunk: " (myocardium)," comes often and is cut once.
+    distinct chunk: " (myocardium)," comes often and is cut once. The chunks that come equally often
+    are cut together.
     """
-    text = "".join(text.removesuffix("\n") + "\n" for _, text in documents)
-    counts = Counter()
-    for chunk, count in Counter(SPACE.split(text)).items():
-        for piece in cut_chunk(chunk):
-            counts[piece] += count
+    head, *chunks = SPACE.split(text)
+    chunks_of = defaultdict(list)  # how often they come -> the chunks
+    for chunk, count in Counter(chunks).items():
+        chunks_of[count].append(chunk)
+    counts = Counter(LINE_PATTERN.findall(head))
+    for count, chunks in chunks_of.items():
+        for piece, n in Counter(LINE_PATTERN.findall(" " + " ".join(chunks))).items():
+            counts[piece] += count * n
     return counts
 
 
@@ -346,40 +347,41 @@ def load_named(name):
     return Tokenizer.load(name)
 
 
-def read_files(path):
-    """Arguments of Tokenizer: ids, merges and added tokens, from all that belongs to a file."""
-    content = read_json(path)
-    if path.name == "tokenizer.json":
-        return read_whole(content)
-    lines = path.with_name(MERGES_OF[path.name]).read_text("utf-8").rstrip("\n").split("\n")
-    merges = [tuple(line.split(" ")) for line in lines[1:]]  # the first names a version
-    added = path.with_name("added_tokens.json")
-    return content, merges, read_json(added) if added.is_file() else {}
+def read_files(path, merges_path):
+    """Arguments of Tokenizer: ids, merges and added tokens, from all that the folder has."""
+    whole, added = [read_json(file) if file.is_file() else {}
+                    for file in map(path.with_name, ["tokenizer.json", "added_tokens.json"])]
+    if path == merges_path:
+        vocab, merges = read_whole(whole)
+    else:
+        vocab = read_json(path)
+        lines = merges_path.read_text("utf-8", "replace").rstrip("\n").split("\n")
+        merges = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
+    added |= {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+    # BioMedLM's vocab.json has no end-of-text. Its id is the next one then, as in transformers.
+    vocab.setdefault(END_OF_TEXT, added.pop(END_OF_TEXT, max(vocab.values()) + 1))
+    return vocab, merges, added
 
 
-def read_json(path, **kinds):
-    """The object in a JSON file, as a dict. kinds: fields that it must have, and their types."""
+def read_json(path):
+    """The object in a JSON file, as a dict."""
     try:
-        contents = {} | json.loads(path.read_bytes())
-        for name, kind in kinds.items():
-            if type(contents[name]) is not kind:
-                raise TypeError(f"{name} is {contents[name]!r}")
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        return {} | json.loads(path.read_bytes())
+    except (ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{path} is damaged, perhaps cut short ({e!r}): get it again") from None
-    return contents
 
 
 def read_whole(content):
-    """The same from the content of Hugging Face's tokenizer.json, which holds all."""
+    """Ids and merges from the content of Hugging Face's tokenizer.json, which holds all."""
     cut = {"use_regex": True} | (content["pre_tokenizer"] or {})
     gpt2 = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}
-    if content["normalizer"] or not gpt2.items() <= cut.items():
-        raise ValueError("tokenizer.json cuts or changes the text in other ways than GPT-2")
     model = content["model"]
+    if content["normalizer"] or not gpt2.items() <= cut.items() or "merges" not in model:
+        raise ValueError("the text is changed (normalizer) or cut (pre_tokenizer, model) in other "
+                         "ways than GPT-2's: use a tokenizer of GPT-2's kind")
     # a merge is "t h" in older files and ["t", "h"] in newer ones
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-    return model["vocab"], merges, {token["content"]: token["id"]
-                                    for token in content["added_tokens"]}
+    return model["vocab"], merges
 
 
 # ---------------------------------------------------------------------------------------------
@@ -478,21 +480,31 @@ def read_records_backwards(path):
 
 
 def cut_txt(path):
-    """Yield the text of a .txt in pieces.
+    """Yield the text of a .txt in pieces: UTF-8, or UTF-16 that opens with a byte-order mark.
 
-    A piece ends at the first blank line after 4,000 characters, or at the first line's end after
-    8,000. A line that is longer itself is cut.
+    A piece ends at a line that is <|endoftext|> alone, which belongs to no piece. Long ones end at
+    the first blank line after 4,000 characters, or at the first line's end after 8,000. A line that
+    is longer itself is cut.
     """
     piece = ""
+    unreadable = 0
     with open_input(path) as f:
-        lines = io.TextIOWrapper(f, "utf-8-sig", "replace", newline="\n")
+        utf16 = f.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        encoding = "utf-16" if utf16 else "utf-8-sig"
+        lines = io.TextIOWrapper(f, encoding, "replace", newline="\n")
         for line in iter(lambda: lines.readline(8000), ""):
-            piece += line
+            unreadable += line.count("\ufffd")
             limit = 8000 if line.strip() else 4000  # a blank line ends a paragraph
+            if line.strip() == END_OF_TEXT:
+                line, limit = "", 0
+            piece += line
             if len(piece) >= limit:
                 yield piece
                 piece = ""
     yield piece
+    if unreadable > 10:
+        print(f"{path}: {unreadable:,} characters are U+FFFD, most likely bytes that are not "
+              "UTF-8: convert the file, as with iconv -f CP1252 -t UTF-8", file=sys.stderr)
 
 
 def hash64(text):
@@ -535,13 +547,10 @@ def in_processes(function, tasks, workers):
     # spawn: a fork would copy locks that the caller's threads (torch's, tqdm's) may hold
     spawn = multiprocessing.get_context("spawn")
     running = deque()
-    with ProcessPoolExecutor(workers, spawn, initializer=watch_parent) as pool:
+    with ProcessPoolExecutor(workers, spawn, initializer=start_worker) as pool:
         try:
             for task in tasks:
-                # The workers start here. They inherit that Ctrl-C is blocked: the parent answers.
-                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
                 running.append(pool.submit(function, task))
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
                 if len(running) == 2 * workers:
                     yield running.popleft().result()
             for future in running:
@@ -551,8 +560,9 @@ def in_processes(function, tasks, workers):
                           "--workers") from None
 
 
-def watch_parent():
-    """A killed parent takes its workers along."""
+def start_worker():
+    """Ctrl-C is the parent's to answer. A killed parent takes its workers along."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
@@ -563,7 +573,6 @@ def end_with_parent():
 
 def run_command(main):
     """Run a script's main: a user's mistake ends in one line with its mend, without a traceback."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except (ValueError, OSError) as e:

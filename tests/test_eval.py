@@ -185,9 +185,9 @@ def test_flags_of_generate_reach_the_model(ask, parts, monkeypatch):
     ids = tokenizer.encode("A drug")
     assert given.pop("n_pad").tolist() == [0, len(ids) - 1]
     assert given == dict(
-        idx=[ids, [tokenizer.eot_id] * len(ids)], dtype=torch.bfloat16, eot_id=tokenizer.eot_id,
-        temperature=0.5, top_k=7, top_p=0.9, seed=3, num_beams=2, length_penalty=0.25,
-        max_new_tokens=9)
+        idx=[ids, [0] * (len(ids) - 1) + [tokenizer.eot_id]], dtype=torch.bfloat16,
+        eot_id=tokenizer.eot_id, temperature=0.5, top_k=7, top_p=0.9, seed=3, num_beams=2,
+        length_penalty=0.25, max_new_tokens=9)
 
     tokenizer.add_special_tokens(["<|startoftext|>"])
     tokenizer.save("init")
@@ -216,24 +216,9 @@ def test_numbers_and_their_verdicts():
     assert verdicts == ["supported"] * 3 + ["contradicted"] * 2 + ["unsupported"] * 2
 
 
-def test_perturbed_text_differs_in_one_number():
-    """Catches a "perturbed" text equal to the true one, whose comparison would count as a loss; one
-    number's place, or a zero before a number, that would give the changed text away."""
-    text = "In 2018, 7 of 40 patients took 250 mg."
-    places = set()
-    for seed in range(30):
-        other = evaluate.perturb(text, seed)
-        pairs = enumerate(zip(text.split(), other.split(), strict=True))
-        (place,) = [i for i, (a, b) in pairs if a != b]
-        places.add(place)
-        assert len(other) == len(text) and " 0" not in other
-    assert places == {1, 2, 4, 7}
-    assert evaluate.perturb("no number: p53, 1.5", 0) is None
-
-
 def test_audit_and_its_controls(ask, monkeypatch):
     """Catches an answer judged by another's source, a control that is the question's own reference,
-    a reference judged by itself, and a preference for the changed text; a flag without effect."""
+    a reference judged by itself; a flag without effect."""
     asked = [Question("1", "Of 5 rats?", target="It took 11 days."),
              Question("2", "How long?", context="22 days, 9 sites.", target="It took 22 days."),
              Question("3", "How?", target="None at all."),
@@ -241,9 +226,6 @@ def test_audit_and_its_controls(ask, monkeypatch):
     monkeypatch.setattr(evaluate, "load_qa", lambda *_: asked)
     answer = Mock(return_value=["5 of 11 days", "9 or 11 days, 22 kg", "7 kg"])
     monkeypatch.setattr(evaluate, "continue_prompts", answer)
-    # Only the first text is likelier than its change.
-    monkeypatch.setattr(evaluate, "text_rows", lambda texts, *_: texts)
-    monkeypatch.setattr(evaluate, "summed_loss", lambda gpt, rows, _: ("11" not in rows[0], 1))
     result = ask("numbers --init init --data qa --max_new_tokens 40")
     _, tokenizer, prompts, max_new_tokens = answer.call_args.args
     assert prompts[0] == tokenizer.encode("Question: Of 5 rats?\nAnswer:")[-7:]
@@ -252,8 +234,7 @@ def test_audit_and_its_controls(ask, monkeypatch):
         [3, 3, 6, 1 / 2, 1 / 6, 1 / 3],  # 5, 11 days, 9 | 11 days | 22 kg, 7 kg
         [3, 2, 2, 0.0, 1 / 2, 1 / 2],  # 22 days to question 1, 11 days to question 3
         [3, 2, 2, 1 / 2, 0.0, 1 / 2]]  # 11 days and nothing, 22 days and the context
-    # of two texts with numbers; a tie is no preference
-    assert list(result["perturbed"].values()) == [2, 0.5, wilson(0.5, 2)]
+    assert result["answers"] == answer.return_value
     tokenizer.add_special_tokens(["<|startoftext|>"])  # as after fine-tuning
     tokenizer.save("init")
     small_gpt(301).save_pretrained("init")
@@ -268,8 +249,7 @@ def test_audit_and_its_controls(ask, monkeypatch):
 
 
 def test_tokenizer_tables(ask):
-    """Catches a space counted as a piece, characters taken for bytes, a term missed for its capital
-    or its comma."""
+    """Catches a space counted as a piece, characters taken for bytes."""
     one = Tokenizer.from_merges(train_bpe({" no": 2, " ne": 2}, 300))  # merges " n", " no", " ne"
     row, = evaluate.fragmentation({"group": ["no", "xx", "thrombin"]}, {"one": one})
     assert list(row.values()) == ["group", 3, "33%, 67%, 3.67"]  # 1, 2 and 8 pieces
@@ -277,12 +257,11 @@ def test_tokenizer_tables(ask):
     text = " ".join(["Genome, (genome) é"] * 6)
     Path("t.txt").write_text(text)
     one.save("one")
-    table, groups, of_text, bands = ask("tokenizer --tokenizer init --against one --text t.txt")
+    table, groups, of_text = ask("tokenizer --tokenizer init --against one --text t.txt")
     assert list(table[-1]) == ["word", "init", "one"]
     assert table[-1]["init"] == "t/h/r/o/m/b/in" and groups[-1]["terms"] == 210
     n_tokens = len(tokenizer.encode(text + "\n"))
     assert list(of_text[0].values()) == ["init", 18, n_tokens, n_tokens / 18, 120 / n_tokens]
-    assert [(row["group"], row["terms"]) for row in bands] == [("10 to 99", 1), ("never", 239)]
 
 
 def test_curves(ask, monkeypatch):
@@ -311,41 +290,29 @@ COMMANDS = {
     "export": "model export --init pretrained --out exported",
     "export_tuned": "model export --init tuned --out exported",
 }
-BYTES = {"empty": b"", "page": b"<html>404</html>", "null": b"null", "list": b"[1]",
-         "utf16": b"\xff\xfe{}", "deep": b"[" * 10**5, "zip": b"PK\5\6" + bytes(18),
+BYTES = {"empty": b"", "page": b"<html>404</html>", "list": b"[1]", "utf16": b"\xff\xfe{}",
+         "zip": b"PK\5\6" + bytes(18),
          "half": lambda old: old[:len(old) // 2],
          "lost": lambda old: old.replace(b"PK\1\2", b""),
          "flip": lambda old: (int.from_bytes(old) ^ 16 << 4 * len(old)).to_bytes(len(old))}
 WEIGHTS = "model.safetensors" if find_spec("safetensors") else "pytorch_model.bin"
 DAMAGE = [  # file, the commands that read it, ways to spoil it
-    ("pretrained/config.json", "train, perplexity",
-     "empty half null list utf16 deep n_layer=2 n_head=null vocab_size=10000000"),
+    ("pretrained/config.json", "train, perplexity", "empty half utf16 n_layer=2"),
     ("pretrained/config.json", "export",
-     'n_layer=10000000 n_layer="12" n_layer=true n_head=0 n_head=3 n_embd=18 resid_pdrop=1 '
-     'layer_norm_epsilon=null initializer_range=Infinity scale_attn_by_inverse_layer_idx="no" '
-     'eos_token_id=-1 eos_token_id=["end"] n_inner="wide" scale_attn_weights=false '
-     'activation_function="gelu_fast" model_type=null'),
-    ("pretrained/run.json", "train",
-     "empty half null list utf16 deep settings=null settings=[]"),
+     'n_head=3 n_inner=8 scale_attn_weights=false activation_function="gelu_fast" model_type=null'),
+    ("pretrained/run.json", "train --total_steps 5", "empty half list utf16"),
     ("pretrained/checkpoint_0000004.pt", "train",
-     "empty half flip zip lost step=1 step=null model=[] optimizer=null "
-     "optimizer/param_groups=null optimizer/state=[] "
-     "model/transformer.ln_f.bias=NaN model/transformer.wte.weight=Infinity "
-     "optimizer/state/transformer.ln_f.bias/exp_avg=NaN"),
-    ("pretrained/vocab.json", "perplexity",
-     "empty half null list utf16 deep !=null !=-1 !=1"),
-    ("pretrained/merges.txt", "tune", "empty page half utf16"),
-    ("tuned/added_tokens.json", "qa, export_tuned",
-     "empty half null list utf16 deep [PAD]=null [PAD]=\"x\" [PAD]=-1 [PAD]=5"),
+     "empty half flip zip lost model/transformer.ln_f.bias=NaN "
+     "model/transformer.wte.weight=Infinity"),
+    ("pretrained/vocab.json", "perplexity", "empty half list utf16"),
+    ("pretrained/merges.txt", "tune", "empty page half"),
+    ("tuned/added_tokens.json", "qa, export_tuned", "empty half list utf16"),
     ("tuned/added_tokens.json", "qa", "[PAD]=99999"),
-    (f"tuned/{WEIGHTS}", "qa, export_tuned", "empty page half flip"),
+    (f"tuned/{WEIGHTS}", "qa, export_tuned", "empty page half"),
     ("tuned/config.json", "qa", "empty n_embd=32"),
-    ("tuned/head.pt", "qa", "empty page half flip weight=NaN bias=Infinity weight=[] bias=null"),
-    ("tuned/run.json", "qa", "empty half null list utf16 deep length=0 length=null "
-     'length="12" labels=5 markers="no" task=5 kind=null'),
-    ("arrays/meta.json", "train",
-     "empty half null list utf16 deep vocab_size=null eot_id=null "
-     "train=null val=5 val/tokens=null val/bytes=null val/tokens=-1"),
+    ("tuned/head.pt", "qa", "empty page half flip weight=NaN bias=Infinity"),
+    ("tuned/run.json", "qa", "empty half list utf16 length=0"),
+    ("arrays/meta.json", "train", "empty half list utf16"),
 ]
 
 
@@ -411,25 +378,26 @@ def test_damage_is_told(whole, monkeypatch, file, commands, ways):
     for way in ways.split():
         for name in commands.split(", "):
             spoil(path, way)
-            said = told(name)
-            path.write_bytes(good)
+            try:
+                said = told(name)
+            finally:
+                path.write_bytes(good)
             assert path.name in said or str(path.parent) in said, (way, name, said)
 
 
 @pytest.mark.parametrize("command, mend", [
     ("tune --out pretrained", "a folder of its own"),
     ("tune --init tuned --out pretrained", "a folder of its own"),
-    ("tune --init stanford-crfm/BioMedLM", "data.py download"),
+    ("tune --init stanford-crfm/BioMedLM", "hf download"),
     ("tune --data arrays", "put the official file"),
     ("tune --json no/r.json", "make it first"),
     ("tune --length 7", "8 or more"),
     ("tune --lr nan", "number"),
     ("tune --seeds 1,0", "number"),
     ("qa --init pretrained", "--zero_shot"),
-    ("qa --task text", "give --task"),
     ("perplexity --json no/r.json", "make it first"),
     (f"generate --prompt '{TEXT}'", "context"),
-    ("generate --top_p 1.5", "number"),
+    ("generate --top_p -1", "number"),
     ("generate --temperature -1", "number"),
     ("curves", "log.jsonl"),
     ("export --init none", "no config.json")])

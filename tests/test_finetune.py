@@ -102,7 +102,7 @@ def nats_of(gpt, ids, first=1):
      "/<|CONTEXT|>+L+<|QUESTION|>+S+<|ANSWER|>"),
     ("text", False, "[PAD]+<|startoftext|>", "L+<|startoftext|>/S+EOT")])
 def test_prompts_are_the_papers(task, markers, added, template, length):
-    """F4: catches a missing or stray space, question-first order, ids that move, "[SEP]" read in a
+    """Catches a missing or stray space, question-first order, ids that move, "[SEP]" read in a
     question; cutting from a row's end, which drops the answer, a separator or end-of-text, or from
     a text's start."""
     asked = [dataclasses.replace(q, question=f"in [SEP] {q.question}", context=TEXT[:30 * i])
@@ -215,7 +215,7 @@ def naive(model, examples):
     ("pubmedqa", 2, 64),
     ("text", 0, 64)])
 def test_loss_gradient_and_scores_equal_each_option_alone(task, n_options, length, monkeypatch):
-    """F1, F2, F3, F6: catches a loss on prompt or padding, or shifted by a token; an option that
+    """Catches a loss on prompt or padding, or shifted by a token; an option that
     sees another one, positions that count other options or leave the context in padding; a mean per
     micro-batch or rank, wrong once lengths differ; a wrong stride of ranks, a lost order; a rank
     without a question that adds one; gradients that DDP exchanges too early or too often; bfloat16
@@ -305,7 +305,7 @@ def loop(monkeypatch, seed, rank, last=False):
     process = dataclasses.replace(CPU, rank=rank)
     process.all_reduce = lambda values: [3 * values[0]]  # as if of three ranks
     settings = {"batch_size": 3, "epochs": 5, "lr": 56.0, "last": last}
-    score = finetune.train(model, examples, examples[:2], settings, seed, process, log)
+    score = finetune.train_epochs(model, examples, examples[:2], settings, seed, process, log)
     return score, after.index(model.head.bias.item()), log, *zip(*steps)
 
 
@@ -359,7 +359,7 @@ def write_medqa(folder):
 
 
 def test_questions_of_dev_and_test_leave_train(monkeypatch):
-    """F7: catches a question in train that stands in dev or test, unlabeled or from another set;
+    """Catches a question in train that stands in dev or test, unlabeled or from another set;
     MMLU's five examples a subject as dev; another set's labels."""
     files = {"mmlu a val": "1",
              "mmlu a test": "23",
@@ -384,6 +384,21 @@ def test_questions_of_dev_and_test_leave_train(monkeypatch):
     for task, folders in ("mmlu", ["a", "c"]), ("pubmedqa", ["c"]):
         with pytest.raises(FileNotFoundError, match=f"no {task} c test"):
             read_questions(task, folders)
+    files["medmcqa b train"] = "123"
+    with pytest.raises(ValueError, match="all 3 train questions.*taken out"):
+        read_questions("mmlu", ["a", "b"])
+
+
+def test_a_damaged_split_is_told(init):
+    """Catches a damaged file taken for a missing one: its questions would be lost without a word,
+    and those of dev or test stay in train."""
+    for split in "train", "dev", "test":
+        path = Path(f"qa/4_options/phrases_no_exclude_{split}.jsonl")
+        whole = path.read_text()
+        path.write_text(whole[:-9])
+        with pytest.raises(ValueError, match=path.name):
+            read_questions("medqa", ["qa"])
+        path.write_text(whole)
 
 
 @pytest.fixture
@@ -447,7 +462,7 @@ def test_dev_chooses_and_test_is_reported(init, monkeypatch, split, saved, mean)
         model.head.bias.data.fill_(seed)
         return {3: 0.5, 1: 0.9, 2: 0.9}[seed] if dev_set else None
 
-    monkeypatch.setattr(finetune, "train", fake_train)
+    monkeypatch.setattr(finetune, "train_epochs", fake_train)
     monkeypatch.setattr(finetune, "score_examples", lambda model, examples, process: [
         [model.head.bias.item(), 2, 0, 0]] * len(examples))
     result = tune("--seeds 3,1,2 --dtype bfloat16 --limit 6")
