@@ -184,7 +184,6 @@ MACHINES = (  # GPUs, 8 a node; name, GB of each; bytes/s of its memory by the d
     (8, "H100", 80, 3.35e12),
     (128, "H100", 80, 3.35e12),
     (128, "A100", 40, 1.555e12))
-SAVE_MINUTES = 30  # train.py's default
 COPY_RATE = 5e9  # a guess: bytes/s at which the full state reaches rank 0's CPU; training waits
 
 
@@ -205,10 +204,10 @@ def bench_plan(parser, rest):
     n_params = gpt_model.without_memory(config).n_params()
     flops = train.flops_per_token(config, n_params, recipe["seq_len"])
     stall = 12 * n_params / COPY_RATE
-    share = stall / (60 * SAVE_MINUTES + stall)
+    share = stall / (60 * recipe["save_minutes"] + stall)
     show({"parameters N": n_params, "FLOPs a token = 6*N + 12*L*T*C": flops,
           "checkpoint, GB = 12*N": 12 * n_params / 1e9,
-          f"every {SAVE_MINUTES} minutes training waits for it, s": stall})
+          "training waits for it, s": stall, "share of the time": share})
     hours = recipe["total_steps"] / (1 - share) / 3600  # of a step of one second
     for machine in [(args.gpus, "H100", args.gb, 3.35e12)] if args.gpus else MACHINES:
         plan_machine(args, config, n_params, recipe, machine, hours, flops)
@@ -507,10 +506,6 @@ def gpu_milliseconds(variants):
 # ---------------------------------------------------------------------------------------------
 # train: a whole step of train.py beside a plain GPT's, on the same weights and optimiser
 
-SETTINGS = {"lr": 1e-5, "min_lr": 1e-5, "warmup_steps": 100, "weight_decay": 0.1,
-            "grad_clip": 1.0, "seed": 17}  # of train.py's steps; here they must not diverge
-
-
 def bench_train(parser, rest):
     """tokens/s, MFU and peak memory of a full step, ours and plain in turns on the same weights."""
     add = parser.add_argument
@@ -533,8 +528,8 @@ def bench_train(parser, rest):
 
 def measure_train(args, dropout, process):
     """Show one dropout rate: the median step of each variant."""
-    settings = SimpleNamespace(**train.recipe(args.shape) | SETTINGS | {
-        "micro_batch": args.micro_batch, "accumulation": 1})
+    settings = SimpleNamespace(**train.recipe(args.shape) | {
+        "lr": 1e-5, "min_lr": 1e-5, "micro_batch": args.micro_batch, "accumulation": 1})
     config = GPTConfig.preset(args.shape, dropout=dropout)
     torch.manual_seed(0)
     with process.device:
