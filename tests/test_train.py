@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -250,13 +251,13 @@ def test_run_equals_a_plain_loop(arrays, go, out):
     val = data.load_meta(arrays)["val"]
     tokens_per_byte = val["tokens"] / val["bytes"]
     cosine = [0.002 + 0.009 * (1 + math.cos(math.pi * i / 4)) for i in range(5)]
-    expected = collections.defaultdict(dict)
+    expected = []
     for step, lr in enumerate([0, 0.01, *cosine]):
         if step % 3 == 0:
             x, y = map(torch.cat, zip(*data.val_batches(**which, max_tokens=100)))
             nats = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
-            expected["val_loss"][step] = nats
-            expected["val_bits_per_byte"][step] = nats * math.log2(math.e) * tokens_per_byte
+            expected.append({"step": step, "val_loss": nats,
+                             "val_bits_per_byte": nats * math.log2(math.e) * tokens_per_byte})
         if step == 6:
             break
         x, y = next(batches)
@@ -266,13 +267,13 @@ def test_run_equals_a_plain_loop(arrays, go, out):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.5).item()
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-        row = {"loss": loss.item(), "grad_norm": norm, "lr": lr, "tokens": 128 * (step + 1)}
-        for key, value in row.items():
-            expected[key][step + 1] = value
-    norms = expected["grad_norm"].values()
+        expected.append({"step": step + 1, "tokens": 128 * (step + 1), "loss": loss.item(),
+                         "lr": lr, "grad_norm": norm})
+    norms = [row["grad_norm"] for row in expected if "loss" in row]
     assert min(norms) < 1.5 < max(norms)  # AdamW would not see that all are scaled alike
-    for key, values in expected.items():
-        assert rows(out, key) == pytest.approx(values, rel=1e-4)
+    for line, row in zip((out / "log.jsonl").read_text().splitlines(), expected, strict=True):
+        logged = json.loads(line)
+        assert {key: logged[key] for key in row} == pytest.approx(row, rel=1e-4)
 
 
 def test_presets(monkeypatch):
@@ -429,29 +430,13 @@ def test_an_optimiser_without_moments(go, out, tmp_path):
     assert_same(out, whole)
 
 
-def compile_quickly(rank):
-    """A fault: blocks are traced as by torch.compile, and run without a C++ compiler; their weight
-    gradients add up in place."""
-    compile_block, speed_up = torch.nn.Module.compile, train.speed_up
-    torch.nn.Module.compile = lambda block: compile_block(block, backend="eager")
-    train.kernels_active = lambda device: "triton"
-    train.speed_up = lambda model, compiled, process: speed_up(
-        model, compiled, train.Process(process.device, torch.bfloat16))
-
-
 @pytest.mark.slow
-def test_compiled_blocks(go, out, undisturbed):
-    """Compiling fails on gradients that add up in place, or turns that off."""
-    def fault(rank):
-        compile_quickly(rank)
-        before(train, "train_step", lambda model, *_: check(model))
-
-    def check(model):
-        assert all(layer.accumulates for layer in train.linear_layers(model))
-
-    go(out, "--compile --total_steps 3", fault=fault)
-    for step, loss in rows(out).items():
-        assert loss == pytest.approx(rows(undisturbed)[step], rel=1e-3)
+def test_compiled_blocks(arrays, out, undisturbed):
+    """A block that torch.compile can't follow."""
+    flags = f"--data {arrays} --out {out} {SHAPE} {SMALL} --compile --total_steps 2 --device cpu"
+    done = run(ROOT / "train.py", *flags.split())
+    assert done.returncode == 0, done.stderr
+    assert rows(out)[1] == pytest.approx(rows(undisturbed)[1], rel=1e-6)
 
 
 class NoFloat64(TorchDispatchMode):
@@ -731,9 +716,8 @@ def test_processes_that_cannot_share_a_step():
     assert train.split_batch(settings, 2) == (4, 1)
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32),
-                                                   ((8, 0), torch.bfloat16)])
-def test_gpus(monkeypatch, capsys, capability, dtype):
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_gpus(monkeypatch, capability):
     """--device cuda:1 leaves Triton on GPU 0: an illegal access. A T4 computes in bfloat16, which
     it has not."""
     probe = mock.Mock(device=torch.device("cuda:1"))
@@ -743,42 +727,34 @@ def test_gpus(monkeypatch, capsys, capability, dtype):
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     process = train.start_process("cuda:1")
     set_device.assert_called_once_with(process.device)
-    assert (process.device, process.dtype) == (probe.device, dtype)
-    if dtype == torch.float32:
-        assert "this GPU is too old for bfloat16" in capsys.readouterr().out
-        with pytest.raises(ValueError, match="use --dtype float32"):
-            train.start_process("cuda:1", "bfloat16")
+    old = capability == (7, 5)
+    assert process.dtype == (torch.float32 if old else torch.bfloat16)
+    with pytest.raises(ValueError, match="use --dtype float32") if old else nullcontext():
+        train.start_process("cuda:1", "bfloat16")
 
 
-@pytest.mark.parametrize(("name", "peak"), [
-    ("NVIDIA H100 NVL", 835.5e12), ("NVIDIA H100 80GB HBM3", 989.5e12), ("NVIDIA L4", None),
-    ("NVIDIA GeForce RTX 4090", 165.2e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)])
-def test_mfu(tmp_path, monkeypatch, name, peak):
-    """The peak of another chip, or of one GPU where two take part."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+def test_mfu(tmp_path, monkeypatch):
+    """The peak of another chip that has a part of the name, or of one GPU where two take part."""
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
     settings = Namespace(batch_tokens=1000, total_steps=9, lr=1, min_lr=1, warmup_steps=1)
     process = train.Process(torch.device("cuda"), torch.bfloat16, world_size=2)
-    train.log_step(tmp_path, 3, 1.0, 1.0, 4.0, 6e9, settings, process)
-    row = json.loads((tmp_path / "log.jsonl").read_text())
-    assert row["tokens_per_s"] == 250 and row["memory"] == 0
-    assert row.get("mfu") == (peak and pytest.approx(250 * 6e9 / (2 * peak)))
+    for name, mfu in (("H100 NVL", 1e9 / 835.5e12), ("H100 80GB HBM3", 1e9 / 989.5e12),
+                      ("RTX 4090", 1e9 / 165.2e12), ("RTX 4090 Laptop GPU", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", mock.Mock(return_value=name))
+        train.log_step(tmp_path, 3, 1.0, 1.0, 4.0, 8e6, settings, process)
+        row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+        assert row["tokens_per_s"] == 250 and row.get("mfu") == (mfu and pytest.approx(mfu))
 
 
-def test_embeddings_padded_beyond_the_tokenizer(tmp_path):
-    """A folder whose embedding was padded to a multiple of 64 is refused, or one that can't hold
+def test_embeddings_padded_beyond_the_tokenizer(monkeypatch):
+    """A model whose embedding was padded to a multiple of 64 is refused, or one that can't hold
     the arrays' ids, or that ends texts with another token, is taken."""
-    meta = {"vocab_size": 2000, "eot_id": 1999}
-    settings = Namespace(init=tmp_path, seq_len=16, dropout=0.1, n_layer=None, n_head=None,
-                         n_embd=None)
+    settings = Namespace(init="padded", seq_len=16, dropout=0.1, n_layer=0, n_head=0, n_embd=0)
     for vocab_size, eot_id, taken in ((2048, 1999, True), (1999, 1998, False), (2048, 0, False)):
-        hf = model_module.GPTConfig(vocab_size=vocab_size, eot_id=eot_id).to_hf()
-        (tmp_path / "config.json").write_text(json.dumps(hf))
-        if taken:
-            assert train.choose_config(settings, meta).vocab_size == vocab_size
-        else:
-            with pytest.raises(ValueError, match="tokenize with the tokenizer of --init"):
-                train.choose_config(settings, meta)
+        config = model_module.GPTConfig(vocab_size=vocab_size, eot_id=eot_id)
+        monkeypatch.setattr(GPT, "config_of", mock.Mock(return_value=config))
+        with nullcontext() if taken else pytest.raises(ValueError, match="tokenizer of --init"):
+            assert train.choose_config(settings, {"vocab_size": 2000, "eot_id": 1999}) == config
 
 
 BARE = """
