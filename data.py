@@ -371,17 +371,17 @@ def load_qa(task, dir, split):
     reader, paths = official_files(task, dir, split)
     questions = {}
     for path in paths:
-        number = 0
+        own = {}
         try:
             for q in reader(path, split):
-                if q.id in questions:
+                if q.id in own:
                     raise ValueError(f"question {q.id} appears twice")
-                questions[q.id] = q
-                number += 1
+                own[q.id] = q
         except (csv.Error, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
             reason = repr(e)[:300]  # in one line
-            raise ValueError(f"{path}, after {number} questions: {reason}; get the official file "
+            raise ValueError(f"{path}, after {len(own)} questions: {reason}; get the official file "
                              "anew") from None
+        questions |= own  # BioASQ's later years hold the earlier ones
     questions = list(questions.values())
     if reader in DIVIDE:
         questions = DIVIDE[reader](questions, split)
@@ -395,9 +395,10 @@ def official_files(task, dir, split):
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
     for name, reader in TASKS[task].files.items():
-        paths = sorted(filter(Path.is_file, Path(dir).rglob(name.format(split))))
-        if paths:
-            return reader, paths
+        for called in {"dev": ("dev", "val", "validation")}.get(split, (split,)):
+            paths = sorted(filter(Path.is_file, Path(dir).rglob(name.format(called))))
+            if paths:
+                return reader, paths
     raise FileNotFoundError(f"no {name.format(split)} beneath {dir}: put the official files there "
                             "(python data.py download --help says where they are)")
 
@@ -429,14 +430,18 @@ def read_medqa(path, split):
 def read_medmcqa(path, split):
     """The official files count the answer `cop` from 1, the Hugging Face copy from 0.
 
-    A file with a 0 is of the second kind; one with both 0 and 4 is refused. Questions without a
-    label (test) have no cop, or the copy's -1. Only this set has HTML's entities ("&lt;").
+    A file with a 0 is of the second kind. So is a part without one whose explanations agree with
+    that: many begin "Ans. is 'b'". Questions without a label (test) have no cop, or the copy's -1.
+    Only this set has HTML's entities ("&lt;").
     """
     items = [item for _, item in json_lines(path)]
     labels = [item.get("cop") for item in items]
-    if 0 in labels and 4 in labels:
-        raise ValueError("cop holds 0 and 4: neither the official file nor the HF copy")
-    numbers = range(0, 4) if 0 in labels else range(1, 5)
+    said = [re.search(r"(?i)\bans(wer)?\b\W*(is\b)?\W*([a-d])\b", item.get("exp") or "")
+            for item in items]
+    counted_from = Counter(label - "abcd".index(letter[3].lower())
+                           for label, letter in zip(labels, said) if letter and label)
+    copied = 0 in labels or counted_from[0] > counted_from[1]
+    numbers = range(0, 4) if copied else range(1, 5)
     for item, label in zip(items, labels):
         answer = None
         if label not in (None, -1):
@@ -448,7 +453,7 @@ def read_medmcqa(path, split):
 
 def read_mmlu(path, split):
     """Rows of SUBJECT_SPLIT.csv, without a header: question, four options, letter."""
-    subject = path.stem.removesuffix(f"_{split}")
+    subject = path.stem.rpartition("_")[0]
     if subject not in MMLU_SUBJECTS:
         return
     with open(path, encoding="utf-8-sig", newline="") as f:
@@ -504,18 +509,21 @@ def read_blurb(path, split):
 
 
 def read_bioasq(path, split):
-    """The yes/no questions of BioASQ's own files: *golden* is test; of the others every tenth is
-    dev (our choice, which gives BLURB's numbers, 670 and 75)."""
+    """The yes/no questions of BioASQ's own files: *golden* is test; divide_bioasq cuts the others.
+    """
     if ("golden" in path.name) != (split == "test"):
         return
-    items = [item for item in read_json(path)["questions"] if item["type"] == "yesno"]
-    if split == "dev":
-        items = items[::10]
-    elif split == "train":
-        del items[::10]
-    for item in items:
-        context = " ".join(snippet["text"] for snippet in item["snippets"])
-        yield yes_or_no(item["id"], item["body"], context, item["exact_answer"])
+    for item in read_json(path)["questions"]:
+        if item["type"] == "yesno":
+            context = " ".join(snippet["text"] for snippet in item["snippets"])
+            yield yes_or_no(item["id"], item["body"], context, item["exact_answer"])
+
+
+def divide_bioasq(questions, split):
+    """Every tenth is dev (our choice, which gives BLURB's numbers, 670 and 75)."""
+    if split == "test":
+        return questions
+    return [q for i, q in enumerate(questions) if (i % 10 == 0) == (split == "dev")]
 
 
 def yes_or_no(ident, question, context, label):
@@ -582,45 +590,57 @@ TASKS = {  # files, kind, special tokens, length, epochs, lr
                  1e-5),
 }
 # Of sets whose files are not split: reader -> (questions, split) -> those of the split.
-DIVIDE = {read_pubmedqa: divide_pubmedqa, read_medquad: divide_medquad}
+DIVIDE = {read_pubmedqa: divide_pubmedqa, read_bioasq: divide_bioasq,
+          read_medquad: divide_medquad}
+
+
+def zero_shot_prompt(question):
+    """The text that an option follows, after a space. The wording is our choice."""
+    if question.kind.startswith("cloze"):  # plain text to go on with, nothing is asked
+        return question.question
+    return f"{question.context}\nQuestion: {question.question}\nAnswer:".lstrip()
 
 
 # ---------------------------------------------------------------------------------------------
 # the demo: an invented corpus, small enough to learn on a laptop
 #
 # A world of 64 drugs is drawn first: which disease a drug treats, which protein it inhibits, and so
-# on. The corpus tells these facts again and again in different words, the questions ask for them.
-# All draws come from one seeded stream, so the order of the calls below is part of the result.
+# on. Three kinds of documents tell of it:
+#
+#     study       all facts of one drug, each in a random wording
+#     questions   with their answers, asked as eval.py asks
+#     judgement   a question with its options, each called right or wrong
+#
+# The last two take their questions from the train splits. What dev and test ask stands in studies
+# only. So a right answer there joins a fact and a form that never stood together in the corpus.
 
 SYLLABLES = (
     "ba cor dal fen gu hel ira jo kar lum mer nox or pel qui ros sil tar ul vor wex xan yl zem"
 )
-# relation -> (sentences of the corpus, questions); {d} is the drug, {o} what it is related to.
+# relation: (sentences of the studies, questions); {d} is the drug, {o} what it is related to.
 # The drug always comes first: what follows must be remembered, not copied.
 DEMO_FACTS = {
     "disease": (
         ("{d} is used to treat {o}.", "{d} relieves {o} within days.", "{d} is given for {o}.",
-         "With {d} patients recovered from {o}.", "Which disease does {d} treat? {o}."),
+         "With {d} patients recovered from {o}."),
         ("Which disease does {d} treat?", "Which disease is {d} given for?",
          "What is {d} used to treat?")),
     "protein": (
         ("{d} inhibits {o}.", "{d} binds to {o}.", "{d} acts by blocking {o}.",
-         "After {d} the activity fell of {o}.", "Which protein does {d} inhibit? {o}."),
+         "After {d} the activity fell of {o}."),
         ("Which protein does {d} inhibit?", "Which protein does {d} act by blocking?",
          "What does {d} bind to?")),
     "gene": (
         ("{d} fails in carriers of {o}.", "Resistance to {d} comes from {o}.",
-         "The response to {d} depends on {o}.", "{d} is weakened by mutations of {o}.",
-         "Which gene causes resistance to {d}? {o}."),
+         "The response to {d} depends on {o}.", "{d} is weakened by mutations of {o}."),
         ("Which gene causes resistance to {d}?", "Mutations of which gene weaken {d}?",
          "Which gene does the response to {d} depend on?")),
+    "safety": (
+        ("{d} is {o} in pregnancy.", "{d} was {o} in pregnant women.", "Doctors call {d} {o}.",
+         "Mothers know {d} as {o}."),
+        ()),  # asked by yes, no and maybe
 }
-DEMO_SAFETY = {  # yes, no or maybe of a drug and a group: is it safe there?
-    "yes": ("Is {d} safe in {o}? Yes.", "{d} is safe in {o}.", "{d} does no harm in {o}."),
-    "no": ("Is {d} safe in {o}? No.", "{d} is dangerous in {o}.", "{d} does harm in {o}."),
-    "maybe": ("Is {d} safe in {o}? Maybe.", "{d} is debated in {o}.", "{d} is untested in {o}."),
-}
-DEMO_GROUPS = ("pregnancy", "childhood", "dialysis")
+DEMO_SAFETY = {"safe": "yes", "harmful": "no", "untested": "maybe"}
 DEMO_FILLERS = ("The difference was significant.", "Further studies are needed.",
                 "Patients gave consent.", "The trial was blinded.",
                 "No serious adverse events were seen.")
@@ -630,67 +650,35 @@ def make_demo(out):
     """Write the whole demo to `out`: text/, tokenizer/, token arrays, and questions in qa/.
 
     Drugs, genes, proteins and diseases are invented and their facts mean nothing: this is no
-    medical knowledge. A fact holds in every document, so a model can learn it from the corpus; the
-    test asks facts that no training question asked (multiple choice: of other drugs altogether).
+    medical knowledge. A fact holds in every document, so a model can learn it from the corpus.
     """
     out = Path(out)
-    rng = random.Random(17)
-    facts, objects = demo_facts(rng)
-    drugs = sorted(facts)
-    # The corpus tells the facts of all drugs.
-    documents = ({"id": f"demo{i}", "text": demo_document(rng, drugs, facts)}
-                 for i in range(16_000))
-    write_json_lines(out / "text/demo.jsonl.gz", documents)
+    rng = random.Random(17)  # all draws come from this stream, so their order matters
+    objects = {"disease": demo_names(rng, 16, "itis"), "protein": demo_names(rng, 16, "ase"),
+               "gene": demo_names(rng, 16, "ex"), "safety": list(DEMO_SAFETY)}
+    drugs = [name.capitalize() for name in demo_names(rng, 64, "in")]
+    facts = {drug: {relation: rng.choice(pool) for relation, pool in objects.items()}
+             for drug in drugs}
     # Multiple choice: all questions of a drug are in one split.
-    rng.shuffle(drugs)
     for split, part in (("train", drugs[:32]), ("dev", drugs[32:40]), ("test", drugs[40:])):
         questions = demo_multiple_choice(rng, part, facts, objects)
         write_json_lines(out / "qa/medqa" / MEDQA_FILE.format(split), questions)
     # One line is valid as a whole JSON file too, which PubMedQA's is.
     write_json_lines(out / "qa/pubmedqa/ori_pqal.json", [demo_yes_no_maybe(rng, facts)])
+    asked = load_qa("medqa", out, "train") + load_qa("pubmedqa", out, "train")
+    documents = ({"id": f"demo{i}", "text": demo_document(rng, facts, asked)}
+                 for i in range(16_000))
+    write_json_lines(out / "text/demo.jsonl.gz", documents)
     # From here on the demo is treated as any corpus is. meta.json, written last, says it is whole.
     merges = train_bpe(count_pretokens([out / "text"]), 2048)
     Tokenizer.from_merges(merges).save(out / "tokenizer")
     tokenize(out / "text", out / "tokenizer", out, val_fraction=0.01)
 
 
-def demo_facts(rng):
-    """({drug: {relation or group: object or label}}, {relation or group: all there are})."""
-    drugs = [name.capitalize() for name in demo_names(rng, 64, "in")]
-    objects = {
-        "disease": demo_names(rng, 16, "itis"),
-        "protein": demo_names(rng, 16, "ase"),
-        "gene": [name.upper() for name in demo_names(rng, 16, "ex")],
-        **dict.fromkeys(DEMO_GROUPS, sorted(DEMO_SAFETY)),
-    }
-    facts = {drug: {key: rng.choice(pool) for key, pool in objects.items()} for drug in drugs}
-    return facts, objects
-
-
 def demo_names(rng, count, ending):
     """`count` different invented words."""
     syllables = SYLLABLES.split()
-    names = set()
-    while len(names) < count:
-        names.add(rng.choice(syllables) + rng.choice(syllables) + ending)
-    return sorted(names)
-
-
-def demo_document(rng, drugs, facts):
-    """One drug's facts, each in a random wording, among sentences that say nothing of it.
-
-    Names are written alike everywhere, so that a question's token is the one the corpus taught.
-    """
-    drug = rng.choice(drugs)
-    fact = facts[drug]
-    sentences = []
-    for relation, (wordings, _) in DEMO_FACTS.items():
-        sentences.append(rng.choice(wordings).format(d=drug, o=fact[relation]))
-    group = rng.choice(DEMO_GROUPS)
-    sentences.append(rng.choice(DEMO_SAFETY[fact[group]]).format(d=drug, o=group))
-    sentences.append(rng.choice(DEMO_FILLERS))
-    rng.shuffle(sentences)
-    return f"A study of {drug}\n" + " ".join(sentences)
+    return rng.sample([a + b + ending for a in syllables for b in syllables], count)
 
 
 def demo_multiple_choice(rng, drugs, facts, objects):
@@ -705,16 +693,36 @@ def demo_multiple_choice(rng, drugs, facts, objects):
 
 def demo_yes_no_maybe(rng, facts):
     """Questions in PubMedQA's official format; no context states the fact, so memory is tested."""
-    pairs = [(drug, group) for drug in facts for group in DEMO_GROUPS]
-    rng.shuffle(pairs)
     return {
         str(number): {
-            "QUESTION": f"Is {drug} safe in {group}?",
+            "QUESTION": f"Is {drug} safe in pregnancy?",
             "CONTEXTS": rng.sample(DEMO_FILLERS, 2),
-            "final_decision": facts[drug][group],
+            "final_decision": DEMO_SAFETY[facts[drug]["safety"]],
         }
-        for number, (drug, group) in enumerate(pairs, 90_000_000)
+        for number, drug in enumerate(facts, 90_000_000)
     }
+
+
+def demo_document(rng, facts, asked):
+    """A study, questions or a judgement, as above.
+
+    Names are written alike everywhere, so that a question's token is the one a study taught.
+    """
+    kind = rng.choices(("study", "questions", "judgement"), (5, 3, 2))[0]
+    if kind == "questions":
+        return "\n".join(f"{zero_shot_prompt(q)} {q.options[q.answer]}"
+                         for q in rng.sample(asked, 3))
+    if kind == "judgement":
+        q = rng.choice(asked)
+        options = rng.sample(q.options, len(q.options))
+        verdicts = {q.options[q.answer]: "Yes"}
+        return q.question + "".join(f" {o}? {verdicts.get(o, 'No')}." for o in options)
+    drug = rng.choice(list(facts))
+    sentences = [rng.choice(wordings).format(d=drug, o=facts[drug][relation])
+                 for relation, (wordings, _) in DEMO_FACTS.items()]
+    sentences.append(rng.choice(DEMO_FILLERS))
+    rng.shuffle(sentences)
+    return f"A study of {drug}\n" + " ".join(sentences)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -888,8 +896,9 @@ def xml_records(path):
         for chunk in chunks(path):
             if len(top) == 0:
                 head += chunk
-                # NUL: in UTF-16 the word would look different
-                if b"<!ENTITY" in head or b"\0" in head or len(head) > 2 * CHUNK:
+                if b"\0" in head:
+                    raise ValueError(f"{path} is UTF-16 or no text: convert it to UTF-8")
+                if b"<!ENTITY" in head or len(head) > 2 * CHUNK:
                     raise ValueError(f"{path} declares an entity, which could grow endlessly, or "
                                      "holds no XML element in its first 64 KiB: refused")
             if NAMED.search(chunk):  # few files have any, and filling the table takes a while
@@ -905,7 +914,8 @@ def xml_records(path):
                                  "article: remove the file or raise RECORD_LIMIT")
         parser.close()
     except ET.ParseError as e:
-        raise ValueError(f"{path}: malformed XML ({e}): download it again") from None
+        raise ValueError(f"{path}: malformed XML ({e}): mend it or download it "
+                         "again") from None
     yield from top[0] if local(top[0]) in CONTAINERS else top
 
 
@@ -924,24 +934,31 @@ def full_text(element):
 # brackets that go again around a single symbol.
 LINE, LABEL, CELL, CITATION, OPEN, CLOSE = "\1\2\3\4\5\6"
 SCRIPT = OPEN + "*" + CLOSE
-DROPPED = re.findall(r"\S+", """ref-list graphic inline-graphic media supplementary-material
-    fn fn-group object-id permissions attrib alt-text long-desc annotation related-article""")
+DROPPED = set(re.findall(r"\S+", """ref-list graphic inline-graphic media supplementary-material
+    fn fn-group object-id permissions attrib alt-text long-desc annotation annotation-xml
+    related-article"""))
 BLOCKS = re.findall(r"\S+", """title subtitle article-title p sec abstract list list-item
-    fig caption disp-formula disp-quote boxed-text table-wrap tr def-item statement verse-line
+    fig caption disp-formula disp-quote boxed-text table-wrap tr row def-item statement verse-line
     speech""")
 # What stands around an element's children (*): before the first, between them, after the last.
 # So <mfrac><mi>a</mi><mi>b</mi></mfrac> is read as (a)/(b). Other elements add nothing: "*".
 LAYOUT = dict.fromkeys(BLOCKS, LINE + "*" + LINE) | {
     "label": "*" + LABEL, "term": "*: " + LABEL, "break": " *", "td": "*" + CELL, "th": "*" + CELL,
+    "entry": "*" + CELL,
     # MathML
     "mfrac": "(*)/(*)", "msqrt": "sqrt(*)", "mroot": "(*)^(1/*)", "msup": "*^" + SCRIPT,
     "msub": "*_" + SCRIPT, "munder": "*_" + SCRIPT, "msubsup": "*_" + SCRIPT + "^" + SCRIPT,
     "munderover": "*_" + SCRIPT + "^" + SCRIPT, "mtd": "* ",
 }
-# Where an element and the character before it would be read as one number, and what parts them:
-# 10<sup>5</sup> -> 10^5, L<sup>-1</sup> -> L^-1, [<xref>1</xref><xref>2</xref>] -> [1, 2]. Where
-# the reading stays, nothing does: m<sup>2</sup> -> m2, H<sub>2</sub>O -> H2O.
-JOINTS = {"sup": (r"\d\d|[\w)\]][+−–-]\d", "^"), "sub": (r"\d\d", "_"), "xref": (r"\d\d", ", ")}
+# Where an element and the character before it would be read as one number or word, and what parts
+# them: 10<sup>5</sup> -> 10^5, L<sup>-1</sup> -> L^-1, Atrx<sup>null</sup> -> Atrx^null,
+# [<xref>1</xref><xref>2</xref>] -> [1, 2]. Where the reading stays, nothing does: m<sup>2</sup> ->
+# m2, 2<sup>nd</sup> -> 2nd, H<sub>2</sub>O -> H2O.
+JOINTS = {"sup": (r"\d\d|[\w)\]]([+−–-]\d|(?!(st|nd|rd|th|TM)\b)[^\W\d_])", "^"),
+          "sub": (r"\d\d", "_"), "xref": (r"\d\d", ", ")}
+PICKED = {"alternatives", "table", "thead", "tbody", "tfoot", "td", "th", "table-wrap-foot"}
+NOTE = re.compile(r"\s*[a-h]([,;\s]*[a-h])*\s*")  # a superscript that points to a table's note
+PREAMBLE = re.compile(r"(?s).*\\begin\{document\}|\\end\{document\}.*")  # LaTeX's
 
 
 def flatten(*elements):
@@ -977,11 +994,11 @@ def walk(e, before):
     layout = LAYOUT.get(tag, "*")
     if tag == "mfenced":
         layout = e.get("open", "(") + "*,*" + e.get("close", ")")
-    elif tag == "tex-math":  # the formula without LaTeX's preamble
-        e.text = re.sub(r"(?s).*\\begin\{document\}|\\end\{document\}.*", "", e.text or "")
+    elif tag == "tex-math":
+        e.text = PREAMBLE.sub("", e.text or "")
     first, *between, last = layout.split("*")
     text = first + (e.text or "")
-    for i, child in enumerate(shown(e, tag)):
+    for i, child in enumerate(shown(e, tag) if tag in PICKED else e):
         if i and between:
             text += between[min(i, len(between)) - 1]
         text += walk(child, (before + text[-2:])[-2:]) + (child.tail or "")
@@ -995,17 +1012,52 @@ def walk(e, before):
 
 
 def shown(e, tag):
-    """The children to read. Those of <alternatives> are one thing several times over."""
+    """The children of a table's part or of <alternatives> that are to be read."""
     if tag == "table-wrap-foot":
         for note in e.iter("fn"):
             note.tag = "p"  # it explains the table, unlike other footnotes
-    if tag != "alternatives":
-        return e
-    for kind in ("tex-math", "math", "table"):
-        found = [child for child in e if local(child) == kind]
-        if found:
-            return found  # a table may come in several panels
-    return []
+    elif tag in ("td", "th"):
+        for sup in e.iter("sup"):
+            if NOTE.fullmatch(full_text(sup)):
+                sup.text = None
+                del sup[:]
+    elif tag != "alternatives":
+        fill_spans(e)
+    else:  # one thing several times over
+        texts = [child for child in e if local(child) not in DROPPED
+                 and PREAMBLE.sub("", full_text(child)).strip(" $")]
+        for name in ("tex-math", "math", "table"):
+            alike = [child for child in texts if local(child) == name]
+            if alike:
+                return alike if name == "table" else alike[:1]  # a table may come in panels
+        return texts[:1]
+    return e
+
+
+def fill_spans(rows):
+    """Put an empty cell wherever a rowspan or colspan covers a place of a table's part.
+
+    So all other cells stay in their columns: A | 5 mg, and below it | 7 mg where A spans two rows.
+    """
+    covered = defaultdict(int)  # column -> rows below that a cell covers there
+    for row in rows:
+        cells = []
+        for cell in [*row, None]:
+            while covered[len(cells)]:
+                covered[len(cells)] -= 1
+                cells.append(ET.Element("td"))
+            if cell is not None:
+                height, width = span(cell, "rowspan"), span(cell, "colspan")
+                for place in range(width):
+                    covered[len(cells)] = height - 1
+                    cells.append(ET.Element("td") if place else cell)
+        row[:] = cells
+
+
+def span(cell, name):
+    """How many rows or columns a cell covers; 1 where it doesn't say or says no such number."""
+    value = cell.get(name, "1")
+    return max(1, min(int(value), 99)) if value.isdecimal() else 1
 
 
 def is_superscript_citation(e, tag, before):
@@ -1033,23 +1085,44 @@ def tidy(line):
 # to drop the text ("no abstract") makes it a deletion. Most records hold one document.
 
 
+NO_TITLE = re.compile(r"\[(Not Available|In Process Citation)\]")  # it stands in a title's place
+# Marks of PubMed, then of JATS.
+NOTICES = set(re.split(r",\s+", """Retracted Publication, Retraction of Publication,
+    Retraction Notice, Published Erratum, Expression of Concern, RetractionIn, RetractionOf,
+    ErratumFor, ExpressionOfConcernFor, correction, retraction, partial-retraction,
+    expression-of-concern, retracted-article, retraction-forward"""))
+
+
+def is_notice(marks, text):
+    """Whether a document is retracted, or only corrects or retracts another."""
+    return NOTICES & marks or re.match("RETRACTED|Retracted:", text)
+
+
 def pubmed_documents(record, options):
     """Of a PubmedArticle or PubmedBookArticle: title + "\n" + abstract, as The Pile has it."""
-    article = record.find("*/Article")
+    citation = record[0]  # MedlineCitation or BookDocument
+    article = citation.find("Article")
     if article is None:
-        article = record.find("BookDocument")
-    languages = {e.text for e in article.findall("Language")}
-    ids = record.findall("PubmedData/ArticleIdList/ArticleId")  # the references' ids lie deeper
+        article = citation
+    titles = (pubmed_text(article.find(name))
+              for name in ("ArticleTitle", "VernacularTitle", "Book/BookTitle"))
+    title = next((title for title in titles if title and not NO_TITLE.match(title)), "")
     abstract = pubmed_abstract(article, options["labels"])
-    text = f"{pubmed_text(article.find('ArticleTitle'))}\n{abstract}".strip()
+    text = f"{title}\n{abstract}".strip()
+    languages = {e.text for e in article.findall("Language")}
+    marks = {e.text for e in article.iter("PublicationType")}
+    marks.update(e.get("RefType") for e in citation.iter("CommentsCorrections"))
     reason = None
-    if options["languages"] and languages.isdisjoint(options["languages"]):
+    if is_notice(marks, text):
+        reason = "correction or retraction"
+    elif options["languages"] and languages.isdisjoint(options["languages"]):
         reason = "another language"
-    elif options["skip_pmc"] and any(e.get("IdType") == "pmc" for e in ids):
+    elif options["skip_pmc"] and any(  # the references' ids lie deeper
+            e.get("IdType") == "pmc" for e in record.findall("PubmedData/ArticleIdList/ArticleId")):
         reason = "in PMC"
     elif not abstract:
         reason = "no abstract"
-    return [(record.find("*/PMID").text.strip(), text, reason)]
+    return [(citation.find("PMID").text.strip(), text, reason)]
 
 
 def pubmed_abstract(article, labels):
@@ -1077,8 +1150,9 @@ def jats_documents(article, path):
 
     The id is the PMC's, or else the PMID, or else the file's name (PMC123.1.xml) if it tells one.
     """
-    for e in article.iter():
-        e.tag = local(e)
+    if article.tag != "article":  # in a namespace, as in OAI's wrapper
+        for e in article.iter():
+            e.tag = local(e)
     meta = "front/article-meta/"
     ids = {e.get("pub-id-type"): full_text(e) for e in article.findall(meta + "article-id")}
     name = re.match(r"PMC(\d+)", os.path.basename(path))  # PMC123.1.xml
@@ -1091,30 +1165,37 @@ def jats_documents(article, path):
     main += article.findall("body")
     title = article.findall(meta + "title-group/article-title")
     end = article.findall("floats-group") + article.findall("back/glossary")
+    text = flatten(*title, *main, *end)
+    marks = {e.get("related-article-type") for e in article.findall(meta + "related-article")}
     reason = None
-    if article.get("article-type") in (
-            "correction", "retraction", "partial-retraction", "expression-of-concern"):
+    if is_notice(marks | {article.get("article-type")}, text):
         reason = "correction or retraction"
     elif not any(map(full_text, main)):
         reason = "no abstract and no body"
-    return [(ident, flatten(*title, *main, *end), reason)]
+    return [(ident, text, reason)]
 
 
 def json_documents(record):
     """Of {"text"}, {"title", "abstract"}, or The Pile's lines by their meta.pile_set_name.
 
-    {"id", "deleted": true} passes through, so that extracted text may be extracted again.
+    The id is "id", or else "pmid" or "pmcid". {"id", "deleted": true} passes through, so that
+    extracted text may be extracted again.
     """
-    ident = str(record.get("id") or "") or None
+    ids = {key: str(record[key]) for key in ("id", "pmid", "pmcid")
+           if record.get(key) not in (None, "")}
+    if "pmcid" in ids:  # as in JATS
+        ids["pmcid"] = "PMC" + ids["pmcid"].removeprefix("PMC")
     text = (record.get("text") or "").strip()
     if not text and record.get("abstract"):
-        text = f"{record['title'].strip()}\n{record['abstract'].strip()}"
+        text = f"{record.get('title') or ''}\n{record['abstract']}".strip()
     reason = None
     if (record.get("meta") or {}).get("pile_set_name", PILE_SETS[0]) not in PILE_SETS:
         reason = "another part of The Pile"
     elif record.get("deleted") or not text:
         reason = "deleted or without text"
-    return [(ident, text, reason)]
+    # JSON can spell half a surrogate pair: U+FFFD, as in tokenizer.read_records
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return [(next(iter(ids.values()), None), text, reason)]
 
 
 def source_records(path):
@@ -1138,7 +1219,12 @@ def documents(record, path, options):
         return [(e.text.strip(), None, "deleted") for e in record.findall("PMID")]
     if tag == "article":
         return jats_documents(record, path)
-    raise ValueError(f"<{tag}> is no record of PubMed or JATS")
+    if tag == "Reply":  # of efetch, in the place of an article
+        return [(None, None, f"no article: {record.get('error')}")]
+    articles = [e for e in record.iter() if local(e) == "article"]
+    if not articles:
+        raise ValueError(f"<{tag}> is no record of PubMed or JATS")
+    return sum((jats_documents(e, path) for e in articles), [])  # in a wrapper, as OAI's
 
 
 def text_line(ident, text):
@@ -1166,7 +1252,7 @@ def output_lines(paths, options, counts, skipped):
                     held = documents(record, path, options)
                     lines = [text_line(ident, None if reason else text)
                              for ident, text, reason in held]
-                except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as e:
+                except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as e:
                     counts["bad records"] += 1
                     skipped.append(f"{path}: record {number}: {e!r}")
                     continue
@@ -1226,16 +1312,23 @@ def plan_outputs(inputs, out, options):
     return plan, set(prefixes.values())
 
 
+NOT_TEXT = re.compile(r"(?i)readme|licen[cs]e|.*filelist")  # what lies beside the data
+
+
 def source_files(given, out):
     """The file, or those in the folder, folder by folder in natural order, `out` left out.
 
-    No FIFO, whose reading would wait for ever.
+    Left out too: README and the like, an article's .txt and .json beside its .xml, and a FIFO,
+    whose reading would wait for ever.
     """
     paths = [given]
     for folder, folders, names in os.walk(given):
         folders.sort(key=natural)
-        if folder != str(out):
-            paths += [f"{folder}/{name}" for name in sorted(names, key=natural)]
+        articles = {SUFFIX.sub("", name) for name in names if re.search(r"xml(\.gz)?$", name)}
+        for name in sorted(names, key=natural):
+            twin = re.search(r"\.(txt|json)", name) and SUFFIX.sub("", name) in articles
+            if folder != str(out) and not twin and not NOT_TEXT.match(name):
+                paths.append(f"{folder}/{name}")
     return [path for path in paths if SUFFIX.search(path) and os.path.isfile(path)]
 
 
@@ -1392,7 +1485,9 @@ def fetch_article(base, name, path, licenses):
         about = json.loads(text)
         unwanted = (about["is_retracted"] or not about["is_pmc_openaccess"]
                     or licenses and about["license_code"] not in licenses)
-        key, md5 = re.fullmatch(r"https://[^/]+/(.+)\?md5=(\w{32})", about["xml_url"]).groups()
+        # s3://pmc-oa-opendata/PMC1.1/PMC1.1.xml?md5=…, in some without the md5
+        url = r"(?:s3|https)://[^/]+/([^?]+\.xml)(?:\?md5=(\w{32}))?"
+        key, md5 = re.fullmatch(url, about["xml_url"]).groups()
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{name}.json: odd metadata ({e})") from None
     if not unwanted:
@@ -1492,7 +1587,9 @@ def main():
     add("--seed", type=int, default=17, help="of the choice of words (default: 17)")
 
     add = command(extract, "extract", "PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz")
-    add("inputs", nargs="+", metavar="INPUT", help="files or folders, plain or .gz")
+    add("inputs", nargs="+", metavar="INPUT",
+        help="files, plain or .gz, or folders; of these README, licences, file lists, and an "
+             "article's .txt and .json beside its .xml are left out")
     add("--labels", action="store_true", help="keep section labels (default: off)")
     add("--languages", nargs="*", default=[], help="PubMed's codes (default: all)")
     add("--skip_pmc", action="store_true", help="drop what is in PMC, as The Pile (default: off)")

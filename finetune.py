@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data import LABELS_TOKENS, TASKS, load_qa
 from model import GPT, check_tensors, cross_entropy, load_tensors, without_memory
 from tokenizer import COUNT, Tokenizer, read_json, replacing, run_command, write_json
-from train import POSITIVE, PROBABILITY, announce, distribute, start_process
+from train import POSITIVE, PROBABILITY, distribute, start_process, sync_gradients
 
 # ---------------------------------------------------------------------------------------------
 # the run: settings, questions; for each seed a model, its training, its scores; then the report
@@ -148,7 +148,7 @@ def train_step(model, examples, optimizer, process):
     chunks = micro_batches(mine or examples[:1])
     my_loss = 0.0
     for i, chunk in enumerate(chunks):
-        announce(model, last=i == len(chunks) - 1)
+        sync_gradients(model, last=i == len(chunks) - 1)
         with process.autocast():
             loss = weight * loss_sum(model, collate(chunk, process.device)) / total
         (loss * process.world_size).backward()  # DDP takes the mean over ranks, we want the sum
@@ -617,7 +617,7 @@ def load_finetuned(folder, task, device="cpu"):
         raise ValueError(f"{folder} has no head for {task}: run finetune.py --task {task} on it "
                          "first, or give --zero_shot")
     model = TaskModel(GPT.from_pretrained(folder), kind, settings["labels"])
-    head = load_tensors(head_file, checksums=True)
+    head = load_tensors(head_file)
     check_tensors(head, model.head.state_dict(), head_file)
     model.head.load_state_dict(head)
     return model.to(device), load_tokenizer(folder, model.gpt), settings
