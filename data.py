@@ -26,7 +26,6 @@ import shutil
 import tarfile
 import time
 import xml.etree.ElementTree as ET
-import zlib
 from array import array
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +48,7 @@ from tokenizer import (
     json_lines,
     load_named,
     natural,
+    open_input,
     read_json,
     read_records,
     read_records_backwards,
@@ -174,7 +174,7 @@ def load_meta(data_dir, verify=False):
         wrong = None
         if size != 2 * meta[split]["tokens"]:  # uint16: two bytes a token
             wrong = f"has {size:,} bytes, not two a token as meta.json counts: cut or replaced"
-        elif verify and hash_file(path) != meta[split]["sha256"]:
+        elif verify and sha256_of(path) != meta[split]["sha256"]:
             wrong = "is not the array of meta.json (sha256 differs)"
         elif verify and np.memmap(path, np.uint16, "r").max() >= meta["vocab_size"]:
             wrong = f"holds an id beyond the vocabulary of {meta['vocab_size']}"
@@ -233,7 +233,7 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1)
     tokenizer.save(out)
     for split in SPLITS:
         print(f"tokenize: {split}:", dict(meta[split]))
-        meta[split]["sha256"] = hash_file(out / f"{split}.bin")
+        meta[split]["sha256"] = sha256_of(out / f"{split}.bin")
     write_json(out / "meta.json", meta)
     return load_meta(out, verify=True)
 
@@ -828,9 +828,9 @@ def make_folder(folder):
         path.unlink()
 
 
-def hash_file(path, name="sha256"):
+def sha256_of(path):
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, name).hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -858,28 +858,6 @@ PILE_SETS = ("PubMed Abstracts", "PubMed Central")
 SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
 
 
-def chunks(path):
-    """Yield the bytes of a file, plain or .gz, at most CHUNK at once.
-
-    By zlib: Python's gzip module takes longer to open a small file than to read it.
-    """
-    with open(path, "rb", 0) as f:
-        read = partial(f.read, CHUNK)
-        if not str(path).endswith(".gz"):
-            yield from iter(read, b"")
-            return
-        try:
-            inflate = zlib.decompressobj(31)  # 31: with gzip's header and checksum
-            while packed := inflate.unconsumed_tail or inflate.unused_data or read():
-                if inflate.eof:  # another gzip file after the first
-                    inflate = zlib.decompressobj(31)
-                yield inflate.decompress(packed, CHUNK)
-            if not inflate.eof:
-                raise EOFError("it ends too early")
-        except (EOFError, zlib.error) as e:
-            raise ValueError(f"{path}: damaged gzip ({e}): download it again") from None
-
-
 def xml_records(path):
     """Elements of the records of an XML file, plain or .gz, one by one in constant memory.
 
@@ -893,31 +871,37 @@ def xml_records(path):
     parser = ET.XMLParser(target=builder)  # a plain TreeBuilder: no Python call per element
     head = b""  # all before the root, where entities are declared
     pending = 0
-    try:
-        for chunk in chunks(path):
-            if len(top) == 0:
-                head += chunk
-                if b"\0" in head:
-                    raise ValueError(f"{path} is UTF-16 or no text: convert it to UTF-8")
-                if b"<!ENTITY" in head or len(head) > 2 * CHUNK:
-                    raise ValueError(f"{path} declares an entity, which could grow endlessly, or "
-                                     "holds no XML element in its first 64 KiB: refused")
-            if NAMED.search(chunk):  # few files have any, and filling the table takes a while
-                parser.entity.update(ENTITIES)
-            parser.feed(chunk)
-            pending += len(chunk)
-            if len(top) and local(top[0]) in CONTAINERS and len(top[0]) > 1:
-                yield from top[0][:-1]  # the last one may still be open
-                del top[0][:-1]
-                pending = 0
-            if pending > RECORD_LIMIT:
-                raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
-                                 "article: remove the file or raise RECORD_LIMIT")
-        parser.close()
-    except ET.ParseError as e:
-        raise ValueError(f"{path}: malformed XML ({e}): mend it or download it "
-                         "again") from None
+    with open_input(path) as f:
+        try:
+            for chunk in iter(partial(f.read, CHUNK), b""):
+                if len(top) == 0:
+                    head += chunk
+                    refuse_entities(head, path)
+                if NAMED.search(chunk):  # few files have any, and filling the table takes a while
+                    parser.entity.update(ENTITIES)
+                parser.feed(chunk)
+                pending += len(chunk)
+                if len(top) and local(top[0]) in CONTAINERS and len(top[0]) > 1:
+                    yield from top[0][:-1]  # the last one may still be open
+                    del top[0][:-1]
+                    pending = 0
+                if pending > RECORD_LIMIT:
+                    raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
+                                     "article: remove the file or raise RECORD_LIMIT")
+            parser.close()
+        except ET.ParseError as e:
+            raise ValueError(f"{path}: malformed XML ({e}): mend it or download it again") from None
     yield from top[0] if local(top[0]) in CONTAINERS else top
+
+
+def refuse_entities(head, path):
+    """ValueError where the bytes before a file's root declare an entity, or might without its
+    being seen."""
+    if b"\0" in head:
+        raise ValueError(f"{path} is UTF-16 or no text: convert it to UTF-8")
+    if b"<!ENTITY" in head or len(head) > 2 * CHUNK:
+        raise ValueError(f"{path} declares an entity, which could grow endlessly, or holds no XML "
+                         "element in its first 64 KiB: refused")
 
 
 def local(element):
@@ -984,7 +968,13 @@ def walk(e, before):
     """An element's text and marks: LINE + "5 × 10^4" + LINE for <p>5 × 10<sup>4</sup></p>.
 
     before: the one or two characters before it. They decide on its mark, whatever tag they stand
-    in: 1<i>0</i><sup>4</sup>.
+    in: 1<i>0</i><sup>4</sup>. A formula, with [ and ] for OPEN and CLOSE:
+
+        <msup><mn>10</mn><mrow><mo>−</mo><mn>3</mn></mrow></msup>
+            "10"   of <mn>, whose layout is "*"
+            "−3"   of <mrow>, its two children in a row
+            "10^[−3]"   of <msup>, whose layout is "*^[*]"
+        flatten makes "10^-3" of it, but "2^(n+1)" of "2^[n+1]"
     """
     tag = local(e)
     footnote = e.get("ref-type", "").endswith("fn")
@@ -1006,9 +996,10 @@ def walk(e, before):
     text += last
     if tag in ("td", "th"):  # a cell's paragraphs stay in its row
         text = text.replace(LINE, " ")
-    pattern, mark = JOINTS.get(tag, (r"\Z", ""))
-    if re.match(pattern, before[-1] + text.lstrip()):
-        text = mark + text.lstrip()
+    if tag in JOINTS:
+        pattern, mark = JOINTS[tag]
+        if re.match(pattern, before[-1] + text.lstrip()):
+            text = mark + text.lstrip()
     return text
 
 
@@ -1078,7 +1069,7 @@ def is_superscript_citation(e, tag, before):
 
 def tidy(line):
     """A line, whitespace normalised; of a table's row, the empty cells at the end are left out."""
-    line = re.sub(rf"[\s{CELL}]*\Z", "", line)
+    line = " ".join(line.split()).rstrip(CELL + " ")
     return " ".join(line.replace(CELL, " | ").split())
 
 
@@ -1333,19 +1324,6 @@ def source_files(given, out):
     return [path for path in paths if SUFFIX.search(path) and os.path.isfile(path)]
 
 
-def outdated_outputs(out, plan, prefixes):
-    """Paths of these inputs' earlier outputs: a file or flag has changed since, or a new file has
-    moved the ends of outputs. ValueError where other text lies there."""
-    outdated = []
-    for path in out.iterdir():
-        if re.search(r"\.(jsonl|txt)(\.gz)?$", path.name) and path.name not in plan:
-            if path.name[:-len("91bc0.jsonl.gz")] not in prefixes:
-                raise ValueError(f"{path} is not made of these inputs: give all inputs of a text "
-                                 "in one command, and an --out of its own")
-            outdated.append(path)
-    return outdated
-
-
 def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1):
     """Make every output that is missing; returns the summed counts.
 
@@ -1356,7 +1334,13 @@ def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1):
     options = {"labels": labels, "languages": sorted(languages), "skip_pmc": skip_pmc}
     plan, prefixes = plan_outputs(inputs, out, options)
     make_folder(out)
-    outdated = outdated_outputs(out, plan, prefixes)
+    outdated = []  # of these inputs, before a file or flag changed or a new file came
+    for path in out.iterdir():
+        if re.search(r"\.(jsonl|txt)(\.gz)?$", path.name) and path.name not in plan:
+            if path.name[:-len("91bc0.jsonl.gz")] not in prefixes:
+                raise ValueError(f"{path} is not made of these inputs: give all inputs of a text "
+                                 "in one command, and an --out of its own")
+            outdated.append(path)
     tasks = [(out / name, paths, options) for name, paths in plan.items()
              if not (out / name).exists()]
     results = in_processes(extract_files, tasks, workers)
@@ -1413,12 +1397,10 @@ def get(url, pattern=rb"\A(?!\s*<(!doctype )?html)", md5=None):
                               "--base_url")
             response.raise_for_status()
             content = response.content
-            if not re.search(pattern, content, re.IGNORECASE):
-                reason = "not the expected content, perhaps a web page in its place"
-            elif md5 and hashlib.md5(content).hexdigest() != md5:
-                reason = "the checksum differs from the published one"
-            else:
+            same = md5 in (None, hashlib.md5(content).hexdigest())
+            if same and re.search(pattern, content, re.IGNORECASE):
                 return content
+            reason = "a web page in its place" if same else "its checksum differs"
         except requests.RequestException as e:  # a cut connection too
             reason = e
         time.sleep(BACKOFF_S * 2**attempt)
