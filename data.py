@@ -594,42 +594,53 @@ DIVIDE = {read_pubmedqa: divide_pubmedqa, read_bioasq: divide_bioasq,
           read_medquad: divide_medquad}
 
 
+def zero_shot_prompt(question):
+    """The text that an option follows, after a space. The wording is our choice."""
+    if question.kind.startswith("cloze"):  # plain text to go on with, nothing is asked
+        return question.question
+    return f"{question.context}\nQuestion: {question.question}\nAnswer:".lstrip()
+
+
 # ---------------------------------------------------------------------------------------------
 # the demo: an invented corpus, small enough to learn on a laptop
 #
 # A world of 64 drugs is drawn first: which disease a drug treats, which protein it inhibits, and so
-# on. The corpus tells these facts again and again in different words, the questions ask for them.
-# All draws come from one seeded stream, so the order of the calls below is part of the result.
+# on. Three kinds of documents tell of it:
+#
+#     study       all facts of one drug, each in a random wording
+#     questions   with their answers, asked as eval.py asks
+#     judgement   a question with its options, each called right or wrong
+#
+# The last two take their questions from the train splits. What dev and test ask stands in studies
+# only. So a right answer there joins a fact and a form that never stood together in the corpus.
 
 SYLLABLES = (
     "ba cor dal fen gu hel ira jo kar lum mer nox or pel qui ros sil tar ul vor wex xan yl zem"
 )
-# relation -> (sentences of the corpus, questions); {d} is the drug, {o} what it is related to.
+# relation: (sentences of the studies, questions); {d} is the drug, {o} what it is related to.
 # The drug always comes first: what follows must be remembered, not copied.
 DEMO_FACTS = {
     "disease": (
         ("{d} is used to treat {o}.", "{d} relieves {o} within days.", "{d} is given for {o}.",
-         "With {d} patients recovered from {o}.", "Which disease does {d} treat? {o}."),
+         "With {d} patients recovered from {o}."),
         ("Which disease does {d} treat?", "Which disease is {d} given for?",
          "What is {d} used to treat?")),
     "protein": (
         ("{d} inhibits {o}.", "{d} binds to {o}.", "{d} acts by blocking {o}.",
-         "After {d} the activity fell of {o}.", "Which protein does {d} inhibit? {o}."),
+         "After {d} the activity fell of {o}."),
         ("Which protein does {d} inhibit?", "Which protein does {d} act by blocking?",
          "What does {d} bind to?")),
     "gene": (
         ("{d} fails in carriers of {o}.", "Resistance to {d} comes from {o}.",
-         "The response to {d} depends on {o}.", "{d} is weakened by mutations of {o}.",
-         "Which gene causes resistance to {d}? {o}."),
+         "The response to {d} depends on {o}.", "{d} is weakened by mutations of {o}."),
         ("Which gene causes resistance to {d}?", "Mutations of which gene weaken {d}?",
          "Which gene does the response to {d} depend on?")),
+    "safety": (
+        ("{d} is {o} in pregnancy.", "{d} was {o} in pregnant women.", "Doctors call {d} {o}.",
+         "Mothers know {d} as {o}."),
+        ()),  # asked by yes, no and maybe
 }
-DEMO_SAFETY = {  # yes, no or maybe of a drug and a group: is it safe there?
-    "yes": ("Is {d} safe in {o}? Yes.", "{d} is safe in {o}.", "{d} does no harm in {o}."),
-    "no": ("Is {d} safe in {o}? No.", "{d} is dangerous in {o}.", "{d} does harm in {o}."),
-    "maybe": ("Is {d} safe in {o}? Maybe.", "{d} is debated in {o}.", "{d} is untested in {o}."),
-}
-DEMO_GROUPS = ("pregnancy", "childhood", "dialysis")
+DEMO_SAFETY = {"safe": "yes", "harmful": "no", "untested": "maybe"}
 DEMO_FILLERS = ("The difference was significant.", "Further studies are needed.",
                 "Patients gave consent.", "The trial was blinded.",
                 "No serious adverse events were seen.")
@@ -639,67 +650,35 @@ def make_demo(out):
     """Write the whole demo to `out`: text/, tokenizer/, token arrays, and questions in qa/.
 
     Drugs, genes, proteins and diseases are invented and their facts mean nothing: this is no
-    medical knowledge. A fact holds in every document, so a model can learn it from the corpus; the
-    test asks facts that no training question asked (multiple choice: of other drugs altogether).
+    medical knowledge. A fact holds in every document, so a model can learn it from the corpus.
     """
     out = Path(out)
-    rng = random.Random(17)
-    facts, objects = demo_facts(rng)
-    drugs = sorted(facts)
-    # The corpus tells the facts of all drugs.
-    documents = ({"id": f"demo{i}", "text": demo_document(rng, drugs, facts)}
-                 for i in range(16_000))
-    write_json_lines(out / "text/demo.jsonl.gz", documents)
+    rng = random.Random(17)  # all draws come from this stream, so their order matters
+    objects = {"disease": demo_names(rng, 16, "itis"), "protein": demo_names(rng, 16, "ase"),
+               "gene": demo_names(rng, 16, "ex"), "safety": list(DEMO_SAFETY)}
+    drugs = [name.capitalize() for name in demo_names(rng, 64, "in")]
+    facts = {drug: {relation: rng.choice(pool) for relation, pool in objects.items()}
+             for drug in drugs}
     # Multiple choice: all questions of a drug are in one split.
-    rng.shuffle(drugs)
     for split, part in (("train", drugs[:32]), ("dev", drugs[32:40]), ("test", drugs[40:])):
         questions = demo_multiple_choice(rng, part, facts, objects)
         write_json_lines(out / "qa/medqa" / MEDQA_FILE.format(split), questions)
     # One line is valid as a whole JSON file too, which PubMedQA's is.
     write_json_lines(out / "qa/pubmedqa/ori_pqal.json", [demo_yes_no_maybe(rng, facts)])
+    asked = load_qa("medqa", out, "train") + load_qa("pubmedqa", out, "train")
+    documents = ({"id": f"demo{i}", "text": demo_document(rng, facts, asked)}
+                 for i in range(16_000))
+    write_json_lines(out / "text/demo.jsonl.gz", documents)
     # From here on the demo is treated as any corpus is. meta.json, written last, says it is whole.
     merges = train_bpe(count_pretokens([out / "text"]), 2048)
     Tokenizer.from_merges(merges).save(out / "tokenizer")
     tokenize(out / "text", out / "tokenizer", out, val_fraction=0.01)
 
 
-def demo_facts(rng):
-    """({drug: {relation or group: object or label}}, {relation or group: all there are})."""
-    drugs = [name.capitalize() for name in demo_names(rng, 64, "in")]
-    objects = {
-        "disease": demo_names(rng, 16, "itis"),
-        "protein": demo_names(rng, 16, "ase"),
-        "gene": [name.upper() for name in demo_names(rng, 16, "ex")],
-        **dict.fromkeys(DEMO_GROUPS, sorted(DEMO_SAFETY)),
-    }
-    facts = {drug: {key: rng.choice(pool) for key, pool in objects.items()} for drug in drugs}
-    return facts, objects
-
-
 def demo_names(rng, count, ending):
     """`count` different invented words."""
     syllables = SYLLABLES.split()
-    names = set()
-    while len(names) < count:
-        names.add(rng.choice(syllables) + rng.choice(syllables) + ending)
-    return sorted(names)
-
-
-def demo_document(rng, drugs, facts):
-    """One drug's facts, each in a random wording, among sentences that say nothing of it.
-
-    Names are written alike everywhere, so that a question's token is the one the corpus taught.
-    """
-    drug = rng.choice(drugs)
-    fact = facts[drug]
-    sentences = []
-    for relation, (wordings, _) in DEMO_FACTS.items():
-        sentences.append(rng.choice(wordings).format(d=drug, o=fact[relation]))
-    group = rng.choice(DEMO_GROUPS)
-    sentences.append(rng.choice(DEMO_SAFETY[fact[group]]).format(d=drug, o=group))
-    sentences.append(rng.choice(DEMO_FILLERS))
-    rng.shuffle(sentences)
-    return f"A study of {drug}\n" + " ".join(sentences)
+    return rng.sample([a + b + ending for a in syllables for b in syllables], count)
 
 
 def demo_multiple_choice(rng, drugs, facts, objects):
@@ -714,16 +693,36 @@ def demo_multiple_choice(rng, drugs, facts, objects):
 
 def demo_yes_no_maybe(rng, facts):
     """Questions in PubMedQA's official format; no context states the fact, so memory is tested."""
-    pairs = [(drug, group) for drug in facts for group in DEMO_GROUPS]
-    rng.shuffle(pairs)
     return {
         str(number): {
-            "QUESTION": f"Is {drug} safe in {group}?",
+            "QUESTION": f"Is {drug} safe in pregnancy?",
             "CONTEXTS": rng.sample(DEMO_FILLERS, 2),
-            "final_decision": facts[drug][group],
+            "final_decision": DEMO_SAFETY[facts[drug]["safety"]],
         }
-        for number, (drug, group) in enumerate(pairs, 90_000_000)
+        for number, drug in enumerate(facts, 90_000_000)
     }
+
+
+def demo_document(rng, facts, asked):
+    """A study, questions or a judgement, as above.
+
+    Names are written alike everywhere, so that a question's token is the one a study taught.
+    """
+    kind = rng.choices(("study", "questions", "judgement"), (5, 3, 2))[0]
+    if kind == "questions":
+        return "\n".join(f"{zero_shot_prompt(q)} {q.options[q.answer]}"
+                         for q in rng.sample(asked, 3))
+    if kind == "judgement":
+        q = rng.choice(asked)
+        options = rng.sample(q.options, len(q.options))
+        verdicts = {q.options[q.answer]: "Yes"}
+        return q.question + "".join(f" {o}? {verdicts.get(o, 'No')}." for o in options)
+    drug = rng.choice(list(facts))
+    sentences = [rng.choice(wordings).format(d=drug, o=facts[drug][relation])
+                 for relation, (wordings, _) in DEMO_FACTS.items()]
+    sentences.append(rng.choice(DEMO_FILLERS))
+    rng.shuffle(sentences)
+    return f"A study of {drug}\n" + " ".join(sentences)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -861,7 +861,7 @@ def dropout_ref(x, p, seed):
     row = torch.arange(x[..., 0].numel(), device=x.device).view(x[..., :1].shape)
     key = lowbias32(lowbias32(seed) ^ row).int()
     col = torch.arange(x.shape[-1], device=x.device, dtype=torch.int32)
-    return x * stays(key, col, threshold) * factor
+    return x * (stays(key, col, threshold) * factor)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1242,10 +1242,11 @@ def attention_ref(qkv, n_head, scale, dropout_p=0.0, seed=0):
     if dropout_p == 0:  # torch's fused op computes what stands below
         O = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)  # noqa: E741
     else:
-        S = scale * at_least_fp32(q @ k.transpose(-2, -1))  # (B, H, T, T)
-        above = S.new_ones(S.shape[-2:], dtype=torch.bool).triu(1)
-        P = S.masked_fill(above, -torch.inf).softmax(-1)
-        O = dropout_ref(P, dropout_p, seed).to(v.dtype) @ v  # noqa: E741
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B·H, T, D)
+        mask = q.new_full((q.shape[1], q.shape[1]), -torch.inf).triu(1)  # 0 up to the diagonal
+        S = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=scale)  # mask + scale · Q Kᵀ
+        P = dropout_ref(at_least_fp32(S).softmax(-1), dropout_p, seed)
+        O = (P.to(v.dtype) @ v).unflatten(0, (-1, n_head))  # noqa: E741
     return O.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
 
 

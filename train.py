@@ -876,17 +876,36 @@ def report_skip(loss, step, in_a_row, process):
 
 
 def print_end(run, gpt, settings):
-    """What the model writes by now, and what to run next."""
+    """What the model writes, how many of the demo's questions it answers, what to run next."""
+    tokenizer = Tokenizer.load(run)
     eot_id = gpt.config.eot_id
     prompt = torch.tensor([[eot_id]], device=settings.device)
     tokens = gpt.eval().generate(prompt, min(60, gpt.config.n_positions - 1), temperature=0.8,
                                  top_k=50, seed=0, eot_id=eot_id)
-    print(f"\na sample: {Tokenizer.load(run).decode(tokens[0, 1:].tolist()).strip()}")
-    print(f"\nnext:\n  python eval.py perplexity --init {run} --data {settings.data}")
+    print(f"\na sample: {tokenizer.decode(tokens[0, 1:].tolist()).strip()}")
+    next_command = f"eval.py perplexity --init {run} --data {settings.data}"
     if settings.data == DEMO_DATA:
-        tune = (f"python finetune.py --task medqa --data {DEMO_DATA}/qa/medqa --init {run} "
-                f"--out {run}-medqa")
-        print(f"  {tune}\n  {tune}-random --random_init    # the same without pre-training")
+        questions = data.load_qa("medqa", DEMO_DATA, "test")
+        untrained = GPT(gpt.config).to(settings.device).eval()
+        print(f"\nanswers {count_right(gpt, tokenizer, questions)} of {len(questions)} questions "
+              f"about what it read (random weights {count_right(untrained, tokenizer, questions)})")
+        next_command = f"finetune.py --task medqa --data {DEMO_DATA} --init {run} --out {run}-medqa"
+    print(f"\nnext:\n  python {next_command}")
+
+
+@torch.no_grad()
+def count_right(gpt, tokenizer, questions):
+    """How many questions have the true option as the likeliest, as eval.py qa --zero_shot asks.
+
+    The demo's options are one token each, so that one forward pass tells.
+    """
+    right = 0
+    for q in questions:
+        prompt = torch.tensor([tokenizer.encode(data.zero_shot_prompt(q))])
+        logits = gpt(prompt.to(gpt.transformer.wte.weight.device))[0][0, -1]
+        options = [tokenizer.encode(" " + option)[0] for option in q.options]
+        right += logits[options].argmax().item() == q.answer
+    return right
 
 
 if __name__ == "__main__":

@@ -642,20 +642,26 @@ def test_mistakes_are_one_line(monkeypatch, capsys):
 
 
 def test_demo(capsys):
-    """A drug of the test that a training question names; an answer that the corpus doesn't give;
-    a bar in a log file."""
+    """A question of dev or test in the corpus; a train question answered or judged wrongly; a drug
+    in two splits, or with two diseases; a bar in a log file."""
     data.make_demo("demo")
     assert not capsys.readouterr().err
-    told = " ".join(texts("demo/text").values()).lower()
+    corpus = texts("demo/text").values()
+    studies = [text for text in corpus if text.startswith("A study of ")]
+    asked = "\n".join(text for text in corpus if "?" in text)
     split_of = {}
-    for split in ("train", "dev", "test"):
-        asked = load_qa("medqa", "demo", split)
-        for q in asked:
-            drug = re.search(r"[A-Z]\w+in\b", q.question)[0]
-            assert split_of.setdefault(drug, split) == split and len({*q.options}) == 4
-        # of a fact's three questions the corpus has the first
-        for q in asked[::3] + load_qa("pubmedqa", "demo", split):
-            assert f"{q.question} {q.options[q.answer]}.".lower() in told
+    for task, split in itertools.product(("medqa", "pubmedqa"), ("train", "dev", "test")):
+        for q in load_qa(task, "demo", split):
+            right = q.options[q.answer]
+            told = re.findall(rf"{re.escape(q.question)}(?:\nAnswer: (\w+)|.* (\w+)\? Yes)", asked)
+            assert {a or b for a, b in told} == ({right} if split == "train" else set())
+            assert (q.question in asked) == (split == "train")
+            if task == "medqa":
+                drug = re.search(r"[A-Z]\w+in\b", q.question)[0]
+                assert split_of.setdefault(drug, split) == split and len({*q.options}) == 4
+                told = " ".join(text for text in studies if drug in text)
+                assert [option for option in q.options if option in told] == [right]
+    assert Counter(split_of.values()) == {"train": 32, "dev": 8, "test": 24}
 
 
 @pytest.mark.slow

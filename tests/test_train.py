@@ -34,6 +34,8 @@ import torch._dynamo  # the optimiser imports it; here, before forking, it is pa
 import torch.nn.functional as F
 from conftest import ROOT, run
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 import data
 import model as model_module
@@ -203,15 +205,30 @@ def test_resume_is_bit_exact(go, out, tmp_path, undisturbed, mode):
     assert rows(out, "val_loss")[0] == pytest.approx(rows(undisturbed, "val_loss")[0], rel=1e-6)
 
 
-@pytest.mark.parametrize(("mode", "flags"), [
-    ("one", "--micro_batch 2"), ("ddp", "--micro_batch 4"), ("ddp", "--micro_batch 1"),
-    ("fsdp", "--micro_batch 2 --activation_checkpointing")])
-def test_losses_do_not_depend_on_the_sharing(go, out, undisturbed, mode, flags):
-    """Gradients summed instead of averaged, or synchronised for the wrong micro-batch.
+def unlike_ranks(held):
+    """A fault: the ranks draw other weights. Then each must hold that part of the model, no more.
+    """
+    def fault(rank):
+        def check(model, process):
+            parts = [getattr(p, "to_local", p.detach)() for p in model.parameters()]
+            whole = sum(p.numel() for p in model.parameters())
+            assert sum(part.numel() for part in parts) == pytest.approx(held * whole, rel=0.01)
+
+        before(train, "distribute", lambda gpt, *_: gpt.transformer.wte.weight.data.add_(rank))
+        before(train, "settle_gradients", check)
+    return fault
+
+
+@pytest.mark.parametrize(("mode", "flags", "held"), [
+    ("one", "--micro_batch 2", 1), ("ddp", "--micro_batch 4", 1), ("ddp", "--micro_batch 1", 1),
+    ("fsdp", "--micro_batch 2 --activation_checkpointing", 0.5)])
+def test_losses_do_not_depend_on_the_sharing(go, out, undisturbed, mode, flags, held):
+    """Gradients summed instead of averaged, or synchronised for the wrong micro-batch; ranks that
+    go on with unlike weights; FSDP where every rank holds the whole model.
 
     fp32 sums in another order differ by about 1e-7 of the loss a step; 20 steps leave under 1e-5.
     """
-    go(out, flags, mode=mode)
+    go(out, flags, mode=mode, fault=unlike_ranks(held))
     assert_same(out, undisturbed, atol=1e-6)
 
 
@@ -353,7 +370,8 @@ def spoil_loss(is_bad):
             step, calls = args[3], itertools.count()
 
             def spoilt(*args, **options):
-                return loss_of(*args, **options) * (math.nan if is_bad(rank, step, next(calls)) else 1)
+                factor = math.nan if is_bad(rank, step, next(calls)) else 1
+                return loss_of(*args, **options) * factor
 
             with mock.patch.object(model_module, "cross_entropy", spoilt):
                 return train_step(*args)
@@ -394,6 +412,73 @@ def test_gradients_that_add_up_in_place(go, out, tmp_path, mode, flag):
     go(out, flags, mode=mode, fault=the_same_in_place)
     go(plain, flags, mode=mode, fault=one_bad_micro_batch_and_sgd)
     assert_same(out, plain)
+
+
+def without_moments(rank):
+    """A fault: an optimiser that remembers nothing."""
+    train.make_optimizer = lambda model, settings: torch.optim.SGD(model.parameters())
+
+
+def test_an_optimiser_without_moments(go, out, tmp_path):
+    """Checkpoints that must hold AdamW's moments: such a run can't go on."""
+    flags, whole = "--total_steps 7 --lr 0.1", tmp_path / "whole"
+    go(whole, flags, mode="ddp", fault=without_moments)
+    shutil.copytree(whole, out)
+    (out / "checkpoint_0000007.pt").unlink()
+    assert "steps 5 to 7" in go(out, flags, mode="ddp", fault=without_moments)
+    assert_same(out, whole)
+
+
+def compile_quickly(rank):
+    """A fault: blocks are traced as by torch.compile, and run without a C++ compiler; their weight
+    gradients add up in place."""
+    compile_block, speed_up = torch.nn.Module.compile, train.speed_up
+    torch.nn.Module.compile = lambda block: compile_block(block, backend="eager")
+    train.kernels_active = lambda device: "triton"
+    train.speed_up = lambda model, compiled, process: speed_up(
+        model, compiled, train.Process(process.device, torch.bfloat16))
+
+
+@pytest.mark.slow
+def test_compiled_blocks(go, out, undisturbed):
+    """Compiling fails on gradients that add up in place, or turns that off."""
+    def fault(rank):
+        compile_quickly(rank)
+        before(train, "train_step", lambda model, *_: check(model))
+
+    def check(model):
+        assert all(layer.accumulates for layer in train.linear_layers(model))
+
+    go(out, "--compile --total_steps 3", fault=fault)
+    for step, loss in rows(out).items():
+        assert loss == pytest.approx(rows(undisturbed)[step], rel=1e-3)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where an operation makes 64-bit floats: Apple's GPUs have none."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for value in tree_leaves(result):
+            assert not isinstance(value, torch.Tensor) or value.dtype != torch.float64, function
+        return result
+
+
+def without_float64(rank):
+    """A fault: what runs on the device, from the first weight to the sample, is in 32 bits."""
+    all_reduce = train.Process.all_reduce
+
+    def on_the_cpu(*args):
+        with _disable_current_modes():
+            return all_reduce(*args)
+
+    train.Process.all_reduce = on_the_cpu
+    NoFloat64().__enter__()
+
+
+def test_no_float64_reaches_the_device(go, out):
+    """A 64-bit float in a step, a validation, dropout or generation: train.py ends on a Mac."""
+    go(out, "--dropout 0.1 --total_steps 2 --ignore_eot_targets", fault=without_float64)
 
 
 def copies_must_be_fresh(rank):
@@ -619,18 +704,103 @@ def test_full_disk(go, out, undisturbed):
     ("--micro_batch 3", "use one of 1, 2, 4, 8"),
     ("--device cuda:99", "is not available on this machine"),
     ("--device meta", "is not available on this machine"),
+    ("--device mps", "is not available on this machine: Could not run 'aten::empty.memory_format'"
+     " with arguments from the 'MPS' backend\n"),
+    ("--compile", "needs a C++ compiler, and there is no g++-0: install it"),
     ("--seq_len 256 --batch_tokens 2048", "use --seq_len 128"),
     ("--preset biomedlm --data none", "python data.py tokenize"),
     *[(args, f"{args.split()[1]} is refused: use a number from") for args in (
         "--lr inf", "--min_lr -1", "--grad_clip nan", "--keep 0", "--warmup_steps -5",
         "--seq_len 1", "--dropout 1")]])
-def test_mistakes_name_their_mend(arrays, monkeypatch, capsys, args, mend):
+def test_mistakes_name_their_mend(arrays, monkeypatch, tmp_path, capsys, args, mend):
     """A wrong flag ends in a traceback, or in a message that leaves the user to guess; a number
     that no run can use is taken."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(arrays), *args.split()])
+    monkeypatch.setenv("CXX", "g++-0")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         run_command(train.main)
-    assert mend in f"{ended.value}{capsys.readouterr().err}"
+    assert mend in f"{ended.value}\n{capsys.readouterr().err}"
+
+
+def test_processes_that_cannot_share_a_step():
+    """Three processes and a batch of eight sequences: an advice that a run can't follow."""
+    settings = Namespace(batch_tokens=128, seq_len=16, micro_batch=None, preset="demo")
+    with pytest.raises(ValueError, match="use --batch_tokens 96, or for a run that goes on fewer"):
+        train.split_batch(settings, 3)
+    assert train.split_batch(settings, 2) == (4, 1)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32),
+                                                   ((8, 0), torch.bfloat16)])
+def test_gpus(monkeypatch, capsys, capability, dtype):
+    """--device cuda:1 leaves Triton on GPU 0: an illegal access. A T4 computes in bfloat16, which
+    it has not."""
+    probe = mock.Mock(device=torch.device("cuda:1"))
+    set_device = mock.Mock()
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: probe)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    process = train.start_process("cuda:1")
+    set_device.assert_called_once_with(process.device)
+    assert (process.device, process.dtype) == (probe.device, dtype)
+    if dtype == torch.float32:
+        assert "this GPU is too old for bfloat16" in capsys.readouterr().out
+        with pytest.raises(ValueError, match="use --dtype float32"):
+            train.start_process("cuda:1", "bfloat16")
+
+
+@pytest.mark.parametrize(("name", "peak"), [
+    ("NVIDIA H100 NVL", 835.5e12), ("NVIDIA H100 80GB HBM3", 989.5e12), ("NVIDIA L4", None),
+    ("NVIDIA GeForce RTX 4090", 165.2e12), ("NVIDIA GeForce RTX 4090 Laptop GPU", None)])
+def test_mfu(tmp_path, monkeypatch, name, peak):
+    """The peak of another chip, or of one GPU where two take part."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    settings = Namespace(batch_tokens=1000, total_steps=9, lr=1, min_lr=1, warmup_steps=1)
+    process = train.Process(torch.device("cuda"), torch.bfloat16, world_size=2)
+    train.log_step(tmp_path, 3, 1.0, 1.0, 4.0, 6e9, settings, process)
+    row = json.loads((tmp_path / "log.jsonl").read_text())
+    assert row["tokens_per_s"] == 250 and row["memory"] == 0
+    assert row.get("mfu") == (peak and pytest.approx(250 * 6e9 / (2 * peak)))
+
+
+def test_embeddings_padded_beyond_the_tokenizer(tmp_path):
+    """A folder whose embedding was padded to a multiple of 64 is refused, or one that can't hold
+    the arrays' ids, or that ends texts with another token, is taken."""
+    meta = {"vocab_size": 2000, "eot_id": 1999}
+    settings = Namespace(init=tmp_path, seq_len=16, dropout=0.1, n_layer=None, n_head=None,
+                         n_embd=None)
+    for vocab_size, eot_id, taken in ((2048, 1999, True), (1999, 1998, False), (2048, 0, False)):
+        hf = model_module.GPTConfig(vocab_size=vocab_size, eot_id=eot_id).to_hf()
+        (tmp_path / "config.json").write_text(json.dumps(hf))
+        if taken:
+            assert train.choose_config(settings, meta).vocab_size == vocab_size
+        else:
+            with pytest.raises(ValueError, match="tokenize with the tokenizer of --init"):
+                train.choose_config(settings, meta)
+
+
+BARE = """
+import runpy, signal, sys
+for module in ("fcntl", "resource", "triton"):
+    sys.modules[module] = None
+del signal.pthread_sigmask
+for command in sys.argv[1:]:
+    sys.argv = command.split()
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_native_windows(arrays, tmp_path):
+    """A module or call that Windows lacks, in the first steps, two workers or an evaluation."""
+    scripts = [
+        f"{ROOT}/train.py --data {arrays} --out run {SHAPE} {SMALL} --total_steps 2 --device cpu",
+        f"{ROOT}/tokenizer.py train --input {arrays} --vocab_size 300 --out t --workers 2",
+        f"{ROOT}/eval.py perplexity --init run --data {arrays}"]
+    done = run("-c", BARE, *scripts, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert "can't be locked" in done.stdout and "bits a byte" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------
@@ -752,3 +922,37 @@ def test_planned_activations():
     done = run("-c", SAVED_BYTES, env={"TRITON_INTERPRET": "1"})
     C, H = 64, 2  # bytes a token that one more block saves, whole and checkpointed
     assert done.stdout.split() == [f"{36 * C + 4 * H + 16:.1f}", f"{6 * C:.1f}"], done.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# on a GPU
+
+
+def gpu_run(arrays, out, flags="", launcher=""):
+    """Losses of a run of five steps, with dropout, on the GPU."""
+    flags = f"{SHAPE} {SMALL} --n_embd 64 --dropout 0.1 --total_steps 5 --save_every 3 {flags}"
+    done = run(*launcher.split(), ROOT / "train.py", "--data", arrays, "--out", out, *flags.split())
+    assert done.returncode == 0, done.stderr
+    return rows(out)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gpu_runs_repeat_bit_for_bit(arrays, out, tmp_path):
+    """Sums in an order of the moment, or dropout that a seed doesn't fix."""
+    gpu_run(arrays, out)
+    gpu_run(arrays, tmp_path / "again")
+    assert_same(out, tmp_path / "again")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("flags", ["ddp", "fsdp", "fsdp --activation_checkpointing"])
+def test_nccl_of_one_process(arrays, out, tmp_path, flags):
+    """What only NCCL or CUDA refuses in DDP and FSDP, stopped and resumed; other losses than one
+    process without them."""
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 1"
+    expected = gpu_run(arrays, tmp_path / "alone")
+    assert gpu_run(arrays, out, f"--parallel {flags}", torchrun) == pytest.approx(expected, 1e-3)
+    (out / "checkpoint_0000005.pt").unlink()
+    assert gpu_run(arrays, out, f"--parallel {flags}", torchrun) == pytest.approx(expected, 1e-3)
