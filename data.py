@@ -436,9 +436,8 @@ def read_medmcqa(path, split):
     """
     items = [item for _, item in json_lines(path)]
     labels = [item.get("cop") for item in items]
-    said = [re.search(r"(?i)\bans(wer)?\b\W*(is\b)?\W*([a-d])\b", item.get("exp") or "")
-            for item in items]
-    counted_from = Counter(label - "abcd".index(letter[3].lower())
+    said = [re.match(r"(?i)ans\w*\W*(is\W*)?([a-d])\b", item.get("exp") or "") for item in items]
+    counted_from = Counter(label - "abcd".index(letter[2].lower())
                            for label, letter in zip(labels, said) if letter and label)
     copied = 0 in labels or counted_from[0] > counted_from[1]
     numbers = range(0, 4) if copied else range(1, 5)
@@ -875,7 +874,11 @@ def xml_records(path):
             for chunk in iter(partial(f.read, CHUNK), b""):
                 if len(top) == 0:
                     head += chunk
-                    refuse_entities(head, path)
+                    if b"\0" in head:  # an entity's declaration would not be seen in it
+                        raise ValueError(f"{path} is UTF-16 or no text: convert it to UTF-8")
+                    if b"<!ENTITY" in head or len(head) > 2 * CHUNK:
+                        raise ValueError(f"{path} declares an entity, which could grow endlessly, "
+                                         "or has no XML element in its first 64 KiB: refused")
                 if NAMED.search(chunk):  # few files have any, and filling the table takes a while
                     parser.entity.update(ENTITIES)
                 parser.feed(chunk)
@@ -891,16 +894,6 @@ def xml_records(path):
         except ET.ParseError as e:
             raise ValueError(f"{path}: malformed XML ({e}): mend it or download it again") from None
     yield from top[0] if local(top[0]) in CONTAINERS else top
-
-
-def refuse_entities(head, path):
-    """ValueError where the bytes before a file's root declare an entity, or might without its
-    being seen."""
-    if b"\0" in head:
-        raise ValueError(f"{path} is UTF-16 or no text: convert it to UTF-8")
-    if b"<!ENTITY" in head or len(head) > 2 * CHUNK:
-        raise ValueError(f"{path} declares an entity, which could grow endlessly, or holds no XML "
-                         "element in its first 64 KiB: refused")
 
 
 def local(element):
@@ -922,13 +915,12 @@ DROPPED = set(re.findall(r"\S+", """ref-list graphic inline-graphic media supple
     fn fn-group object-id permissions attrib alt-text long-desc annotation annotation-xml
     related-article"""))
 BLOCKS = re.findall(r"\S+", """title subtitle article-title p sec abstract list list-item
-    fig caption disp-formula disp-quote boxed-text table-wrap tr row def-item statement verse-line
+    fig caption disp-formula disp-quote boxed-text table-wrap tr def-item statement verse-line
     speech""")
 # What stands around an element's children (*): before the first, between them, after the last.
 # So <mfrac><mi>a</mi><mi>b</mi></mfrac> is read as (a)/(b). Other elements add nothing: "*".
 LAYOUT = dict.fromkeys(BLOCKS, LINE + "*" + LINE) | {
     "label": "*" + LABEL, "term": "*: " + LABEL, "break": " *", "td": "*" + CELL, "th": "*" + CELL,
-    "entry": "*" + CELL,
     # MathML
     "mfrac": "(*)/(*)", "msqrt": "sqrt(*)", "mroot": "(*)^(1/*)", "msup": "*^" + SCRIPT,
     "msub": "*_" + SCRIPT, "munder": "*_" + SCRIPT, "msubsup": "*_" + SCRIPT + "^" + SCRIPT,
@@ -940,7 +932,6 @@ LAYOUT = dict.fromkeys(BLOCKS, LINE + "*" + LINE) | {
 # m2, 2<sup>nd</sup> -> 2nd, H<sub>2</sub>O -> H2O.
 JOINTS = {"sup": (r"\d\d|[\w)\]]([+−–-]\d|(?!(st|nd|rd|th|TM)\b)[^\W\d_])", "^"),
           "sub": (r"\d\d", "_"), "xref": (r"\d\d", ", ")}
-PICKED = {"alternatives", "table", "thead", "tbody", "tfoot", "td", "th", "table-wrap-foot"}
 NOTE = re.compile(r"\s*[a-h]([,;\s]*[a-h])*\s*")  # a superscript that points to a table's note
 PREAMBLE = re.compile(r"(?s).*\\begin\{document\}|\\end\{document\}.*")  # LaTeX's
 
@@ -988,7 +979,7 @@ def walk(e, before):
         e.text = PREAMBLE.sub("", e.text or "")
     first, *between, last = layout.split("*")
     text = first + (e.text or "")
-    for i, child in enumerate(shown(e, tag) if tag in PICKED else e):
+    for i, child in enumerate(shown(e, tag)):
         if i and between:
             text += between[min(i, len(between)) - 1]
         text += walk(child, (before + text[-2:])[-2:]) + (child.tail or "")
@@ -1003,18 +994,8 @@ def walk(e, before):
 
 
 def shown(e, tag):
-    """The children of a table's part or of <alternatives> that are to be read."""
-    if tag == "table-wrap-foot":
-        for note in e.iter("fn"):
-            note.tag = "p"  # it explains the table, unlike other footnotes
-    elif tag in ("td", "th"):
-        for sup in e.iter("sup"):
-            if NOTE.fullmatch(full_text(sup)):
-                sup.text = None
-                del sup[:]
-    elif tag != "alternatives":
-        fill_spans(e)
-    else:  # one thing several times over
+    """The children to read, after a table's parts are mended."""
+    if tag == "alternatives":  # one thing several times over
         texts = [child for child in e if local(child) not in DROPPED
                  and PREAMBLE.sub("", full_text(child)).strip(" $")]
         for name in ("tex-math", "math", "table"):
@@ -1022,6 +1003,16 @@ def shown(e, tag):
             if alike:
                 return alike if name == "table" else alike[:1]  # a table may come in panels
         return texts[:1]
+    if tag in ("table", "thead", "tbody", "tfoot"):
+        fill_spans(e)
+    elif tag in ("td", "th"):
+        for sup in e.iter("sup"):
+            if NOTE.fullmatch(full_text(sup)):
+                sup.text = None
+                del sup[:]
+    elif tag == "table-wrap-foot":
+        for note in e.iter("fn"):
+            note.tag = "p"  # it explains the table, unlike other footnotes
     return e
 
 
@@ -1278,29 +1269,27 @@ def plan_outputs(inputs, out, options):
     The prefix is the first file's name and three digits of its place, the hash five of the names,
     sizes and times of all its files and the flags.
     """
-    groups, prefixes = [], {}
+    groups, prefixes = [], set()
     for given in map(os.path.realpath, inputs):
         paths = source_files(given, out)
         if not paths:
             raise ValueError(f"nothing to extract in {given}: give .xml, .nxml, .jsonl, .json, "
                              ".txt, plain or .gz, or folders of them (unpack .zst and .tar first)")
-        folder, size = None, 0
+        last_folder, size = None, 0
         for path in paths:
             # its path beneath the folder given, "/" as "-"
             name = os.path.relpath(path, given) if path != given else os.path.basename(path)
-            stem = SUFFIX.sub("", name.replace("/", "-"))
-            prefixes[path] = f"{stem}-{hash64(path) % 16**3:03x}"
-            n_bytes = os.path.getsize(path)
-            size += n_bytes
-            if os.path.dirname(path) != folder or size > OUTPUT_BYTES:
-                folder, size = os.path.dirname(path), n_bytes
-                groups.append([])
-            groups[-1].append(path)
-    plan = {}
-    for paths in groups:
-        state = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths]
-        plan[f"{prefixes[paths[0]]}{hash64(f'{state} {options}') % 16**5:05x}.jsonl.gz"] = paths
-    return plan, set(prefixes.values())
+            prefix = f"{SUFFIX.sub('', name.replace('/', '-'))}-{hash64(path) % 16**3:03x}"
+            prefixes.add(prefix)
+            folder, stat = os.path.dirname(path), os.stat(path)
+            size += stat.st_size
+            if folder != last_folder or size > OUTPUT_BYTES:
+                last_folder, size = folder, stat.st_size
+                groups.append((prefix, {}))
+            groups[-1][1][path] = stat.st_size, stat.st_mtime
+    plan = {f"{prefix}{hash64(f'{files} {options}') % 16**5:05x}.jsonl.gz": [*files]
+            for prefix, files in groups}
+    return plan, prefixes
 
 
 NOT_TEXT = re.compile(r"(?i)readme|licen[cs]e|.*filelist")  # what lies beside the data
@@ -1315,9 +1304,9 @@ def source_files(given, out):
     paths = [given]
     for folder, folders, names in os.walk(given):
         folders.sort(key=natural)
-        articles = {SUFFIX.sub("", name) for name in names if re.search(r"xml(\.gz)?$", name)}
+        articles = {name.partition(".xml")[0] for name in names if ".xml" in name}
         for name in sorted(names, key=natural):
-            twin = re.search(r"\.(txt|json)", name) and SUFFIX.sub("", name) in articles
+            twin = re.sub(r"\.(txt|json)\b.*", "", name) in articles
             if folder != str(out) and not twin and not NOT_TEXT.match(name):
                 paths.append(f"{folder}/{name}")
     return [path for path in paths if SUFFIX.search(path) and os.path.isfile(path)]
@@ -1476,17 +1465,6 @@ def fetch_article(base, name, path, licenses):
         fetch(base + key, path, md5)
 
 
-def outcome(job):
-    """None, or the error that ended the job: OSError of the network or disk, ValueError of odd
-    metadata."""
-    path, function = job
-    try:
-        if not path.exists():
-            function()
-    except (OSError, ValueError) as e:
-        return e
-
-
 def download(source, out, base_url=None, files=None, licenses=()):
     """Fetch a source into `out`, CONNECTIONS files at a time; a rerun fetches what is missing."""
     limits = re.fullmatch(r"(\d+)(?:-(\d+))?", files or "0-999999999999")
@@ -1500,27 +1478,27 @@ def download(source, out, base_url=None, files=None, licenses=()):
         jobs = pubmed_jobs(base, out, numbers)
     elif source == "pmc":
         jobs = pmc_jobs(base, out, numbers, licenses)
-    results = []
+    errors, n_files = [], 0
     with tqdm(unit=" files", desc=f"download {source}", disable=None) as bar, \
             ThreadPoolExecutor(CONNECTIONS) as pool:
         try:
             while some := list(itertools.islice(jobs, 1000)):  # a few of millions at a time
-                results += pool.map(outcome, some)
+                futures = [pool.submit(job) for path, job in some if not path.exists()]
+                errors += filter(None, (future.exception() for future in futures))
+                n_files += len(some)
                 bar.update(len(some))
         except KeyboardInterrupt:
             os._exit(130)  # at once: the pool would wait for its files
-    if not results:
+    if not n_files:
         raise ValueError(f"{base} lists no file numbered {files}: check --files")
-    errors = [error for error in results if error]
     for error in errors:
         print(f"download: {error}")
     # odd metadata, a ValueError each, are left out while they are few
-    if any(isinstance(e, OSError) for e in errors) or 100 * len(errors) > len(results):
-        raise OSError(f"{len(errors)} of {len(results)} files failed, run again; the last: "
-                      f"{errors[-1]}")
+    if not all(isinstance(e, ValueError) for e in errors) or 100 * len(errors) > n_files:
+        raise OSError(f"{len(errors)} of {n_files} files failed, run again; the last: {error}")
     if source in ("mmlu", "medquad"):  # load_qa reads folders
         unpack(out / names[0], out / "unpacked")
-    print(f"download: {source} is whole in {out} ({len(results)} files, {len(errors)} left out)")
+    print(f"download: {source} is whole in {out} ({n_files} files, {len(errors)} left out)")
 
 
 def unpack(archive, folder):
