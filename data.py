@@ -48,6 +48,7 @@ from tokenizer import (
     json_lines,
     load_named,
     natural,
+    numbers,
     open_input,
     read_json,
     read_records,
@@ -208,8 +209,6 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1)
     """
     tokenizer = load_named(tokenizer_name)
     out = Path(out)
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"--val_fraction {val_fraction}: give a share between 0 and 1, like 0.002")
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"{tokenizer_name} has {tokenizer.vocab_size} tokens: uint16 holds 65,536")
     documents = split_documents(newest_documents(text_files(text)), val_fraction)
@@ -392,8 +391,6 @@ def load_qa(task, dir, split):
 
 def official_files(task, dir, split):
     """(reader, paths) of the first of the task's file names that is found."""
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
     for name, reader in TASKS[task].files.items():
         for called in {"dev": ("dev", "val", "validation")}.get(split, (split,)):
             paths = sorted(filter(Path.is_file, Path(dir).rglob(name.format(called))))
@@ -421,8 +418,6 @@ def read_medqa(path, split):
         ident = f"{split}-{number}"
         letters, options = zip(*sorted(item["options"].items()))
         answer = index_of(item["answer_idx"], letters, ident)
-        if item.get("answer", options[answer]) != options[answer]:
-            raise ValueError(f"question {ident}: answer is not option {item['answer_idx']}")
         yield Question(ident, item["question"], options=options, answer=answer,
                        kind=item.get("meta_info", ""))
 
@@ -437,14 +432,13 @@ def read_medmcqa(path, split):
     items = [item for _, item in json_lines(path)]
     labels = [item.get("cop") for item in items]
     said = [re.match(r"(?i)ans\w*\W*(is\W*)?([a-d])\b", item.get("exp") or "") for item in items]
-    counted_from = Counter(label - "abcd".index(letter[2].lower())
-                           for label, letter in zip(labels, said) if letter and label)
-    copied = 0 in labels or counted_from[0] > counted_from[1]
-    numbers = range(0, 4) if copied else range(1, 5)
+    counted_from = [label - "abcd".index(letter[2].lower())
+                    for label, letter in zip(labels, said) if letter and label]
+    first = 0 if 0 in labels or counted_from.count(0) > counted_from.count(1) else 1
     for item, label in zip(items, labels):
         answer = None
         if label not in (None, -1):
-            answer = index_of(label, numbers, item["id"])
+            answer = index_of(label, range(first, first + 4), item["id"])
         options = tuple(html.unescape(item[f"op{letter}"]) for letter in "abcd")
         yield Question(item["id"], html.unescape(item["question"]), options=options, answer=answer,
                        subject=item.get("subject_name") or "", kind=item.get("choice_type") or "")
@@ -561,9 +555,7 @@ def divide_medquad(questions, split):
     while before != lowest:
         before = dict(lowest)
         for q in questions:
-            both = min(lowest[q.question], lowest[q.target])
-            lowest[q.question] = both
-            lowest[q.target] = both
+            lowest[q.question] = lowest[q.target] = min(lowest[q.question], lowest[q.target])
     splits = ["test", "dev", *["train"] * 8]
     return [q for q in questions if splits[lowest[q.question] % 10] == split]
 
@@ -1089,7 +1081,9 @@ def pubmed_documents(record, options):
     titles = (pubmed_text(article.find(name))
               for name in ("ArticleTitle", "VernacularTitle", "Book/BookTitle"))
     title = next((title for title in titles if title and not NO_TITLE.match(title)), "")
-    abstract = pubmed_abstract(article, options["labels"])
+    # Left out: the sections' labels
+    sections = map(pubmed_text, article.findall("Abstract/AbstractText"))
+    abstract = " ".join(filter(None, sections))
     text = f"{title}\n{abstract}".strip()
     languages = {e.text for e in article.findall("Language")}
     marks = {e.text for e in article.iter("PublicationType")}
@@ -1105,17 +1099,6 @@ def pubmed_documents(record, options):
     elif not abstract:
         reason = "no abstract"
     return [(citation.find("PMID").text.strip(), text, reason)]
-
-
-def pubmed_abstract(article, labels):
-    """The sections of an abstract in one line; "" if there is none."""
-    sections = []
-    for section in article.findall("Abstract/AbstractText"):
-        text = pubmed_text(section)
-        if labels and text and section.get("Label"):
-            text = f"{section.get('Label')}: {text}"
-        sections.append(text)
-    return " ".join(filter(None, sections))
 
 
 def pubmed_text(element):
@@ -1137,11 +1120,10 @@ def jats_documents(article, path):
             e.tag = local(e)
     meta = "front/article-meta/"
     ids = {e.get("pub-id-type"): full_text(e) for e in article.findall(meta + "article-id")}
-    name = re.match(r"PMC(\d+)", os.path.basename(path))  # PMC123.1.xml
-    pmc = re.search(r"\d+", ids.get("pmcid") or ids.get("pmc") or "")
-    ident = ids.get("pmid")
-    if pmc or name and not ident:
-        ident = f"PMC{pmc[0] if pmc else name[1]}"
+    number = re.search(r"\d+", ids.get("pmcid") or ids.get("pmc") or "")
+    if not number and "pmid" not in ids:
+        number = re.search(r"(?<=PMC)\d+", os.path.basename(path))  # PMC123.1.xml
+    ident = f"PMC{number[0]}" if number else ids.get("pmid")
     main = [e for e in article.findall(meta + "abstract")
             if e.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
     main += article.findall("body")
@@ -1163,13 +1145,11 @@ def json_documents(record):
     The id is "id", or else "pmid" or "pmcid". {"id", "deleted": true} passes through, so that
     extracted text may be extracted again.
     """
-    ids = {key: str(record[key]) for key in ("id", "pmid", "pmcid")
-           if record.get(key) not in (None, "")}
-    if "pmcid" in ids:  # as in JATS
-        ids["pmcid"] = "PMC" + ids["pmcid"].removeprefix("PMC")
-    text = (record.get("text") or "").strip()
-    if not text and record.get("abstract"):
-        text = f"{record.get('title') or ''}\n{record['abstract']}".strip()
+    ids = [str(record[key]) for key in ("id", "pmid", "pmcid") if record.get(key) not in (None, "")]
+    text, title, abstract = ((record.get(key) or "").strip()
+                             for key in ("text", "title", "abstract"))
+    if abstract and not text:
+        text = f"{title}\n{abstract}".strip()
     reason = None
     if (record.get("meta") or {}).get("pile_set_name", PILE_SETS[0]) not in PILE_SETS:
         reason = "another part of The Pile"
@@ -1177,7 +1157,7 @@ def json_documents(record):
         reason = "deleted or without text"
     # JSON can spell half a surrogate pair: U+FFFD, as in tokenizer.read_records
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return [(next(iter(ids.values()), None), text, reason)]
+    return [(ids[0] if ids else None, text, reason)]
 
 
 def source_records(path):
@@ -1211,12 +1191,11 @@ def documents(record, path, options):
 
 def text_line(ident, text):
     """The line of a document, or of a deletion; nothing where both id and text are missing."""
+    if not text and not ident:
+        return b""
+    record = {"id": ident, "deleted": True}
     if text:
         record = {"id": ident or f"{hash64(text):016x}", "text": text}
-    elif ident:
-        record = {"id": ident, "deleted": True}
-    else:
-        return b""
     return (json.dumps(record, ensure_ascii=False) + "\n").encode()
 
 
@@ -1227,6 +1206,7 @@ def output_lines(paths, options, counts, skipped):
     stands behind the damage.
     """
     for path in paths:
+        counts["files"] += 1
         try:
             for number, record in source_records(path):
                 counts["records"] += 1
@@ -1312,14 +1292,14 @@ def source_files(given, out):
     return [path for path in paths if SUFFIX.search(path) and os.path.isfile(path)]
 
 
-def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1):
+def extract(inputs, out, languages=(), skip_pmc=False, workers=1):
     """Make every output that is missing; returns the summed counts.
 
     ValueError where more than one record or file in a hundred was bad. What is good is written all
     the same.
     """
     out = Path(out).resolve()
-    options = {"labels": labels, "languages": sorted(languages), "skip_pmc": skip_pmc}
+    options = {"languages": sorted(languages), "skip_pmc": skip_pmc}
     plan, prefixes = plan_outputs(inputs, out, options)
     make_folder(out)
     outdated = []  # of these inputs, before a file or flag changed or a new file came
@@ -1341,11 +1321,10 @@ def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1):
         path.unlink()
     print(f"extract: {len(tasks)} outputs written, {len(plan) - len(tasks)} finished before, "
           f"{len(outdated)} outdated removed;", dict(total))
-    n_files = sum(len(paths) for _, paths, _ in tasks)
-    for bad, n in ("bad records", total["records"]), ("damaged files", n_files):
-        if 100 * total[bad] > n:
-            raise ValueError(f"{total[bad]} {bad} of {n}, named above; the rest is written: mend "
-                             "them and run again")
+    for bad, of in ("bad records", "records"), ("damaged files", "files"):
+        if 100 * total[bad] > total[of]:
+            raise ValueError(f"{total[bad]} {bad} of {total[of]}, named above; the rest is "
+                             "written: mend them and run again")
     return total
 
 
@@ -1395,8 +1374,14 @@ def get(url, pattern=rb"\A(?!\s*<(!doctype )?html)", md5=None):
     raise OSError(f"{url}: {reason}, {TRIES} times: try again later; files that are whole are kept")
 
 
-def fetch(url, path, md5=None):
-    """Write what stands at url to `path`, in a folder that is made where missing."""
+def fetch(url, path, md5=None, md5_url=None):
+    """Write what stands at url to `path`, in a folder that is made where missing.
+
+    md5_url: of NLM's file with the checksum, MD5(pubmed26n0001.xml.gz)= 6a3c…
+    """
+    if md5_url:
+        pattern = rb"\b[0-9a-f]{32}\b"
+        md5 = re.search(pattern, get(md5_url, pattern))[0].decode()
     content = get(url, md5=md5)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(f"{path}.part")
@@ -1414,14 +1399,8 @@ def pubmed_jobs(base, out, numbers):
         names = re.findall(r"\b(pubmed\d+n(\d+)\.xml\.gz)\b", listing)
         for name, number in sorted(set(names)):
             if int(number) in numbers:
-                path = out / name
-                yield path, partial(fetch_pubmed, base + folder + name, path)
-
-
-def fetch_pubmed(url, path):
-    """A file and its checksum, which stands beside it: MD5(pubmed26n0001.xml.gz)= 6a3c…"""
-    md5 = rb"\b[0-9a-f]{32}\b"
-    fetch(url, path, re.search(md5, get(url + ".md5", md5))[0].decode())
+                url, path = base + folder + name, out / name
+                yield path, partial(fetch, url, path, md5_url=url + ".md5")
 
 
 def pmc_jobs(base, out, numbers, licenses):
@@ -1447,22 +1426,14 @@ def pmc_jobs(base, out, numbers, licenses):
 
 
 def fetch_article(base, name, path, licenses):
-    """An article of PMC, unless it is retracted or its licence isn't wanted.
-
-    ValueError where its metadata are odd.
-    """
-    text = get(f"{base}metadata/{name}.json", b'"pmcid"')
-    try:
-        about = json.loads(text)
-        unwanted = (about["is_retracted"] or not about["is_pmc_openaccess"]
-                    or licenses and about["license_code"] not in licenses)
-        # s3://pmc-oa-opendata/PMC1.1/PMC1.1.xml?md5=…, in some without the md5
-        url = r"(?:s3|https)://[^/]+/([^?]+\.xml)(?:\?md5=(\w{32}))?"
-        key, md5 = re.fullmatch(url, about["xml_url"]).groups()
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{name}.json: odd metadata ({e})") from None
+    """An article of PMC, unless it is retracted or its licence isn't wanted."""
+    about = json.loads(get(f"{base}metadata/{name}.json", b'"pmcid"'))
+    unwanted = (about["is_retracted"] or not about["is_pmc_openaccess"]
+                or licenses and about["license_code"] not in licenses)
     if not unwanted:
-        fetch(base + key, path, md5)
+        # s3://pmc-oa-opendata/PMC1.1/PMC1.1.xml?md5=…, in some without the md5
+        url, _, md5 = about["xml_url"].partition("?md5=")
+        fetch(base + url.split("/", 3)[3], path, md5 or None)
 
 
 def download(source, out, base_url=None, files=None, licenses=()):
@@ -1478,23 +1449,24 @@ def download(source, out, base_url=None, files=None, licenses=()):
         jobs = pubmed_jobs(base, out, numbers)
     elif source == "pmc":
         jobs = pmc_jobs(base, out, numbers, licenses)
-    errors, n_files = [], 0
+    errors, n_files = {}, 0
     with tqdm(unit=" files", desc=f"download {source}", disable=None) as bar, \
             ThreadPoolExecutor(CONNECTIONS) as pool:
         try:
             while some := list(itertools.islice(jobs, 1000)):  # a few of millions at a time
-                futures = [pool.submit(job) for path, job in some if not path.exists()]
-                errors += filter(None, (future.exception() for future in futures))
+                futures = {path: pool.submit(job) for path, job in some if not path.exists()}
+                errors |= {path: error for path, future in futures.items()
+                           if (error := future.exception())}
                 n_files += len(some)
                 bar.update(len(some))
         except KeyboardInterrupt:
             os._exit(130)  # at once: the pool would wait for its files
     if not n_files:
         raise ValueError(f"{base} lists no file numbered {files}: check --files")
-    for error in errors:
-        print(f"download: {error}")
-    # odd metadata, a ValueError each, are left out while they are few
-    if not all(isinstance(e, ValueError) for e in errors) or 100 * len(errors) > n_files:
+    for path, error in errors.items():
+        print(f"download: left out {path.name}: {error!r}")
+    # odd metadata are no reason to fail while they are few
+    if any(isinstance(e, OSError) for e in errors.values()) or 100 * len(errors) > n_files:
         raise OSError(f"{len(errors)} of {n_files} files failed, run again; the last: {error}")
     if source in ("mmlu", "medquad"):  # load_qa reads folders
         unpack(out / names[0], out / "unpacked")
@@ -1518,7 +1490,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     text = {"required": True, "help": ".jsonl or .txt file (.gz too), or a folder of them"}
-    val_fraction = {"type": float, "default": 0.002, "help": "of documents (default: 0.002)"}
+    val_fraction = {"type": numbers(float, 0, 1), "default": 0.002,
+                    "help": "of documents (default: 0.002)"}
     workers = {"type": COUNT, "default": os.cpu_count(), "help": "processes (default: CPUs)"}
 
     def command(function, name, summary):
@@ -1550,7 +1523,6 @@ def main():
     add("inputs", nargs="+", metavar="INPUT",
         help="files, plain or .gz, or folders; of these README, licences, file lists, and an "
              "article's .txt and .json beside its .xml are left out")
-    add("--labels", action="store_true", help="keep section labels (default: off)")
     add("--languages", nargs="*", default=[], help="PubMed's codes (default: all)")
     add("--skip_pmc", action="store_true", help="drop what is in PMC, as The Pile (default: off)")
     add("--workers", **workers)
