@@ -219,11 +219,11 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1)
     meta |= {split: Counter() for split in SPLITS}
     make_folder(out)
     with replacing(out / "train.bin") as train, replacing(out / "val.bin") as val:
-        for ids, sizes in in_processes(encode, batches, workers):
-            train.write(ids["train"])
-            val.write(ids["val"])
-            for split in SPLITS:
-                meta[split].update(sizes[split])
+        for encoded in in_processes(encode, batches, workers):
+            for split, file in ("train", train), ("val", val):
+                ids, sizes = encoded[split]
+                file.write(ids)
+                meta[split].update(sizes)
         if not meta["train"]["documents"]:
             raise ValueError(f"{text} has no document to train on beside the held-out ones: give "
                              "more text or a lower --val_fraction")
@@ -293,20 +293,20 @@ def load_once(tokenizer_name, fingerprint):
 
 
 def encode_documents(tokenizer_name, fingerprint, eot, documents):
-    """[(split, text)] -> ({split: ids}, {split: {"tokens", "documents", "bytes"}}).
+    """[(split, text)] -> {split: (ids, {"tokens", "documents", "bytes"})}.
 
     The ids are an array of uint16, the documents' tokens one after the other.
     """
     tokenizer = load_once(tokenizer_name, fingerprint)
-    ids = {split: array("H") for split in SPLITS}
-    sizes = {split: Counter() for split in SPLITS}
+    encoded = {split: (array("H"), Counter()) for split in SPLITS}
     for split, text in documents:
+        ids, sizes = encoded[split]
         tokens = tokenizer.encode(text)
         if eot:
             tokens.append(tokenizer.eot_id)
-        ids[split].extend(tokens)
-        sizes[split].update(tokens=len(tokens), documents=1, bytes=len(text.encode()))
-    return ids, sizes
+        ids.extend(tokens)
+        sizes.update(tokens=len(tokens), documents=1, bytes=len(text.encode()))
+    return encoded
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1241,35 +1241,35 @@ def extract_files(task):
 def plan_outputs(inputs, out, options):
     """{output's name: its files}, and the prefixes of all names that these inputs may give.
 
-    An input that is a file makes an output of its own. In a folder, neighbours in natural order are
-    gathered while they have at most OUTPUT_BYTES. An output is called prefix + hash + .jsonl.gz:
+    An input that is a file makes an output of its own. In a folder a new output begins whenever
+    another OUTPUT_BYTES is full. An output is called prefix + hash + .jsonl.gz:
 
         pubmed26n0001-3f2a91bc.jsonl.gz
 
     The prefix is the first file's name and three digits of its place, the hash five of the names,
     sizes and times of all its files and the flags.
     """
-    groups, prefixes = [], set()
+    groups, prefixes = defaultdict(dict), {}
     for given in map(os.path.realpath, inputs):
         paths = source_files(given, out)
         if not paths:
             raise ValueError(f"nothing to extract in {given}: give .xml, .nxml, .jsonl, .json, "
                              ".txt, plain or .gz, or folders of them (unpack .zst and .tar first)")
-        last_folder, size = None, 0
+        total = 0
         for path in paths:
             # its path beneath the folder given, "/" as "-"
             name = os.path.relpath(path, given) if path != given else os.path.basename(path)
-            prefix = f"{SUFFIX.sub('', name.replace('/', '-'))}-{hash64(path) % 16**3:03x}"
-            prefixes.add(prefix)
-            folder, stat = os.path.dirname(path), os.stat(path)
-            size += stat.st_size
-            if folder != last_folder or size > OUTPUT_BYTES:
-                last_folder, size = folder, stat.st_size
-                groups.append((prefix, {}))
-            groups[-1][1][path] = stat.st_size, stat.st_mtime
-    plan = {f"{prefix}{hash64(f'{files} {options}') % 16**5:05x}.jsonl.gz": [*files]
-            for prefix, files in groups}
-    return plan, prefixes
+            prefixes[path] = f"{SUFFIX.sub('', name.replace('/', '-'))}-{hash64(path) % 16**3:03x}"
+            stat = os.stat(path)
+            total += stat.st_size
+            group = given, os.path.dirname(path), total // OUTPUT_BYTES
+            groups[group][path] = stat.st_size, stat.st_mtime
+    plan = {}
+    for files in groups.values():
+        paths = [*files]
+        state = hash64(f"{files} {options}") % 16**5
+        plan[f"{prefixes[paths[0]]}{state:05x}.jsonl.gz"] = paths
+    return plan, set(prefixes.values())
 
 
 NOT_TEXT = re.compile(r"(?i)readme|licen[cs]e|.*filelist")  # what lies beside the data
