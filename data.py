@@ -26,7 +26,6 @@ import shutil
 import tarfile
 import time
 import xml.etree.ElementTree as ET
-import zlib
 from array import array
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +48,8 @@ from tokenizer import (
     json_lines,
     load_named,
     natural,
+    numbers,
+    open_input,
     read_json,
     read_records,
     read_records_backwards,
@@ -174,7 +175,7 @@ def load_meta(data_dir, verify=False):
         wrong = None
         if size != 2 * meta[split]["tokens"]:  # uint16: two bytes a token
             wrong = f"has {size:,} bytes, not two a token as meta.json counts: cut or replaced"
-        elif verify and hash_file(path) != meta[split]["sha256"]:
+        elif verify and sha256_of(path) != meta[split]["sha256"]:
             wrong = "is not the array of meta.json (sha256 differs)"
         elif verify and np.memmap(path, np.uint16, "r").max() >= meta["vocab_size"]:
             wrong = f"holds an id beyond the vocabulary of {meta['vocab_size']}"
@@ -208,8 +209,6 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1)
     """
     tokenizer = load_named(tokenizer_name)
     out = Path(out)
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"--val_fraction {val_fraction}: give a share between 0 and 1, like 0.002")
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"{tokenizer_name} has {tokenizer.vocab_size} tokens: uint16 holds 65,536")
     documents = split_documents(newest_documents(text_files(text)), val_fraction)
@@ -220,11 +219,11 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1)
     meta |= {split: Counter() for split in SPLITS}
     make_folder(out)
     with replacing(out / "train.bin") as train, replacing(out / "val.bin") as val:
-        for ids, sizes in in_processes(encode, batches, workers):
-            train.write(ids["train"])
-            val.write(ids["val"])
-            for split in SPLITS:
-                meta[split].update(sizes[split])
+        for encoded in in_processes(encode, batches, workers):
+            for split, file in ("train", train), ("val", val):
+                ids, sizes = encoded[split]
+                file.write(ids)
+                meta[split].update(sizes)
         if not meta["train"]["documents"]:
             raise ValueError(f"{text} has no document to train on beside the held-out ones: give "
                              "more text or a lower --val_fraction")
@@ -233,7 +232,7 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1)
     tokenizer.save(out)
     for split in SPLITS:
         print(f"tokenize: {split}:", dict(meta[split]))
-        meta[split]["sha256"] = hash_file(out / f"{split}.bin")
+        meta[split]["sha256"] = sha256_of(out / f"{split}.bin")
     write_json(out / "meta.json", meta)
     return load_meta(out, verify=True)
 
@@ -294,20 +293,20 @@ def load_once(tokenizer_name, fingerprint):
 
 
 def encode_documents(tokenizer_name, fingerprint, eot, documents):
-    """[(split, text)] -> ({split: ids}, {split: {"tokens", "documents", "bytes"}}).
+    """[(split, text)] -> {split: (ids, {"tokens", "documents", "bytes"})}.
 
     The ids are an array of uint16, the documents' tokens one after the other.
     """
     tokenizer = load_once(tokenizer_name, fingerprint)
-    ids = {split: array("H") for split in SPLITS}
-    sizes = {split: Counter() for split in SPLITS}
+    encoded = {split: (array("H"), Counter()) for split in SPLITS}
     for split, text in documents:
+        ids, sizes = encoded[split]
         tokens = tokenizer.encode(text)
         if eot:
             tokens.append(tokenizer.eot_id)
-        ids[split].extend(tokens)
-        sizes[split].update(tokens=len(tokens), documents=1, bytes=len(text.encode()))
-    return ids, sizes
+        ids.extend(tokens)
+        sizes.update(tokens=len(tokens), documents=1, bytes=len(text.encode()))
+    return encoded
 
 
 # ---------------------------------------------------------------------------------------------
@@ -392,8 +391,6 @@ def load_qa(task, dir, split):
 
 def official_files(task, dir, split):
     """(reader, paths) of the first of the task's file names that is found."""
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
     for name, reader in TASKS[task].files.items():
         for called in {"dev": ("dev", "val", "validation")}.get(split, (split,)):
             paths = sorted(filter(Path.is_file, Path(dir).rglob(name.format(called))))
@@ -421,8 +418,6 @@ def read_medqa(path, split):
         ident = f"{split}-{number}"
         letters, options = zip(*sorted(item["options"].items()))
         answer = index_of(item["answer_idx"], letters, ident)
-        if item.get("answer", options[answer]) != options[answer]:
-            raise ValueError(f"question {ident}: answer is not option {item['answer_idx']}")
         yield Question(ident, item["question"], options=options, answer=answer,
                        kind=item.get("meta_info", ""))
 
@@ -436,16 +431,14 @@ def read_medmcqa(path, split):
     """
     items = [item for _, item in json_lines(path)]
     labels = [item.get("cop") for item in items]
-    said = [re.search(r"(?i)\bans(wer)?\b\W*(is\b)?\W*([a-d])\b", item.get("exp") or "")
-            for item in items]
-    counted_from = Counter(label - "abcd".index(letter[3].lower())
-                           for label, letter in zip(labels, said) if letter and label)
-    copied = 0 in labels or counted_from[0] > counted_from[1]
-    numbers = range(0, 4) if copied else range(1, 5)
+    said = [re.match(r"(?i)ans\w*\W*(is\W*)?([a-d])\b", item.get("exp") or "") for item in items]
+    counted_from = [label - "abcd".index(letter[2].lower())
+                    for label, letter in zip(labels, said) if letter and label]
+    first = 0 if 0 in labels or counted_from.count(0) > counted_from.count(1) else 1
     for item, label in zip(items, labels):
         answer = None
         if label not in (None, -1):
-            answer = index_of(label, numbers, item["id"])
+            answer = index_of(label, range(first, first + 4), item["id"])
         options = tuple(html.unescape(item[f"op{letter}"]) for letter in "abcd")
         yield Question(item["id"], html.unescape(item["question"]), options=options, answer=answer,
                        subject=item.get("subject_name") or "", kind=item.get("choice_type") or "")
@@ -562,9 +555,7 @@ def divide_medquad(questions, split):
     while before != lowest:
         before = dict(lowest)
         for q in questions:
-            both = min(lowest[q.question], lowest[q.target])
-            lowest[q.question] = both
-            lowest[q.target] = both
+            lowest[q.question] = lowest[q.target] = min(lowest[q.question], lowest[q.target])
     splits = ["test", "dev", *["train"] * 8]
     return [q for q in questions if splits[lowest[q.question] % 10] == split]
 
@@ -708,7 +699,7 @@ def demo_document(rng, facts, asked):
 
     Names are written alike everywhere, so that a question's token is the one a study taught.
     """
-    kind = rng.choices(("study", "questions", "judgement"), (5, 3, 2))[0]
+    kind = rng.choices(("study", "questions", "judgement"), (6, 3, 1))[0]
     if kind == "questions":
         return "\n".join(f"{zero_shot_prompt(q)} {q.options[q.answer]}"
                          for q in rng.sample(asked, 3))
@@ -827,9 +818,9 @@ def make_folder(folder):
         path.unlink()
 
 
-def hash_file(path, name="sha256"):
+def sha256_of(path):
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, name).hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -857,28 +848,6 @@ PILE_SETS = ("PubMed Abstracts", "PubMed Central")
 SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
 
 
-def chunks(path):
-    """Yield the bytes of a file, plain or .gz, at most CHUNK at once.
-
-    By zlib: Python's gzip module takes longer to open a small file than to read it.
-    """
-    with open(path, "rb", 0) as f:
-        read = partial(f.read, CHUNK)
-        if not str(path).endswith(".gz"):
-            yield from iter(read, b"")
-            return
-        try:
-            inflate = zlib.decompressobj(31)  # 31: with gzip's header and checksum
-            while packed := inflate.unconsumed_tail or inflate.unused_data or read():
-                if inflate.eof:  # another gzip file after the first
-                    inflate = zlib.decompressobj(31)
-                yield inflate.decompress(packed, CHUNK)
-            if not inflate.eof:
-                raise EOFError("it ends too early")
-        except (EOFError, zlib.error) as e:
-            raise ValueError(f"{path}: damaged gzip ({e}): download it again") from None
-
-
 def xml_records(path):
     """Elements of the records of an XML file, plain or .gz, one by one in constant memory.
 
@@ -892,30 +861,30 @@ def xml_records(path):
     parser = ET.XMLParser(target=builder)  # a plain TreeBuilder: no Python call per element
     head = b""  # all before the root, where entities are declared
     pending = 0
-    try:
-        for chunk in chunks(path):
-            if len(top) == 0:
-                head += chunk
-                if b"\0" in head:
-                    raise ValueError(f"{path} is UTF-16 or no text: convert it to UTF-8")
-                if b"<!ENTITY" in head or len(head) > 2 * CHUNK:
-                    raise ValueError(f"{path} declares an entity, which could grow endlessly, or "
-                                     "holds no XML element in its first 64 KiB: refused")
-            if NAMED.search(chunk):  # few files have any, and filling the table takes a while
-                parser.entity.update(ENTITIES)
-            parser.feed(chunk)
-            pending += len(chunk)
-            if len(top) and local(top[0]) in CONTAINERS and len(top[0]) > 1:
-                yield from top[0][:-1]  # the last one may still be open
-                del top[0][:-1]
-                pending = 0
-            if pending > RECORD_LIMIT:
-                raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
-                                 "article: remove the file or raise RECORD_LIMIT")
-        parser.close()
-    except ET.ParseError as e:
-        raise ValueError(f"{path}: malformed XML ({e}): mend it or download it "
-                         "again") from None
+    with open_input(path) as f:
+        try:
+            for chunk in iter(partial(f.read, CHUNK), b""):
+                if len(top) == 0:
+                    head += chunk
+                    if b"\0" in head:  # an entity's declaration would not be seen in it
+                        raise ValueError(f"{path} is UTF-16 or no text: convert it to UTF-8")
+                    if b"<!ENTITY" in head or len(head) > 2 * CHUNK:
+                        raise ValueError(f"{path} declares an entity, which could grow endlessly, "
+                                         "or has no XML element in its first 64 KiB: refused")
+                if NAMED.search(chunk):  # few files have any, and filling the table takes a while
+                    parser.entity.update(ENTITIES)
+                parser.feed(chunk)
+                pending += len(chunk)
+                if len(top) and local(top[0]) in CONTAINERS and len(top[0]) > 1:
+                    yield from top[0][:-1]  # the last one may still be open
+                    del top[0][:-1]
+                    pending = 0
+                if pending > RECORD_LIMIT:
+                    raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
+                                     "article: remove the file or raise RECORD_LIMIT")
+            parser.close()
+        except ET.ParseError as e:
+            raise ValueError(f"{path}: malformed XML ({e}): mend it or download it again") from None
     yield from top[0] if local(top[0]) in CONTAINERS else top
 
 
@@ -938,13 +907,12 @@ DROPPED = set(re.findall(r"\S+", """ref-list graphic inline-graphic media supple
     fn fn-group object-id permissions attrib alt-text long-desc annotation annotation-xml
     related-article"""))
 BLOCKS = re.findall(r"\S+", """title subtitle article-title p sec abstract list list-item
-    fig caption disp-formula disp-quote boxed-text table-wrap tr row def-item statement verse-line
+    fig caption disp-formula disp-quote boxed-text table-wrap tr def-item statement verse-line
     speech""")
 # What stands around an element's children (*): before the first, between them, after the last.
 # So <mfrac><mi>a</mi><mi>b</mi></mfrac> is read as (a)/(b). Other elements add nothing: "*".
 LAYOUT = dict.fromkeys(BLOCKS, LINE + "*" + LINE) | {
     "label": "*" + LABEL, "term": "*: " + LABEL, "break": " *", "td": "*" + CELL, "th": "*" + CELL,
-    "entry": "*" + CELL,
     # MathML
     "mfrac": "(*)/(*)", "msqrt": "sqrt(*)", "mroot": "(*)^(1/*)", "msup": "*^" + SCRIPT,
     "msub": "*_" + SCRIPT, "munder": "*_" + SCRIPT, "msubsup": "*_" + SCRIPT + "^" + SCRIPT,
@@ -956,7 +924,6 @@ LAYOUT = dict.fromkeys(BLOCKS, LINE + "*" + LINE) | {
 # m2, 2<sup>nd</sup> -> 2nd, H<sub>2</sub>O -> H2O.
 JOINTS = {"sup": (r"\d\d|[\w)\]]([+−–-]\d|(?!(st|nd|rd|th|TM)\b)[^\W\d_])", "^"),
           "sub": (r"\d\d", "_"), "xref": (r"\d\d", ", ")}
-PICKED = {"alternatives", "table", "thead", "tbody", "tfoot", "td", "th", "table-wrap-foot"}
 NOTE = re.compile(r"\s*[a-h]([,;\s]*[a-h])*\s*")  # a superscript that points to a table's note
 PREAMBLE = re.compile(r"(?s).*\\begin\{document\}|\\end\{document\}.*")  # LaTeX's
 
@@ -983,7 +950,13 @@ def walk(e, before):
     """An element's text and marks: LINE + "5 × 10^4" + LINE for <p>5 × 10<sup>4</sup></p>.
 
     before: the one or two characters before it. They decide on its mark, whatever tag they stand
-    in: 1<i>0</i><sup>4</sup>.
+    in: 1<i>0</i><sup>4</sup>. A formula, with [ and ] for OPEN and CLOSE:
+
+        <msup><mn>10</mn><mrow><mo>−</mo><mn>3</mn></mrow></msup>
+            "10"   of <mn>, whose layout is "*"
+            "−3"   of <mrow>, its two children in a row
+            "10^[−3]"   of <msup>, whose layout is "*^[*]"
+        flatten makes "10^-3" of it, but "2^(n+1)" of "2^[n+1]"
     """
     tag = local(e)
     footnote = e.get("ref-type", "").endswith("fn")
@@ -998,32 +971,23 @@ def walk(e, before):
         e.text = PREAMBLE.sub("", e.text or "")
     first, *between, last = layout.split("*")
     text = first + (e.text or "")
-    for i, child in enumerate(shown(e, tag) if tag in PICKED else e):
+    for i, child in enumerate(shown(e, tag)):
         if i and between:
             text += between[min(i, len(between)) - 1]
         text += walk(child, (before + text[-2:])[-2:]) + (child.tail or "")
     text += last
     if tag in ("td", "th"):  # a cell's paragraphs stay in its row
         text = text.replace(LINE, " ")
-    pattern, mark = JOINTS.get(tag, (r"\Z", ""))
-    if re.match(pattern, before[-1] + text.lstrip()):
-        text = mark + text.lstrip()
+    if tag in JOINTS:
+        pattern, mark = JOINTS[tag]
+        if re.match(pattern, before[-1] + text.lstrip()):
+            text = mark + text.lstrip()
     return text
 
 
 def shown(e, tag):
-    """The children of a table's part or of <alternatives> that are to be read."""
-    if tag == "table-wrap-foot":
-        for note in e.iter("fn"):
-            note.tag = "p"  # it explains the table, unlike other footnotes
-    elif tag in ("td", "th"):
-        for sup in e.iter("sup"):
-            if NOTE.fullmatch(full_text(sup)):
-                sup.text = None
-                del sup[:]
-    elif tag != "alternatives":
-        fill_spans(e)
-    else:  # one thing several times over
+    """The children to read, after a table's parts are mended."""
+    if tag == "alternatives":  # one thing several times over
         texts = [child for child in e if local(child) not in DROPPED
                  and PREAMBLE.sub("", full_text(child)).strip(" $")]
         for name in ("tex-math", "math", "table"):
@@ -1031,6 +995,16 @@ def shown(e, tag):
             if alike:
                 return alike if name == "table" else alike[:1]  # a table may come in panels
         return texts[:1]
+    if tag in ("table", "thead", "tbody", "tfoot"):
+        fill_spans(e)
+    elif tag in ("td", "th"):
+        for sup in e.iter("sup"):
+            if NOTE.fullmatch(full_text(sup)):
+                sup.text = None
+                del sup[:]
+    elif tag == "table-wrap-foot":
+        for note in e.iter("fn"):
+            note.tag = "p"  # it explains the table, unlike other footnotes
     return e
 
 
@@ -1077,7 +1051,7 @@ def is_superscript_citation(e, tag, before):
 
 def tidy(line):
     """A line, whitespace normalised; of a table's row, the empty cells at the end are left out."""
-    line = re.sub(rf"[\s{CELL}]*\Z", "", line)
+    line = " ".join(line.split()).rstrip(CELL + " ")
     return " ".join(line.replace(CELL, " | ").split())
 
 
@@ -1107,7 +1081,9 @@ def pubmed_documents(record, options):
     titles = (pubmed_text(article.find(name))
               for name in ("ArticleTitle", "VernacularTitle", "Book/BookTitle"))
     title = next((title for title in titles if title and not NO_TITLE.match(title)), "")
-    abstract = pubmed_abstract(article, options["labels"])
+    # Left out: the sections' labels
+    sections = map(pubmed_text, article.findall("Abstract/AbstractText"))
+    abstract = " ".join(filter(None, sections))
     text = f"{title}\n{abstract}".strip()
     languages = {e.text for e in article.findall("Language")}
     marks = {e.text for e in article.iter("PublicationType")}
@@ -1123,17 +1099,6 @@ def pubmed_documents(record, options):
     elif not abstract:
         reason = "no abstract"
     return [(citation.find("PMID").text.strip(), text, reason)]
-
-
-def pubmed_abstract(article, labels):
-    """The sections of an abstract in one line; "" if there is none."""
-    sections = []
-    for section in article.findall("Abstract/AbstractText"):
-        text = pubmed_text(section)
-        if labels and text and section.get("Label"):
-            text = f"{section.get('Label')}: {text}"
-        sections.append(text)
-    return " ".join(filter(None, sections))
 
 
 def pubmed_text(element):
@@ -1155,11 +1120,10 @@ def jats_documents(article, path):
             e.tag = local(e)
     meta = "front/article-meta/"
     ids = {e.get("pub-id-type"): full_text(e) for e in article.findall(meta + "article-id")}
-    name = re.match(r"PMC(\d+)", os.path.basename(path))  # PMC123.1.xml
-    pmc = re.search(r"\d+", ids.get("pmcid") or ids.get("pmc") or "")
-    ident = ids.get("pmid")
-    if pmc or name and not ident:
-        ident = f"PMC{pmc[0] if pmc else name[1]}"
+    number = re.search(r"\d+", ids.get("pmcid") or ids.get("pmc") or "")
+    if not number and "pmid" not in ids:
+        number = re.search(r"(?<=PMC)\d+", os.path.basename(path))  # PMC123.1.xml
+    ident = f"PMC{number[0]}" if number else ids.get("pmid")
     main = [e for e in article.findall(meta + "abstract")
             if e.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
     main += article.findall("body")
@@ -1181,13 +1145,11 @@ def json_documents(record):
     The id is "id", or else "pmid" or "pmcid". {"id", "deleted": true} passes through, so that
     extracted text may be extracted again.
     """
-    ids = {key: str(record[key]) for key in ("id", "pmid", "pmcid")
-           if record.get(key) not in (None, "")}
-    if "pmcid" in ids:  # as in JATS
-        ids["pmcid"] = "PMC" + ids["pmcid"].removeprefix("PMC")
-    text = (record.get("text") or "").strip()
-    if not text and record.get("abstract"):
-        text = f"{record.get('title') or ''}\n{record['abstract']}".strip()
+    ids = [str(record[key]) for key in ("id", "pmid", "pmcid") if record.get(key) not in (None, "")]
+    text, title, abstract = ((record.get(key) or "").strip()
+                             for key in ("text", "title", "abstract"))
+    if abstract and not text:
+        text = f"{title}\n{abstract}".strip()
     reason = None
     if (record.get("meta") or {}).get("pile_set_name", PILE_SETS[0]) not in PILE_SETS:
         reason = "another part of The Pile"
@@ -1195,7 +1157,7 @@ def json_documents(record):
         reason = "deleted or without text"
     # JSON can spell half a surrogate pair: U+FFFD, as in tokenizer.read_records
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return [(next(iter(ids.values()), None), text, reason)]
+    return [(ids[0] if ids else None, text, reason)]
 
 
 def source_records(path):
@@ -1229,12 +1191,11 @@ def documents(record, path, options):
 
 def text_line(ident, text):
     """The line of a document, or of a deletion; nothing where both id and text are missing."""
+    if not text and not ident:
+        return b""
+    record = {"id": ident, "deleted": True}
     if text:
         record = {"id": ident or f"{hash64(text):016x}", "text": text}
-    elif ident:
-        record = {"id": ident, "deleted": True}
-    else:
-        return b""
     return (json.dumps(record, ensure_ascii=False) + "\n").encode()
 
 
@@ -1245,6 +1206,7 @@ def output_lines(paths, options, counts, skipped):
     stands behind the damage.
     """
     for path in paths:
+        counts["files"] += 1
         try:
             for number, record in source_records(path):
                 counts["records"] += 1
@@ -1279,36 +1241,34 @@ def extract_files(task):
 def plan_outputs(inputs, out, options):
     """{output's name: its files}, and the prefixes of all names that these inputs may give.
 
-    An input that is a file makes an output of its own. In a folder, neighbours in natural order are
-    gathered while they have at most OUTPUT_BYTES. An output is called prefix + hash + .jsonl.gz:
+    An input that is a file makes an output of its own. In a folder a new output begins whenever
+    another OUTPUT_BYTES is full. An output is called prefix + hash + .jsonl.gz:
 
         pubmed26n0001-3f2a91bc.jsonl.gz
 
     The prefix is the first file's name and three digits of its place, the hash five of the names,
     sizes and times of all its files and the flags.
     """
-    groups, prefixes = [], {}
+    groups, prefixes = defaultdict(dict), {}
     for given in map(os.path.realpath, inputs):
         paths = source_files(given, out)
         if not paths:
             raise ValueError(f"nothing to extract in {given}: give .xml, .nxml, .jsonl, .json, "
                              ".txt, plain or .gz, or folders of them (unpack .zst and .tar first)")
-        folder, size = None, 0
+        total = 0
         for path in paths:
             # its path beneath the folder given, "/" as "-"
             name = os.path.relpath(path, given) if path != given else os.path.basename(path)
-            stem = SUFFIX.sub("", name.replace("/", "-"))
-            prefixes[path] = f"{stem}-{hash64(path) % 16**3:03x}"
-            n_bytes = os.path.getsize(path)
-            size += n_bytes
-            if os.path.dirname(path) != folder or size > OUTPUT_BYTES:
-                folder, size = os.path.dirname(path), n_bytes
-                groups.append([])
-            groups[-1].append(path)
+            prefixes[path] = f"{SUFFIX.sub('', name.replace('/', '-'))}-{hash64(path) % 16**3:03x}"
+            stat = os.stat(path)
+            total += stat.st_size
+            group = given, os.path.dirname(path), total // OUTPUT_BYTES
+            groups[group][path] = stat.st_size, stat.st_mtime
     plan = {}
-    for paths in groups:
-        state = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths]
-        plan[f"{prefixes[paths[0]]}{hash64(f'{state} {options}') % 16**5:05x}.jsonl.gz"] = paths
+    for files in groups.values():
+        paths = [*files]
+        state = hash64(f"{files} {options}") % 16**5
+        plan[f"{prefixes[paths[0]]}{state:05x}.jsonl.gz"] = paths
     return plan, set(prefixes.values())
 
 
@@ -1324,38 +1284,31 @@ def source_files(given, out):
     paths = [given]
     for folder, folders, names in os.walk(given):
         folders.sort(key=natural)
-        articles = {SUFFIX.sub("", name) for name in names if re.search(r"xml(\.gz)?$", name)}
+        articles = {name.partition(".xml")[0] for name in names if ".xml" in name}
         for name in sorted(names, key=natural):
-            twin = re.search(r"\.(txt|json)", name) and SUFFIX.sub("", name) in articles
+            twin = re.sub(r"\.(txt|json)\b.*", "", name) in articles
             if folder != str(out) and not twin and not NOT_TEXT.match(name):
                 paths.append(f"{folder}/{name}")
     return [path for path in paths if SUFFIX.search(path) and os.path.isfile(path)]
 
 
-def outdated_outputs(out, plan, prefixes):
-    """Paths of these inputs' earlier outputs: a file or flag has changed since, or a new file has
-    moved the ends of outputs. ValueError where other text lies there."""
-    outdated = []
-    for path in out.iterdir():
-        if re.search(r"\.(jsonl|txt)(\.gz)?$", path.name) and path.name not in plan:
-            if path.name[:-len("91bc0.jsonl.gz")] not in prefixes:
-                raise ValueError(f"{path} is not made of these inputs: give all inputs of a text "
-                                 "in one command, and an --out of its own")
-            outdated.append(path)
-    return outdated
-
-
-def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1):
+def extract(inputs, out, languages=(), skip_pmc=False, workers=1):
     """Make every output that is missing; returns the summed counts.
 
     ValueError where more than one record or file in a hundred was bad. What is good is written all
     the same.
     """
     out = Path(out).resolve()
-    options = {"labels": labels, "languages": sorted(languages), "skip_pmc": skip_pmc}
+    options = {"languages": sorted(languages), "skip_pmc": skip_pmc}
     plan, prefixes = plan_outputs(inputs, out, options)
     make_folder(out)
-    outdated = outdated_outputs(out, plan, prefixes)
+    outdated = []  # of these inputs, before a file or flag changed or a new file came
+    for path in out.iterdir():
+        if re.search(r"\.(jsonl|txt)(\.gz)?$", path.name) and path.name not in plan:
+            if path.name[:-len("91bc0.jsonl.gz")] not in prefixes:
+                raise ValueError(f"{path} is not made of these inputs: give all inputs of a text "
+                                 "in one command, and an --out of its own")
+            outdated.append(path)
     tasks = [(out / name, paths, options) for name, paths in plan.items()
              if not (out / name).exists()]
     results = in_processes(extract_files, tasks, workers)
@@ -1368,11 +1321,10 @@ def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1):
         path.unlink()
     print(f"extract: {len(tasks)} outputs written, {len(plan) - len(tasks)} finished before, "
           f"{len(outdated)} outdated removed;", dict(total))
-    n_files = sum(len(paths) for _, paths, _ in tasks)
-    for bad, n in ("bad records", total["records"]), ("damaged files", n_files):
-        if 100 * total[bad] > n:
-            raise ValueError(f"{total[bad]} {bad} of {n}, named above; the rest is written: mend "
-                             "them and run again")
+    for bad, of in ("bad records", "records"), ("damaged files", "files"):
+        if 100 * total[bad] > total[of]:
+            raise ValueError(f"{total[bad]} {bad} of {total[of]}, named above; the rest is "
+                             "written: mend them and run again")
     return total
 
 
@@ -1412,20 +1364,24 @@ def get(url, pattern=rb"\A(?!\s*<(!doctype )?html)", md5=None):
                               "--base_url")
             response.raise_for_status()
             content = response.content
-            if not re.search(pattern, content, re.IGNORECASE):
-                reason = "not the expected content, perhaps a web page in its place"
-            elif md5 and hashlib.md5(content).hexdigest() != md5:
-                reason = "the checksum differs from the published one"
-            else:
+            same = md5 in (None, hashlib.md5(content).hexdigest())
+            if same and re.search(pattern, content, re.IGNORECASE):
                 return content
+            reason = "a web page in its place" if same else "its checksum differs"
         except requests.RequestException as e:  # a cut connection too
             reason = e
         time.sleep(BACKOFF_S * 2**attempt)
     raise OSError(f"{url}: {reason}, {TRIES} times: try again later; files that are whole are kept")
 
 
-def fetch(url, path, md5=None):
-    """Write what stands at url to `path`, in a folder that is made where missing."""
+def fetch(url, path, md5=None, md5_url=None):
+    """Write what stands at url to `path`, in a folder that is made where missing.
+
+    md5_url: of NLM's file with the checksum, MD5(pubmed26n0001.xml.gz)= 6a3c…
+    """
+    if md5_url:
+        pattern = rb"\b[0-9a-f]{32}\b"
+        md5 = re.search(pattern, get(md5_url, pattern))[0].decode()
     content = get(url, md5=md5)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(f"{path}.part")
@@ -1443,14 +1399,8 @@ def pubmed_jobs(base, out, numbers):
         names = re.findall(r"\b(pubmed\d+n(\d+)\.xml\.gz)\b", listing)
         for name, number in sorted(set(names)):
             if int(number) in numbers:
-                path = out / name
-                yield path, partial(fetch_pubmed, base + folder + name, path)
-
-
-def fetch_pubmed(url, path):
-    """A file and its checksum, which stands beside it: MD5(pubmed26n0001.xml.gz)= 6a3c…"""
-    md5 = rb"\b[0-9a-f]{32}\b"
-    fetch(url, path, re.search(md5, get(url + ".md5", md5))[0].decode())
+                url, path = base + folder + name, out / name
+                yield path, partial(fetch, url, path, md5_url=url + ".md5")
 
 
 def pmc_jobs(base, out, numbers, licenses):
@@ -1476,33 +1426,14 @@ def pmc_jobs(base, out, numbers, licenses):
 
 
 def fetch_article(base, name, path, licenses):
-    """An article of PMC, unless it is retracted or its licence isn't wanted.
-
-    ValueError where its metadata are odd.
-    """
-    text = get(f"{base}metadata/{name}.json", b'"pmcid"')
-    try:
-        about = json.loads(text)
-        unwanted = (about["is_retracted"] or not about["is_pmc_openaccess"]
-                    or licenses and about["license_code"] not in licenses)
-        # s3://pmc-oa-opendata/PMC1.1/PMC1.1.xml?md5=…, in some without the md5
-        url = r"(?:s3|https)://[^/]+/([^?]+\.xml)(?:\?md5=(\w{32}))?"
-        key, md5 = re.fullmatch(url, about["xml_url"]).groups()
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{name}.json: odd metadata ({e})") from None
+    """An article of PMC, unless it is retracted or its licence isn't wanted."""
+    about = json.loads(get(f"{base}metadata/{name}.json", b'"pmcid"'))
+    unwanted = (about["is_retracted"] or not about["is_pmc_openaccess"]
+                or licenses and about["license_code"] not in licenses)
     if not unwanted:
-        fetch(base + key, path, md5)
-
-
-def outcome(job):
-    """None, or the error that ended the job: OSError of the network or disk, ValueError of odd
-    metadata."""
-    path, function = job
-    try:
-        if not path.exists():
-            function()
-    except (OSError, ValueError) as e:
-        return e
+        # s3://pmc-oa-opendata/PMC1.1/PMC1.1.xml?md5=…, in some without the md5
+        url, _, md5 = about["xml_url"].partition("?md5=")
+        fetch(base + url.split("/", 3)[3], path, md5 or None)
 
 
 def download(source, out, base_url=None, files=None, licenses=()):
@@ -1518,27 +1449,28 @@ def download(source, out, base_url=None, files=None, licenses=()):
         jobs = pubmed_jobs(base, out, numbers)
     elif source == "pmc":
         jobs = pmc_jobs(base, out, numbers, licenses)
-    results = []
+    errors, n_files = {}, 0
     with tqdm(unit=" files", desc=f"download {source}", disable=None) as bar, \
             ThreadPoolExecutor(CONNECTIONS) as pool:
         try:
             while some := list(itertools.islice(jobs, 1000)):  # a few of millions at a time
-                results += pool.map(outcome, some)
+                futures = {path: pool.submit(job) for path, job in some if not path.exists()}
+                errors |= {path: error for path, future in futures.items()
+                           if (error := future.exception())}
+                n_files += len(some)
                 bar.update(len(some))
         except KeyboardInterrupt:
             os._exit(130)  # at once: the pool would wait for its files
-    if not results:
+    if not n_files:
         raise ValueError(f"{base} lists no file numbered {files}: check --files")
-    errors = [error for error in results if error]
-    for error in errors:
-        print(f"download: {error}")
-    # odd metadata, a ValueError each, are left out while they are few
-    if any(isinstance(e, OSError) for e in errors) or 100 * len(errors) > len(results):
-        raise OSError(f"{len(errors)} of {len(results)} files failed, run again; the last: "
-                      f"{errors[-1]}")
+    for path, error in errors.items():
+        print(f"download: left out {path.name}: {error!r}")
+    # odd metadata are no reason to fail while they are few
+    if any(isinstance(e, OSError) for e in errors.values()) or 100 * len(errors) > n_files:
+        raise OSError(f"{len(errors)} of {n_files} files failed, run again; the last: {error}")
     if source in ("mmlu", "medquad"):  # load_qa reads folders
         unpack(out / names[0], out / "unpacked")
-    print(f"download: {source} is whole in {out} ({len(results)} files, {len(errors)} left out)")
+    print(f"download: {source} is whole in {out} ({n_files} files, {len(errors)} left out)")
 
 
 def unpack(archive, folder):
@@ -1558,7 +1490,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     text = {"required": True, "help": ".jsonl or .txt file (.gz too), or a folder of them"}
-    val_fraction = {"type": float, "default": 0.002, "help": "of documents (default: 0.002)"}
+    val_fraction = {"type": numbers(float, 0, 1), "default": 0.002,
+                    "help": "of documents (default: 0.002)"}
     workers = {"type": COUNT, "default": os.cpu_count(), "help": "processes (default: CPUs)"}
 
     def command(function, name, summary):
@@ -1590,7 +1523,6 @@ def main():
     add("inputs", nargs="+", metavar="INPUT",
         help="files, plain or .gz, or folders; of these README, licences, file lists, and an "
              "article's .txt and .json beside its .xml are left out")
-    add("--labels", action="store_true", help="keep section labels (default: off)")
     add("--languages", nargs="*", default=[], help="PubMed's codes (default: all)")
     add("--skip_pmc", action="store_true", help="drop what is in PMC, as The Pile (default: off)")
     add("--workers", **workers)
