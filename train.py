@@ -126,7 +126,8 @@ def main():
         last = step == total_steps
         if last or step % settings.eval_every == 0 and (step == 0 or step > start):
             val_batches = data.val_batches(**reading, max_tokens=settings.eval_tokens)
-            val_loss = evaluate(model, val_batches, process)
+            nats, targets = evaluate(model, val_batches, process)
+            val_loss = nats / max(targets, 1)
             # A nat is 1 / ln 2 bits. Bits a byte compare models with different tokenizers.
             bits = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
             log(run, {"step": step, "val_loss": val_loss, "val_bits_per_byte": bits},
@@ -630,7 +631,7 @@ def update(model, optimizer, lr, grad_clip):
 
 @torch.no_grad()
 def evaluate(model, batches, process):
-    """Mean loss in nats a token over the batches of all ranks."""
+    """(nats, targets): the loss and the tokens that count, summed over the batches of all ranks."""
     was_training = model.training
     model.eval()
     nats = targets = 0
@@ -641,8 +642,7 @@ def evaluate(model, batches, process):
         nats += loss.item() * count  # the mean over this batch's targets -> their sum
         targets += count
     model.train(was_training)
-    nats, targets = process.all_reduce([nats, targets])
-    return nats / max(targets, 1)
+    return process.all_reduce([nats, targets])
 
 
 # ---------------------------------------------------------------------------------------------
