@@ -520,7 +520,7 @@ def divide_bioasq(questions, split):
 
 
 def yes_or_no(ident, question, context, label):
-    answer = index_of(label.lower(), BIOASQ_LABELS, ident)
+    answer = index_of("".join(label).lower(), BIOASQ_LABELS, ident)  # some have ["yes"]
     return Question(ident, question, context, BIOASQ_LABELS, answer, kind="yesno")
 
 
@@ -884,6 +884,8 @@ def xml_records(path):
                                      "article: remove the file or raise RECORD_LIMIT")
             parser.close()
         except ET.ParseError as e:
+            if len(top) and local(top[0]) in CONTAINERS:
+                yield from top[0][:-1]  # what stands before the damage
             raise ValueError(f"{path}: malformed XML ({e}): mend it or download it again") from None
     yield from top[0] if local(top[0]) in CONTAINERS else top
 
