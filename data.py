@@ -699,7 +699,7 @@ def demo_document(rng, facts, asked):
 
     Names are written alike everywhere, so that a question's token is the one a study taught.
     """
-    kind = rng.choices(("study", "questions", "judgement"), (5, 3, 2))[0]
+    kind = rng.choices(("study", "questions", "judgement"), (6, 3, 1))[0]
     if kind == "questions":
         return "\n".join(f"{zero_shot_prompt(q)} {q.options[q.answer]}"
                          for q in rng.sample(asked, 3))

@@ -126,7 +126,10 @@ def main():
         if last or step % settings.eval_every == 0 and (step == 0 or step > start):
             val_batches = data.val_batches(**reading, max_tokens=settings.eval_tokens)
             val_loss = evaluate(model, val_batches, process)
-            log_validation(run, step, val_loss, meta["val"], process)
+            # A nat is 1 / ln 2 bits. Bits a byte compare models with different tokenizers.
+            bits = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
+            log(run, {"step": step, "val_loss": val_loss, "val_bits_per_byte": bits},
+                f"step {step:>6}  validation loss {val_loss:.4f}, {bits:.4f} bits a byte", process)
 
         # Once in a while, at the end, and where a signal asked for a stop: a checkpoint. Only the
         # last one is waited for.
@@ -332,9 +335,6 @@ def choose_config(settings, meta):
         raise ValueError(f"{settings.init} has {config.vocab_size} tokens and end-of-text "
                          f"{config.eot_id}, the arrays {meta['vocab_size']} and {meta['eot_id']}: "
                          "tokenize with the tokenizer of --init")
-    if settings.seq_len > config.n_positions:
-        raise ValueError(f"seq_len {settings.seq_len} is longer than the model's context: use "
-                         f"--seq_len {config.n_positions} or less")
     return config
 
 
@@ -483,9 +483,6 @@ def sync_gradients(model, last):
         model.set_reshard_after_backward(last or model.activation_checkpointing)
     else:
         model.require_backward_grad_sync = last  # only DDP looks at this
-
-
-announce = sync_gradients  # until finetune.py takes the new name
 
 
 def settle_gradients(model, process):
@@ -711,16 +708,14 @@ def lock(run):
 def check_same_run(run, record):
     """Refuse settings that the run's checkpoints can't go on with; print the other changes."""
     before = read_json(run / "run.json")["settings"]
-    # Where the weights came from stays true of a run that goes on without --init.
-    record["init"] = record["init"] or before.get("init")
-    for name in sorted(record):
-        if name not in before or before[name] == record[name]:  # older runs record less
+    for name, value in record.items():
+        was = before.get(name)
+        if was == value:
             continue
         if name in FIXED:
-            raise ValueError(f"the run was made with {name} {before[name]}, now it is "
-                             f"{record[name]}: keep it (or the --init that gave it), give another "
-                             "--out, or start --fresh")
-        print(f"changed on resume: {name} {before[name]} -> {record[name]}")
+            raise ValueError(f"the run was made with {name} {was}, now it is {value}: keep it, "
+                             "give another --out, or start --fresh")
+        print(f"changed on resume: {name} {was} -> {value}")
 
 
 def cut_log(path, step):
@@ -852,16 +847,6 @@ def log_step(run, step, loss, grad_norm, seconds_per_step, flops, settings, proc
         f"tokens {row['tokens'] / 1e6:9.2f}M  loss {loss:7.4f}  lr {row['lr']:.2e}  "
         f"norm {grad_norm:7.3f}  tok/s {tokens_per_s:9,.0f}{mfu}  "
         f"mem {row['memory'] or math.nan:5.1f}G  eta {eta}", process)
-
-
-def log_validation(run, step, val_loss, val, process):
-    """The line and the row of a validation. val: byte and token counts of val.bin.
-
-    A nat is 1 / ln 2 bits. Bits a byte of text compare models with different tokenizers.
-    """
-    bits = val_loss / math.log(2) * val["tokens"] / val["bytes"]
-    log(run, {"step": step, "val_loss": val_loss, "val_bits_per_byte": bits},
-        f"step {step:>6}  validation loss {val_loss:.4f}, {bits:.4f} bits a byte", process)
 
 
 def report_skip(loss, step, in_a_row, process):
