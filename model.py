@@ -35,7 +35,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.utils.checkpoint
+from torch.utils.checkpoint import checkpoint
 
 try:
     from safetensors import SafetensorError
@@ -140,15 +140,13 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer_idx)
         self.ln_2 = AddNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
-        self.dropout = config.dropout
 
-    def forward(self, branch, residual, seed, cache=None, mask=None):
+    def forward(self, branch, residual, dropout_p, seed, cache=None, mask=None):
         """The pair (branch, residual) before this block -> the pair after it, (B, T, C) each.
 
         branch is None before the first block. The dropout masks are drawn from
         seed (the branch that came in), seed + 1 (attention) and seed + 2 (attention's output).
         """
-        dropout_p = self.dropout if self.training else 0.0
         x, residual = self.ln_1(branch, residual, dropout_p, seed)
         branch = self.attn(x, dropout_p, seed + 1, cache, mask)
         x, residual = self.ln_2(branch, residual, dropout_p, seed + 2)
@@ -165,7 +163,6 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # True: save memory, run blocks again in backward
-        self.working = None  # train.py: the head in the dtype of the products, made once a step
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.n_positions, config.n_embd),
@@ -218,12 +215,9 @@ class GPT(nn.Module):
             seed = int(torch.randint(2**31 - 4 * self.config.n_layer - 4, ()))
         branch = None
         for block in self.transformer.h:
-            inputs = (branch, residual, seed, cache, mask)
             if self.activation_checkpointing and self.training:
-                branch, residual = torch.utils.checkpoint.checkpoint(block, *inputs,
-                                                                     use_reentrant=False)
-            else:
-                branch, residual = block(*inputs)
+                block = functools.partial(checkpoint, block, use_reentrant=False)
+            branch, residual = block(branch, residual, dropout_p, seed, cache, mask)
             seed += 4  # the next block draws other masks
         x, _ = self.transformer.ln_f(branch, residual, dropout_p, seed)
         return x
@@ -238,7 +232,7 @@ class GPT(nn.Module):
         head = self.transformer.wte.weight  # (V, C)
         if targets is None:
             return F.linear(x, head), None
-        return None, cross_entropy(x.flatten(0, 1), head, targets.flatten(), working=self.working)
+        return None, cross_entropy(x.flatten(0, 1), head, targets.flatten())
 
     # The methods below are functions of the next acts, where their arguments are explained.
 
@@ -281,8 +275,6 @@ class GPTConfig:
     eot_id: int | None = None  # end-of-text; None: the last id, as in BioMedLM and GPT-2
 
     def __post_init__(self):
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: use a rate from 0 to 0.99")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: "
                              "choose a width that is a multiple of the number of heads")
@@ -368,7 +360,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 
     Shorter prompts are padded on the left: n_pad (B,) int64 counts each row's padding.
     Samples from the softmax at `temperature` (0: greedy) among the top_k tokens and the top_p
-    mass; num_beams > 1 searches with beams instead. After eot_id a row is filled with it.
+    mass. num_beams > 1 searches with beams instead, which no_repeat_ngram_size and length_penalty
+    steer. After eot_id a row is filled with it.
     ValueError where the prompt is empty (start from end-of-text) or the context too short.
     """
     T = idx.size(1)
@@ -387,14 +380,13 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
             texts.append(torch.cat([row[:n], text]))
         return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=eot_id)
     cache = KVCache(n_pad)
-    generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+    if seed is not None:
+        torch.manual_seed(seed)
     new = idx
     finished = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         logits = next_logits(model, new, cache)  # (B, V)
-        for row, text, n in zip(logits, idx.tolist(), n_pad.tolist()):
-            ban_repeats(row, text[n:], no_repeat_ngram_size)
-        new = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
+        new = sample(logits, temperature, top_k, top_p)  # (B, 1)
         new[finished] = eot_id
         finished |= new[:, 0] == eot_id
         idx = torch.cat([idx, new], dim=1)
@@ -450,7 +442,7 @@ class KVCache:
             self.layers[layer] = kv[:, rows]
 
 
-def sample(logits, temperature, top_k, top_p, generator):
+def sample(logits, temperature, top_k, top_p):
     """One token id per row, (B, V) logits -> (B, 1) int64."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
@@ -461,7 +453,7 @@ def sample(logits, temperature, top_k, top_p, generator):
         # a token goes when the mass before it already reaches top_p; the first always stays
         before = probs.cumsum(dim=-1) - probs
         probs[before >= top_p * probs.sum(dim=-1, keepdim=True)] = 0
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))
+    return order.gather(1, torch.multinomial(probs, 1))
 
 
 def ban_repeats(logits, tokens, n):
@@ -487,33 +479,33 @@ def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_pena
     """
     V = model.config.vocab_size
     cache = KVCache(n_pad=idx.new_zeros(1))
-    beams = idx  # (1, T): one beam at first, K after a step
-    sums = torch.zeros(1, 1, device=idx.device)  # of the beams' log-probabilities
-    ended = []  # the best K texts that ended: (score, tokens)
+    texts = idx.tolist()  # of one beam at first, of K after a step
+    sums = [0.0]  # of each text's log-probabilities
+    ended = []  # the best K texts that ended: (score, text)
     new = idx
     for length in range(1, max_new_tokens + 1):
         norm = length**length_penalty
         log_probs = F.log_softmax(next_logits(model, new, cache), dim=-1)  # (K, V)
-        for row, text in zip(log_probs, beams.tolist()):  # after the softmax, as Hugging Face
+        for row, text in zip(log_probs, texts):  # after the softmax, as Hugging Face has it
             ban_repeats(row, text, no_repeat_ngram_size)
-        # 2K candidates: even if K of them end, K are left to go on
-        top, flat = (sums + log_probs).flatten().topk(2 * K)
-        parents = flat // V
-        tokens = flat % V
-        texts = torch.cat([beams[parents], tokens[:, None]], dim=1)  # (2K, T + length)
-        ends = tokens == eot_id
-        for i in ends[:K].nonzero()[:, 0]:  # as Hugging Face: not an end among the lower K
-            ended.append((top[i].item() / norm, texts[i].tolist()))
+        scores = log_probs + log_probs.new_tensor(sums)[:, None]
+        top, flat = scores.flatten().topk(2 * K)  # even if K of them end, K are left to go on
+        going_on = []  # (sum, parent, text)
+        for rank, (total, i) in enumerate(zip(top.tolist(), flat.tolist())):
+            parent, token = divmod(i, V)
+            text = [*texts[parent], token]
+            if token != eot_id:
+                going_on.append((total, parent, text))
+            elif rank < K:  # as Hugging Face: not an end among the lower K
+                ended.append((total / norm, text))
         ended = sorted(ended, reverse=True)[:K]
-        go_on = ends.int().argsort(stable=True)[:K]  # the first K that do not end
-        cache.reorder(parents[go_on])
-        sums = top[go_on, None]  # (K, 1)
-        beams = texts[go_on]  # (K, T + length)
-        new = beams[:, -1:]
-        running = sums[0].item() / norm  # the score of the best beam that goes on
+        sums, parents, texts = zip(*going_on[:K])
+        running = sums[0] / norm  # the score of the best text that goes on
         if len(ended) == K and ended[-1][0] >= running:
             break
-    best = max([*ended, (running, beams[0].tolist())])
+        cache.reorder(parents)
+        new = idx.new_tensor([text[-1:] for text in texts])  # (K, 1)
+    best = max([*ended, (running, texts[0])])
     return idx.new_tensor(best[1])
 
 
@@ -549,11 +541,9 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     if dropout is not None:
         config.dropout = dropout
     model = without_memory(config)
-    saved = read_weights(Path(path), model.state_dict())  # it may hold other tensors too
-    state = {}
-    for name in model.state_dict():
-        state[name] = saved[name].to(device, dtype, copy=True,
-                                     memory_format=torch.contiguous_format)
+    saved = read_weights(Path(path))  # it may hold other tensors too
+    check_tensors(saved, model.state_dict(), path)
+    state = {name: saved[name].to(device, dtype).contiguous() for name in model.state_dict()}
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -564,22 +554,17 @@ def without_memory(config):
         return GPT(config)
 
 
-def read_weights(folder, expected):
-    """State dict of a folder in this model's names and layout.
-
-    expected: a state dict of the tensors that it must hold.
-    """
-    _, checkpoint = newest_checkpoint(folder)
-    if checkpoint is not None:
-        return checkpoint["model"]
+def read_weights(folder):
+    """State dict of a folder in this model's names and layout."""
+    _, contents = newest_checkpoint(folder)
+    if contents is not None:
+        return contents["model"]
     for pattern in WEIGHTS:
         state = {}
         for file in sorted(folder.glob(pattern)):
             state |= load_tensors(file)
         if state:
-            state = transposed(state)
-            check_tensors(state, expected, folder)
-            return state
+            return transposed(state)
     raise FileNotFoundError(f"{folder} holds neither checkpoint_*.pt nor model.safetensors nor "
                             "pytorch_model.bin: give the folder of a run or of a GPT-2")
 
@@ -590,13 +575,8 @@ def check_tensors(state, expected, path):
         if name not in state or state[name].shape != like.shape:
             raise ValueError(f"{path} has no {name} of shape {tuple(like.shape)}, as config.json "
                              "implies: use the config.json saved with the weights")
-        check_finite(state[name], name, path)
-
-
-def check_finite(values, name, path):
-    """ValueError where a tensor, or a number, holds NaN or infinity."""
-    if not torch.as_tensor(values).sum(dtype=torch.float32).isfinite():
-        raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier checkpoint")
+        if not state[name].sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier checkpoint")
 
 
 def newest_checkpoint(run):
@@ -611,15 +591,12 @@ def newest_checkpoint(run):
     weights = without_memory(config_of(run)).state_dict()
     for path in paths:
         try:
-            checkpoint = load_tensors(path)
-            missing = {"model", "optimizer", "step"} - set(checkpoint)
+            contents = load_tensors(path)
+            missing = {"model", "optimizer", "step"} - set(contents)
             if missing:
                 raise ValueError(f"{path} has no {missing.pop()}")
-            check_tensors(checkpoint["model"], weights, path)
-            for name, moments in checkpoint["optimizer"]["state"].items():
-                for values in moments.values():
-                    check_finite(values, f"the optimiser's state of {name}", path)
-            return path, checkpoint
+            check_tensors(contents["model"], weights, path)
+            return path, contents
         except ValueError as e:
             print(f"warning: skipping a checkpoint that is not whole: {e}", file=sys.stderr)
     raise ValueError(f"no checkpoint in {run} is whole: restore one, or start --fresh")
@@ -639,8 +616,8 @@ def load_tensors(path):
         if zipfile.ZipFile(path).testzip():  # torch.save writes a zip file
             raise ValueError("a checksum is wrong")
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError,
-            zipfile.BadZipFile, SafetensorError) as e:
+    except (ValueError, RuntimeError, OSError, pickle.UnpicklingError, zipfile.BadZipFile,
+            SafetensorError) as e:
         reason = str(e).partition("\n")[0]
         raise ValueError(f"{path} is missing, damaged or no file of plain tensors "
                          f"({type(e).__name__} {reason}): copy or download it again") from e
@@ -661,41 +638,31 @@ def save_pretrained(model, path):
 
     The weights go to model.safetensors, without the safetensors package to pytorch_model.bin.
     """
-    config = model.config
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    state = {name: t.cpu().contiguous() for name, t in transposed(model.state_dict()).items()}
+    temporary = folder / "weights.tmp"  # the model may come from the file that is replaced
+    if load_file is None:
+        torch.save(state, temporary)
+        weights = folder / "pytorch_model.bin"
+    else:
+        save_file(state, temporary, metadata={"format": "pt"})
+        weights = folder / "model.safetensors"
+    temporary.replace(weights)
     added = folder / "added_tokens.json"
     special = list(json.loads(added.read_bytes())) if added.exists() else []
-    # With it `transformers`' AutoTokenizer knows the added tokens and the context.
-    write_json(folder / "tokenizer_config.json", {
+    tokenizer = {  # for `transformers`' AutoTokenizer
         "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": config.n_positions,
+        "model_max_length": model.config.n_positions,
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|endoftext|>",
         "pad_token": "[PAD]" if "[PAD]" in special else "<|endoftext|>",
         "additional_special_tokens": special,
-    })
-    state = {name: t.cpu().contiguous() for name, t in transposed(model.state_dict()).items()}
-    if load_file is None:
-        write_whole(folder / "pytorch_model.bin", lambda file: torch.save(state, file))
-    else:
-        weights = folder / "model.safetensors"
-        about = {"format": "pt"}
-        write_whole(weights, lambda file: save_file(state, file, metadata=about))
-        # save_file leaves a file that only its owner reads
-        shutil.copymode(folder / "tokenizer_config.json", weights)
-    write_json(folder / "config.json", config.to_hf())
-
-
-def write_json(path, contents):
-    write_whole(path, lambda file: file.write_text(json.dumps(contents, indent=2) + "\n"))
-
-
-def write_whole(path, write):
-    """Make a file by write(temporary path). A model may come from the file that is replaced."""
-    temporary = Path(f"{path}.tmp")
-    write(temporary)
-    temporary.replace(path)
+    }
+    contents = {"tokenizer_config.json": tokenizer, "config.json": model.config.to_hf()}
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    shutil.copymode(folder / "config.json", weights)  # save_file's is for its owner alone
 
 
 def main():
@@ -808,7 +775,7 @@ def load_fp32(ptr, mask, other: constexpr = 0.0):
 # its hash, as a number, lies below threshold = p · 2^32. The reference computes the same mask.
 #
 # A row's key is made with "lowbias32" of Chris Wellons' hash-prospector, in which every input bit
-# changes every output bit with probability one half. An element's hash must cost less. `stays` is
+# changes every output bit with probability one half. An element's hash must cost less. Its is
 # just good enough: without its last multiplication test_dropout_masks fails. Triton has a
 # generator of its own, Philox. It takes ten times the instructions, more than attention does.
 
@@ -825,7 +792,19 @@ def lowbias32(x):
     return x ^ (x >> 16)
 
 
+def element_hash(key, col):
+    """Hash of a row's key and a column: uint32 in a kernel, int32 in the reference, since torch
+    cannot shift uint32. Products wrap around alike; "&" takes away copies of int32's sign."""
+    # 0x9E3779B1 is 2^32 over the golden ratio: it spreads neighbouring columns far apart.
+    x = key ^ (col * 0x9E3779B1)
+    x *= 0x7FEB352D  # in place, which is faster where x is a tensor of torch
+    x ^= (x >> 15) & 0x1FFFF
+    x *= 0x846CA68B
+    return x
+
+
 lowbias32_kernel = jit(lowbias32)
+element_hash_kernel = jit(element_hash)
 
 
 @jit
@@ -837,20 +816,7 @@ def dropout_key(seed, row):
 @jit
 def keeps(key, col, threshold):
     """True where the element of a column stays; key is its row's."""
-    # 0x9E3779B1 is 2^32 over the golden ratio: it spreads neighbouring columns far apart.
-    x = (key ^ (col.to(tl.uint32) * 0x9E3779B1)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x >= threshold.to(tl.uint32)
-
-
-def stays(key, col, threshold):
-    """`keeps` in int32, since torch has no shifts of uint32: products wrap around alike, "&" takes
-    away the copies of the sign bit, and flipping the top bit makes signed order unsigned."""
-    x = (key ^ (col * (0x9E3779B1 - 2**32))).mul_(0x7FEB352D)  # in place: this is all of its time
-    x ^= (x >> 15) & 0x1FFFF
-    x *= 0x846CA68B - 2**32
-    x ^= -(2**31)
-    return x >= threshold - 2**31
+    return element_hash_kernel(key, col.to(tl.uint32)) >= threshold.to(tl.uint32)
 
 
 def dropout_ref(x, p, seed):
@@ -861,7 +827,8 @@ def dropout_ref(x, p, seed):
     row = torch.arange(x[..., 0].numel(), device=x.device).view(x[..., :1].shape)
     key = lowbias32(lowbias32(seed) ^ row).int()
     col = torch.arange(x.shape[-1], device=x.device, dtype=torch.int32)
-    return x * stays(key, col, threshold) * factor
+    stays = (element_hash(key, col) ^ -(2**31)) >= threshold - 2**31  # compared as uint32 is
+    return x * (stays * factor)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1048,25 +1015,25 @@ class AddLayerNorm(torch.autograd.Function):
         x = x.contiguous()
         residual = residual.contiguous()
         C = x.shape[-1]
+        N = x.numel() // C
         y = torch.empty_like(x)
         new = torch.empty_like(residual)
-        mean = x.new_empty(x.numel() // C, dtype=torch.float32)
-        rstd = torch.empty_like(mean)
+        stats = x.new_empty(2, N, dtype=torch.float32)  # mean and rstd
         ctx.dropout = dropout_arguments(p, seed)
-        norm_forward_kernel[(len(mean),)](
+        norm_forward_kernel[(N,)](
             x, residual, weight, bias,
-            y, new, mean, rstd,
+            y, new, *stats,
             *ctx.dropout,
             eps,
             **norm_launch(C))
-        ctx.save_for_backward(new, weight, mean, rstd)
+        ctx.save_for_backward(new, weight, stats)
         return y, new
 
     @staticmethod
     def backward(ctx, dy, dnew):
-        r, weight, mean, rstd = ctx.saved_tensors
+        r, weight, stats = ctx.saved_tensors
         dy = dy.contiguous()
-        N = len(mean)
+        _, N = stats.shape
         C = r.shape[-1]
         dx = torch.empty_like(dy)  # y has x's dtype
         dresidual = torch.empty_like(r)
@@ -1074,7 +1041,7 @@ class AddLayerNorm(torch.autograd.Function):
         programs = min(N, n_programs(r, per_sm))
         partial = r.new_empty(programs, 2, C, dtype=torch.float32)
         norm_backward_kernel[(programs,)](
-            dy, dnew.contiguous(), r, weight, mean, rstd,
+            dy, dnew.contiguous(), r, weight, *stats,
             dx, dresidual, partial,
             N,
             *ctx.dropout,
@@ -1242,10 +1209,10 @@ def attention_ref(qkv, n_head, scale, dropout_p=0.0, seed=0):
     if dropout_p == 0:  # torch's fused op computes what stands below
         O = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)  # noqa: E741
     else:
-        S = scale * at_least_fp32(q @ k.transpose(-2, -1))  # (B, H, T, T)
-        above = S.new_ones(S.shape[-2:], dtype=torch.bool).triu(1)
-        P = S.masked_fill(above, -torch.inf).softmax(-1)
-        O = dropout_ref(P, dropout_p, seed).to(v.dtype) @ v  # noqa: E741
+        S = at_least_fp32(scale * q @ k.transpose(-2, -1))  # (B, H, T, T)
+        causal = S.new_full(S.shape[-2:], -torch.inf).triu(1)  # 0 up to the diagonal
+        P = dropout_ref((S + causal).softmax(-1), dropout_p, seed)
+        O = P.to(v.dtype) @ v  # noqa: E741
     return O.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
 
 
@@ -1662,14 +1629,11 @@ def cross_entropy_ref(hidden, weight, targets, ignore_index=-100):
         logits = at_least_fp32(F.linear(x, weight.to(x.dtype)))  # (chunk, V)
         return F.cross_entropy(logits, y, ignore_index=ignore_index, reduction="sum")
 
-    count = (targets != ignore_index).sum().clamp(min=1)
-    if len(hidden) <= CROSS_ENTROPY_CHUNK:
-        return summed_loss(hidden, targets) / count
-    # One chunk's logits at a time: backward makes them again.
-    total = 0.0
-    for x, y in zip(hidden.split(CROSS_ENTROPY_CHUNK), targets.split(CROSS_ENTROPY_CHUNK)):
-        total = total + torch.utils.checkpoint.checkpoint(summed_loss, x, y, use_reentrant=False)
-    return total / count
+    *others, last = zip(hidden.split(CROSS_ENTROPY_CHUNK), targets.split(CROSS_ENTROPY_CHUNK))
+    total = summed_loss(*last)
+    for chunk in others:  # their logits are made again in backward, one chunk at a time
+        total = total + checkpoint(summed_loss, *chunk, use_reentrant=False)
+    return total / (targets != ignore_index).sum().clamp(min=1)
 
 
 @jit
@@ -1724,9 +1688,8 @@ class CrossEntropy(torch.autograd.Function):
     """The kernel and its matrix products as one op of autograd."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index, working):
-        if working is None:
-            working = weight.to(hidden.dtype)
+    def forward(ctx, hidden, weight, targets, ignore_index):
+        w = weight.to(hidden.dtype)
         targets = targets.contiguous()
         count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device: no wait
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
@@ -1734,14 +1697,14 @@ class CrossEntropy(torch.autograd.Function):
         dweight = None
         for start in range(0, len(hidden), CROSS_ENTROPY_CHUNK):
             rows = slice(start, start + CROSS_ENTROPY_CHUNK)
-            z = hidden[rows] @ working.T  # (chunk, C) x (C, V) -> (chunk, V)
+            z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
             cross_entropy_kernel[(len(z),)](
                 z, targets[rows], losses[rows], count,
                 ignore_index,
                 len(weight), CROSS_ENTROPY_BLOCK,
                 num_warps=16)
             # z is dZ now
-            torch.mm(z, working, out=dhidden[rows])
+            torch.mm(z, w, out=dhidden[rows])
             dweight = add_product(dweight, z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
         ctx.save_for_backward(dhidden, dweight)
         return losses.sum() / count
@@ -1749,19 +1712,18 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         dhidden, dweight = ctx.saved_tensors  # made for a loss gradient of 1
-        return dhidden.mul_(dloss), dweight.mul_(dloss), None, None, None, None
+        return dhidden.mul_(dloss), dweight.mul_(dloss), None, None
 
 
-def cross_entropy(hidden, weight, targets, ignore_index=-100, working=None):
+def cross_entropy(hidden, weight, targets, ignore_index=-100):
     """Mean cross-entropy of softmax(hidden weightᵀ) over the targets that are not ignore_index.
 
     hidden (N, C), weight (V, C), targets (N,) int64 below V. Returns an fp32 scalar. With every
-    target ignored it is 0 with zero gradients (torch's is NaN). No host synchronisation.
-    working: the weight in the dtype that autocast wants, or None: it is cast here."""
+    target ignored it is 0 with zero gradients (torch's is NaN). No host synchronisation."""
     hidden = hidden.to(compute_dtype(hidden))
-    if runs_kernel(hidden) and torch.is_grad_enabled():
-        return apply(CrossEntropy, hidden, weight, targets, ignore_index, working)
-    return cross_entropy_ref(hidden, weight, targets, ignore_index)
+    if not torch.is_grad_enabled():
+        return cross_entropy_ref(hidden, weight, targets, ignore_index)
+    return run_op(CrossEntropy, cross_entropy_ref, hidden, weight, targets, ignore_index)
 
 
 if __name__ == "__main__":

@@ -126,7 +126,10 @@ def main():
         if last or step % settings.eval_every == 0 and (step == 0 or step > start):
             val_batches = data.val_batches(**reading, max_tokens=settings.eval_tokens)
             val_loss = evaluate(model, val_batches, process)
-            log_validation(run, step, val_loss, meta["val"], process)
+            # A nat is 1 / ln 2 bits. Bits a byte compare models with different tokenizers.
+            bits = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
+            log(run, {"step": step, "val_loss": val_loss, "val_bits_per_byte": bits},
+                f"step {step:>6}  validation loss {val_loss:.4f}, {bits:.4f} bits a byte", process)
 
         # Once in a while, at the end, and where a signal asked for a stop: a checkpoint. Only the
         # last one is waited for.
@@ -332,9 +335,6 @@ def choose_config(settings, meta):
         raise ValueError(f"{settings.init} has {config.vocab_size} tokens and end-of-text "
                          f"{config.eot_id}, the arrays {meta['vocab_size']} and {meta['eot_id']}: "
                          "tokenize with the tokenizer of --init")
-    if settings.seq_len > config.n_positions:
-        raise ValueError(f"seq_len {settings.seq_len} is longer than the model's context: use "
-                         f"--seq_len {config.n_positions} or less")
     return config
 
 
@@ -483,9 +483,6 @@ def sync_gradients(model, last):
         model.set_reshard_after_backward(last or model.activation_checkpointing)
     else:
         model.require_backward_grad_sync = last  # only DDP looks at this
-
-
-announce = sync_gradients  # until finetune.py takes the new name
 
 
 def settle_gradients(model, process):
@@ -711,16 +708,14 @@ def lock(run):
 def check_same_run(run, record):
     """Refuse settings that the run's checkpoints can't go on with; print the other changes."""
     before = read_json(run / "run.json")["settings"]
-    # Where the weights came from stays true of a run that goes on without --init.
-    record["init"] = record["init"] or before.get("init")
-    for name in sorted(record):
-        if name not in before or before[name] == record[name]:  # older runs record less
+    for name, value in record.items():
+        was = before.get(name)
+        if was == value:
             continue
         if name in FIXED:
-            raise ValueError(f"the run was made with {name} {before[name]}, now it is "
-                             f"{record[name]}: keep it (or the --init that gave it), give another "
-                             "--out, or start --fresh")
-        print(f"changed on resume: {name} {before[name]} -> {record[name]}")
+            raise ValueError(f"the run was made with {name} {was}, now it is {value}: keep it, "
+                             "give another --out, or start --fresh")
+        print(f"changed on resume: {name} {was} -> {value}")
 
 
 def cut_log(path, step):
@@ -854,16 +849,6 @@ def log_step(run, step, loss, grad_norm, seconds_per_step, flops, settings, proc
         f"mem {row['memory'] or math.nan:5.1f}G  eta {eta}", process)
 
 
-def log_validation(run, step, val_loss, val, process):
-    """The line and the row of a validation. val: byte and token counts of val.bin.
-
-    A nat is 1 / ln 2 bits. Bits a byte of text compare models with different tokenizers.
-    """
-    bits = val_loss / math.log(2) * val["tokens"] / val["bytes"]
-    log(run, {"step": step, "val_loss": val_loss, "val_bits_per_byte": bits},
-        f"step {step:>6}  validation loss {val_loss:.4f}, {bits:.4f} bits a byte", process)
-
-
 def report_skip(loss, step, in_a_row, process):
     """Warn of an update that was skipped for NaN or Inf; ValueError after SKIP_LIMIT in a row."""
     finite = process.gather(math.isfinite(loss))  # the loss of each rank
@@ -876,17 +861,36 @@ def report_skip(loss, step, in_a_row, process):
 
 
 def print_end(run, gpt, settings):
-    """What the model writes by now, and what to run next."""
+    """What the model writes, how many of the demo's questions it answers, what to run next."""
+    tokenizer = Tokenizer.load(run)
     eot_id = gpt.config.eot_id
     prompt = torch.tensor([[eot_id]], device=settings.device)
     tokens = gpt.eval().generate(prompt, min(60, gpt.config.n_positions - 1), temperature=0.8,
                                  top_k=50, seed=0, eot_id=eot_id)
-    print(f"\na sample: {Tokenizer.load(run).decode(tokens[0, 1:].tolist()).strip()}")
-    print(f"\nnext:\n  python eval.py perplexity --init {run} --data {settings.data}")
+    print(f"\na sample: {tokenizer.decode(tokens[0, 1:].tolist()).strip()}")
+    next_command = f"eval.py perplexity --init {run} --data {settings.data}"
     if settings.data == DEMO_DATA:
-        tune = (f"python finetune.py --task medqa --data {DEMO_DATA}/qa/medqa --init {run} "
-                f"--out {run}-medqa")
-        print(f"  {tune}\n  {tune}-random --random_init    # the same without pre-training")
+        questions = data.load_qa("medqa", DEMO_DATA, "test")
+        untrained = GPT(gpt.config).to(settings.device).eval()
+        print(f"\nanswers {count_right(gpt, tokenizer, questions)} of {len(questions)} questions "
+              f"about what it read (random weights {count_right(untrained, tokenizer, questions)})")
+        next_command = f"finetune.py --task medqa --data {DEMO_DATA} --init {run} --out {run}-medqa"
+    print(f"\nnext:\n  python {next_command}")
+
+
+@torch.no_grad()
+def count_right(gpt, tokenizer, questions):
+    """How many questions have the true option as the likeliest, as eval.py qa --zero_shot asks.
+
+    The demo's options are one token each, so that one forward pass tells.
+    """
+    right = 0
+    for q in questions:
+        prompt = torch.tensor([tokenizer.encode(data.zero_shot_prompt(q))])
+        logits = gpt(prompt.to(gpt.transformer.wte.weight.device))[0][0, -1]
+        options = [tokenizer.encode(" " + option)[0] for option in q.options]
+        right += logits[options].argmax().item() == q.answer
+    return right
 
 
 if __name__ == "__main__":

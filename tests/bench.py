@@ -110,7 +110,7 @@ def run_parts(parts, minutes, parser, rest):
     """Run each part while there is time. One that fails or is too slow is told and passed over."""
     parser.add_argument("--minutes", type=float, default=minutes,
                         help=f"of all parts together (default: {minutes})")
-    end = time.monotonic() + 60 * parser.parse_args(rest).minutes
+    last = time.monotonic() + 60 * parser.parse_args(rest).minutes
     show({"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
           "cpu": subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").split(": ")[-1],
           "cores": os.cpu_count(), "load": os.getloadavg()[0],
@@ -121,8 +121,12 @@ def run_parts(parts, minutes, parser, rest):
     for limit, command in parts:
         print(f"\n{command}", flush=True)
         begun = time.monotonic()
-        result = run_part(command, min(limit, end - begun)) if begun < end else "no time left"
-        show({"part": command, "result": result, "seconds": time.monotonic() - begun})
+        limit = min(limit, last - begun)
+        result = run_part(command, limit) if limit > 0 else "no time left"
+        seconds = time.monotonic() - begun
+        if seconds > limit > 0:
+            result = f"stopped; {result}"
+        show({"part": command, "result": result, "seconds": seconds})
     print_tables()
 
 
@@ -144,12 +148,9 @@ def run_part(command, limit):
                     told = line.strip()
             child.wait()
         finally:
-            stopped = not timer.is_alive()
             timer.cancel()
             end_group(child)  # what is left of it
         ROWS.extend(json.loads(rows.read() or "[]"))
-    if stopped:
-        return f"stopped after {limit:.0f} s"
     return told or ("done" if child.returncode == 0 else f"failed: exit code {child.returncode}")
 
 
@@ -162,15 +163,13 @@ def end_group(child):
 
 
 def print_tables():
-    """All rows in Markdown, neighbours of the same keys in one table; then where ours lost."""
+    """All rows in Markdown, neighbours of the same keys in one table; where ours lost."""
     for keys, rows in groupby(ROWS, key=list):
         print("\n| " + " | ".join(keys) + " |\n|" + "---|" * len(keys))
         for row in rows:
-            print("| " + " | ".join(map(in_short, row.values())) + " |")
-    for row in ROWS:
-        for key, value in row.items():
-            if key.startswith("x_") and value < 1:
-                print("lost:", key, row)
+            cells = [in_short(value) + (" (lost)" if key.startswith("x_") and value < 1 else "")
+                     for key, value in row.items()]
+            print("| " + " | ".join(cells) + " |")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -194,8 +193,8 @@ def bench_plan(parser, rest):
     add = parser.add_argument
     add("--preset", default="biomedlm", choices=gpt_model.PRESETS,
         help="shape and recipe (default: biomedlm)")
-    add("--micro_batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32],
-        help="sequences a forward pass, the best of these (default: 1 2 4 8 16 32)")
+    add("--micro_batch", type=int, nargs="+", default=[4, 8, 16, 32],
+        help="sequences a forward pass, the best of these (default: 4 8 16 32)")
     add("--parallel", choices=("ddp", "fsdp"), nargs="+", default=["ddp", "fsdp"],
         help="replicate or shard, the better of these (default: ddp fsdp)")
     add("--gpus", type=int, help="of your machine, as fast as H100s (default: README's machines)")
@@ -233,15 +232,14 @@ def plan_machine(args, config, n_params, recipe, machine, hours, flops):
         # The rest is NCCL's, and what the allocator holds for later: more under FSDP.
         usable = (0.85e9 if fsdp else 0.92e9) * gigabytes
         if sequences % micro_batch == 0 and sum(memory.values()) < usable:
-            few = micro_batch < 4  # matrix products of few rows are slower than counted
             flags = (f"--parallel {parallel} --{'' if recomputes else 'no_'}"
                      f"activation_checkpointing --micro_batch {micro_batch}")
-            found[few, sum(seconds.values())] = flags, memory, seconds
+            found[sum(seconds.values())] = flags, memory, seconds
     if not found:
         return print(f"\n{title}: nothing fits: more GPUs or GB, or a smaller --micro_batch")
-    few, step_s = min(found)
-    flags, memory, seconds = found[few, step_s]
-    print(f"\n{title}: {flags}")
+    step_s = min(found)
+    flags, memory, seconds = found[step_s]
+    print()
     for formula, size in memory.items():
         print(f"  {size / 1e9:7.2f} GB  {formula}")
     for formula, part in seconds.items():
@@ -368,11 +366,9 @@ def static_table():
         for kernel, arguments, options in recorded_launches(target):
             compiled = cross_compile(kernel, arguments, options, target)
             registers, stack = resources(compiled)
-            show({
-                "kernel": kernel.__name__, "target": target,
-                "dropout": arguments.get("DROPOUT"), "warps": compiled.metadata.num_warps,
-                "registers": registers, "stack": stack,
-                "shared_kb": compiled.metadata.shared / 1024})
+            show({"kernel": kernel.__name__, "target": target,
+                  "dropout": arguments.get("DROPOUT"), "registers": registers, "stack": stack,
+                  "shared_kb": compiled.metadata.shared / 1024})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -391,8 +387,10 @@ def bench_products(parser, rest):
 
 def measure_products(n_out, n_in, N=8192):
     """Show one linear layer's, for the tokens of a micro-batch."""
-    x, w, dy = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-                for shape in ((N, n_in), (n_out, n_in), (N, n_out)))
+    rand = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
+    x = rand(N, n_in)
+    w = rand(n_out, n_in)
+    dy = rand(N, n_out)
     total = torch.zeros(n_out, n_in, device="cuda")
     ms = gpu_milliseconds({
         "forward": lambda: F.linear(x, w),
@@ -409,13 +407,12 @@ def measure_products(n_out, n_in, N=8192):
 def bench_kernels(parser, rest):
     """Each op against eager torch and torch.compile; without a GPU: what its kernels need."""
     parser.parse_args(rest)  # no flags
-    rows = 16384
     if not torch.cuda.is_available():
         return static_table()
     torch._functorch.config.donated_buffer = False  # backward runs again and again on one graph
     for (C, n_head), p in product(((2560, 20), (768, 12)), (0.0, 0.1)):
-        for op, case in kernel_cases(rows, C, n_head, p).items():
-            time_op({"op": op, "C": C, "rows": rows, "dropout": p}, *case)
+        for op, case in kernel_cases(16384, C, n_head, p).items():
+            time_op({"op": op, "C": C, "dropout": p}, *case)
 
 
 def kernel_cases(rows, C, n_head, p, T=1024, device="cuda"):
@@ -525,7 +522,6 @@ def bench_train(parser, rest):
     add("--seconds", type=float, default=30, help="of all hot steps together (default: 30)")
     add("--dropout", type=float, nargs="+", default=[0.0, 0.1],
         help="rates to measure (default: 0 0.1)")
-    add("--compile", action="store_true", help="torch.compile our blocks too (default: off)")
     add("--profile", action="store_true", help="instead: what one step of ours does on a GPU "
         "(default: off)")
     args = parser.parse_args(rest)
@@ -537,19 +533,19 @@ def bench_train(parser, rest):
 
 def measure_train(args, dropout, process):
     """Show one dropout rate: the median step of each variant."""
-    settings = train.recipe(args.shape) | SETTINGS | {
-        "micro_batch": args.micro_batch, "accumulation": 1}
+    settings = SimpleNamespace(**train.recipe(args.shape) | SETTINGS | {
+        "micro_batch": args.micro_batch, "accumulation": 1})
     config = GPTConfig.preset(args.shape, dropout=dropout)
     torch.manual_seed(0)
     with process.device:
         model = GPT(config)
     optimizer = train.make_optimizer(model, settings)
-    x = torch.randint(config.vocab_size, (args.micro_batch, settings["seq_len"]),
+    x = torch.randint(config.vocab_size, (args.micro_batch, settings.seq_len),
                       device=process.device)
     plain = [plain_block, plain_head]
     if x.is_cuda:  # the blocks share one graph, so that compiling takes seconds
         plain = [torch.compile(fn, dynamic=False) for fn in plain]
-    train.speed_up(model, args.compile)
+    train.speed_up(model, False, process)
     layers = train.linear_layers(model)
     in_place = layers[0].accumulates
 
@@ -568,13 +564,13 @@ def measure_train(args, dropout, process):
     measure = partial(timed_step, model)
     for _ in range(2):  # the first round compiles, and fills the cache
         hot = interleave(variants, 1, measure)
-    settings["accumulation"] = args.accumulation
+    settings.accumulation = args.accumulation
     if args.profile:
         return profile(ours)
     seconds = args.accumulation * sum(step_s for step_s, _ in hot.values())
     medians = interleave(variants, max(2, int(args.seconds / seconds)), measure)
     tokens = args.accumulation * x.numel()
-    flops = tokens * train.flops_per_token(config, model.n_params(), settings["seq_len"])
+    flops = tokens * train.flops_per_token(config, model.n_params(), settings.seq_len)
     peak = train.peak_flops(process.device)
     for name, (step_s, gb) in medians.items():
         show({"shape": args.shape, "micro_batch": args.micro_batch,
@@ -647,7 +643,7 @@ def plain_step(model, optimizer, x, settings, process, compiled):
     block, head = compiled
     t = model.transformer
     p = model.config.dropout
-    for _ in range(settings["accumulation"]):
+    for _ in range(settings.accumulation):
         with process.autocast():
             residual = F.dropout(t.wte(x) + t.wpe.weight[: x.size(1)], p)
             branch = None
@@ -655,8 +651,8 @@ def plain_step(model, optimizer, x, settings, process, compiled):
                 residual, branch = block(residual, branch, p, model.config.n_head,
                                          *layer.parameters())
             loss = head(residual, branch, x, p, t.ln_f.weight, t.ln_f.bias, t.wte.weight)
-        (loss / settings["accumulation"]).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"])
+        (loss / settings.accumulation).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -748,8 +744,7 @@ def write_text(stem, megabytes):
         for name in ("abstracts.jsonl.gz", "pmc_fulltext.jsonl.gz"):
             with gzip.open(SHARED / name) as lines:
                 for record in map(json.loads, lines):
-                    abstract = f"{record.get('title')}\n{record.get('abstract')}"
-                    text = record.get("text", abstract)
+                    text = record.get("text") or f"{record['title']}\n{record['abstract']}"
                     ours.write(json.dumps({"id": str(record["id"]), "text": text}) + "\n")
                     theirs.write(text.removesuffix("\n") + "\n")
                     if theirs.tell() > megabytes * 1e6:
@@ -761,7 +756,7 @@ def write_text(stem, megabytes):
 
 
 def bench_data(parser, rest):
-    """Extraction's rate and memory; tokenizing with 1 and 2 workers, all included; the loader."""
+    """MB/s of extraction, tokenizing with 1 and 2 workers, all included; the loader."""
     parser.add_argument("--megabytes", type=float, default=60,
                         help="of text to tokenize (default: 60)")
     args = parser.parse_args(rest)
@@ -770,11 +765,11 @@ def bench_data(parser, rest):
                  for folder in xml for file in folder.glob("*.gz")) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         write_text(f"{folder}/all", args.megabytes)
-        seconds, peak = usage("data.py extract --workers 1 --out", f"{folder}/text", *xml)
-        show({"part": "extract", "MB": xml_mb, "MB_per_s": xml_mb / seconds, "peak_MiB": peak})
-        usage("tokenizer.py train --vocab_size 8192 --input", f"{folder}/text", "--out", folder)
+        seconds = SECONDS(lambda: run("data.py extract --workers 1 --out", f"{folder}/text", *xml))
+        show({"part": "extract", "MB": xml_mb, "MB_per_s": xml_mb / seconds})
+        run("tokenizer.py train --vocab_size 8192 --input", f"{folder}/text", "--out", folder)
         command = f"data.py tokenize --text {folder}/all.jsonl --tokenizer {folder} --workers"
-        seconds = interleave({n: partial(usage, f"{command} {n} --out", f"{folder}/arrays")
+        seconds = interleave({n: partial(run, command, n, "--out", f"{folder}/arrays")
                               for n in (1, 2)}, 3)
         show({"part": "tokenize", "MB_per_s": args.megabytes / seconds[1],
               "x_second_worker": seconds[1] / seconds[2]})
@@ -784,15 +779,10 @@ def bench_data(parser, rest):
     show({"part": "loader", "M_tokens_per_s": 2000 * 8 * 1024 / seconds / 1e6})
 
 
-def usage(command, *paths):
-    """(CPU seconds, peak resident MiB) of a command in a process of its own."""
-    code = ("import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True);"
-            "r = resource.getrusage(resource.RUSAGE_CHILDREN);"
-            "print(r.ru_utime + r.ru_stime, r.ru_maxrss)")
-    *_, seconds, kib = subprocess.check_output(
-        [sys.executable, "-c", code, sys.executable, *command.split(), *map(str, paths)],
-        cwd=ROOT, text=True).split()
-    return float(seconds), int(kib) / 1024
+def run(command, *more):
+    """Run a command of the repository, silently."""
+    subprocess.run([sys.executable, *command.split(), *map(str, more)], cwd=ROOT, check=True,
+                   stdout=subprocess.DEVNULL)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -800,7 +790,7 @@ def usage(command, *paths):
 
 
 def bench_finetune(parser, rest):
-    """Questions a second on MedQA dev: train step (forward, backward) and scoring, fp32."""
+    """Questions a second on MedQA dev, forward and backward, fp32."""
     parser.parse_args(rest)  # no flags
     questions = data.load_qa("medqa", SHARED / "qa/medqa", "dev")
     texts = [(q.id, f"{q.question} {' '.join(q.options)}") for q in questions]
@@ -813,19 +803,14 @@ def bench_finetune(parser, rest):
     ways = {"shared": list(finetune.micro_batches(shared)),  # of like length
             "alone": [alone[i : i + 4] for i in range(0, len(alone), 4)]}  # padded
 
-    def run(chunks, training):
-        with torch.set_grad_enabled(training):
-            for chunk in chunks:
-                loss = finetune.loss_sum(model, finetune.collate(chunk))
-                if training:
-                    loss.backward()
+    def step(chunks):
+        for chunk in chunks:
+            finetune.loss_sum(model, finetune.collate(chunk)).backward()
 
-    for what, training in ("scoring", False), ("train step", True):
-        seconds = interleave({how: partial(run, chunks, training)
-                              for how, chunks in ways.items()}, 3)
-        show({"finetune": what, "questions_per_s": len(shared) / seconds["shared"],
-              "one option at a time": len(shared) / seconds["alone"],
-              "x_shared": seconds["alone"] / seconds["shared"]})
+    seconds = interleave({how: partial(step, chunks) for how, chunks in ways.items()}, 3)
+    show({"part": "finetune", "questions_per_s": len(shared) / seconds["shared"],
+          "one option at a time": len(shared) / seconds["alone"],
+          "x_shared": seconds["alone"] / seconds["shared"]})
 
 
 def split_options(example):
