@@ -7,7 +7,8 @@ Reads text: .jsonl with a document {"id", "text"} a line, or .txt; plain or .gz;
 Writes vocab.json and merges.txt, the same bytes as Hugging Face's BpeTrainer. Encodes with
 tiktoken. Invalid bytes become U+FFFD. A special token's string in a text is plain text. Left out:
 normalisers, prefix spaces, dropout.
-The second half of the file reads and writes text files; the other scripts use it too.
+The second half of the file reads text files, writes files, starts processes and commands. It stands
+here because this file imports nothing of the project: the other scripts import it.
 """
 
 import argparse
@@ -33,7 +34,6 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice, pairwise
-from operator import add
 from pathlib import Path
 
 import regex
@@ -53,10 +53,12 @@ END_OF_TEXT = "<|endoftext|>"
 # English endings, letters, digits, signs; then white space, without its last character where a
 # word follows: "a   b" -> "a", "  ", " b".
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# For training: white space ends at each "\n". HF's trainer too cuts every line by itself.
+# For training: white space ends at each "\n". HF's trainer too cuts every line by itself. Nothing
+# else differs.
 LINE_PATTERN = regex.compile(PATTERN.replace(r"\s+(?!\S)|\s+", r"[^\S\n]*\n|[^\S\n]+(?!\S)|\s"))
 # For encoding: the same pieces as PATTERN's, but long white space is matched in steps of 100.
-# Else tiktoken 0.14 panics after a million steps.
+# Else tiktoken 0.14 panics after a million steps. Two white characters stay after each step: one
+# for the \s+ behind, one for the word after it.
 SAFE_PATTERN = PATTERN.replace(r"\s+(?!\S)", r"(?:\s{100}(?=\s\s))*+\s+(?!\S)")
 
 # GPT-2 writes a byte as a visible character. 188 bytes are visible in Latin-1 and stand for
@@ -67,12 +69,6 @@ BYTES = sorted(range(256), key=lambda byte: byte not in VISIBLE)
 ALPHABET = [*map(chr, [*VISIBLE, *range(256, 324)])]
 ID_OF_BYTE = bytes(map(BYTES.index, range(256)))  # for bytes.translate
 BYTE_OF_CHAR = dict(zip(ALPHABET, BYTES))
-
-
-def token_bytes(token):
-    """The bytes of a token in byte characters: "Ġcell" -> b" cell"."""
-    return bytes(map(BYTE_OF_CHAR.__getitem__, token))
-
 
 # ---------------------------------------------------------------------------------------------
 # training: the commonest pair of neighbours becomes a token, again and again
@@ -114,19 +110,21 @@ def train_bpe(counts, vocab_size, min_frequency=2):
     count_of = list(counts.values()).__getitem__
     where = defaultdict(Indices)  # pair -> indices of words; some no longer have it
     for i, word in enumerate(words):
-        for pair in map(add, word, word[1:]):
+        for pair in map("".join, pairwise(word)):
             where[pair].append(i)
     pair_counts = {pair: sum(map(count_of, indices)) for pair, indices in where.items()}
     waiting = defaultdict(list)  # count -> a heap of pairs; some have become rarer since
     levels = [0]  # the counts that have a heap, in order
 
     def wait(pair):
+        """Put a pair into the heap of its count."""
         count = pair_counts[pair]
         if count not in waiting:
             bisect.insort(levels, count)
         heapq.heappush(waiting[count], pair)
 
     def commonest_pairs():
+        """Yield the commonest pair, again and again. One that has become rarer waits once more."""
         while (count := levels[-1]) >= min_frequency:
             while waiting[count]:
                 pair = heapq.heappop(waiting[count])
@@ -190,9 +188,8 @@ class Tokenizer:
     vocab: {token in byte characters, or special string: id}; merges: pairs in order; added:
     {special string: id} beyond vocab. ValueError where these do not fit each other.
 
-    The merges must be such as training gives: for them tiktoken, which joins any neighbours whose
-    bytes together are a token, has HF's ids, which joins only the pairs of merges.txt. A token's
-    bytes, as long as no merge crosses their ends, always go through the same merges.
+    tiktoken joins any neighbours whose bytes together are a token, HF only the pairs of merges.txt.
+    For merges that training gives, both come to the same ids. Others aren't meant to be used here.
     """
 
     def __init__(self, vocab, merges, added=()):
@@ -200,22 +197,23 @@ class Tokenizer:
         self.merges = merges
         tokens = [*ALPHABET, *map("".join, merges)]
         ids = [*map(vocab.get, tokens)]
-        self.special = {token: vocab[token] for token in vocab.keys() - tokens} | dict(added)
+        others = vocab.keys() - set(tokens)
+        self.special = {token: vocab[token] for token in others} | dict(added)
+        missing = set(tokens) - vocab.keys()
         # What is neither byte nor merge must look special, or else the merges were cut short.
-        wrong = [token for token in self.special.keys() - added if token[0] not in "<["]
-        wrong += set(tokens) - vocab.keys()
-        if wrong or len({*ids, *self.special.values()}) < len(ids) + len(self.special):
+        plain = [token for token in others if token not in added and token[0] not in "<["]
+        different = len({*ids, *self.special.values()}) == len(ids) + len(self.special)
+        if missing or plain or not different:
             raise ValueError("its vocabulary and merges are damaged, or do not belong together "
-                             f"{wrong[:3]}: copy them again")
+                             f"{[*missing, *plain][:3]}: copy them again")
         self.eot_id = self.special[END_OF_TEXT]
-        ranks = {token_bytes(token): rank for rank, token in enumerate(tokens)}
-        self._bytes = dict(zip(ids, ranks))
-        self._bytes |= {i: token.encode() for token, i in self.special.items()}
-        # tiktoken gives ranks: bytes first, then merges in their order. In most vocabularies these
-        # are the ids: None saves the look-up, a fifth of the time.
-        self._id_of_rank = None if ids == list(range(len(ids))) else ids
+        # tiktoken gives ranks: bytes first, then merges in their order.
+        ranks = {bytes(map(BYTE_OF_CHAR.get, token)): rank for rank, token in enumerate(tokens)}
         self._bpe = tiktoken.Encoding("bpe", pat_str=SAFE_PATTERN, special_tokens={},
                                       mergeable_ranks=ranks)
+        self._ids = ids
+        self._bytes = dict(zip(ids, ranks))
+        self._bytes |= {i: token.encode() for token, i in self.special.items()}
 
     @classmethod
     def from_merges(cls, merges):
@@ -236,8 +234,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids (list of int) of text. Special strings in it are plain text."""
-        ranks = self._bpe.encode_ordinary(text)
-        return [self._id_of_rank[rank] for rank in ranks] if self._id_of_rank else ranks
+        return [self._ids[rank] for rank in self._bpe.encode_ordinary(text)]
 
     def decode_bytes(self, ids):
         """Bytes of ids (ints); ValueError for an id that is not in the vocabulary."""
@@ -272,22 +269,24 @@ class Tokenizer:
         added = {token: i for token, i in self.special.items() if token not in self.vocab}
         if added:
             write_json(folder / "added_tokens.json", added)
+        else:
+            (folder / "added_tokens.json").unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder):
         """From vocab.json + merges.txt, GPT-2's encoder.json + vocab.bpe, or a tokenizer.json."""
-        error = FileNotFoundError(
-            f"{folder} has no vocab.json + merges.txt: make them with python tokenizer.py train "
-            f"--input TEXT --out {folder}; for gpt2, set TIKTOKEN_CACHE_DIR to the folder where "
-            "tiktoken keeps its files")
+        error = None
         for names in MERGES_OF.items():
             vocab, merges = map(Path(folder).joinpath, names)
             if vocab.is_file() and merges.is_file():
                 try:
                     return cls(*read_files(vocab, merges))
                 except ValueError as e:  # a whole tokenizer.json may stand there, too
-                    error = ValueError(f"{vocab}: {e}")
-        raise error
+                    error = error or ValueError(f"{vocab}: {e}")
+        raise error or FileNotFoundError(
+            f"{folder} has no vocab.json + merges.txt: make them with python tokenizer.py train "
+            f"--input TEXT --out {folder}; for gpt2, set TIKTOKEN_CACHE_DIR to the folder where "
+            "tiktoken keeps its files")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -301,13 +300,14 @@ SPACE = re.compile(r" (?=\S)")
 def count_pretokens(inputs, workers=1):
     """Counter of the pre-tokens in files or folders, the same for every number of processes.
 
-    This process reads, the workers count; some two batches a worker are in memory. The Counter
+    This process reads, the workers count; some two batches a worker are in memory. Below 30 MB it
+    counts alone: others would take as long to start as they save. The Counter
     grows with the text: abstracts of 21 MB have 68,000 pre-tokens, of 86 MB 176,000. By that rule
     all of PubMed, 30 GB, has some 9 million. Training takes about 480 bytes for each: 4 GB.
     """
     batches = read_batches(inputs)
     first = list(islice(batches, 15))
-    if len(first) < 15:  # 30 MB: to start other processes takes as long as they save
+    if len(first) < 15:  # 30 MB
         workers = 1
     counts = Counter()
     results = in_processes(count_batch, chain(first, batches), workers)
@@ -362,15 +362,16 @@ def load_named(name):
 def read_files(path, merges_path):
     """Arguments of Tokenizer: ids, merges and added tokens, from all that belongs to a file."""
     vocab = read_json(path)
-    added_path = path.with_name("added_tokens.json")
-    added = read_json(added_path) if added_path.is_file() else {}
-    if path == merges_path:
-        vocab, merges, added = read_whole(vocab)
+    if path.name == "tokenizer.json":
+        vocab, merges, added = from_tokenizer_json(vocab)
     else:
         lines = merges_path.read_text("utf-8", "replace").rstrip("\n").split("\n")
         merges = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
+        added = path.with_name("added_tokens.json")
+        added = read_json(added) if added.is_file() else {}
     # BioMedLM's vocab.json has no end-of-text. Its id is the next one then, as in transformers.
-    vocab.setdefault(END_OF_TEXT, added.pop(END_OF_TEXT, max(vocab.values()) + 1))
+    eot = added.pop(END_OF_TEXT, max(vocab.values()) + 1)
+    vocab.setdefault(END_OF_TEXT, eot)
     return vocab, merges, added
 
 
@@ -382,7 +383,7 @@ def read_json(path):
         raise ValueError(f"{path} is damaged, perhaps cut short ({e!r}): get it again") from None
 
 
-def read_whole(content):
+def from_tokenizer_json(content):
     """The same from the content of Hugging Face's tokenizer.json, which holds all."""
     cut = {"use_regex": True} | (content["pre_tokenizer"] or {})
     gpt2 = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}
@@ -402,8 +403,7 @@ def read_whole(content):
 
 def natural(path):
     """Sort key of a file's name: pubmed26n999 comes before pubmed26n1000."""
-    padded = re.sub(r"\d+", lambda number: number[0].zfill(20), Path(path).name)
-    return padded, str(path)
+    return re.sub(r"\d+", lambda number: number[0].zfill(20), Path(path).name), str(path)
 
 
 def text_files(path):
@@ -458,7 +458,7 @@ def read_records(path):
     A .txt is cut into documents, so that a split has some to hold out. Their ids are hashes of
     their texts.
     """
-    if re.search(r"\.txt(\.gz)?$", str(path)):
+    if str(path).endswith((".txt", ".txt.gz")):
         for piece in cut_txt(path):
             if text := piece.strip("\n"):
                 yield f"{hash64(text):016x}", text
@@ -573,7 +573,8 @@ def in_processes(function, tasks, workers):
 
 
 def start_worker():
-    """Ctrl-C is the parent's to answer. A killed parent takes its workers along."""
+    """Ctrl-C is the parent's to answer. A thread waits for the parent's end, then ends the worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -594,7 +595,7 @@ def run_command(main):
 
 
 def numbers(kind, low, high=math.inf):
-    """argparse's type for the numbers from `low` to below `high`, whole ones or not; never nan."""
+    """argparse's type for numbers from `low` to below `high`, never nan. kind: int or float."""
     def number(text):
         value = kind(text)
         if not low <= value < high:  # false for nan, too
