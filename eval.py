@@ -21,13 +21,15 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import finetune
 from data import TASKS, load_meta, load_qa, val_batches
 from finetune import new_file
-from model import GPT, cross_entropy
+from model import GPT, Linear, copied, cross_entropy
 from tokenizer import COUNT, json_lines, load_named, read_documents, run_command, write_json
 from train import COUNT_OR_0, POSITIVE_OR_0, start_process
 
@@ -86,10 +88,11 @@ def load_model(args, to_generate=False):
     here, once, and there is no autocast.
     """
     process = start_process(args.device, args.dtype)
-    dtype = torch.float32
-    if to_generate:
-        dtype, process.dtype = process.dtype, dtype
-    gpt = GPT.from_pretrained(args.init, dtype=dtype, device=process.device)
+    dtype = process.dtype if to_generate else torch.float32
+    if dtype == torch.int8:
+        gpt = quantized(GPT.from_pretrained(args.init, None)).to(process.device)
+    else:
+        gpt = GPT.from_pretrained(args.init, dtype, process.device)
     return gpt, finetune.load_tokenizer(args.init, gpt), process
 
 
@@ -325,6 +328,53 @@ def continue_prompts(gpt, tokenizer, prompts, max_new_tokens, batch_size=16, **d
             answer = itertools.takewhile(lambda i: i != tokenizer.eot_id, ids)
             texts.append(tokenizer.decode(answer))
     return texts
+
+
+# ---------------------------------------------------------------------------------------------
+# int8 weights: 2.59 billion parameters in 3 GB
+#
+#     s_i = max_j |W_ij| / 127      Q_ij = round(W_ij / s_i)      y_i = s_i Σ_j Q_ij x_j + b_i
+#
+# A row of a matrix becomes whole numbers from -127 to 127 and one scale. A weight is off by at most
+# s_i / 2, so y_i by at most s_i / 2 · Σ_j |x_j|, and mostly by far less: the errors' signs differ.
+# Q is made with the scale as it is stored, in bf16. So the scale's rounding adds no error.
+#
+# A step of generation reads every weight once: half of bf16's bytes, half of its time. torch has a
+# product that reads int8, for a CPU and a few rows. A long prompt has many rows, and a GPU has
+# memory that is fast: there the matrix is made bf16 for the moment.
+
+
+class Int8Linear(nn.Module):
+    """y = x Wᵀ + b with weights of one byte; x is bf16."""
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).bfloat16()
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = bias
+
+    def forward(self, x, with_bias=True):
+        rows = x.flatten(0, -2)  # (..., in) -> (N, in)
+        if x.is_cpu and len(rows) <= 64 and x.size(-1) % 16 == 0:
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+        if with_bias and self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+@torch.no_grad()
+def quantized(gpt):
+    """The GPT in bf16, with the matrices of its blocks and its head in int8, one at a time."""
+    wte = gpt.transformer.wte
+    wte.weight = nn.Parameter(copied(wte.weight, torch.bfloat16))
+    gpt.head = Int8Linear(wte.weight.float())
+    gpt.logits = gpt.head.forward
+    finetune.replace_modules(gpt, Linear, lambda linear: Int8Linear(
+        copied(linear.weight, torch.float32), linear.bias))
+    return gpt.to(torch.bfloat16)  # which leaves whole numbers as they are
 
 
 # ---------------------------------------------------------------------------------------------
@@ -569,19 +619,20 @@ def curves(args):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    floats = ["float32", "bfloat16"]
 
-    def command(name, function, sentence, has_model=True):
-        """add_argument of a new command, which has the flags that commands share already."""
+    def command(name, function, sentence, dtypes=()):
+        """add_argument of a new command; it has --json, and with dtypes a model's flags."""
         sub = commands.add_parser(name, help=sentence)
         sub.set_defaults(function=function)
         add = sub.add_argument
         add("--json", type=new_file, help="also write the result here (default: none)")
-        if has_model:
+        if dtypes:
             add("--init", required=True,
                 help="run of train.py or finetune.py, or Hugging Face GPT-2 folder")
             add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
-            add("--dtype", choices=("float32", "bfloat16"),
-                help="of the matrix products (default: bfloat16 on cuda, else float32)")
+            add("--dtype", choices=dtypes, help="of the matrix products; int8: bfloat16, and "
+                "weights of one byte (default: bfloat16 on cuda, else float32)")
         return add
 
     def add_questions(add):
@@ -590,11 +641,11 @@ def parse_args():
             help="val is mmlu's alone (default: test, else dev)")
         add("--limit", type=COUNT, help="N questions, evenly over the split (default: all)")
 
-    add = command("perplexity", perplexity, "nats a token and bits a byte")
+    add = command("perplexity", perplexity, "nats a token and bits a byte", floats)
     add("--data", required=True, help="arrays (their val.bin), or text: each document on its own")
     add("--limit", type=COUNT, help="the first N documents of text (default: all)")
 
-    add = command("qa", answer_questions, "accuracy on a question set")
+    add = command("qa", answer_questions, "accuracy on a question set", floats)
     sets = [name for name in TASKS if name != "text"]  # text has no options
     add("--task", choices=sets, required=True, help="question set")
     add_questions(add)
@@ -602,7 +653,7 @@ def parse_args():
         help="score options by likelihood, not by a fine-tuned head (default: off)")
     add("--predictions", type=new_file, help="also write a JSON line a question (default: none)")
 
-    add = command("generate", generate, "continue a text")
+    add = command("generate", generate, "continue a text", [*floats, "int8"])
     add("--prompt", required=True, nargs="+", help="one or several texts")
     add("--max_new_tokens", type=COUNT, default=64, help="tokens to add at most (default: 64)")
     add("--paper", action="store_true", help="BioMedLM's decoding: 5 beams, no repeated 6-gram, "
@@ -614,19 +665,19 @@ def parse_args():
     add("--length_penalty", type=float, default=1.0, help="exponent, beams only (default: 1.0)")
     add("--seed", type=COUNT_OR_0, default=1, help="of sampling (default: 1)")
 
-    add = command("numbers", audit_numbers, "audit of made-up numbers in generated answers")
+    add = command("numbers", audit_numbers, "audit of made-up numbers in generated answers",
+                  [*floats, "int8"])
     add("--task", choices=TASKS, default="text", help="question set (default: text)")
     add_questions(add)
     add("--max_new_tokens", type=COUNT, default=128, help="tokens an answer (default: 128)")
     add("--paper", action="store_true", help="BioMedLM's decoding (default: greedy)")
 
-    add = command("tokenizer", tokenizer_tables, "how biomedical words break", has_model=False)
+    add = command("tokenizer", tokenizer_tables, "how biomedical words break")
     add("--tokenizer", required=True, help="folder of a tokenizer, or gpt2")
     add("--against", nargs="+", default=[], help="folders of others, or gpt2 (default: none)")
     add("--text", help="file or folder of text to measure on (default: none)")
 
-    add = command("curves", curves, "loss, rate, gradient norm and speed of runs as a picture",
-                  has_model=False)
+    add = command("curves", curves, "loss, rate, gradient norm and speed of runs as a picture")
     add("runs", nargs="+", help="folders with log.jsonl")
     add("--out", type=new_file, default="curves.png", help="picture to write (default: curves.png)")
     return parser.parse_args()

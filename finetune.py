@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import LABELS_TOKENS, TASKS, load_qa
-from model import GPT, check_tensors, cross_entropy, load_tensors, without_memory
+from model import GPT, Linear, check_tensors, cross_entropy, load_tensors, without_memory
 from tokenizer import COUNT, Tokenizer, read_json, replacing, run_command, write_json
 from train import POSITIVE, PROBABILITY, distribute, start_process, sync_gradients
 
@@ -37,7 +37,7 @@ from train import POSITIVE, PROBABILITY, distribute, start_process, sync_gradien
 def main():
     # Settings: the flags, and defaults by task and model size.
     args = parse_args()
-    process = start_process(args.device, args.dtype)
+    process = start_process(args.device, args.dtype or ("bfloat16" if args.lora else None))
     settings, tokenizer = resolve(args)
     out = Path(args.out)
 
@@ -65,7 +65,7 @@ def main():
     log = []
     seeds = []
     for seed in args.seeds:
-        model = build(settings, tokenizer, seed).to(process.device)
+        model = build(settings, tokenizer, seed, process.dtype).to(process.device)
         dev = train_epochs(model, train_set, dev_set, settings, seed, process, log)
         scores = score_examples(model, test_set, process)
         score = quality(scores, test_set)
@@ -76,6 +76,7 @@ def main():
             if process.rank == 0:
                 save(out, model, tokenizer, settings, predictions(scores, test_set))
         seeds.append({"seed": seed, "dev": dev, "score": score})
+        del model  # before the next is made
 
     # Report the mean over seeds.
     result = summarise(args.task, reported, len(questions[reported]), test_set,
@@ -127,11 +128,11 @@ def train_epochs(task_model, train_set, dev_set, settings, seed, process, log):
         # Of equal scores the last counts: it has trained longest.
         if dev_set and not settings["last"] and score >= best:
             best = score
-            kept = {name: tensor.to("cpu", copy=True)  # a GPU may have no room for a second copy
-                    for name, tensor in task_model.state_dict().items()}
+            kept = {name: p.detach().to("cpu", copy=True)  # a GPU may have no room for both
+                    for name, p in task_model.named_parameters() if p.requires_grad}
     if kept is None:
         return score
-    task_model.load_state_dict(kept)
+    task_model.load_state_dict(kept, strict=False)
     return best
 
 
@@ -464,10 +465,15 @@ def loss_sum(model, batch):
     return F.cross_entropy(out, batch.answers, reduction="sum")
 
 
-def build(settings, tokenizer, seed):
-    """A TaskModel on the CPU for one seed: --init's weights, or fresh ones of its shape."""
+def build(settings, tokenizer, seed, dtype=torch.float32):
+    """A TaskModel on the CPU for one seed: --init's weights, or fresh ones of its shape.
+
+    dtype: of the weights that --lora freezes.
+    """
+    rank = settings["lora"]
     torch.manual_seed(seed)
-    gpt = GPT.from_pretrained(settings["init"], dropout=settings["dropout"])
+    gpt = GPT.from_pretrained(settings["init"], dtype if rank else torch.float32,
+                              dropout=settings["dropout"])
     if settings["random_init"]:
         gpt = GPT(gpt.config)
     gpt.activation_checkpointing = settings["activation_checkpointing"]
@@ -478,7 +484,69 @@ def build(settings, tokenizer, seed):
     added = torch.empty(vocab_size - len(wte), wte.size(1)).normal_(std=NEW_ROW_STD)
     gpt.transformer.wte.weight = nn.Parameter(torch.cat([wte, added]))
     gpt.config.vocab_size = vocab_size
-    return TaskModel(gpt, settings["kind"], settings["labels"])
+    model = TaskModel(gpt, settings["kind"], settings["labels"])
+    if rank:
+        add_lora(gpt, rank, len(wte))
+    return model
+
+
+# ---------------------------------------------------------------------------------------------
+# LoRA: fine-tune a large model in little memory (Hu et al., arXiv 2106.09685)
+#
+#     y = x Wᵀ + b + s · (x Aᵀ) Bᵀ           A (rank, in), B (out, rank), s = alpha / rank
+#
+#     with u = s · dy B:   dA = uᵀ x      dB = s · dyᵀ (x Aᵀ)      dx = dy W + u A
+#
+# W and b stay as they are: they need no gradients and no moments, and W may be bf16. B starts at 0,
+# so the first step's output is the base model's. After training W + s · B A is an ordinary weight.
+#
+# A and B of each block's four matrices train, in fp32; the head does, and the rows of added tokens.
+# As in the paper, biases, LayerNorms and the other embeddings don't.
+
+LORA_SCALE = 2.0  # alpha is twice the rank, as most have it
+
+
+class LoRALinear(nn.Module):
+    """A frozen Linear, and beside it a product of two thin matrices that learn."""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.linear = linear
+        self.bias = linear.bias
+        self.A = nn.Linear(linear.in_features, rank, bias=False)
+        self.B = nn.Linear(rank, linear.out_features, bias=False)
+        nn.init.zeros_(self.B.weight)
+
+    def forward(self, x, with_bias=True):
+        """x (..., in) -> (..., out)."""
+        return self.linear(x, with_bias) + LORA_SCALE * self.B(self.A(x))
+
+    def merged(self):
+        """The fp32 Linear that does the same."""
+        weight = self.linear.weight + LORA_SCALE * self.B.weight @ self.A.weight
+        # save_pretrained writes [in, out]: laid out so, it needs no second copy of the model
+        self.linear.weight = nn.Parameter(weight.t().contiguous().t())
+        return self.linear
+
+
+def add_lora(gpt, rank, n_learned):
+    """Freeze gpt, but for the rows of wte from n_learned on, and put adapters on its Linears."""
+    for parameter in gpt.parameters():
+        parameter.requires_grad = False
+        if parameter.dim() == 1:  # the ops add biases and LayerNorms in fp32
+            parameter.data = parameter.float()
+    replace_modules(gpt, Linear, lambda linear: LoRALinear(linear, rank))
+    rows = gpt.transformer.wte.weight.requires_grad_()
+    is_new = torch.arange(len(rows))[:, None] >= n_learned
+    rows.register_hook(lambda gradient: gradient * is_new.to(gradient.device))
+
+
+def replace_modules(gpt, kind, new):
+    """Put new(module) in the place of each module of gpt that is a `kind`."""
+    for parent in list(gpt.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, kind):
+                setattr(parent, name, new(child))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -585,10 +653,15 @@ def predictions(scores, examples):
 # the folder: a Hugging Face GPT-2, a head, and the settings that eval.py must load it with
 
 
+@torch.no_grad()
 def save(out, model, tokenizer, settings, answers):
-    """A folder that `transformers` loads, and beside it what load_finetuned needs."""
+    """A folder that `transformers` loads, and beside it what load_finetuned needs.
+
+    It moves the model to the CPU, and merges LoRA's adapters there.
+    """
+    replace_modules(model.cpu().gpt, LoRALinear, LoRALinear.merged)
     tokenizer.save(out)
-    model.gpt.save_pretrained(out)  # its tokenizer_config.json names the added tokens
+    model.gpt.float().save_pretrained(out)  # its tokenizer_config.json names the added tokens
     with replacing(out / "head.pt") as file:
         torch.save(model.head.state_dict(), file)
     write_lines(out / "predictions.jsonl", answers)
@@ -643,6 +716,9 @@ def resolve(args):
         raise ValueError(f"{out} holds the model to start from, or another run of train.py: give "
                          "--out a folder of its own")
     config = GPT.config_of(args.init)
+    if args.lora and (args.random_init or args.lora > config.n_embd):
+        raise ValueError("--lora keeps --init's weights, so leave out --random_init, and takes a "
+                         f"rank up to the model's width, {config.n_embd}; 8 to 64 are usual")
     task = TASKS[args.task]
     lr = task.lr
     epochs = task.epochs
@@ -696,6 +772,8 @@ def parse_args():
     add("--length", type=COUNT, help="most tokens of a row (default: the task's, or context)")
     add("--dropout", type=PROBABILITY, help="probability (default: --init's own)")
     add("--limit", type=COUNT, help="N questions of each split, evenly spread (default: all)")
+    add("--lora", type=COUNT, metavar="RANK", help="freeze the model and train matrices of this "
+        "rank beside its own, 8 to 64, the head and the added tokens' rows (default: train all)")
     add("--last", action="store_true", help="report the last epoch, as BioMedLM (default: best)")
     add("--activation_checkpointing", action="store_true",
         help="recompute blocks in backward: less memory, a third more time (default: off)")

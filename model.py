@@ -21,9 +21,11 @@ with a faster backward for training on a GPU.
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import math
+import mmap
 import os
 import pickle
 import shutil
@@ -235,10 +237,14 @@ class GPT(nn.Module):
         logits are made a chunk of rows at a time then: all of them would be gigabytes.
         """
         x = self.hidden(idx)  # (B, T, C)
-        head = self.transformer.wte.weight  # (V, C)
         if targets is None:
-            return F.linear(x, head), None
-        return None, cross_entropy(x.flatten(0, 1), head, targets.flatten(), working=self.working)
+            return self.logits(x), None
+        return None, cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten(),
+                                   working=self.working)
+
+    def logits(self, hidden):
+        """(..., C) -> (..., V): the head is the embedding matrix."""
+        return F.linear(hidden, self.transformer.wte.weight)
 
     # The methods below are functions of the next acts, where their arguments are explained.
 
@@ -406,7 +412,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 def next_logits(model, idx, cache):
     """fp32 logits (B, V) of the token after idx (B, T), which continues the cache."""
     last = model.hidden(idx, cache)[:, -1]  # (B, T, C) -> (B, C)
-    return F.linear(last, model.transformer.wte.weight).float()
+    return model.logits(last).float()
 
 
 class KVCache:
@@ -541,6 +547,7 @@ def config_of(path):
 def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     """Model of a run or of a Hugging Face GPT-2 folder, in eval mode.
 
+    dtype None: as the tensors lie in the file, and still mapped: who needs them converts them.
     dropout replaces the folder's, None keeps it. Reads config.json beside checkpoint_*.pt (the
     newest whole one), model.safetensors or pytorch_model.bin, sharded or not, memory-mapped.
     Raises FileNotFoundError or ValueError.
@@ -552,10 +559,29 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     saved = read_weights(Path(path), model.state_dict())  # it may hold other tensors too
     state = {}
     for name in model.state_dict():
-        state[name] = saved[name].to(device, dtype, copy=True,
-                                     memory_format=torch.contiguous_format)
+        state[name] = saved[name]
+        if dtype is not None:
+            state[name] = copied(saved[name], dtype, device)
+            check_finite(state[name], name, path)
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def copied(tensor, dtype, device="cpu"):
+    """A contiguous copy of a tensor that is mapped from a file and not needed any more.
+
+    Pages that were read count as this process's memory for as long as the file is mapped: 10 GB
+    for BioMedLM. So they are given back here.
+    """
+    copy = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    page = mmap.PAGESIZE
+    start = (tensor.data_ptr() // page + 1) * page  # whole pages: the others have neighbours
+    n_pages = (tensor.data_ptr() + tensor.nbytes - start) // page
+    if n_pages > 0 and sys.platform != "win32":
+        dont_need = 4
+        madvise = ctypes.CDLL(None).madvise
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(n_pages * page), dont_need)
+    return copy
 
 
 def without_memory(config):
@@ -578,19 +604,20 @@ def read_weights(folder, expected):
             state |= load_tensors(file)
         if state:
             state = transposed(state)
-            check_tensors(state, expected, folder)
+            check_tensors(state, expected, folder, finite=False)  # from_pretrained will look
             return state
     raise FileNotFoundError(f"{folder} holds neither checkpoint_*.pt nor model.safetensors nor "
                             "pytorch_model.bin: give the folder of a run or of a GPT-2")
 
 
-def check_tensors(state, expected, path):
+def check_tensors(state, expected, path, finite=True):
     """ValueError unless the state dict has a tensor for each of the expected: as large, finite."""
     for name, like in expected.items():
         if name not in state or state[name].shape != like.shape:
             raise ValueError(f"{path} has no {name} of shape {tuple(like.shape)}, as config.json "
                              "implies: use the config.json saved with the weights")
-        check_finite(state[name], name, path)
+        if finite:
+            check_finite(state[name], name, path)
 
 
 def check_finite(values, name, path):

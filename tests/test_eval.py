@@ -198,6 +198,40 @@ def test_flags_of_generate_reach_the_model(ask, parts, monkeypatch):
     assert given | paper == given
 
 
+@pytest.mark.parametrize("n_in", [24, 64])  # torch's int8 product takes multiples of 16 only
+@pytest.mark.parametrize("n_rows", [1, 5, 70])
+def test_int8_product_is_as_exact_as_its_scales(n_in, n_rows):
+    """Catches scales of columns or of the whole matrix, their rounding to bf16 left out of Q, whole
+    numbers that overflow, a row of zeros that becomes NaN, a bias that is lost or added twice."""
+    torch.manual_seed(0)
+    weight = torch.randn(9, n_in) * torch.logspace(-3, 3, 9)[:, None]
+    weight[4] = 0
+    bias = torch.randn(9).bfloat16()
+    x = torch.randn(n_rows, 1, n_in).bfloat16()
+    layer = evaluate.Int8Linear(weight, bias)
+    exact = x.double() @ weight.double().T
+    bound = weight.abs().amax(1).double() / 127 / 2 * x.abs().double().sum(-1, keepdim=True)
+    for with_bias in False, True:
+        expected = exact + with_bias * bias.double()
+        rounding = 2**-7 * (exact.abs() + bias.abs())  # of results to bf16
+        assert ((layer(x, with_bias) - expected).abs() <= 1.01 * bound + rounding).all()
+
+
+def test_int8_model(parts, ask, monkeypatch):
+    """Catches a head or a matrix that stays bf16, memory of the folder that another reads after it
+    was let go of, and --dtype int8 that is ignored."""
+    gpt, tokenizer = parts
+    made = Mock(return_value=[""])
+    monkeypatch.setattr(evaluate, "continue_prompts", made)
+    ask("generate --init init --prompt A --dtype int8")
+    low = made.call_args.args[0]
+    assert sum(isinstance(m, evaluate.Int8Linear) for m in low.modules()) == 4 * 3 + 1
+    idx = torch.tensor([tokenizer.encode(TEXT)[:40]])
+    exact = gpt(idx)[0]
+    error = (low(idx)[0] - exact).abs().mean() / exact.abs().mean()
+    assert 0.001 < error < 0.05
+
+
 # ---------------------------------------------------------------------------------------------
 # numbers
 
@@ -394,6 +428,9 @@ def test_damage_is_told(whole, monkeypatch, file, commands, ways):
     ("tune --length 7", "8 or more"),
     ("tune --lr nan", "number"),
     ("tune --seeds 1,0", "number"),
+    ("tune --lora 17", "width, 16"),
+    ("tune --lora 8 --random_init", "leave out"),
+    ("tune --dtype int8", "invalid choice"),
     ("qa --init pretrained", "--zero_shot"),
     ("perplexity --json no/r.json", "make it first"),
     (f"generate --prompt '{TEXT}'", "context"),

@@ -167,6 +167,7 @@ def test_weights_of_a_seed(init):
     tokenizer.add_special_tokens(["[PAD]", "[SEP]"])
     settings = {"init": init,
                 "random_init": False,
+                "lora": None,
                 "dropout": 0.3,
                 "kind": "labels",
                 "activation_checkpointing": True,
@@ -184,6 +185,41 @@ def test_weights_of_a_seed(init):
     assert not torch.equal(one.head.weight, two.head.weight)
     small_gpt(304).save_pretrained(init)
     assert len(build(settings, tokenizer, 1).gpt.transformer.wte.weight) == 304
+
+
+def test_lora_trains_little_and_merges(init):
+    """Catches a first step whose output isn't the base's, learned rows, biases or matrices that
+    train, added rows that don't; another scale in the merged weights than in training; a folder
+    that isn't an ordinary GPT-2."""
+    examples, tokenizer = encode(QUESTIONS, "medqa")
+    settings = {"init": init, "random_init": False, "lora": None, "dropout": 0.0, "kind": "choice",
+                "activation_checkpointing": True, "labels": ()}
+    full = score_examples(build(settings, tokenizer, 1), examples, CPU)
+    model = build(settings | {"lora": 4}, tokenizer, 1)
+    torch.testing.assert_close(score_examples(model, examples, CPU), full)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), 0.05, weight_decay=0)
+    for _ in range(2):  # B first: A's gradient is 0 while B is
+        train_step(model.train(), examples, optimizer, CPU)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if ".A." in name or ".B." in name} | {
+        "gpt.transformer.wte.weight", "head.weight", "head.bias"}
+    wte = model.gpt.transformer.wte.weight
+    assert torch.equal(wte[:300], before["gpt.transformer.wte.weight"][:300])
+    assert not torch.equal(wte[302], before["gpt.transformer.wte.weight"][302])  # [SEP]
+    tuned = score_examples(model, examples, CPU)
+    finetune.save(Path("merged"), model, tokenizer,
+                  settings | {"task": "medqa", "length": 48, "markers": False}, [])
+    merged = score_examples(load_finetuned("merged", "medqa")[0], examples, CPU)
+    torch.testing.assert_close(merged, tuned, rtol=1e-5, atol=1e-5)
+    assert tuned[0] != pytest.approx(full[0], abs=0.01)
+
+    low = build(settings | {"lora": 4}, tokenizer, 1, torch.bfloat16)
+    assert {p.dtype for p in low.parameters() if p.requires_grad} == {torch.float32}
+    for block in low.gpt.transformer.h:
+        assert block.mlp.c_fc.linear.weight.dtype == torch.bfloat16
+    process = start_process("cpu", "bfloat16")
+    assert score_examples(low, examples, process)[0] == pytest.approx(full[0], abs=0.2)
 
 
 # ---------------------------------------------------------------------------------------------
