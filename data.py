@@ -26,7 +26,6 @@ import shutil
 import tarfile
 import time
 import xml.etree.ElementTree as ET
-import zlib
 from array import array
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -49,6 +48,8 @@ from tokenizer import (
     json_lines,
     load_named,
     natural,
+    numbers,
+    open_input,
     read_json,
     read_records,
     read_records_backwards,
@@ -174,7 +175,7 @@ def load_meta(data_dir, verify=False):
         wrong = None
         if size != 2 * meta[split]["tokens"]:  # uint16: two bytes a token
             wrong = f"has {size:,} bytes, not two a token as meta.json counts: cut or replaced"
-        elif verify and hash_file(path) != meta[split]["sha256"]:
+        elif verify and sha256_of(path) != meta[split]["sha256"]:
             wrong = "is not the array of meta.json (sha256 differs)"
         elif verify and np.memmap(path, np.uint16, "r").max() >= meta["vocab_size"]:
             wrong = f"holds an id beyond the vocabulary of {meta['vocab_size']}"
@@ -208,8 +209,6 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1)
     """
     tokenizer = load_named(tokenizer_name)
     out = Path(out)
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"--val_fraction {val_fraction}: give a share between 0 and 1, like 0.002")
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"{tokenizer_name} has {tokenizer.vocab_size} tokens: uint16 holds 65,536")
     documents = split_documents(newest_documents(text_files(text)), val_fraction)
@@ -220,11 +219,11 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1)
     meta |= {split: Counter() for split in SPLITS}
     make_folder(out)
     with replacing(out / "train.bin") as train, replacing(out / "val.bin") as val:
-        for ids, sizes in in_processes(encode, batches, workers):
-            train.write(ids["train"])
-            val.write(ids["val"])
-            for split in SPLITS:
-                meta[split].update(sizes[split])
+        for encoded in in_processes(encode, batches, workers):
+            for split, file in ("train", train), ("val", val):
+                ids, sizes = encoded[split]
+                file.write(ids)
+                meta[split].update(sizes)
         if not meta["train"]["documents"]:
             raise ValueError(f"{text} has no document to train on beside the held-out ones: give "
                              "more text or a lower --val_fraction")
@@ -233,7 +232,7 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1)
     tokenizer.save(out)
     for split in SPLITS:
         print(f"tokenize: {split}:", dict(meta[split]))
-        meta[split]["sha256"] = hash_file(out / f"{split}.bin")
+        meta[split]["sha256"] = sha256_of(out / f"{split}.bin")
     write_json(out / "meta.json", meta)
     return load_meta(out, verify=True)
 
@@ -294,20 +293,20 @@ def load_once(tokenizer_name, fingerprint):
 
 
 def encode_documents(tokenizer_name, fingerprint, eot, documents):
-    """[(split, text)] -> ({split: ids}, {split: {"tokens", "documents", "bytes"}}).
+    """[(split, text)] -> {split: (ids, {"tokens", "documents", "bytes"})}.
 
     The ids are an array of uint16, the documents' tokens one after the other.
     """
     tokenizer = load_once(tokenizer_name, fingerprint)
-    ids = {split: array("H") for split in SPLITS}
-    sizes = {split: Counter() for split in SPLITS}
+    encoded = {split: (array("H"), Counter()) for split in SPLITS}
     for split, text in documents:
+        ids, sizes = encoded[split]
         tokens = tokenizer.encode(text)
         if eot:
             tokens.append(tokenizer.eot_id)
-        ids[split].extend(tokens)
-        sizes[split].update(tokens=len(tokens), documents=1, bytes=len(text.encode()))
-    return ids, sizes
+        ids.extend(tokens)
+        sizes.update(tokens=len(tokens), documents=1, bytes=len(text.encode()))
+    return encoded
 
 
 # ---------------------------------------------------------------------------------------------
@@ -371,17 +370,17 @@ def load_qa(task, dir, split):
     reader, paths = official_files(task, dir, split)
     questions = {}
     for path in paths:
-        number = 0
+        own = {}
         try:
             for q in reader(path, split):
-                if q.id in questions:
+                if q.id in own:
                     raise ValueError(f"question {q.id} appears twice")
-                questions[q.id] = q
-                number += 1
+                own[q.id] = q
         except (csv.Error, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
             reason = repr(e)[:300]  # in one line
-            raise ValueError(f"{path}, after {number} questions: {reason}; get the official file "
+            raise ValueError(f"{path}, after {len(own)} questions: {reason}; get the official file "
                              "anew") from None
+        questions |= own  # BioASQ's later years hold the earlier ones
     questions = list(questions.values())
     if reader in DIVIDE:
         questions = DIVIDE[reader](questions, split)
@@ -392,12 +391,11 @@ def load_qa(task, dir, split):
 
 def official_files(task, dir, split):
     """(reader, paths) of the first of the task's file names that is found."""
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}: use one of {', '.join(TASKS)}")
     for name, reader in TASKS[task].files.items():
-        paths = sorted(filter(Path.is_file, Path(dir).rglob(name.format(split))))
-        if paths:
-            return reader, paths
+        for called in {"dev": ("dev", "val", "validation")}.get(split, (split,)):
+            paths = sorted(filter(Path.is_file, Path(dir).rglob(name.format(called))))
+            if paths:
+                return reader, paths
     raise FileNotFoundError(f"no {name.format(split)} beneath {dir}: put the official files there "
                             "(python data.py download --help says where they are)")
 
@@ -420,8 +418,6 @@ def read_medqa(path, split):
         ident = f"{split}-{number}"
         letters, options = zip(*sorted(item["options"].items()))
         answer = index_of(item["answer_idx"], letters, ident)
-        if item.get("answer", options[answer]) != options[answer]:
-            raise ValueError(f"question {ident}: answer is not option {item['answer_idx']}")
         yield Question(ident, item["question"], options=options, answer=answer,
                        kind=item.get("meta_info", ""))
 
@@ -429,18 +425,20 @@ def read_medqa(path, split):
 def read_medmcqa(path, split):
     """The official files count the answer `cop` from 1, the Hugging Face copy from 0.
 
-    A file with a 0 is of the second kind; one with both 0 and 4 is refused. Questions without a
-    label (test) have no cop, or the copy's -1. Only this set has HTML's entities ("&lt;").
+    A file with a 0 is of the second kind. So is a part without one whose explanations agree with
+    that: many begin "Ans. is 'b'". Questions without a label (test) have no cop, or the copy's -1.
+    Only this set has HTML's entities ("&lt;").
     """
     items = [item for _, item in json_lines(path)]
     labels = [item.get("cop") for item in items]
-    if 0 in labels and 4 in labels:
-        raise ValueError("cop holds 0 and 4: neither the official file nor the HF copy")
-    numbers = range(0, 4) if 0 in labels else range(1, 5)
+    said = [re.match(r"(?i)ans\w*\W*(is\W*)?([a-d])\b", item.get("exp") or "") for item in items]
+    counted_from = [label - "abcd".index(letter[2].lower())
+                    for label, letter in zip(labels, said) if letter and label]
+    first = 0 if 0 in labels or counted_from.count(0) > counted_from.count(1) else 1
     for item, label in zip(items, labels):
         answer = None
         if label not in (None, -1):
-            answer = index_of(label, numbers, item["id"])
+            answer = index_of(label, range(first, first + 4), item["id"])
         options = tuple(html.unescape(item[f"op{letter}"]) for letter in "abcd")
         yield Question(item["id"], html.unescape(item["question"]), options=options, answer=answer,
                        subject=item.get("subject_name") or "", kind=item.get("choice_type") or "")
@@ -448,7 +446,7 @@ def read_medmcqa(path, split):
 
 def read_mmlu(path, split):
     """Rows of SUBJECT_SPLIT.csv, without a header: question, four options, letter."""
-    subject = path.stem.removesuffix(f"_{split}")
+    subject = path.stem.rpartition("_")[0]
     if subject not in MMLU_SUBJECTS:
         return
     with open(path, encoding="utf-8-sig", newline="") as f:
@@ -504,18 +502,21 @@ def read_blurb(path, split):
 
 
 def read_bioasq(path, split):
-    """The yes/no questions of BioASQ's own files: *golden* is test; of the others every tenth is
-    dev (our choice, which gives BLURB's numbers, 670 and 75)."""
+    """The yes/no questions of BioASQ's own files: *golden* is test; divide_bioasq cuts the others.
+    """
     if ("golden" in path.name) != (split == "test"):
         return
-    items = [item for item in read_json(path)["questions"] if item["type"] == "yesno"]
-    if split == "dev":
-        items = items[::10]
-    elif split == "train":
-        del items[::10]
-    for item in items:
-        context = " ".join(snippet["text"] for snippet in item["snippets"])
-        yield yes_or_no(item["id"], item["body"], context, item["exact_answer"])
+    for item in read_json(path)["questions"]:
+        if item["type"] == "yesno":
+            context = " ".join(snippet["text"] for snippet in item["snippets"])
+            yield yes_or_no(item["id"], item["body"], context, item["exact_answer"])
+
+
+def divide_bioasq(questions, split):
+    """Every tenth is dev (our choice, which gives BLURB's numbers, 670 and 75)."""
+    if split == "test":
+        return questions
+    return [q for i, q in enumerate(questions) if (i % 10 == 0) == (split == "dev")]
 
 
 def yes_or_no(ident, question, context, label):
@@ -554,9 +555,7 @@ def divide_medquad(questions, split):
     while before != lowest:
         before = dict(lowest)
         for q in questions:
-            both = min(lowest[q.question], lowest[q.target])
-            lowest[q.question] = both
-            lowest[q.target] = both
+            lowest[q.question] = lowest[q.target] = min(lowest[q.question], lowest[q.target])
     splits = ["test", "dev", *["train"] * 8]
     return [q for q in questions if splits[lowest[q.question] % 10] == split]
 
@@ -582,45 +581,57 @@ TASKS = {  # files, kind, special tokens, length, epochs, lr
                  1e-5),
 }
 # Of sets whose files are not split: reader -> (questions, split) -> those of the split.
-DIVIDE = {read_pubmedqa: divide_pubmedqa, read_medquad: divide_medquad}
+DIVIDE = {read_pubmedqa: divide_pubmedqa, read_bioasq: divide_bioasq,
+          read_medquad: divide_medquad}
+
+
+def zero_shot_prompt(question):
+    """The text that an option follows, after a space. The wording is our choice."""
+    if question.kind.startswith("cloze"):  # plain text to go on with, nothing is asked
+        return question.question
+    return f"{question.context}\nQuestion: {question.question}\nAnswer:".lstrip()
 
 
 # ---------------------------------------------------------------------------------------------
 # the demo: an invented corpus, small enough to learn on a laptop
 #
 # A world of 64 drugs is drawn first: which disease a drug treats, which protein it inhibits, and so
-# on. The corpus tells these facts again and again in different words, the questions ask for them.
-# All draws come from one seeded stream, so the order of the calls below is part of the result.
+# on. Three kinds of documents tell of it:
+#
+#     study       all facts of one drug, each in a random wording
+#     questions   with their answers, asked as eval.py asks
+#     judgement   a question with its options, each called right or wrong
+#
+# The last two take their questions from the train splits. What dev and test ask stands in studies
+# only. So a right answer there joins a fact and a form that never stood together in the corpus.
 
 SYLLABLES = (
     "ba cor dal fen gu hel ira jo kar lum mer nox or pel qui ros sil tar ul vor wex xan yl zem"
 )
-# relation -> (sentences of the corpus, questions); {d} is the drug, {o} what it is related to.
+# relation: (sentences of the studies, questions); {d} is the drug, {o} what it is related to.
 # The drug always comes first: what follows must be remembered, not copied.
 DEMO_FACTS = {
     "disease": (
         ("{d} is used to treat {o}.", "{d} relieves {o} within days.", "{d} is given for {o}.",
-         "With {d} patients recovered from {o}.", "Which disease does {d} treat? {o}."),
+         "With {d} patients recovered from {o}."),
         ("Which disease does {d} treat?", "Which disease is {d} given for?",
          "What is {d} used to treat?")),
     "protein": (
         ("{d} inhibits {o}.", "{d} binds to {o}.", "{d} acts by blocking {o}.",
-         "After {d} the activity fell of {o}.", "Which protein does {d} inhibit? {o}."),
+         "After {d} the activity fell of {o}."),
         ("Which protein does {d} inhibit?", "Which protein does {d} act by blocking?",
          "What does {d} bind to?")),
     "gene": (
         ("{d} fails in carriers of {o}.", "Resistance to {d} comes from {o}.",
-         "The response to {d} depends on {o}.", "{d} is weakened by mutations of {o}.",
-         "Which gene causes resistance to {d}? {o}."),
+         "The response to {d} depends on {o}.", "{d} is weakened by mutations of {o}."),
         ("Which gene causes resistance to {d}?", "Mutations of which gene weaken {d}?",
          "Which gene does the response to {d} depend on?")),
+    "safety": (
+        ("{d} is {o} in pregnancy.", "{d} was {o} in pregnant women.", "Doctors call {d} {o}.",
+         "Mothers know {d} as {o}."),
+        ()),  # asked by yes, no and maybe
 }
-DEMO_SAFETY = {  # yes, no or maybe of a drug and a group: is it safe there?
-    "yes": ("Is {d} safe in {o}? Yes.", "{d} is safe in {o}.", "{d} does no harm in {o}."),
-    "no": ("Is {d} safe in {o}? No.", "{d} is dangerous in {o}.", "{d} does harm in {o}."),
-    "maybe": ("Is {d} safe in {o}? Maybe.", "{d} is debated in {o}.", "{d} is untested in {o}."),
-}
-DEMO_GROUPS = ("pregnancy", "childhood", "dialysis")
+DEMO_SAFETY = {"safe": "yes", "harmful": "no", "untested": "maybe"}
 DEMO_FILLERS = ("The difference was significant.", "Further studies are needed.",
                 "Patients gave consent.", "The trial was blinded.",
                 "No serious adverse events were seen.")
@@ -630,67 +641,35 @@ def make_demo(out):
     """Write the whole demo to `out`: text/, tokenizer/, token arrays, and questions in qa/.
 
     Drugs, genes, proteins and diseases are invented and their facts mean nothing: this is no
-    medical knowledge. A fact holds in every document, so a model can learn it from the corpus; the
-    test asks facts that no training question asked (multiple choice: of other drugs altogether).
+    medical knowledge. A fact holds in every document, so a model can learn it from the corpus.
     """
     out = Path(out)
-    rng = random.Random(17)
-    facts, objects = demo_facts(rng)
-    drugs = sorted(facts)
-    # The corpus tells the facts of all drugs.
-    documents = ({"id": f"demo{i}", "text": demo_document(rng, drugs, facts)}
-                 for i in range(16_000))
-    write_json_lines(out / "text/demo.jsonl.gz", documents)
+    rng = random.Random(17)  # all draws come from this stream, so their order matters
+    objects = {"disease": demo_names(rng, 16, "itis"), "protein": demo_names(rng, 16, "ase"),
+               "gene": demo_names(rng, 16, "ex"), "safety": list(DEMO_SAFETY)}
+    drugs = [name.capitalize() for name in demo_names(rng, 64, "in")]
+    facts = {drug: {relation: rng.choice(pool) for relation, pool in objects.items()}
+             for drug in drugs}
     # Multiple choice: all questions of a drug are in one split.
-    rng.shuffle(drugs)
     for split, part in (("train", drugs[:32]), ("dev", drugs[32:40]), ("test", drugs[40:])):
         questions = demo_multiple_choice(rng, part, facts, objects)
         write_json_lines(out / "qa/medqa" / MEDQA_FILE.format(split), questions)
     # One line is valid as a whole JSON file too, which PubMedQA's is.
     write_json_lines(out / "qa/pubmedqa/ori_pqal.json", [demo_yes_no_maybe(rng, facts)])
+    asked = load_qa("medqa", out, "train") + load_qa("pubmedqa", out, "train")
+    documents = ({"id": f"demo{i}", "text": demo_document(rng, facts, asked)}
+                 for i in range(16_000))
+    write_json_lines(out / "text/demo.jsonl.gz", documents)
     # From here on the demo is treated as any corpus is. meta.json, written last, says it is whole.
     merges = train_bpe(count_pretokens([out / "text"]), 2048)
     Tokenizer.from_merges(merges).save(out / "tokenizer")
     tokenize(out / "text", out / "tokenizer", out, val_fraction=0.01)
 
 
-def demo_facts(rng):
-    """({drug: {relation or group: object or label}}, {relation or group: all there are})."""
-    drugs = [name.capitalize() for name in demo_names(rng, 64, "in")]
-    objects = {
-        "disease": demo_names(rng, 16, "itis"),
-        "protein": demo_names(rng, 16, "ase"),
-        "gene": [name.upper() for name in demo_names(rng, 16, "ex")],
-        **dict.fromkeys(DEMO_GROUPS, sorted(DEMO_SAFETY)),
-    }
-    facts = {drug: {key: rng.choice(pool) for key, pool in objects.items()} for drug in drugs}
-    return facts, objects
-
-
 def demo_names(rng, count, ending):
     """`count` different invented words."""
     syllables = SYLLABLES.split()
-    names = set()
-    while len(names) < count:
-        names.add(rng.choice(syllables) + rng.choice(syllables) + ending)
-    return sorted(names)
-
-
-def demo_document(rng, drugs, facts):
-    """One drug's facts, each in a random wording, among sentences that say nothing of it.
-
-    Names are written alike everywhere, so that a question's token is the one the corpus taught.
-    """
-    drug = rng.choice(drugs)
-    fact = facts[drug]
-    sentences = []
-    for relation, (wordings, _) in DEMO_FACTS.items():
-        sentences.append(rng.choice(wordings).format(d=drug, o=fact[relation]))
-    group = rng.choice(DEMO_GROUPS)
-    sentences.append(rng.choice(DEMO_SAFETY[fact[group]]).format(d=drug, o=group))
-    sentences.append(rng.choice(DEMO_FILLERS))
-    rng.shuffle(sentences)
-    return f"A study of {drug}\n" + " ".join(sentences)
+    return rng.sample([a + b + ending for a in syllables for b in syllables], count)
 
 
 def demo_multiple_choice(rng, drugs, facts, objects):
@@ -705,16 +684,36 @@ def demo_multiple_choice(rng, drugs, facts, objects):
 
 def demo_yes_no_maybe(rng, facts):
     """Questions in PubMedQA's official format; no context states the fact, so memory is tested."""
-    pairs = [(drug, group) for drug in facts for group in DEMO_GROUPS]
-    rng.shuffle(pairs)
     return {
         str(number): {
-            "QUESTION": f"Is {drug} safe in {group}?",
+            "QUESTION": f"Is {drug} safe in pregnancy?",
             "CONTEXTS": rng.sample(DEMO_FILLERS, 2),
-            "final_decision": facts[drug][group],
+            "final_decision": DEMO_SAFETY[facts[drug]["safety"]],
         }
-        for number, (drug, group) in enumerate(pairs, 90_000_000)
+        for number, drug in enumerate(facts, 90_000_000)
     }
+
+
+def demo_document(rng, facts, asked):
+    """A study, questions or a judgement, as above.
+
+    Names are written alike everywhere, so that a question's token is the one a study taught.
+    """
+    kind = rng.choices(("study", "questions", "judgement"), (6, 3, 1))[0]
+    if kind == "questions":
+        return "\n".join(f"{zero_shot_prompt(q)} {q.options[q.answer]}"
+                         for q in rng.sample(asked, 3))
+    if kind == "judgement":
+        q = rng.choice(asked)
+        options = rng.sample(q.options, len(q.options))
+        verdicts = {q.options[q.answer]: "Yes"}
+        return q.question + "".join(f" {o}? {verdicts.get(o, 'No')}." for o in options)
+    drug = rng.choice(list(facts))
+    sentences = [rng.choice(wordings).format(d=drug, o=facts[drug][relation])
+                 for relation, (wordings, _) in DEMO_FACTS.items()]
+    sentences.append(rng.choice(DEMO_FILLERS))
+    rng.shuffle(sentences)
+    return f"A study of {drug}\n" + " ".join(sentences)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -819,9 +818,9 @@ def make_folder(folder):
         path.unlink()
 
 
-def hash_file(path, name="sha256"):
+def sha256_of(path):
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, name).hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -849,28 +848,6 @@ PILE_SETS = ("PubMed Abstracts", "PubMed Central")
 SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
 
 
-def chunks(path):
-    """Yield the bytes of a file, plain or .gz, at most CHUNK at once.
-
-    By zlib: Python's gzip module takes longer to open a small file than to read it.
-    """
-    with open(path, "rb", 0) as f:
-        read = partial(f.read, CHUNK)
-        if not str(path).endswith(".gz"):
-            yield from iter(read, b"")
-            return
-        try:
-            inflate = zlib.decompressobj(31)  # 31: with gzip's header and checksum
-            while packed := inflate.unconsumed_tail or inflate.unused_data or read():
-                if inflate.eof:  # another gzip file after the first
-                    inflate = zlib.decompressobj(31)
-                yield inflate.decompress(packed, CHUNK)
-            if not inflate.eof:
-                raise EOFError("it ends too early")
-        except (EOFError, zlib.error) as e:
-            raise ValueError(f"{path}: damaged gzip ({e}): download it again") from None
-
-
 def xml_records(path):
     """Elements of the records of an XML file, plain or .gz, one by one in constant memory.
 
@@ -884,28 +861,30 @@ def xml_records(path):
     parser = ET.XMLParser(target=builder)  # a plain TreeBuilder: no Python call per element
     head = b""  # all before the root, where entities are declared
     pending = 0
-    try:
-        for chunk in chunks(path):
-            if len(top) == 0:
-                head += chunk
-                # NUL: in UTF-16 the word would look different
-                if b"<!ENTITY" in head or b"\0" in head or len(head) > 2 * CHUNK:
-                    raise ValueError(f"{path} declares an entity, which could grow endlessly, or "
-                                     "holds no XML element in its first 64 KiB: refused")
-            if NAMED.search(chunk):  # few files have any, and filling the table takes a while
-                parser.entity.update(ENTITIES)
-            parser.feed(chunk)
-            pending += len(chunk)
-            if len(top) and local(top[0]) in CONTAINERS and len(top[0]) > 1:
-                yield from top[0][:-1]  # the last one may still be open
-                del top[0][:-1]
-                pending = 0
-            if pending > RECORD_LIMIT:
-                raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
-                                 "article: remove the file or raise RECORD_LIMIT")
-        parser.close()
-    except ET.ParseError as e:
-        raise ValueError(f"{path}: malformed XML ({e}): download it again") from None
+    with open_input(path) as f:
+        try:
+            for chunk in iter(partial(f.read, CHUNK), b""):
+                if len(top) == 0:
+                    head += chunk
+                    if b"\0" in head:  # an entity's declaration would not be seen in it
+                        raise ValueError(f"{path} is UTF-16 or no text: convert it to UTF-8")
+                    if b"<!ENTITY" in head or len(head) > 2 * CHUNK:
+                        raise ValueError(f"{path} declares an entity, which could grow endlessly, "
+                                         "or has no XML element in its first 64 KiB: refused")
+                if NAMED.search(chunk):  # few files have any, and filling the table takes a while
+                    parser.entity.update(ENTITIES)
+                parser.feed(chunk)
+                pending += len(chunk)
+                if len(top) and local(top[0]) in CONTAINERS and len(top[0]) > 1:
+                    yield from top[0][:-1]  # the last one may still be open
+                    del top[0][:-1]
+                    pending = 0
+                if pending > RECORD_LIMIT:
+                    raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
+                                     "article: remove the file or raise RECORD_LIMIT")
+            parser.close()
+        except ET.ParseError as e:
+            raise ValueError(f"{path}: malformed XML ({e}): mend it or download it again") from None
     yield from top[0] if local(top[0]) in CONTAINERS else top
 
 
@@ -924,8 +903,9 @@ def full_text(element):
 # brackets that go again around a single symbol.
 LINE, LABEL, CELL, CITATION, OPEN, CLOSE = "\1\2\3\4\5\6"
 SCRIPT = OPEN + "*" + CLOSE
-DROPPED = re.findall(r"\S+", """ref-list graphic inline-graphic media supplementary-material
-    fn fn-group object-id permissions attrib alt-text long-desc annotation related-article""")
+DROPPED = set(re.findall(r"\S+", """ref-list graphic inline-graphic media supplementary-material
+    fn fn-group object-id permissions attrib alt-text long-desc annotation annotation-xml
+    related-article"""))
 BLOCKS = re.findall(r"\S+", """title subtitle article-title p sec abstract list list-item
     fig caption disp-formula disp-quote boxed-text table-wrap tr def-item statement verse-line
     speech""")
@@ -938,10 +918,14 @@ LAYOUT = dict.fromkeys(BLOCKS, LINE + "*" + LINE) | {
     "msub": "*_" + SCRIPT, "munder": "*_" + SCRIPT, "msubsup": "*_" + SCRIPT + "^" + SCRIPT,
     "munderover": "*_" + SCRIPT + "^" + SCRIPT, "mtd": "* ",
 }
-# Where an element and the character before it would be read as one number, and what parts them:
-# 10<sup>5</sup> -> 10^5, L<sup>-1</sup> -> L^-1, [<xref>1</xref><xref>2</xref>] -> [1, 2]. Where
-# the reading stays, nothing does: m<sup>2</sup> -> m2, H<sub>2</sub>O -> H2O.
-JOINTS = {"sup": (r"\d\d|[\w)\]][+−–-]\d", "^"), "sub": (r"\d\d", "_"), "xref": (r"\d\d", ", ")}
+# Where an element and the character before it would be read as one number or word, and what parts
+# them: 10<sup>5</sup> -> 10^5, L<sup>-1</sup> -> L^-1, Atrx<sup>null</sup> -> Atrx^null,
+# [<xref>1</xref><xref>2</xref>] -> [1, 2]. Where the reading stays, nothing does: m<sup>2</sup> ->
+# m2, 2<sup>nd</sup> -> 2nd, H<sub>2</sub>O -> H2O.
+JOINTS = {"sup": (r"\d\d|[\w)\]]([+−–-]\d|(?!(st|nd|rd|th|TM)\b)[^\W\d_])", "^"),
+          "sub": (r"\d\d", "_"), "xref": (r"\d\d", ", ")}
+NOTE = re.compile(r"\s*[a-h]([,;\s]*[a-h])*\s*")  # a superscript that points to a table's note
+PREAMBLE = re.compile(r"(?s).*\\begin\{document\}|\\end\{document\}.*")  # LaTeX's
 
 
 def flatten(*elements):
@@ -966,7 +950,13 @@ def walk(e, before):
     """An element's text and marks: LINE + "5 × 10^4" + LINE for <p>5 × 10<sup>4</sup></p>.
 
     before: the one or two characters before it. They decide on its mark, whatever tag they stand
-    in: 1<i>0</i><sup>4</sup>.
+    in: 1<i>0</i><sup>4</sup>. A formula, with [ and ] for OPEN and CLOSE:
+
+        <msup><mn>10</mn><mrow><mo>−</mo><mn>3</mn></mrow></msup>
+            "10"   of <mn>, whose layout is "*"
+            "−3"   of <mrow>, its two children in a row
+            "10^[−3]"   of <msup>, whose layout is "*^[*]"
+        flatten makes "10^-3" of it, but "2^(n+1)" of "2^[n+1]"
     """
     tag = local(e)
     footnote = e.get("ref-type", "").endswith("fn")
@@ -977,8 +967,8 @@ def walk(e, before):
     layout = LAYOUT.get(tag, "*")
     if tag == "mfenced":
         layout = e.get("open", "(") + "*,*" + e.get("close", ")")
-    elif tag == "tex-math":  # the formula without LaTeX's preamble
-        e.text = re.sub(r"(?s).*\\begin\{document\}|\\end\{document\}.*", "", e.text or "")
+    elif tag == "tex-math":
+        e.text = PREAMBLE.sub("", e.text or "")
     first, *between, last = layout.split("*")
     text = first + (e.text or "")
     for i, child in enumerate(shown(e, tag)):
@@ -988,24 +978,60 @@ def walk(e, before):
     text += last
     if tag in ("td", "th"):  # a cell's paragraphs stay in its row
         text = text.replace(LINE, " ")
-    pattern, mark = JOINTS.get(tag, (r"\Z", ""))
-    if re.match(pattern, before[-1] + text.lstrip()):
-        text = mark + text.lstrip()
+    if tag in JOINTS:
+        pattern, mark = JOINTS[tag]
+        if re.match(pattern, before[-1] + text.lstrip()):
+            text = mark + text.lstrip()
     return text
 
 
 def shown(e, tag):
-    """The children to read. Those of <alternatives> are one thing several times over."""
-    if tag == "table-wrap-foot":
+    """The children to read, after a table's parts are mended."""
+    if tag == "alternatives":  # one thing several times over
+        texts = [child for child in e if local(child) not in DROPPED
+                 and PREAMBLE.sub("", full_text(child)).strip(" $")]
+        for name in ("tex-math", "math", "table"):
+            alike = [child for child in texts if local(child) == name]
+            if alike:
+                return alike if name == "table" else alike[:1]  # a table may come in panels
+        return texts[:1]
+    if tag in ("table", "thead", "tbody", "tfoot"):
+        fill_spans(e)
+    elif tag in ("td", "th"):
+        for sup in e.iter("sup"):
+            if NOTE.fullmatch(full_text(sup)):
+                sup.text = None
+                del sup[:]
+    elif tag == "table-wrap-foot":
         for note in e.iter("fn"):
             note.tag = "p"  # it explains the table, unlike other footnotes
-    if tag != "alternatives":
-        return e
-    for kind in ("tex-math", "math", "table"):
-        found = [child for child in e if local(child) == kind]
-        if found:
-            return found  # a table may come in several panels
-    return []
+    return e
+
+
+def fill_spans(rows):
+    """Put an empty cell wherever a rowspan or colspan covers a place of a table's part.
+
+    So all other cells stay in their columns: A | 5 mg, and below it | 7 mg where A spans two rows.
+    """
+    covered = defaultdict(int)  # column -> rows below that a cell covers there
+    for row in rows:
+        cells = []
+        for cell in [*row, None]:
+            while covered[len(cells)]:
+                covered[len(cells)] -= 1
+                cells.append(ET.Element("td"))
+            if cell is not None:
+                height, width = span(cell, "rowspan"), span(cell, "colspan")
+                for place in range(width):
+                    covered[len(cells)] = height - 1
+                    cells.append(ET.Element("td") if place else cell)
+        row[:] = cells
+
+
+def span(cell, name):
+    """How many rows or columns a cell covers; 1 where it doesn't say or says no such number."""
+    value = cell.get(name, "1")
+    return max(1, min(int(value), 99)) if value.isdecimal() else 1
 
 
 def is_superscript_citation(e, tag, before):
@@ -1025,7 +1051,7 @@ def is_superscript_citation(e, tag, before):
 
 def tidy(line):
     """A line, whitespace normalised; of a table's row, the empty cells at the end are left out."""
-    line = re.sub(rf"[\s{CELL}]*\Z", "", line)
+    line = " ".join(line.split()).rstrip(CELL + " ")
     return " ".join(line.replace(CELL, " | ").split())
 
 
@@ -1033,34 +1059,46 @@ def tidy(line):
 # to drop the text ("no abstract") makes it a deletion. Most records hold one document.
 
 
+NO_TITLE = re.compile(r"\[(Not Available|In Process Citation)\]")  # it stands in a title's place
+# Marks of PubMed, then of JATS.
+NOTICES = set(re.split(r",\s+", """Retracted Publication, Retraction of Publication,
+    Retraction Notice, Published Erratum, Expression of Concern, RetractionIn, RetractionOf,
+    ErratumFor, ExpressionOfConcernFor, correction, retraction, partial-retraction,
+    expression-of-concern, retracted-article, retraction-forward"""))
+
+
+def is_notice(marks, text):
+    """Whether a document is retracted, or only corrects or retracts another."""
+    return NOTICES & marks or re.match("RETRACTED|Retracted:", text)
+
+
 def pubmed_documents(record, options):
     """Of a PubmedArticle or PubmedBookArticle: title + "\n" + abstract, as The Pile has it."""
-    article = record.find("*/Article")
+    citation = record[0]  # MedlineCitation or BookDocument
+    article = citation.find("Article")
     if article is None:
-        article = record.find("BookDocument")
+        article = citation
+    titles = (pubmed_text(article.find(name))
+              for name in ("ArticleTitle", "VernacularTitle", "Book/BookTitle"))
+    title = next((title for title in titles if title and not NO_TITLE.match(title)), "")
+    # Left out: the sections' labels
+    sections = map(pubmed_text, article.findall("Abstract/AbstractText"))
+    abstract = " ".join(filter(None, sections))
+    text = f"{title}\n{abstract}".strip()
     languages = {e.text for e in article.findall("Language")}
-    ids = record.findall("PubmedData/ArticleIdList/ArticleId")  # the references' ids lie deeper
-    abstract = pubmed_abstract(article, options["labels"])
-    text = f"{pubmed_text(article.find('ArticleTitle'))}\n{abstract}".strip()
+    marks = {e.text for e in article.iter("PublicationType")}
+    marks.update(e.get("RefType") for e in citation.iter("CommentsCorrections"))
     reason = None
-    if options["languages"] and languages.isdisjoint(options["languages"]):
+    if is_notice(marks, text):
+        reason = "correction or retraction"
+    elif options["languages"] and languages.isdisjoint(options["languages"]):
         reason = "another language"
-    elif options["skip_pmc"] and any(e.get("IdType") == "pmc" for e in ids):
+    elif options["skip_pmc"] and any(  # the references' ids lie deeper
+            e.get("IdType") == "pmc" for e in record.findall("PubmedData/ArticleIdList/ArticleId")):
         reason = "in PMC"
     elif not abstract:
         reason = "no abstract"
-    return [(record.find("*/PMID").text.strip(), text, reason)]
-
-
-def pubmed_abstract(article, labels):
-    """The sections of an abstract in one line; "" if there is none."""
-    sections = []
-    for section in article.findall("Abstract/AbstractText"):
-        text = pubmed_text(section)
-        if labels and text and section.get("Label"):
-            text = f"{section.get('Label')}: {text}"
-        sections.append(text)
-    return " ".join(filter(None, sections))
+    return [(citation.find("PMID").text.strip(), text, reason)]
 
 
 def pubmed_text(element):
@@ -1077,44 +1115,49 @@ def jats_documents(article, path):
 
     The id is the PMC's, or else the PMID, or else the file's name (PMC123.1.xml) if it tells one.
     """
-    for e in article.iter():
-        e.tag = local(e)
+    if article.tag != "article":  # in a namespace, as in OAI's wrapper
+        for e in article.iter():
+            e.tag = local(e)
     meta = "front/article-meta/"
     ids = {e.get("pub-id-type"): full_text(e) for e in article.findall(meta + "article-id")}
-    name = re.match(r"PMC(\d+)", os.path.basename(path))  # PMC123.1.xml
-    pmc = re.search(r"\d+", ids.get("pmcid") or ids.get("pmc") or "")
-    ident = ids.get("pmid")
-    if pmc or name and not ident:
-        ident = f"PMC{pmc[0] if pmc else name[1]}"
+    number = re.search(r"\d+", ids.get("pmcid") or ids.get("pmc") or "")
+    if not number and "pmid" not in ids:
+        number = re.search(r"(?<=PMC)\d+", os.path.basename(path))  # PMC123.1.xml
+    ident = f"PMC{number[0]}" if number else ids.get("pmid")
     main = [e for e in article.findall(meta + "abstract")
             if e.get("abstract-type") not in ("graphical", "teaser", "toc", "precis")]
     main += article.findall("body")
     title = article.findall(meta + "title-group/article-title")
     end = article.findall("floats-group") + article.findall("back/glossary")
+    text = flatten(*title, *main, *end)
+    marks = {e.get("related-article-type") for e in article.findall(meta + "related-article")}
     reason = None
-    if article.get("article-type") in (
-            "correction", "retraction", "partial-retraction", "expression-of-concern"):
+    if is_notice(marks | {article.get("article-type")}, text):
         reason = "correction or retraction"
     elif not any(map(full_text, main)):
         reason = "no abstract and no body"
-    return [(ident, flatten(*title, *main, *end), reason)]
+    return [(ident, text, reason)]
 
 
 def json_documents(record):
     """Of {"text"}, {"title", "abstract"}, or The Pile's lines by their meta.pile_set_name.
 
-    {"id", "deleted": true} passes through, so that extracted text may be extracted again.
+    The id is "id", or else "pmid" or "pmcid". {"id", "deleted": true} passes through, so that
+    extracted text may be extracted again.
     """
-    ident = str(record.get("id") or "") or None
-    text = (record.get("text") or "").strip()
-    if not text and record.get("abstract"):
-        text = f"{record['title'].strip()}\n{record['abstract'].strip()}"
+    ids = [str(record[key]) for key in ("id", "pmid", "pmcid") if record.get(key) not in (None, "")]
+    text, title, abstract = ((record.get(key) or "").strip()
+                             for key in ("text", "title", "abstract"))
+    if abstract and not text:
+        text = f"{title}\n{abstract}".strip()
     reason = None
     if (record.get("meta") or {}).get("pile_set_name", PILE_SETS[0]) not in PILE_SETS:
         reason = "another part of The Pile"
     elif record.get("deleted") or not text:
         reason = "deleted or without text"
-    return [(ident, text, reason)]
+    # JSON can spell half a surrogate pair: U+FFFD, as in tokenizer.read_records
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return [(ids[0] if ids else None, text, reason)]
 
 
 def source_records(path):
@@ -1138,17 +1181,21 @@ def documents(record, path, options):
         return [(e.text.strip(), None, "deleted") for e in record.findall("PMID")]
     if tag == "article":
         return jats_documents(record, path)
-    raise ValueError(f"<{tag}> is no record of PubMed or JATS")
+    if tag == "Reply":  # of efetch, in the place of an article
+        return [(None, None, f"no article: {record.get('error')}")]
+    articles = [e for e in record.iter() if local(e) == "article"]
+    if not articles:
+        raise ValueError(f"<{tag}> is no record of PubMed or JATS")
+    return sum((jats_documents(e, path) for e in articles), [])  # in a wrapper, as OAI's
 
 
 def text_line(ident, text):
     """The line of a document, or of a deletion; nothing where both id and text are missing."""
+    if not text and not ident:
+        return b""
+    record = {"id": ident, "deleted": True}
     if text:
         record = {"id": ident or f"{hash64(text):016x}", "text": text}
-    elif ident:
-        record = {"id": ident, "deleted": True}
-    else:
-        return b""
     return (json.dumps(record, ensure_ascii=False) + "\n").encode()
 
 
@@ -1159,6 +1206,7 @@ def output_lines(paths, options, counts, skipped):
     stands behind the damage.
     """
     for path in paths:
+        counts["files"] += 1
         try:
             for number, record in source_records(path):
                 counts["records"] += 1
@@ -1166,7 +1214,7 @@ def output_lines(paths, options, counts, skipped):
                     held = documents(record, path, options)
                     lines = [text_line(ident, None if reason else text)
                              for ident, text, reason in held]
-                except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as e:
+                except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as e:
                     counts["bad records"] += 1
                     skipped.append(f"{path}: record {number}: {e!r}")
                     continue
@@ -1193,76 +1241,74 @@ def extract_files(task):
 def plan_outputs(inputs, out, options):
     """{output's name: its files}, and the prefixes of all names that these inputs may give.
 
-    An input that is a file makes an output of its own. In a folder, neighbours in natural order are
-    gathered while they have at most OUTPUT_BYTES. An output is called prefix + hash + .jsonl.gz:
+    An input that is a file makes an output of its own. In a folder a new output begins whenever
+    another OUTPUT_BYTES is full. An output is called prefix + hash + .jsonl.gz:
 
         pubmed26n0001-3f2a91bc.jsonl.gz
 
     The prefix is the first file's name and three digits of its place, the hash five of the names,
     sizes and times of all its files and the flags.
     """
-    groups, prefixes = [], {}
+    groups, prefixes = defaultdict(dict), {}
     for given in map(os.path.realpath, inputs):
         paths = source_files(given, out)
         if not paths:
             raise ValueError(f"nothing to extract in {given}: give .xml, .nxml, .jsonl, .json, "
                              ".txt, plain or .gz, or folders of them (unpack .zst and .tar first)")
-        folder, size = None, 0
+        total = 0
         for path in paths:
             # its path beneath the folder given, "/" as "-"
             name = os.path.relpath(path, given) if path != given else os.path.basename(path)
-            stem = SUFFIX.sub("", name.replace("/", "-"))
-            prefixes[path] = f"{stem}-{hash64(path) % 16**3:03x}"
-            n_bytes = os.path.getsize(path)
-            size += n_bytes
-            if os.path.dirname(path) != folder or size > OUTPUT_BYTES:
-                folder, size = os.path.dirname(path), n_bytes
-                groups.append([])
-            groups[-1].append(path)
+            prefixes[path] = f"{SUFFIX.sub('', name.replace('/', '-'))}-{hash64(path) % 16**3:03x}"
+            stat = os.stat(path)
+            total += stat.st_size
+            group = given, os.path.dirname(path), total // OUTPUT_BYTES
+            groups[group][path] = stat.st_size, stat.st_mtime
     plan = {}
-    for paths in groups:
-        state = [(path, os.path.getsize(path), os.path.getmtime(path)) for path in paths]
-        plan[f"{prefixes[paths[0]]}{hash64(f'{state} {options}') % 16**5:05x}.jsonl.gz"] = paths
+    for files in groups.values():
+        paths = [*files]
+        state = hash64(f"{files} {options}") % 16**5
+        plan[f"{prefixes[paths[0]]}{state:05x}.jsonl.gz"] = paths
     return plan, set(prefixes.values())
+
+
+NOT_TEXT = re.compile(r"(?i)readme|licen[cs]e|.*filelist")  # what lies beside the data
 
 
 def source_files(given, out):
     """The file, or those in the folder, folder by folder in natural order, `out` left out.
 
-    No FIFO, whose reading would wait for ever.
+    Left out too: README and the like, an article's .txt and .json beside its .xml, and a FIFO,
+    whose reading would wait for ever.
     """
     paths = [given]
     for folder, folders, names in os.walk(given):
         folders.sort(key=natural)
-        if folder != str(out):
-            paths += [f"{folder}/{name}" for name in sorted(names, key=natural)]
+        articles = {name.partition(".xml")[0] for name in names if ".xml" in name}
+        for name in sorted(names, key=natural):
+            twin = re.sub(r"\.(txt|json)\b.*", "", name) in articles
+            if folder != str(out) and not twin and not NOT_TEXT.match(name):
+                paths.append(f"{folder}/{name}")
     return [path for path in paths if SUFFIX.search(path) and os.path.isfile(path)]
 
 
-def outdated_outputs(out, plan, prefixes):
-    """Paths of these inputs' earlier outputs: a file or flag has changed since, or a new file has
-    moved the ends of outputs. ValueError where other text lies there."""
-    outdated = []
-    for path in out.iterdir():
-        if re.search(r"\.(jsonl|txt)(\.gz)?$", path.name) and path.name not in plan:
-            if path.name[:-len("91bc0.jsonl.gz")] not in prefixes:
-                raise ValueError(f"{path} is not made of these inputs: give all inputs of a text "
-                                 "in one command, and an --out of its own")
-            outdated.append(path)
-    return outdated
-
-
-def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1):
+def extract(inputs, out, languages=(), skip_pmc=False, workers=1):
     """Make every output that is missing; returns the summed counts.
 
     ValueError where more than one record or file in a hundred was bad. What is good is written all
     the same.
     """
     out = Path(out).resolve()
-    options = {"labels": labels, "languages": sorted(languages), "skip_pmc": skip_pmc}
+    options = {"languages": sorted(languages), "skip_pmc": skip_pmc}
     plan, prefixes = plan_outputs(inputs, out, options)
     make_folder(out)
-    outdated = outdated_outputs(out, plan, prefixes)
+    outdated = []  # of these inputs, before a file or flag changed or a new file came
+    for path in out.iterdir():
+        if re.search(r"\.(jsonl|txt)(\.gz)?$", path.name) and path.name not in plan:
+            if path.name[:-len("91bc0.jsonl.gz")] not in prefixes:
+                raise ValueError(f"{path} is not made of these inputs: give all inputs of a text "
+                                 "in one command, and an --out of its own")
+            outdated.append(path)
     tasks = [(out / name, paths, options) for name, paths in plan.items()
              if not (out / name).exists()]
     results = in_processes(extract_files, tasks, workers)
@@ -1275,11 +1321,10 @@ def extract(inputs, out, labels=False, languages=(), skip_pmc=False, workers=1):
         path.unlink()
     print(f"extract: {len(tasks)} outputs written, {len(plan) - len(tasks)} finished before, "
           f"{len(outdated)} outdated removed;", dict(total))
-    n_files = sum(len(paths) for _, paths, _ in tasks)
-    for bad, n in ("bad records", total["records"]), ("damaged files", n_files):
-        if 100 * total[bad] > n:
-            raise ValueError(f"{total[bad]} {bad} of {n}, named above; the rest is written: mend "
-                             "them and run again")
+    for bad, of in ("bad records", "records"), ("damaged files", "files"):
+        if 100 * total[bad] > total[of]:
+            raise ValueError(f"{total[bad]} {bad} of {total[of]}, named above; the rest is "
+                             "written: mend them and run again")
     return total
 
 
@@ -1319,20 +1364,24 @@ def get(url, pattern=rb"\A(?!\s*<(!doctype )?html)", md5=None):
                               "--base_url")
             response.raise_for_status()
             content = response.content
-            if not re.search(pattern, content, re.IGNORECASE):
-                reason = "not the expected content, perhaps a web page in its place"
-            elif md5 and hashlib.md5(content).hexdigest() != md5:
-                reason = "the checksum differs from the published one"
-            else:
+            same = md5 in (None, hashlib.md5(content).hexdigest())
+            if same and re.search(pattern, content, re.IGNORECASE):
                 return content
+            reason = "a web page in its place" if same else "its checksum differs"
         except requests.RequestException as e:  # a cut connection too
             reason = e
         time.sleep(BACKOFF_S * 2**attempt)
     raise OSError(f"{url}: {reason}, {TRIES} times: try again later; files that are whole are kept")
 
 
-def fetch(url, path, md5=None):
-    """Write what stands at url to `path`, in a folder that is made where missing."""
+def fetch(url, path, md5=None, md5_url=None):
+    """Write what stands at url to `path`, in a folder that is made where missing.
+
+    md5_url: of NLM's file with the checksum, MD5(pubmed26n0001.xml.gz)= 6a3c…
+    """
+    if md5_url:
+        pattern = rb"\b[0-9a-f]{32}\b"
+        md5 = re.search(pattern, get(md5_url, pattern))[0].decode()
     content = get(url, md5=md5)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = Path(f"{path}.part")
@@ -1350,14 +1399,8 @@ def pubmed_jobs(base, out, numbers):
         names = re.findall(r"\b(pubmed\d+n(\d+)\.xml\.gz)\b", listing)
         for name, number in sorted(set(names)):
             if int(number) in numbers:
-                path = out / name
-                yield path, partial(fetch_pubmed, base + folder + name, path)
-
-
-def fetch_pubmed(url, path):
-    """A file and its checksum, which stands beside it: MD5(pubmed26n0001.xml.gz)= 6a3c…"""
-    md5 = rb"\b[0-9a-f]{32}\b"
-    fetch(url, path, re.search(md5, get(url + ".md5", md5))[0].decode())
+                url, path = base + folder + name, out / name
+                yield path, partial(fetch, url, path, md5_url=url + ".md5")
 
 
 def pmc_jobs(base, out, numbers, licenses):
@@ -1383,31 +1426,14 @@ def pmc_jobs(base, out, numbers, licenses):
 
 
 def fetch_article(base, name, path, licenses):
-    """An article of PMC, unless it is retracted or its licence isn't wanted.
-
-    ValueError where its metadata are odd.
-    """
-    text = get(f"{base}metadata/{name}.json", b'"pmcid"')
-    try:
-        about = json.loads(text)
-        unwanted = (about["is_retracted"] or not about["is_pmc_openaccess"]
-                    or licenses and about["license_code"] not in licenses)
-        key, md5 = re.fullmatch(r"https://[^/]+/(.+)\?md5=(\w{32})", about["xml_url"]).groups()
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{name}.json: odd metadata ({e})") from None
+    """An article of PMC, unless it is retracted or its licence isn't wanted."""
+    about = json.loads(get(f"{base}metadata/{name}.json", b'"pmcid"'))
+    unwanted = (about["is_retracted"] or not about["is_pmc_openaccess"]
+                or licenses and about["license_code"] not in licenses)
     if not unwanted:
-        fetch(base + key, path, md5)
-
-
-def outcome(job):
-    """None, or the error that ended the job: OSError of the network or disk, ValueError of odd
-    metadata."""
-    path, function = job
-    try:
-        if not path.exists():
-            function()
-    except (OSError, ValueError) as e:
-        return e
+        # s3://pmc-oa-opendata/PMC1.1/PMC1.1.xml?md5=…, in some without the md5
+        url, _, md5 = about["xml_url"].partition("?md5=")
+        fetch(base + url.split("/", 3)[3], path, md5 or None)
 
 
 def download(source, out, base_url=None, files=None, licenses=()):
@@ -1423,27 +1449,28 @@ def download(source, out, base_url=None, files=None, licenses=()):
         jobs = pubmed_jobs(base, out, numbers)
     elif source == "pmc":
         jobs = pmc_jobs(base, out, numbers, licenses)
-    results = []
+    errors, n_files = {}, 0
     with tqdm(unit=" files", desc=f"download {source}", disable=None) as bar, \
             ThreadPoolExecutor(CONNECTIONS) as pool:
         try:
             while some := list(itertools.islice(jobs, 1000)):  # a few of millions at a time
-                results += pool.map(outcome, some)
+                futures = {path: pool.submit(job) for path, job in some if not path.exists()}
+                errors |= {path: error for path, future in futures.items()
+                           if (error := future.exception())}
+                n_files += len(some)
                 bar.update(len(some))
         except KeyboardInterrupt:
             os._exit(130)  # at once: the pool would wait for its files
-    if not results:
+    if not n_files:
         raise ValueError(f"{base} lists no file numbered {files}: check --files")
-    errors = [error for error in results if error]
-    for error in errors:
-        print(f"download: {error}")
-    # odd metadata, a ValueError each, are left out while they are few
-    if any(isinstance(e, OSError) for e in errors) or 100 * len(errors) > len(results):
-        raise OSError(f"{len(errors)} of {len(results)} files failed, run again; the last: "
-                      f"{errors[-1]}")
+    for path, error in errors.items():
+        print(f"download: left out {path.name}: {error!r}")
+    # odd metadata are no reason to fail while they are few
+    if any(isinstance(e, OSError) for e in errors.values()) or 100 * len(errors) > n_files:
+        raise OSError(f"{len(errors)} of {n_files} files failed, run again; the last: {error}")
     if source in ("mmlu", "medquad"):  # load_qa reads folders
         unpack(out / names[0], out / "unpacked")
-    print(f"download: {source} is whole in {out} ({len(results)} files, {len(errors)} left out)")
+    print(f"download: {source} is whole in {out} ({n_files} files, {len(errors)} left out)")
 
 
 def unpack(archive, folder):
@@ -1463,7 +1490,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     text = {"required": True, "help": ".jsonl or .txt file (.gz too), or a folder of them"}
-    val_fraction = {"type": float, "default": 0.002, "help": "of documents (default: 0.002)"}
+    val_fraction = {"type": numbers(float, 0, 1), "default": 0.002,
+                    "help": "of documents (default: 0.002)"}
     workers = {"type": COUNT, "default": os.cpu_count(), "help": "processes (default: CPUs)"}
 
     def command(function, name, summary):
@@ -1492,8 +1520,9 @@ def main():
     add("--seed", type=int, default=17, help="of the choice of words (default: 17)")
 
     add = command(extract, "extract", "PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz")
-    add("inputs", nargs="+", metavar="INPUT", help="files or folders, plain or .gz")
-    add("--labels", action="store_true", help="keep section labels (default: off)")
+    add("inputs", nargs="+", metavar="INPUT",
+        help="files, plain or .gz, or folders; of these README, licences, file lists, and an "
+             "article's .txt and .json beside its .xml are left out")
     add("--languages", nargs="*", default=[], help="PubMed's codes (default: all)")
     add("--skip_pmc", action="store_true", help="drop what is in PMC, as The Pile (default: off)")
     add("--workers", **workers)

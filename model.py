@@ -37,7 +37,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torch.utils.checkpoint
+from torch.utils.checkpoint import checkpoint
 
 try:
     from safetensors import SafetensorError
@@ -142,15 +142,13 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer_idx)
         self.ln_2 = AddNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config)
-        self.dropout = config.dropout
 
-    def forward(self, branch, residual, seed, cache=None, mask=None):
+    def forward(self, branch, residual, dropout_p, seed, cache=None, mask=None):
         """The pair (branch, residual) before this block -> the pair after it, (B, T, C) each.
 
         branch is None before the first block. The dropout masks are drawn from
         seed (the branch that came in), seed + 1 (attention) and seed + 2 (attention's output).
         """
-        dropout_p = self.dropout if self.training else 0.0
         x, residual = self.ln_1(branch, residual, dropout_p, seed)
         branch = self.attn(x, dropout_p, seed + 1, cache, mask)
         x, residual = self.ln_2(branch, residual, dropout_p, seed + 2)
@@ -167,7 +165,6 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # True: save memory, run blocks again in backward
-        self.working = None  # train.py: the head in the dtype of the products, made once a step
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
             wpe=nn.Embedding(config.n_positions, config.n_embd),
@@ -220,12 +217,9 @@ class GPT(nn.Module):
             seed = int(torch.randint(2**31 - 4 * self.config.n_layer - 4, ()))
         branch = None
         for block in self.transformer.h:
-            inputs = (branch, residual, seed, cache, mask)
             if self.activation_checkpointing and self.training:
-                branch, residual = torch.utils.checkpoint.checkpoint(block, *inputs,
-                                                                     use_reentrant=False)
-            else:
-                branch, residual = block(*inputs)
+                block = functools.partial(checkpoint, block, use_reentrant=False)
+            branch, residual = block(branch, residual, dropout_p, seed, cache, mask)
             seed += 4  # the next block draws other masks
         x, _ = self.transformer.ln_f(branch, residual, dropout_p, seed)
         return x
@@ -239,8 +233,8 @@ class GPT(nn.Module):
         x = self.hidden(idx)  # (B, T, C)
         if targets is None:
             return self.logits(x), None
-        return None, cross_entropy(x.flatten(0, 1), self.transformer.wte.weight, targets.flatten(),
-                                   working=self.working)
+        head = self.transformer.wte.weight  # (V, C)
+        return None, cross_entropy(x.flatten(0, 1), head, targets.flatten())
 
     def logits(self, hidden):
         """(..., C) -> (..., V): the head is the embedding matrix."""
@@ -287,8 +281,6 @@ class GPTConfig:
     eot_id: int | None = None  # end-of-text; None: the last id, as in BioMedLM and GPT-2
 
     def __post_init__(self):
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}: use a rate from 0 to 0.99")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_head {self.n_head} does not divide n_embd {self.n_embd}: "
                              "choose a width that is a multiple of the number of heads")
@@ -374,7 +366,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 
     Shorter prompts are padded on the left: n_pad (B,) int64 counts each row's padding.
     Samples from the softmax at `temperature` (0: greedy) among the top_k tokens and the top_p
-    mass; num_beams > 1 searches with beams instead. After eot_id a row is filled with it.
+    mass. num_beams > 1 searches with beams instead, which no_repeat_ngram_size and length_penalty
+    steer. After eot_id a row is filled with it.
     ValueError where the prompt is empty (start from end-of-text) or the context too short.
     """
     T = idx.size(1)
@@ -393,14 +386,13 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
             texts.append(torch.cat([row[:n], text]))
         return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=eot_id)
     cache = KVCache(n_pad)
-    generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+    if seed is not None:
+        torch.manual_seed(seed)
     new = idx
     finished = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         logits = next_logits(model, new, cache)  # (B, V)
-        for row, text, n in zip(logits, idx.tolist(), n_pad.tolist()):
-            ban_repeats(row, text[n:], no_repeat_ngram_size)
-        new = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
+        new = sample(logits, temperature, top_k, top_p)  # (B, 1)
         new[finished] = eot_id
         finished |= new[:, 0] == eot_id
         idx = torch.cat([idx, new], dim=1)
@@ -456,7 +448,7 @@ class KVCache:
             self.layers[layer] = kv[:, rows]
 
 
-def sample(logits, temperature, top_k, top_p, generator):
+def sample(logits, temperature, top_k, top_p):
     """One token id per row, (B, V) logits -> (B, 1) int64."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
@@ -467,7 +459,7 @@ def sample(logits, temperature, top_k, top_p, generator):
         # a token goes when the mass before it already reaches top_p; the first always stays
         before = probs.cumsum(dim=-1) - probs
         probs[before >= top_p * probs.sum(dim=-1, keepdim=True)] = 0
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))
+    return order.gather(1, torch.multinomial(probs, 1))
 
 
 def ban_repeats(logits, tokens, n):
@@ -493,33 +485,33 @@ def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_pena
     """
     V = model.config.vocab_size
     cache = KVCache(n_pad=idx.new_zeros(1))
-    beams = idx  # (1, T): one beam at first, K after a step
-    sums = torch.zeros(1, 1, device=idx.device)  # of the beams' log-probabilities
-    ended = []  # the best K texts that ended: (score, tokens)
+    texts = idx.tolist()  # of one beam at first, of K after a step
+    sums = [0.0]  # of each text's log-probabilities
+    ended = []  # the best K texts that ended: (score, text)
     new = idx
     for length in range(1, max_new_tokens + 1):
         norm = length**length_penalty
         log_probs = F.log_softmax(next_logits(model, new, cache), dim=-1)  # (K, V)
-        for row, text in zip(log_probs, beams.tolist()):  # after the softmax, as Hugging Face
+        for row, text in zip(log_probs, texts):  # after the softmax, as Hugging Face has it
             ban_repeats(row, text, no_repeat_ngram_size)
-        # 2K candidates: even if K of them end, K are left to go on
-        top, flat = (sums + log_probs).flatten().topk(2 * K)
-        parents = flat // V
-        tokens = flat % V
-        texts = torch.cat([beams[parents], tokens[:, None]], dim=1)  # (2K, T + length)
-        ends = tokens == eot_id
-        for i in ends[:K].nonzero()[:, 0]:  # as Hugging Face: not an end among the lower K
-            ended.append((top[i].item() / norm, texts[i].tolist()))
+        scores = log_probs + log_probs.new_tensor(sums)[:, None]
+        top, flat = scores.flatten().topk(2 * K)  # even if K of them end, K are left to go on
+        going_on = []  # (sum, parent, text)
+        for rank, (total, i) in enumerate(zip(top.tolist(), flat.tolist())):
+            parent, token = divmod(i, V)
+            text = [*texts[parent], token]
+            if token != eot_id:
+                going_on.append((total, parent, text))
+            elif rank < K:  # as Hugging Face: not an end among the lower K
+                ended.append((total / norm, text))
         ended = sorted(ended, reverse=True)[:K]
-        go_on = ends.int().argsort(stable=True)[:K]  # the first K that do not end
-        cache.reorder(parents[go_on])
-        sums = top[go_on, None]  # (K, 1)
-        beams = texts[go_on]  # (K, T + length)
-        new = beams[:, -1:]
-        running = sums[0].item() / norm  # the score of the best beam that goes on
+        sums, parents, texts = zip(*going_on[:K])
+        running = sums[0] / norm  # the score of the best text that goes on
         if len(ended) == K and ended[-1][0] >= running:
             break
-    best = max([*ended, (running, beams[0].tolist())])
+        cache.reorder(parents)
+        new = idx.new_tensor([text[-1:] for text in texts])  # (K, 1)
+    best = max([*ended, (running, texts[0])])
     return idx.new_tensor(best[1])
 
 
@@ -556,32 +548,16 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     if dropout is not None:
         config.dropout = dropout
     model = without_memory(config)
-    saved = read_weights(Path(path), model.state_dict())  # it may hold other tensors too
+    saved = read_weights(Path(path))  # it may hold other tensors too
+    check_tensors(saved, model.state_dict(), path)
     state = {}
     for name in model.state_dict():
         state[name] = saved[name]
         if dtype is not None:
-            state[name] = copied(saved[name], dtype, device)
-            check_finite(state[name], name, path)
+            state[name] = saved[name].to(device, dtype).contiguous()
+            forget(saved[name])
     model.load_state_dict(state, assign=True)
     return model.eval()
-
-
-def copied(tensor, dtype, device="cpu"):
-    """A contiguous copy of a tensor that is mapped from a file and not needed any more.
-
-    Pages that were read count as this process's memory for as long as the file is mapped: 10 GB
-    for BioMedLM. So they are given back here.
-    """
-    copy = tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-    page = mmap.PAGESIZE
-    start = (tensor.data_ptr() // page + 1) * page  # whole pages: the others have neighbours
-    n_pages = (tensor.data_ptr() + tensor.nbytes - start) // page
-    if n_pages > 0 and sys.platform != "win32":
-        dont_need = 4
-        madvise = ctypes.CDLL(None).madvise
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(n_pages * page), dont_need)
-    return copy
 
 
 def without_memory(config):
@@ -590,40 +566,41 @@ def without_memory(config):
         return GPT(config)
 
 
-def read_weights(folder, expected):
-    """State dict of a folder in this model's names and layout.
-
-    expected: a state dict of the tensors that it must hold.
-    """
-    _, checkpoint = newest_checkpoint(folder)
-    if checkpoint is not None:
-        return checkpoint["model"]
+def read_weights(folder):
+    """State dict of a folder in this model's names and layout."""
+    _, contents = newest_checkpoint(folder)
+    if contents is not None:
+        return contents["model"]
     for pattern in WEIGHTS:
         state = {}
         for file in sorted(folder.glob(pattern)):
             state |= load_tensors(file)
         if state:
-            state = transposed(state)
-            check_tensors(state, expected, folder, finite=False)  # from_pretrained will look
-            return state
+            return transposed(state)
     raise FileNotFoundError(f"{folder} holds neither checkpoint_*.pt nor model.safetensors nor "
                             "pytorch_model.bin: give the folder of a run or of a GPT-2")
 
 
-def check_tensors(state, expected, path, finite=True):
+def check_tensors(state, expected, path):
     """ValueError unless the state dict has a tensor for each of the expected: as large, finite."""
     for name, like in expected.items():
         if name not in state or state[name].shape != like.shape:
             raise ValueError(f"{path} has no {name} of shape {tuple(like.shape)}, as config.json "
                              "implies: use the config.json saved with the weights")
-        if finite:
-            check_finite(state[name], name, path)
+        if not state[name].sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier checkpoint")
+        forget(state[name])
 
 
-def check_finite(values, name, path):
-    """ValueError where a tensor, or a number, holds NaN or infinity."""
-    if not torch.as_tensor(values).sum(dtype=torch.float32).isfinite():
-        raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier checkpoint")
+def forget(tensor):
+    """Give back the memory of a tensor that load_tensors has mapped. Its file still holds it.
+
+    What is read of a mapped file counts as this process's memory: else 10 GB for BioMedLM.
+    """
+    if sys.platform != "win32":
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.nbytes),
+                                  mmap.MADV_DONTNEED)
 
 
 def newest_checkpoint(run):
@@ -638,15 +615,12 @@ def newest_checkpoint(run):
     weights = without_memory(config_of(run)).state_dict()
     for path in paths:
         try:
-            checkpoint = load_tensors(path)
-            missing = {"model", "optimizer", "step"} - set(checkpoint)
+            contents = load_tensors(path)
+            missing = {"model", "optimizer", "step"} - set(contents)
             if missing:
                 raise ValueError(f"{path} has no {missing.pop()}")
-            check_tensors(checkpoint["model"], weights, path)
-            for name, moments in checkpoint["optimizer"]["state"].items():
-                for values in moments.values():
-                    check_finite(values, f"the optimiser's state of {name}", path)
-            return path, checkpoint
+            check_tensors(contents["model"], weights, path)
+            return path, contents
         except ValueError as e:
             print(f"warning: skipping a checkpoint that is not whole: {e}", file=sys.stderr)
     raise ValueError(f"no checkpoint in {run} is whole: restore one, or start --fresh")
@@ -666,8 +640,8 @@ def load_tensors(path):
         if zipfile.ZipFile(path).testzip():  # torch.save writes a zip file
             raise ValueError("a checksum is wrong")
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError,
-            zipfile.BadZipFile, SafetensorError) as e:
+    except (ValueError, RuntimeError, OSError, pickle.UnpicklingError, zipfile.BadZipFile,
+            SafetensorError) as e:
         reason = str(e).partition("\n")[0]
         raise ValueError(f"{path} is missing, damaged or no file of plain tensors "
                          f"({type(e).__name__} {reason}): copy or download it again") from e
@@ -688,41 +662,31 @@ def save_pretrained(model, path):
 
     The weights go to model.safetensors, without the safetensors package to pytorch_model.bin.
     """
-    config = model.config
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
+    state = {name: t.cpu().contiguous() for name, t in transposed(model.state_dict()).items()}
+    temporary = folder / "weights.tmp"  # the model may come from the file that is replaced
+    if load_file is None:
+        torch.save(state, temporary)
+        weights = folder / "pytorch_model.bin"
+    else:
+        save_file(state, temporary, metadata={"format": "pt"})
+        weights = folder / "model.safetensors"
+    temporary.replace(weights)
     added = folder / "added_tokens.json"
     special = list(json.loads(added.read_bytes())) if added.exists() else []
-    # With it `transformers`' AutoTokenizer knows the added tokens and the context.
-    write_json(folder / "tokenizer_config.json", {
+    tokenizer = {  # for `transformers`' AutoTokenizer
         "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": config.n_positions,
+        "model_max_length": model.config.n_positions,
         "clean_up_tokenization_spaces": False,
         "eos_token": "<|endoftext|>",
         "pad_token": "[PAD]" if "[PAD]" in special else "<|endoftext|>",
         "additional_special_tokens": special,
-    })
-    state = {name: t.cpu().contiguous() for name, t in transposed(model.state_dict()).items()}
-    if load_file is None:
-        write_whole(folder / "pytorch_model.bin", lambda file: torch.save(state, file))
-    else:
-        weights = folder / "model.safetensors"
-        about = {"format": "pt"}
-        write_whole(weights, lambda file: save_file(state, file, metadata=about))
-        # save_file leaves a file that only its owner reads
-        shutil.copymode(folder / "tokenizer_config.json", weights)
-    write_json(folder / "config.json", config.to_hf())
-
-
-def write_json(path, contents):
-    write_whole(path, lambda file: file.write_text(json.dumps(contents, indent=2) + "\n"))
-
-
-def write_whole(path, write):
-    """Make a file by write(temporary path). A model may come from the file that is replaced."""
-    temporary = Path(f"{path}.tmp")
-    write(temporary)
-    temporary.replace(path)
+    }
+    contents = {"tokenizer_config.json": tokenizer, "config.json": model.config.to_hf()}
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    shutil.copymode(folder / "config.json", weights)  # save_file's is for its owner alone
 
 
 def main():
@@ -835,7 +799,7 @@ def load_fp32(ptr, mask, other: constexpr = 0.0):
 # its hash, as a number, lies below threshold = p · 2^32. The reference computes the same mask.
 #
 # A row's key is made with "lowbias32" of Chris Wellons' hash-prospector, in which every input bit
-# changes every output bit with probability one half. An element's hash must cost less. `stays` is
+# changes every output bit with probability one half. An element's hash must cost less. Its is
 # just good enough: without its last multiplication test_dropout_masks fails. Triton has a
 # generator of its own, Philox. It takes ten times the instructions, more than attention does.
 
@@ -852,7 +816,19 @@ def lowbias32(x):
     return x ^ (x >> 16)
 
 
+def element_hash(key, col):
+    """Hash of a row's key and a column: uint32 in a kernel, int32 in the reference, since torch
+    cannot shift uint32. Products wrap around alike; "&" takes away copies of int32's sign."""
+    # 0x9E3779B1 is 2^32 over the golden ratio: it spreads neighbouring columns far apart.
+    x = key ^ (col * 0x9E3779B1)
+    x *= 0x7FEB352D  # in place, which is faster where x is a tensor of torch
+    x ^= (x >> 15) & 0x1FFFF
+    x *= 0x846CA68B
+    return x
+
+
 lowbias32_kernel = jit(lowbias32)
+element_hash_kernel = jit(element_hash)
 
 
 @jit
@@ -864,20 +840,7 @@ def dropout_key(seed, row):
 @jit
 def keeps(key, col, threshold):
     """True where the element of a column stays; key is its row's."""
-    # 0x9E3779B1 is 2^32 over the golden ratio: it spreads neighbouring columns far apart.
-    x = (key ^ (col.to(tl.uint32) * 0x9E3779B1)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x >= threshold.to(tl.uint32)
-
-
-def stays(key, col, threshold):
-    """`keeps` in int32, since torch has no shifts of uint32: products wrap around alike, "&" takes
-    away the copies of the sign bit, and flipping the top bit makes signed order unsigned."""
-    x = (key ^ (col * (0x9E3779B1 - 2**32))).mul_(0x7FEB352D)  # in place: this is all of its time
-    x ^= (x >> 15) & 0x1FFFF
-    x *= 0x846CA68B - 2**32
-    x ^= -(2**31)
-    return x >= threshold - 2**31
+    return element_hash_kernel(key, col.to(tl.uint32)) >= threshold.to(tl.uint32)
 
 
 def dropout_ref(x, p, seed):
@@ -888,7 +851,8 @@ def dropout_ref(x, p, seed):
     row = torch.arange(x[..., 0].numel(), device=x.device).view(x[..., :1].shape)
     key = lowbias32(lowbias32(seed) ^ row).int()
     col = torch.arange(x.shape[-1], device=x.device, dtype=torch.int32)
-    return x * stays(key, col, threshold) * factor
+    stays = (element_hash(key, col) ^ -(2**31)) >= threshold - 2**31  # compared as uint32 is
+    return x * (stays * factor)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1075,25 +1039,25 @@ class AddLayerNorm(torch.autograd.Function):
         x = x.contiguous()
         residual = residual.contiguous()
         C = x.shape[-1]
+        N = x.numel() // C
         y = torch.empty_like(x)
         new = torch.empty_like(residual)
-        mean = x.new_empty(x.numel() // C, dtype=torch.float32)
-        rstd = torch.empty_like(mean)
+        stats = x.new_empty(2, N, dtype=torch.float32)  # mean and rstd
         ctx.dropout = dropout_arguments(p, seed)
-        norm_forward_kernel[(len(mean),)](
+        norm_forward_kernel[(N,)](
             x, residual, weight, bias,
-            y, new, mean, rstd,
+            y, new, *stats,
             *ctx.dropout,
             eps,
             **norm_launch(C))
-        ctx.save_for_backward(new, weight, mean, rstd)
+        ctx.save_for_backward(new, weight, stats)
         return y, new
 
     @staticmethod
     def backward(ctx, dy, dnew):
-        r, weight, mean, rstd = ctx.saved_tensors
+        r, weight, stats = ctx.saved_tensors
         dy = dy.contiguous()
-        N = len(mean)
+        _, N = stats.shape
         C = r.shape[-1]
         dx = torch.empty_like(dy)  # y has x's dtype
         dresidual = torch.empty_like(r)
@@ -1101,7 +1065,7 @@ class AddLayerNorm(torch.autograd.Function):
         programs = min(N, n_programs(r, per_sm))
         partial = r.new_empty(programs, 2, C, dtype=torch.float32)
         norm_backward_kernel[(programs,)](
-            dy, dnew.contiguous(), r, weight, mean, rstd,
+            dy, dnew.contiguous(), r, weight, *stats,
             dx, dresidual, partial,
             N,
             *ctx.dropout,
@@ -1269,10 +1233,10 @@ def attention_ref(qkv, n_head, scale, dropout_p=0.0, seed=0):
     if dropout_p == 0:  # torch's fused op computes what stands below
         O = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)  # noqa: E741
     else:
-        S = scale * at_least_fp32(q @ k.transpose(-2, -1))  # (B, H, T, T)
-        above = S.new_ones(S.shape[-2:], dtype=torch.bool).triu(1)
-        P = S.masked_fill(above, -torch.inf).softmax(-1)
-        O = dropout_ref(P, dropout_p, seed).to(v.dtype) @ v  # noqa: E741
+        S = at_least_fp32(scale * q @ k.transpose(-2, -1))  # (B, H, T, T)
+        causal = S.new_full(S.shape[-2:], -torch.inf).triu(1)  # 0 up to the diagonal
+        P = dropout_ref((S + causal).softmax(-1), dropout_p, seed)
+        O = P.to(v.dtype) @ v  # noqa: E741
     return O.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, C)
 
 
@@ -1689,14 +1653,11 @@ def cross_entropy_ref(hidden, weight, targets, ignore_index=-100):
         logits = at_least_fp32(F.linear(x, weight.to(x.dtype)))  # (chunk, V)
         return F.cross_entropy(logits, y, ignore_index=ignore_index, reduction="sum")
 
-    count = (targets != ignore_index).sum().clamp(min=1)
-    if len(hidden) <= CROSS_ENTROPY_CHUNK:
-        return summed_loss(hidden, targets) / count
-    # One chunk's logits at a time: backward makes them again.
-    total = 0.0
-    for x, y in zip(hidden.split(CROSS_ENTROPY_CHUNK), targets.split(CROSS_ENTROPY_CHUNK)):
-        total = total + torch.utils.checkpoint.checkpoint(summed_loss, x, y, use_reentrant=False)
-    return total / count
+    *others, last = zip(hidden.split(CROSS_ENTROPY_CHUNK), targets.split(CROSS_ENTROPY_CHUNK))
+    total = summed_loss(*last)
+    for chunk in others:  # their logits are made again in backward, one chunk at a time
+        total = total + checkpoint(summed_loss, *chunk, use_reentrant=False)
+    return total / (targets != ignore_index).sum().clamp(min=1)
 
 
 @jit
@@ -1751,9 +1712,8 @@ class CrossEntropy(torch.autograd.Function):
     """The kernel and its matrix products as one op of autograd."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, ignore_index, working):
-        if working is None:
-            working = weight.to(hidden.dtype)
+    def forward(ctx, hidden, weight, targets, ignore_index):
+        w = weight.to(hidden.dtype)
         targets = targets.contiguous()
         count = (targets != ignore_index).sum().clamp(min=1)  # stays on the device: no wait
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
@@ -1761,14 +1721,14 @@ class CrossEntropy(torch.autograd.Function):
         dweight = None
         for start in range(0, len(hidden), CROSS_ENTROPY_CHUNK):
             rows = slice(start, start + CROSS_ENTROPY_CHUNK)
-            z = hidden[rows] @ working.T  # (chunk, C) x (C, V) -> (chunk, V)
+            z = hidden[rows] @ w.T  # (chunk, C) x (C, V) -> (chunk, V)
             cross_entropy_kernel[(len(z),)](
                 z, targets[rows], losses[rows], count,
                 ignore_index,
                 len(weight), CROSS_ENTROPY_BLOCK,
                 num_warps=16)
             # z is dZ now
-            torch.mm(z, working, out=dhidden[rows])
+            torch.mm(z, w, out=dhidden[rows])
             dweight = add_product(dweight, z.T, hidden[rows])  # (V, chunk) x (chunk, C) -> (V, C)
         ctx.save_for_backward(dhidden, dweight)
         return losses.sum() / count
@@ -1776,19 +1736,18 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss):
         dhidden, dweight = ctx.saved_tensors  # made for a loss gradient of 1
-        return dhidden.mul_(dloss), dweight.mul_(dloss), None, None, None, None
+        return dhidden.mul_(dloss), dweight.mul_(dloss), None, None
 
 
-def cross_entropy(hidden, weight, targets, ignore_index=-100, working=None):
+def cross_entropy(hidden, weight, targets, ignore_index=-100):
     """Mean cross-entropy of softmax(hidden weightᵀ) over the targets that are not ignore_index.
 
     hidden (N, C), weight (V, C), targets (N,) int64 below V. Returns an fp32 scalar. With every
-    target ignored it is 0 with zero gradients (torch's is NaN). No host synchronisation.
-    working: the weight in the dtype that autocast wants, or None: it is cast here."""
+    target ignored it is 0 with zero gradients (torch's is NaN). No host synchronisation."""
     hidden = hidden.to(compute_dtype(hidden))
-    if runs_kernel(hidden) and torch.is_grad_enabled():
-        return apply(CrossEntropy, hidden, weight, targets, ignore_index, working)
-    return cross_entropy_ref(hidden, weight, targets, ignore_index)
+    if not torch.is_grad_enabled():
+        return cross_entropy_ref(hidden, weight, targets, ignore_index)
+    return run_op(CrossEntropy, cross_entropy_ref, hidden, weight, targets, ignore_index)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,7 @@ import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from operator import add
 from pathlib import Path
 
@@ -261,28 +260,26 @@ class Tokenizer:
     @classmethod
     def load(cls, folder):
         """From vocab.json + merges.txt, GPT-2's encoder.json + vocab.bpe, or a tokenizer.json."""
-        faults = []
+        error = FileNotFoundError(
+            f"{folder} has no vocab.json + merges.txt: make them with python tokenizer.py train "
+            f"--input TEXT --out {folder}; for gpt2, set TIKTOKEN_CACHE_DIR to the folder where "
+            "tiktoken keeps its files")
         for name, merges_name in MERGES_OF.items():
             vocab, merges = Path(folder, name), Path(folder, merges_name)
             if vocab.is_file() and merges.is_file():
                 try:
                     return cls(*read_files(vocab, merges))
-                except ValueError as e:
-                    faults.append(f"{vocab}: {e}")
-        if faults:
-            raise ValueError("; ".join(faults))
-        raise FileNotFoundError(f"{folder} has no vocab.json + merges.txt: make them with python "
-                                f"tokenizer.py train --input TEXT --out {folder}; for gpt2, set "
-                                "TIKTOKEN_CACHE_DIR to the folder where tiktoken keeps its files")
+                except ValueError as e:  # a whole tokenizer.json may stand there, too
+                    error = ValueError(f"{vocab}: {e}")
+        raise error
 
 
 # ---------------------------------------------------------------------------------------------
 # counting pre-tokens: the text is streamed, in several processes
 
-BATCH_DOCUMENTS = 500
+BATCH_CHARS = 2**21
 # A pre-token starts at every space that something visible follows.
-SPACE = re.compile(r"(?= \S)")
-cut_chunk = lru_cache(maxsize=1 << 18)(LINE_PATTERN.findall)
+SPACE = re.compile(r" (?=\S)")
 
 
 def count_pretokens(inputs, workers=1):
@@ -292,26 +289,43 @@ def count_pretokens(inputs, workers=1):
     grows with the text: 176,000 pre-tokens in 86 MB of abstracts, 20 MB here and NNN while merging.
     All of PubMed, 30 GB, has some 10 million by extrapolation.
     """
-    documents = read_documents(*inputs)
-    batches = iter(lambda: list(islice(documents, BATCH_DOCUMENTS)), [])
+    batches = read_batches(inputs)
+    first = list(islice(batches, 15))
+    if len(first) < 15:
+        workers = 1  # below 30 MB it would take longer to start others
     counts = Counter()
-    results = in_processes(count_batch, batches, workers)
+    results = in_processes(count_batch, chain(first, batches), workers)
     for counted in tqdm(results, "counting", unit=" batches", disable=None):
         counts.update(counted)
     return counts
 
 
-def count_batch(documents):
-    """Counter of the pre-tokens of (id, text) documents.
+def read_batches(inputs):
+    """Yield the documents one after another, each with "\n", BATCH_CHARS and a bit at a time."""
+    batch = io.StringIO()
+    for _, text in read_documents(*inputs):
+        batch.write(text.removesuffix("\n") + "\n")
+        if batch.tell() > BATCH_CHARS:
+            yield batch.getvalue()
+            batch = io.StringIO()
+    yield batch.getvalue()
+
+
+def count_batch(text):
+    """Counter of the pre-tokens of a text.
 
     GPT-2's pattern is slow. So the text is cut at spaces first, and the pattern runs once on each
-    distinct chunk: " (myocardium)," comes often and is cut once.
+    distinct chunk: " (myocardium)," comes often and is cut once. The chunks that come equally often
+    are cut together.
     """
-    text = "".join(text.removesuffix("\n") + "\n" for _, text in documents)
-    counts = Counter()
-    for chunk, count in Counter(SPACE.split(text)).items():
-        for piece in cut_chunk(chunk):
-            counts[piece] += count
+    head, *chunks = SPACE.split(text)
+    chunks_of = defaultdict(list)  # how often they come -> the chunks
+    for chunk, count in Counter(chunks).items():
+        chunks_of[count].append(chunk)
+    counts = Counter(LINE_PATTERN.findall(head))
+    for count, chunks in chunks_of.items():
+        for piece, n in Counter(LINE_PATTERN.findall(" " + " ".join(chunks))).items():
+            counts[piece] += count * n
     return counts
 
 
@@ -335,25 +349,26 @@ def load_named(name):
 
 def read_files(path, merges_path):
     """Arguments of Tokenizer: ids, merges and added tokens, from all that the folder has."""
+    whole, added = [read_json(file) if file.is_file() else {}
+                    for file in map(path.with_name, ["tokenizer.json", "added_tokens.json"])]
     if path == merges_path:
-        vocab, merges = read_whole(read_json(path))
+        vocab, merges = read_whole(whole)
     else:
         vocab = read_json(path)
         lines = merges_path.read_text("utf-8", "replace").rstrip("\n").split("\n")
         merges = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
-    names = "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "config.json"
-    whole, settings, added, model = [
-        read_json(file) if file.is_file() else {} for file in map(path.with_name, names)]
-    added = {token["content"]: token["id"] for token in whole.get("added_tokens", [])} | added
-    for i, token in settings.get("added_tokens_decoder", {}).items():
-        added[token["content"]] = int(i)
-    # BioMedLM's end-of-text stands in none of the two files. Its id is the model's, or the next.
-    next_id = max((vocab | added).values()) + 1
-    eot = model.get("eos_token_id")
-    if eot not in range(next_id, model.get("vocab_size", 0)):
-        eot = next_id
-    vocab.setdefault(END_OF_TEXT, added.pop(END_OF_TEXT, eot))
+    added |= {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+    # BioMedLM's vocab.json has no end-of-text. Its id is the next one then, as in transformers.
+    vocab.setdefault(END_OF_TEXT, added.pop(END_OF_TEXT, max(vocab.values()) + 1))
     return vocab, merges, added
+
+
+def read_json(path):
+    """The object in a JSON file, as a dict."""
+    try:
+        return {} | json.loads(path.read_bytes())
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged, perhaps cut short ({e!r}): get it again") from None
 
 
 def read_whole(content):
@@ -367,18 +382,6 @@ def read_whole(content):
     # a merge is "t h" in older files and ["t", "h"] in newer ones
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     return model["vocab"], merges
-
-
-def read_json(path, **kinds):
-    """The object in a JSON file, as a dict. kinds: fields that it must have, and their types."""
-    try:
-        contents = {} | json.loads(path.read_bytes())
-        for name, kind in kinds.items():
-            if type(contents[name]) is not kind:
-                raise TypeError(f"{name} is {contents[name]!r}")
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ValueError(f"{path} is damaged, perhaps cut short ({e!r}): get it again") from None
-    return contents
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,20 +15,18 @@ its share in micro-batches, and adds up their gradients.
 
 import argparse
 import copy
-import fcntl
 import json
 import math
 import os
-import resource
+import re
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 import warnings
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -53,70 +51,68 @@ from tokenizer import COUNT, Tokenizer, numbers, read_json, replacing, run_comma
 def main():
     # Settings: a value for each flag, the preset's where none was given.
     settings = read_settings()
-    run = Path(settings["out"])
-    total_steps = settings["total_steps"]
+    run = Path(settings.out)
+    total_steps = settings.total_steps
 
     # Processes: this one alone, or one of torchrun's.
-    process = start_process(settings["device"], settings["dtype"])
+    process = start_process(settings.device, settings.dtype)
+    settings.device, settings.dtype = str(process.device), str(process.dtype)
 
     # Data: token arrays on disk, and meta, which says what they hold. A step's sequences are cut
     # among the ranks and their micro-batches.
-    meta = process.on_rank_0(lambda: open_arrays(settings["data"], settings["verify"]))
-    micro_batch, accumulation = split_batch(settings, process.world_size)
-
-    # What the flags left open is known by now. config is the model's shape.
-    settings |= {"micro_batch": micro_batch, "accumulation": accumulation,
-                 "device": str(process.device), "dtype": str(process.dtype).removeprefix("torch.")}
+    meta = process.on_rank_0(lambda: open_arrays(settings.data, settings.verify))
+    settings.micro_batch, settings.accumulation = split_batch(settings, process.world_size)
     config = choose_config(settings, meta)
-    facts = {"world_size": process.world_size, "data_fingerprint": meta["train"]["sha256"]}
 
     # The run's folder: a new one, or one with a checkpoint to go on from. Rank 0 alone holds it.
-    checkpoint = process.on_rank_0(lambda: open_run(run, settings["fresh"]), share=False)
+    checkpoint = process.on_rank_0(lambda: open_run(run, settings.fresh), share=False)
     start = process.gather(checkpoint["step"] if checkpoint else 0)[0]
     if start >= total_steps:
         process.print(f"{run} is finished: {start} steps. Raise --total_steps to go on, or start "
                       "--fresh")
         return process.close()
+    facts = {"world_size": process.world_size, "data_fingerprint": meta["train"]["sha256"]}
     process.on_rank_0(lambda: describe_run(run, start, settings, config, facts))
 
     # Model: the weights of --init, or fresh ones. Every rank draws the same from the seed, on its
     # own device, so that a node's memory needs no room for them.
     if process.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
-    if settings["init"] and start == 0:
-        gpt = GPT.from_pretrained(settings["init"], device=process.device,
-                                  dropout=settings["dropout"]).train()
+    if settings.init and start == 0:
+        gpt = GPT.from_pretrained(settings.init, device=process.device,
+                                  dropout=settings.dropout).train()
     else:
-        torch.manual_seed(settings["seed"])
+        torch.manual_seed(settings.seed)
         with process.device:
             gpt = GPT(config)
     n_params = gpt.n_params()
-    gpt.activation_checkpointing = settings["activation_checkpointing"]
+    gpt.activation_checkpointing = settings.activation_checkpointing
 
     # Optimiser: made after the model is shared, since a rank keeps the moments of its part only.
-    model = distribute(gpt, settings["parallel"], process)
+    model = distribute(gpt, settings.parallel, process)
     optimizer = make_optimizer(model, settings)
     if start > 0:
         load_checkpoint(checkpoint, model, optimizer, process)
     settle_gradients(model, process)
-    speed_up(gpt, settings["compile"])
+    speed_up(gpt, settings.compile, process)
     process.print(f"{run}: {n_params:,} parameters, steps {start} to {total_steps} of "
-                  f"{settings['batch_tokens']:,} tokens = {process.world_size} ranks x "
-                  f"{accumulation} micro-batches x {micro_batch} sequences x "
-                  f"{settings['seq_len']}; {process.device}, {settings['dtype']}, "
+                  f"{settings.batch_tokens:,} tokens = {process.world_size} ranks x "
+                  f"{settings.accumulation} micro-batches x {settings.micro_batch} sequences x "
+                  f"{settings.seq_len}; {settings.device}, {settings.dtype}, "
                   f"ops: {kernels_active(process.device)}")
 
     # Batches: their order depends on the seed alone. So a resumed run only needs to know how many
     # sequences were seen.
-    reading = {"data_dir": settings["data"], "seq_len": settings["seq_len"],
-               "micro_batch": micro_batch, "rank": process.rank, "world_size": process.world_size,
-               "device": process.device, "ignore_eot": settings["ignore_eot_targets"]}
-    seen = start * settings["batch_tokens"] // settings["seq_len"]
-    batches = data.train_batches(**reading, seed=settings["seed"], start=seen)
+    reading = {"data_dir": settings.data, "seq_len": settings.seq_len,
+               "micro_batch": settings.micro_batch, "rank": process.rank,
+               "world_size": process.world_size, "device": process.device,
+               "ignore_eot": settings.ignore_eot_targets}
+    seen = start * settings.batch_tokens // settings.seq_len
+    batches = data.train_batches(**reading, seed=settings.seed, start=seen)
 
     # The loop. `step` counts the updates done. It goes round N + 1 times: the last time it only
     # validates and saves, so that the end is no special case.
-    flops = flops_per_token(config, n_params, settings["seq_len"])
+    flops = flops_per_token(config, n_params, settings.seq_len)
     signals = catch_signals()
     saved_at = time.monotonic()
     writing = None  # rank 0's thread that writes a checkpoint
@@ -127,20 +123,23 @@ def main():
         # Once in a while, and at the end: the loss on validation text. All ranks take part. A run
         # that goes on has this step's loss from before: a checkpoint is made after a validation.
         last = step == total_steps
-        if last or step % settings["eval_every"] == 0 and (step == 0 or step > start):
-            val_batches = data.val_batches(**reading, max_tokens=settings["eval_tokens"])
+        if last or step % settings.eval_every == 0 and (step == 0 or step > start):
+            val_batches = data.val_batches(**reading, max_tokens=settings.eval_tokens)
             val_loss = evaluate(model, val_batches, process)
-            log_validation(run, step, val_loss, meta["val"], settings, process)
+            # A nat is 1 / ln 2 bits. Bits a byte compare models with different tokenizers.
+            bits = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
+            log(run, {"step": step, "val_loss": val_loss, "val_bits_per_byte": bits},
+                f"step {step:>6}  validation loss {val_loss:.4f}, {bits:.4f} bits a byte", process)
 
-        # Once in a while, at the end, and where a signal asked for a stop: a checkpoint.
-        # Only the last one is waited for.
-        due = time.monotonic() - saved_at > 60 * settings["save_minutes"]
-        if settings["save_every"]:
-            due = step % settings["save_every"] == 0
-        stopping, due = process.any(bool(signals), due)
+        # Once in a while, at the end, and where a signal asked for a stop: a checkpoint. Only the
+        # last one is waited for.
+        due = time.monotonic() - saved_at > 60 * settings.save_minutes
+        if settings.save_every:
+            due = step % settings.save_every == 0
+        stopping, due = (ranks > 0 for ranks in process.all_reduce([bool(signals), due]))
         ending = last or stopping
         if step > start and (ending or due):
-            writing = save_checkpoint(run, model, optimizer, step, settings["keep"], process,
+            writing = save_checkpoint(run, model, optimizer, step, settings.keep, process,
                                       writing, wait=ending)
             saved_at = time.monotonic()
         if ending:
@@ -156,7 +155,7 @@ def main():
             report_skip(loss, done, skipped, process)
 
         # Once in a while: a line for people, and a row of log.jsonl.
-        if done % settings["log_every"] == 0 or done in (start + 1, total_steps):
+        if done % settings.log_every == 0 or done in (start + 1, total_steps):
             mean_loss = process.all_reduce([loss])[0] / process.world_size
             seconds_per_step = sum(seconds) / len(seconds)
             log_step(run, done, mean_loss, grad_norm, seconds_per_step, flops, settings, process)
@@ -173,7 +172,7 @@ def main():
 # ---------------------------------------------------------------------------------------------
 # settings: presets, flags, and what must fit together
 #
-# A new setting is a line of read_settings, and is then settings["name"] everywhere. Its default is
+# A new setting is a line of read_settings, and is then settings.name everywhere. Its default is
 # a line of RECIPE.
 
 
@@ -223,7 +222,7 @@ def recipe(preset):
 
 
 def read_settings():
-    """{flag: value} of the command line; None where neither a flag nor the preset gives a value."""
+    """A value for each flag: the command line's, or else the preset's."""
     # --preset is read first: it gives the defaults that --help shows.
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--preset", choices=PRESETS, default="demo",
@@ -238,8 +237,8 @@ def read_settings():
     def number(flag, kind, sentence):
         add(f"--{flag}", type=kind, help=f"{sentence} (default: %(default)s)")
 
-    add("--data", default=DEMO_DATA if preset == "demo" else None,
-        help="folder of token arrays (default: data/demo, demo only)")
+    add("--data", default=DEMO_DATA, required=preset != "demo",
+        help="folder of token arrays, made by data.py tokenize (default: data/demo, demo only)")
     add("--out", default=f"out/{preset}", help="folder of the run (default: %(default)s)")
     add("--init", help="start from the weights of a run or of a Hugging Face GPT-2 folder "
         "(default: random weights)")
@@ -274,7 +273,7 @@ def read_settings():
     add("--compile", action="store_true", help="torch.compile each block (default: off)")
     add("--ignore_eot_targets", action="store_true", help="no loss where the target is "
         "end-of-text, as the authors had it: the model then never learns to stop (default: off)")
-    add("--device", help="torch device (default: cuda if it is there, else cpu)")
+    add("--device", help="torch device (default: cuda or mps if it is there, else cpu)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the matrix products, autocast over "
         "fp32 weights (default: bfloat16 on cuda, else float32)")
     add("--fresh", action="store_true",
@@ -282,16 +281,10 @@ def read_settings():
     add("--verify", action="store_true",
         help="check the arrays' full hashes first (default: sizes only)")
     parser.set_defaults(**defaults | {"micro_batch": None})
-    settings = vars(parser.parse_args())
-    if settings["data"] is None:
-        raise ValueError("--data is missing: make arrays with: python data.py tokenize --text DIR "
-                         "--tokenizer DIR --out DIR")
-    if settings["min_lr"] is None:
-        settings["min_lr"] = 0.1 * settings["lr"]  # BioMedLM: alpha_f 0.1
-    if settings["min_lr"] > settings["lr"]:
-        raise ValueError(f"--min_lr {settings['min_lr']} is above --lr {settings['lr']}: use at "
-                         "most --lr")
-    settings["warmup_steps"] = min(settings["warmup_steps"], settings["total_steps"])
+    settings = parser.parse_args()
+    if settings.min_lr is None:
+        settings.min_lr = 0.1 * settings.lr  # BioMedLM: alpha_f 0.1
+    settings.warmup_steps = min(settings.warmup_steps, settings.total_steps)
     return settings
 
 
@@ -309,19 +302,15 @@ def split_batch(settings, world_size):
     1,048,576 tokens = 128 ranks x 1 micro-batch x 8 sequences x 1024 (BioMedLM), or on one machine
     8 ranks x 16 micro-batches x 8 sequences x 1024: the same step, 16 times as slow.
     """
-    n_sequences, rest = divmod(settings["batch_tokens"], settings["seq_len"])
-    if rest:
-        raise ValueError(f"batch_tokens {settings['batch_tokens']} is no multiple of seq_len "
-                         f"{settings['seq_len']}: use --batch_tokens "
-                         f"{max(1, n_sequences) * settings['seq_len']}")
-    if n_sequences % world_size:
-        fewer = max(n for n in range(1, world_size) if n_sequences % n == 0)
-        raise ValueError(f"{world_size} processes can't share the {n_sequences} sequences of a "
-                         f"step evenly: start {fewer}, or a new run with another --batch_tokens")
-    share = n_sequences // world_size  # of one rank
+    unit = world_size * settings.seq_len
+    share = settings.batch_tokens // unit  # sequences of a rank
+    if share * unit != settings.batch_tokens:
+        raise ValueError(f"{world_size} processes can't share batch_tokens {settings.batch_tokens} "
+                         f"in sequences of {settings.seq_len}: use --batch_tokens "
+                         f"{max(1, share) * unit}, or for a run that goes on fewer processes")
     divisors = [n for n in range(1, share + 1) if share % n == 0]
-    most = recipe(settings["preset"])["micro_batch"]
-    micro_batch = settings["micro_batch"] or max(n for n in divisors if n <= most)
+    most = recipe(settings.preset)["micro_batch"]
+    micro_batch = settings.micro_batch or max(n for n in divisors if n <= most)
     if micro_batch not in divisors:
         raise ValueError(f"micro_batch {micro_batch} does not divide {share} sequences per rank: "
                          f"use one of {', '.join(map(str, divisors))}")
@@ -333,20 +322,19 @@ def choose_config(settings, meta):
 
     The arrays, not the preset, say how large the vocabulary is.
     """
-    shape = {flag: settings[flag] for flag in SHAPE if settings[flag]}
-    if settings["init"] is None:
-        config = GPTConfig.preset(settings["preset"], dropout=settings["dropout"],
+    shape = {flag: value for flag in SHAPE if (value := getattr(settings, flag))}
+    if settings.init is None:
+        config = GPTConfig.preset(settings.preset, dropout=settings.dropout,
                                   vocab_size=meta["vocab_size"], eot_id=meta["eot_id"], **shape)
     elif shape:
         raise ValueError(f"--{next(iter(shape))} can't change the model of --init: drop it")
     else:
-        config = replace(GPT.config_of(settings["init"]), dropout=settings["dropout"])
-    if config.vocab_size != meta["vocab_size"]:
-        raise ValueError(f"{settings['init']} has {config.vocab_size} tokens, the arrays "
-                         f"{meta['vocab_size']}: tokenize with the tokenizer of --init")
-    if settings["seq_len"] > config.n_positions:
-        raise ValueError(f"seq_len {settings['seq_len']} is longer than the model's context: use "
-                         f"--seq_len {config.n_positions} or less")
+        config = replace(GPT.config_of(settings.init), dropout=settings.dropout)
+    # An embedding may be padded to a multiple of 64 rows. No target is beyond the tokenizer.
+    if meta["vocab_size"] > config.vocab_size or meta["eot_id"] != config.eot_id:
+        raise ValueError(f"{settings.init} has {config.vocab_size} tokens and end-of-text "
+                         f"{config.eot_id}, the arrays {meta['vocab_size']} and {meta['eot_id']}: "
+                         "tokenize with the tokenizer of --init")
     return config
 
 
@@ -357,27 +345,35 @@ def choose_config(settings, meta):
 def start_process(device=None, dtype=None):
     """This process, as a Process; it joins the others if torchrun started it.
 
-    device: a torch device's name, None for cuda if it is there, else cpu.
-    dtype: "float32" or "bfloat16", None for bfloat16 on cuda, else float32.
+    device: a torch device's name, None for cuda if it is there, else mps (a Mac's GPU), else cpu.
+    dtype: "float32" or "bfloat16", None for bfloat16 on cuda from capability 8.0, else float32.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     in_group = "RANK" in os.environ  # torchrun sets it
+    if device is None:
+        # A Mac's GPU serves one process alone: gloo can't reduce its tensors.
+        mps = torch.backends.mps.is_available() and not in_group
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if in_group and device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"  # each rank its own
     try:
-        device = torch.device(device)
-        if in_group and device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # each rank its own
-        torch.zeros(1, device=device).item()
+        probe = torch.zeros(1, device=device)
+        probe.item()
     except (RuntimeError, AssertionError) as e:  # torch says "not compiled with CUDA" by assertion
-        reason = str(e).splitlines()[0]
+        reason = str(e).splitlines()[0].partition(". ")[0]
         raise ValueError(f"--device {device} is not available on this machine: {reason}") from None
+    device = probe.device  # with its number
+    cuda = device.type == "cuda"
+    old = cuda and torch.cuda.get_device_capability(device) < (8, 0)
+    if old and dtype == "bfloat16":
+        raise ValueError("this GPU is too old for bfloat16: use --dtype float32")
     if dtype is None:
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
+        dtype = "bfloat16" if cuda and not old else "float32"
+    if cuda:
+        torch.cuda.set_device(device)  # Triton launches on the current device
     process = Process(device, getattr(torch, dtype))
     if in_group:
         backend = "gloo"
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        if cuda:
             # gloo beside NCCL: agreeing on Python's values is then no work for the GPU.
             backend = "cpu:gloo,cuda:nccl"
         # A GPU that hangs ends the run in 15 minutes. What is agreed on by the CPUs has a group of
@@ -386,6 +382,8 @@ def start_process(device=None, dtype=None):
         process.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
         process.rank = dist.get_rank()
         process.world_size = dist.get_world_size()
+    if old:
+        process.print("float32: this GPU is too old for bfloat16")
     return process
 
 
@@ -414,10 +412,6 @@ class Process:
         if self.world_size > 1:
             dist.all_reduce(values, dist.ReduceOp.SUM, self.group)
         return values.tolist()
-
-    def any(self, *flags):
-        """For each flag: whether it is true on any rank."""
-        return [count > 0 for count in self.all_reduce(flags)]
 
     def gather(self, value):
         """The values of all ranks, in a list. A value is anything that can be pickled."""
@@ -460,12 +454,9 @@ def distribute(model, parallel, process):
         return model
     if parallel == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # A rank's part comes from its own weights, where DDP sends rank 0's to all. So all must be the
-    # same: a sum of their bits, which comes out alike in any order.
-    bits = sum(p.detach().view(torch.int32).sum() for p in model.parameters()).item()
-    if len(set(process.gather(bits))) > 1:
-        raise ValueError("the ranks drew different weights, as GPUs of different kinds do: use one "
-                         "kind, --parallel ddp, or --init with a folder of weights")
+    # DDP sends rank 0's weights to all. Here a rank's part comes from its own weights: send them.
+    for p in model.parameters():
+        dist.broadcast(p.data, 0)
     # It warns of the blocks' outputs, which nothing here changes in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     # A node's ranks share one copy of the model: weights are gathered over its fast links alone.
@@ -494,9 +485,6 @@ def sync_gradients(model, last):
         model.require_backward_grad_sync = last  # only DDP looks at this
 
 
-announce = sync_gradients  # until finetune.py takes the new name
-
-
 def settle_gradients(model, process):
     """DDP: hold the gradients once, not twice. For BioMedLM this saves 10.4 GB a GPU.
 
@@ -516,14 +504,20 @@ def settle_gradients(model, process):
     model.zero_grad(set_to_none=False)
 
 
-def speed_up(model, compiled):
-    """On a GPU let weight gradients add up in place; if asked, compile each block."""
+def speed_up(model, compiled, process):
+    """Let weight gradients add up in place where that is faster; if asked, compile each block."""
+    in_place = kernels_active(process.device) == "triton" and process.dtype == torch.bfloat16
     for layer in linear_layers(model):
-        layer.accumulates = layer.weight.is_cuda  # a CPU gains nothing by it
-    if compiled:
-        torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets
-        for block in model.transformer.h:
-            block.compile()
+        layer.accumulates = in_place
+    if not compiled:
+        return
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ValueError(f"--compile needs a C++ compiler, and there is no {compiler}: install it, "
+                         "name yours in CXX, or drop --compile")
+    torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets
+    for block in model.transformer.h:
+        block.compile()
 
 
 def linear_layers(model):
@@ -556,12 +550,12 @@ def learning_rate(step, settings):
 
     BioMedLM: 0 at step 0, 1.6e-6 at 1, 1.6e-4 at 100, 8.8e-5 half-way, 1.6e-5 at 300,000.
     """
-    lr = settings["lr"]
-    min_lr = settings["min_lr"]
-    warmup_steps = settings["warmup_steps"]
+    lr = settings.lr
+    min_lr = settings.min_lr
+    warmup_steps = settings.warmup_steps
     if step < warmup_steps:
         return lr * step / warmup_steps
-    done = (step - warmup_steps) / (settings["total_steps"] - warmup_steps)
+    done = (step - warmup_steps) / (settings.total_steps - warmup_steps)
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * done))
 
 
@@ -574,7 +568,7 @@ def make_optimizer(model, settings):
     1 - lr_t * weight_decay: with lr_0 = 1.6e-4 the same at weight_decay 0.1.
     """
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8,
-                             weight_decay=settings["weight_decay"], fused=True)
+                             weight_decay=settings.weight_decay, fused=True)
 
 
 def cast_weights(model, dtype):
@@ -597,10 +591,10 @@ def train_step(model, optimizer, batches, step, settings, process):
     """
     # Dropout is all that is random in a step. Seeded anew in each, a resumed run repeats it. A hash
     # in 32 bits, since torch's CPU generator ignores the upper half of a 64-bit seed.
-    torch.manual_seed(zlib.crc32(f"{settings['seed']} {step} {process.rank}".encode()))
+    torch.manual_seed(zlib.crc32(f"{settings.seed} {step} {process.rank}".encode()))
     cast_weights(model, process.dtype)
-    accumulation = settings["accumulation"]
-    positions = accumulation * settings["micro_batch"] * (settings["seq_len"] - 1)
+    accumulation = settings.accumulation
+    positions = accumulation * settings.micro_batch * (settings.seq_len - 1)
     total = 0.0
     for i in range(accumulation):
         sync_gradients(model, last=i == accumulation - 1)
@@ -611,7 +605,7 @@ def train_step(model, optimizer, batches, step, settings, process):
         loss.backward()
         total += loss.detach()
     lr = learning_rate(step, settings)
-    return total, update(model, optimizer, lr, settings["grad_clip"])
+    return total, update(model, optimizer, lr, settings.grad_clip)
 
 
 def update(model, optimizer, lr, grad_clip):
@@ -639,15 +633,15 @@ def evaluate(model, batches, process):
     """Mean loss in nats a token over the batches of all ranks."""
     was_training = model.training
     model.eval()
-    nats, targets = [], []  # of each batch
+    nats = targets = 0
     for x, y in batches:
         with process.autocast():
             _, loss = model(x, y)
-        targets.append((y != -100).sum())
-        nats.append(loss * targets[-1])  # the mean over this batch's targets -> their sum
+        count = (y != -100).sum().item()
+        nats += loss.item() * count  # the mean over this batch's targets -> their sum
+        targets += count
     model.train(was_training)
-    # Summed as Python's floats, which have 64 bits: not every device has such tensors.
-    nats, targets = process.all_reduce([sum(map(float, nats)), sum(map(float, targets))])
+    nats, targets = process.all_reduce([nats, targets])
     return nats / max(targets, 1)
 
 
@@ -681,16 +675,14 @@ def open_run(run, fresh):
 
 def describe_run(run, start, settings, config, facts):
     """Check that the run may go on from step `start`, and write what describes it."""
-    record = settings | vars(config) | facts
+    record = vars(settings) | vars(config) | facts
     if start > 0:
         check_same_run(run, record)
     cut_log(run / "log.jsonl", start)
-    Tokenizer.load(settings["data"]).save(run)
-    # The code's revision, with "-dirty" where files were changed since. By a shell: where there is
-    # no git, it prints nothing.
-    git = subprocess.run("git describe --always --dirty", shell=True, cwd=Path(__file__).parent,
-                         capture_output=True, text=True).stdout.strip()
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "git": git or None}
+    Tokenizer.load(settings.data).save(run)
+    # The code's revision, with "-dirty" where files were changed since; or why there is none.
+    git = subprocess.getoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "git": git}
     write_json(run / "config.json", config.to_hf())
     write_json(run / "run.json", {"settings": record, "versions": versions})
 
@@ -702,57 +694,46 @@ def lock(run):
     inherit it. Other nodes see it where the file system carries locks: NFSv4, GPFS, Lustre mounted
     with flock. When a node dies, NFSv4 drops it after a lease, 90 s by default.
     """
-    descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT)  # never closed: that would unlock
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        import fcntl  # not on Windows
+        # never closed: that would unlock
+        fcntl.lockf(os.open(run / "lock", os.O_RDWR | os.O_CREAT), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # which of them depends on the system
-        owner = os.read(descriptor, 1000).decode()
-        raise ValueError(f"another training owns {run}: {owner}; wait for its end, stop it, or "
-                         "give another --out") from None
-    except OSError as e:  # a file system without locks
+        raise ValueError(f"another training owns {run}: wait for its end, stop it, or give another "
+                         "--out") from None
+    except (ImportError, OSError) as e:  # a system or a file system without locks
         print(f"warning: {run} can't be locked ({e}): start no second training there")
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def check_same_run(run, record):
     """Refuse settings that the run's checkpoints can't go on with; print the other changes."""
-    try:
-        before = read_json(run / "run.json")["settings"]
-    except (OSError, ValueError, KeyError):
-        raise ValueError(f"{run}/run.json is damaged or missing, so that nothing tells how the "
-                         "checkpoints beside it were made: restore it, or start --fresh") from None
-    # Where the weights came from stays true of a run that goes on without --init.
-    record["init"] = record["init"] or before.get("init")
-    for name in sorted(record):
-        if name not in before or before[name] == record[name]:  # older runs record less
+    before = read_json(run / "run.json")["settings"]
+    for name, value in record.items():
+        was = before.get(name)
+        if was == value:
             continue
         if name in FIXED:
-            raise ValueError(f"the run was made with {name} {before[name]}, now it is "
-                             f"{record[name]}: keep it (or the --init that gave it), give another "
-                             "--out, or start --fresh")
-        print(f"changed on resume: {name} {before[name]} -> {record[name]}")
+            raise ValueError(f"the run was made with {name} {was}, now it is {value}: keep it, "
+                             "give another --out, or start --fresh")
+        print(f"changed on resume: {name} {was} -> {value}")
 
 
 def cut_log(path, step):
     """Drop what a killed run wrote to log.jsonl after its checkpoint: rows past `step`, half a row.
     """
     path.touch()
-    kept = []
-    for line in path.read_bytes().splitlines():
-        with suppress(ValueError):  # half a row
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
+    kept = [line for line in path.read_text().splitlines(keepends=True)
+            if line.endswith("\n") and json.loads(line)["step"] <= step]
     with replacing(path) as f:
-        f.writelines(kept)
+        f.write("".join(kept).encode())
 
 
 def save_checkpoint(run, model, optimizer, step, keep, process, writing, wait):
     """Copy the full state to rank 0's CPU and let a thread write it while training goes on.
 
-    writing: the thread of the checkpoint before, or None. Returns the new one on rank 0. A write
-    that fails is told there and training goes on; if it is to `wait`, ValueError on every rank.
-    The copy and the file have 12 bytes a parameter, 31 GB for BioMedLM.
+    writing: the thread of the checkpoint before, or None. Returns the new one on rank 0. wait: for
+    the file; OSError on every rank where it could not be written. The copy and the file have 12
+    bytes a parameter, 31 GB for BioMedLM.
     """
     # One copy at a time. The others wait with the CPUs' group: no GPU times out meanwhile.
     process.on_rank_0(lambda: writing and writing.join())
@@ -760,36 +741,29 @@ def save_checkpoint(run, model, optimizer, step, keep, process, writing, wait):
     weights, moments = dcp.get_state_dict(model, optimizer, options=options)
     if process.device.type == "cpu":  # no copy yet, and the next step would change them
         weights, moments = copy.deepcopy((weights, moments))
-    contents = {"model": weights, "optimizer": moments, "step": step}
-
-    def write():
-        try:
-            write_checkpoint(run, contents, keep)
-        except ValueError as e:
-            process.print(f"warning: {e}; training goes on")
-
-    if wait:
-        process.on_rank_0(lambda: write_checkpoint(run, contents, keep))
-    elif process.rank == 0:
-        writing = threading.Thread(target=write)
+    path = run / f"checkpoint_{step:07d}.pt"
+    if process.rank == 0:
+        contents = {"model": weights, "optimizer": moments, "step": step}
+        writing = threading.Thread(target=write_checkpoint, args=(path, contents, keep))
         writing.start()
+    if wait:
+        process.on_rank_0(lambda: (writing.join(), path.stat()))  # an error if there is none
     return writing
 
 
-def write_checkpoint(run, contents, keep):
-    """Write checkpoint_STEP.pt whole, then remove old ones; else ValueError, and all stays."""
-    path = run / f"checkpoint_{contents['step']:07d}.pt"
+def write_checkpoint(path, contents, keep):
+    """Write a checkpoint whole, then remove old ones; where that fails, warn and leave all."""
     try:
         with replacing(path) as f:
             torch.save(contents, f)
         # A later step's file is damaged, or the run would have gone on from it: not counted.
-        whole = sorted(p for p in run.glob("checkpoint_*.pt") if p <= path)
+        whole = sorted(p for p in path.parent.glob("checkpoint_*.pt") if p <= path)
         for old in whole[:-keep]:
             old.unlink()
     except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into RuntimeError
         reason = str(e).splitlines()[0]
-        raise ValueError(f"{path} could not be written, is the disk full? ({reason}): make room; "
-                         "the newest checkpoint stands") from None
+        tqdm.write(f"warning: {path} could not be written, is the disk full? ({reason}): make "
+                   "room; the newest checkpoint stands")
 
 
 def load_checkpoint(checkpoint, model, optimizer, process):
@@ -809,15 +783,19 @@ def load_checkpoint(checkpoint, model, optimizer, process):
 # ---------------------------------------------------------------------------------------------
 # what people see: one line and one row a logged step
 
-# Dense bf16 FLOP/s of the datasheets. MFU is printed for these only.
-PEAK_FLOPS = {"H200": 989.5e12, "H100 PCIe": 756e12, "H100": 989.5e12, "A100": 312e12}
+# Dense bf16 FLOP/s, accumulated in fp32, by NVIDIA's datasheets (of the RTX cards by the Ada,
+# Blackwell and Ampere whitepapers). MFU is printed for these only; the first name that fits counts.
+PEAK_FLOPS = {
+    "GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835.5e12, "H200": 989.5e12,
+    "H100 NVL": 835.5e12, "H100 PCIe": 756e12, "H100": 989.5e12, "A100": 312e12, "L40S": 362e12,
+    "RTX A6000": 154.8e12, "RTX 4090$": 165.2e12, "RTX 5090$": 209.5e12}
 SKIP_LIMIT = 10  # our choice: so many updates skipped in a row end the run
 
 
 def peak_flops(device):
     """Datasheet bf16 FLOP/s of a CUDA device, None where the table lacks it."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return next((peak for key, peak in PEAK_FLOPS.items() if re.search(key, name)), None)
 
 
 def flops_per_token(config, n_params, seq_len):
@@ -826,9 +804,13 @@ def flops_per_token(config, n_params, seq_len):
 
 
 def memory_gib(device):
-    """Peak memory of this process since it began: of the GPU, or resident on a CPU."""
+    """Peak memory of this process since it began: of the GPU, or resident on a CPU, or None."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     unit = 2**30 if sys.platform == "darwin" else 2**20  # ru_maxrss: bytes on macOS, else KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -851,8 +833,8 @@ def log_step(run, step, loss, grad_norm, seconds_per_step, flops, settings, proc
 
     loss: mean over the ranks. flops: of one token. MFU: flops · tokens/s over the GPUs' peak.
     """
-    tokens_per_s = settings["batch_tokens"] / seconds_per_step
-    row = {"step": step, "tokens": step * settings["batch_tokens"], "loss": loss,
+    tokens_per_s = settings.batch_tokens / seconds_per_step
+    row = {"step": step, "tokens": step * settings.batch_tokens, "loss": loss,
            "lr": learning_rate(step - 1, settings), "grad_norm": grad_norm,
            "tokens_per_s": tokens_per_s, "memory": memory_gib(process.device)}
     mfu = ""
@@ -860,22 +842,11 @@ def log_step(run, step, loss, grad_norm, seconds_per_step, flops, settings, proc
     if peak is not None:
         row["mfu"] = tokens_per_s * flops / (peak * process.world_size)
         mfu = f"  mfu {100 * row['mfu']:4.1f}%"
-    eta = timedelta(seconds=int((settings["total_steps"] - step) * seconds_per_step))
-    log(run, row, f"step {step:>6}/{settings['total_steps']}  "
+    eta = timedelta(seconds=int((settings.total_steps - step) * seconds_per_step))
+    log(run, row, f"step {step:>6}/{settings.total_steps}  "
         f"tokens {row['tokens'] / 1e6:9.2f}M  loss {loss:7.4f}  lr {row['lr']:.2e}  "
-        f"norm {grad_norm:7.3f}  tok/s {tokens_per_s:9,.0f}{mfu}  mem {row['memory']:5.1f}G  "
-        f"eta {eta}", process)
-
-
-def log_validation(run, step, val_loss, val, settings, process):
-    """The line and the row of a validation. val: byte and token counts of val.bin.
-
-    A nat is 1 / ln 2 bits. Bits a byte of text compare models with different tokenizers.
-    """
-    bits = val_loss / math.log(2) * val["tokens"] / val["bytes"]
-    log(run, {"step": step, "val_loss": val_loss, "val_bits_per_byte": bits},
-        f"step {step:>6}/{settings['total_steps']}  validation loss {val_loss:.4f}, "
-        f"{bits:.4f} bits a byte", process)
+        f"norm {grad_norm:7.3f}  tok/s {tokens_per_s:9,.0f}{mfu}  "
+        f"mem {row['memory'] or math.nan:5.1f}G  eta {eta}", process)
 
 
 def report_skip(loss, step, in_a_row, process):
@@ -890,23 +861,37 @@ def report_skip(loss, step, in_a_row, process):
 
 
 def print_end(run, gpt, settings):
-    """What the model writes by now, and what to run next."""
+    """What the model writes, how many of the demo's questions it answers, what to run next."""
+    tokenizer = Tokenizer.load(run)
     eot_id = gpt.config.eot_id
-    prompt = torch.tensor([[eot_id]], device=settings["device"])
+    prompt = torch.tensor([[eot_id]], device=settings.device)
     tokens = gpt.eval().generate(prompt, min(60, gpt.config.n_positions - 1), temperature=0.8,
                                  top_k=50, seed=0, eot_id=eot_id)
-    print(f"\na sample: {Tokenizer.load(run).decode(tokens[0, 1:].tolist()).strip()}")
-    print(f"\nnext:\n  python eval.py perplexity --init {run} --data {settings['data']}")
-    if settings["data"] == DEMO_DATA:
-        tune = (f"python finetune.py --task medqa --data {DEMO_DATA}/qa/medqa --init {run} "
-                f"--out {run}-medqa")
-        print(f"  {tune}\n  {tune}-random --random_init    # the same without pre-training")
+    print(f"\na sample: {tokenizer.decode(tokens[0, 1:].tolist()).strip()}")
+    next_command = f"eval.py perplexity --init {run} --data {settings.data}"
+    if settings.data == DEMO_DATA:
+        questions = data.load_qa("medqa", DEMO_DATA, "test")
+        untrained = GPT(gpt.config).to(settings.device).eval()
+        print(f"\nanswers {count_right(gpt, tokenizer, questions)} of {len(questions)} questions "
+              f"about what it read (random weights {count_right(untrained, tokenizer, questions)})")
+        next_command = f"finetune.py --task medqa --data {DEMO_DATA} --init {run} --out {run}-medqa"
+    print(f"\nnext:\n  python {next_command}")
+
+
+@torch.no_grad()
+def count_right(gpt, tokenizer, questions):
+    """How many questions have the true option as the likeliest, as eval.py qa --zero_shot asks.
+
+    The demo's options are one token each, so that one forward pass tells.
+    """
+    right = 0
+    for q in questions:
+        prompt = torch.tensor([tokenizer.encode(data.zero_shot_prompt(q))])
+        logits = gpt(prompt.to(gpt.transformer.wte.weight.device))[0][0, -1]
+        options = [tokenizer.encode(" " + option)[0] for option in q.options]
+        right += logits[options].argmax().item() == q.answer
+    return right
 
 
 if __name__ == "__main__":
-    try:
-        run_command(main)
-    except SystemExit:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            raise
-        sys.exit(1)  # one rank of a node tells of the mistake
+    run_command(main)

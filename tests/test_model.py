@@ -93,7 +93,7 @@ def test_beams_equal_hugging_face():
 
 
 @pytest.mark.parametrize("options", [
-    {"temperature": 0, "no_repeat_ngram_size": 1},
+    {"temperature": 0},
     {"num_beams": 4, "no_repeat_ngram_size": 3, "length_penalty": -0.5},
     {"num_beams": 2, "no_repeat_ngram_size": 3, "length_penalty": 2.0}])
 def test_rows_of_a_batch_are_those_of_each_alone(model, options):
@@ -197,8 +197,7 @@ def test_folders_of_others(tmp_path):
     assert GPTConfig.from_hf({}) == GPTConfig.preset("gpt2-124m")
     assert [name for name in model_module.PRESETS
             if not GPTConfig.preset(name).scale_attn_by_inverse_layer_idx] == ["gpt2-124m"]
-    for name, value, mend in (("n_inner", 65, "n_inner is 65.*GPT-2 folder"),
-                              ("tie_word_embeddings", False, "tie_word_embeddings is False"),
+    for name, value, mend in (("tie_word_embeddings", False, "is False.*use a GPT-2 folder"),
                               ("quantization_config", {}, "quantized.*dequantize")):
         (tmp_path / "config.json").write_text(json.dumps({**hf, name: value}))
         with pytest.raises(ValueError, match=f"config.json: .*{mend}"):
@@ -223,7 +222,6 @@ def training(model):
 
 BAD_CONTENTS = {  # each changes the contents, or returns what stands in their place
     "NaN": lambda c: c["model"].update({LN: torch.zeros(16) / 0}),
-    "infinity": lambda c: c["optimizer"]["state"][LN].update(exp_avg=1 / torch.zeros(16)),
     "wrong shape": lambda c: c["model"].update({LN: torch.zeros(17)}),
     "code": lambda c: Path("x"),
     "missing weight": lambda c: c["model"].__delitem__(LN),
@@ -288,14 +286,14 @@ def test_generate(model, idx):
 
 def test_sampled_shares():
     """A temperature, top_k or top_p that changes nothing, or cuts one token too many."""
+    torch.manual_seed(0)
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
     for (temperature, *cuts), kept in (
             ((1.0, None, None), [0, 1, 2, 3]), ((2.0, 3, None), [1, 2, 3]),
             ((2.0, None, 0.6), [1, 3]), ((2.0, 2, 0.3), [1])):
         want = torch.zeros(4)
         want[kept] = (logits[kept] / temperature).softmax(0)
-        drawn = sample(logits.repeat(20_000, 1), temperature, *cuts,
-                       torch.Generator().manual_seed(0))
+        drawn = sample(logits.repeat(20_000, 1), temperature, *cuts)
         assert torch.allclose(drawn.flatten().bincount(minlength=4) / 20_000, want, atol=0.015)
 
 
