@@ -16,20 +16,22 @@ import argparse
 import itertools
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import finetune
-from data import TASKS, load_meta, load_qa, val_batches
+from data import TASKS, load_meta, load_qa, val_batches, zero_shot_prompt
 from finetune import new_file
-from model import GPT, cross_entropy
+from model import GPT, Linear, cross_entropy, forget
 from tokenizer import COUNT, json_lines, load_named, read_documents, run_command, write_json
-from train import COUNT_OR_0, POSITIVE_OR_0, start_process
+from train import COUNT_OR_0, POSITIVE, POSITIVE_OR_0, start_process
 
 # ---------------------------------------------------------------------------------------------
 # perplexity: how well does the model predict text?
@@ -86,11 +88,12 @@ def load_model(args, to_generate=False):
     here, once, and there is no autocast.
     """
     process = start_process(args.device, args.dtype)
-    dtype = torch.float32
-    if to_generate:
-        dtype, process.dtype = process.dtype, dtype
-    gpt = GPT.from_pretrained(args.init, dtype=dtype, device=process.device)
-    return gpt, finetune.load_tokenizer(args.init, gpt), process
+    dtype = process.dtype if to_generate else torch.float32
+    if dtype == torch.int8:
+        gpt = quantized(GPT.from_pretrained(args.init, None)).to(process.device)
+    else:
+        gpt = GPT.from_pretrained(args.init, dtype, process.device)
+    return gpt, finetune.load_tokenizer(args.init, gpt.config), process
 
 
 @torch.no_grad()
@@ -161,8 +164,6 @@ def answer_questions(args):
     """
     split, official = find_questions(args)
     questions = finetune.labeled(official, args.limit)
-    if not questions:
-        raise ValueError(f"{args.task}'s {split} split has no answers: give another --split")
     if args.zero_shot:
         gpt, tokenizer, process = load_model(args)
         examples, scores = zero_shot(gpt, tokenizer, questions, process)
@@ -186,11 +187,15 @@ def answer_questions(args):
 
 def find_questions(args):
     """(split, its questions): --split, or test, or dev where test has no file or no answers."""
-    split = args.split
-    if split is None:
-        questions = finetune.find_split(args.task, args.data, "test")
-        split = "test" if finetune.labeled(questions) else "dev"  # MedMCQA's test has no answers
-    return split, load_qa(args.task, args.data, split)
+    split = args.split or "test"
+    questions = finetune.find_split(args.task, args.data, split)
+    if not args.split and not finetune.labeled(questions):  # MedMCQA's test has no answers
+        split = "dev"
+        questions = finetune.find_split(args.task, args.data, split)
+    if not finetune.labeled(questions):
+        load_qa(args.task, args.data, split)  # where the file is missing, it says which one
+        raise ValueError(f"{args.task}'s {split} split has no answers: give another --split")
+    return split, questions
 
 
 @torch.no_grad()
@@ -243,13 +248,6 @@ def option_scores(gpt, example, idx, hidden):
     return [scores[texts.index(text)] for text in texts]
 
 
-def zero_shot_prompt(question):
-    """The text that an option follows, after a space. The wording is our choice."""
-    if question.kind.startswith("cloze"):  # plain text to go on with, nothing is asked
-        return question.question
-    return f"{question.context}\nQuestion: {question.question}\nAnswer:".lstrip()
-
-
 def acc_norm(scores, examples):
     """Accuracy when each log-likelihood is divided by its option's length in characters.
 
@@ -269,22 +267,22 @@ def breakdown(questions, hits):
     groups = defaultdict(list)
     for q, hit in zip(questions, hits):
         n_words = len(f"{q.context} {q.question}".split())
-        power = 2 ** n_words.bit_length()  # 4 for 2 and 3 words, 8 for 4 to 7
-        for group in ("kind", q.kind), ("subject", q.subject), ("words <", power):
-            if group[1]:  # many sets name no kind or no subject
-                groups[group].append(hit)
+        below = 2 ** n_words.bit_length()  # 4 for 2 and 3 words, 8 for 4 to 7
+        for name, value in ("kind", q.kind), ("subject", q.subject), ("words <", below):
+            if value:  # many sets name no kind or no subject
+                groups[name, value].append(hit)
     rows = []
-    for (what, value), hits in sorted(groups.items()):
-        accuracy = fmean(hits)
-        rows.append(dict(group=f"{what} {value}", n=len(hits), accuracy=accuracy,
-                         ci95=finetune.wilson(accuracy, len(hits))))
+    for (name, value), of_group in sorted(groups.items()):
+        accuracy = fmean(of_group)
+        rows.append(dict(group=f"{name} {value}", n=len(of_group), accuracy=accuracy,
+                         ci95=finetune.wilson(accuracy, len(of_group))))
     return rows
 
 
 # ---------------------------------------------------------------------------------------------
 # generation
 
-DECODING = ("temperature", "top_k", "top_p", "num_beams", "length_penalty", "seed")
+DECODING = ("temperature", "top_k", "top_p", "num_beams", "seed")
 # BioMedLM: its decoding, for answers of at most 400 tokens
 PAPER_DECODING = dict(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)
 
@@ -325,6 +323,57 @@ def continue_prompts(gpt, tokenizer, prompts, max_new_tokens, batch_size=16, **d
             answer = itertools.takewhile(lambda i: i != tokenizer.eot_id, ids)
             texts.append(tokenizer.decode(answer))
     return texts
+
+
+# ---------------------------------------------------------------------------------------------
+# int8 weights: 2.59 billion parameters in 3 GB
+#
+#     s_i = max_j |W_ij| / 127      Q_ij = round(W_ij / s_i)      y_i = s_i Σ_j Q_ij x_j + b_i
+#
+# A row of a matrix becomes whole numbers from -127 to 127 and one scale. A weight is off by at most
+# s_i / 2, so y_i by at most s_i / 2 · Σ_j |x_j|, and mostly by far less: the errors' signs differ.
+# Q is made with the scale as it is stored, in bf16. So the scale's rounding adds no error.
+#
+# A step of generation reads every weight once: half of bf16's bytes, half of its time. torch has a
+# product that reads int8, for a CPU and a few rows. A long prompt has many rows, and a GPU has
+# memory that is fast: there the matrix is made bf16 for the moment.
+
+
+class Int8Linear(nn.Module):
+    """y = x Wᵀ + b with weights of one byte; x is bf16."""
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        weight = weight.float().contiguous()  # (out, in)
+        scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).bfloat16()
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = bias
+
+    def forward(self, x, with_bias=True):
+        rows = x.flatten(0, -2)  # (..., in) -> (N, in)
+        if x.is_cpu and len(rows) <= 64 and x.size(-1) % 16 == 0:
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            y = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+        if with_bias and self.bias is not None:
+            y = y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+@torch.no_grad()
+def quantized(gpt):
+    """The GPT, whose tensors are mapped, in bf16; its blocks' matrices and head become int8."""
+
+    def int8(linear):
+        new = Int8Linear(linear.weight, linear.bias)
+        forget(linear.weight)  # one matrix at a time is in memory
+        return new
+
+    finetune.replace_modules(gpt, Linear, int8)
+    gpt.head = Int8Linear(gpt.transformer.wte.weight)
+    gpt.logits = gpt.head.forward
+    return gpt.to(torch.bfloat16)  # which leaves whole numbers as they are
 
 
 # ---------------------------------------------------------------------------------------------
@@ -473,10 +522,7 @@ SPECIALTIES = {name: words.split() for name, words in {
 
 
 def tokenizer_tables(args):
-    """The tokenizer command: table 3 of the paper, and how the terms of a specialty break.
-
-    With --text also tokens a word and bytes a token there.
-    """
+    """The tokenizer command: table 3 of the paper, and how the terms of a specialty break."""
     tokenizers = {name: load_named(name) for name in [args.tokenizer, *args.against]}
     words = []
     for word in TABLE_3:
@@ -485,8 +531,6 @@ def tokenizer_tables(args):
     *ten, _ = SPECIALTIES.values()
     groups = SPECIALTIES | {"the ten together": sum(ten, [])}
     tables = [words, fragmentation(groups, tokenizers)]
-    if args.text:
-        tables.append(density(args.text, tokenizers))
     for table in tables:
         print_table(table)
     return tables
@@ -516,21 +560,6 @@ def fragmentation(groups, tokenizers):
     return rows
 
 
-def density(path, tokenizers):
-    """A row a tokenizer: tokens a word and bytes a token of a text."""
-    n_words = n_bytes = 0
-    n_tokens = Counter()
-    for _, text in progress(read_documents(path)):
-        text += "\n"  # as when a tokenizer is trained
-        n_words += len(text.split())
-        n_bytes += len(text.encode())
-        for name, tokenizer in tokenizers.items():
-            n_tokens[name] += len(tokenizer.encode(text))
-    return [{"tokenizer": name, "words": n_words, "tokens": count,
-             "tokens per word": count / n_words, "bytes per token": n_bytes / count}
-            for name, count in n_tokens.items()]
-
-
 # ---------------------------------------------------------------------------------------------
 # curves: pictures of training
 
@@ -550,12 +579,13 @@ def curves(args):
         raise ValueError("curves needs: pip install matplotlib") from None
     written = set().union(*itertools.chain(*logs.values()))
     names = [name for name in CURVES if name in written]
+    if not names:
+        raise ValueError(f"{args.runs}: no log.jsonl has a row to draw: train longer")
     figure = Figure(figsize=(8, 3 * len(names)), layout="constrained")
     for ax, name in zip(figure.subplots(len(names), squeeze=False).flat, names):
-        for run, axis in itertools.product(args.runs, ("step", "epoch")):
-            points = [(row[axis], row[name]) for row in logs[run] if axis in row and name in row]
-            if points:  # not joined by a line, since several seeds pass the same epochs
-                ax.plot(*zip(*points), ".", markersize=3, label=run)
+        for run, rows in logs.items():
+            points = [(row.get("step", row.get("epoch")), row[name]) for row in rows if name in row]
+            ax.plot(*zip(*points), ".", markersize=3, label=run)  # seeds pass the same epochs
         ax.set_title(name)
         ax.legend()
     figure.savefig(args.out)
@@ -569,32 +599,33 @@ def curves(args):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    floats = ["float32", "bfloat16"]
+    with_int8 = [*floats, "int8"]
 
-    def command(name, function, sentence, has_model=True):
-        """add_argument of a new command, which has the flags that commands share already."""
+    def command(name, function, sentence, dtypes=()):
+        """add_argument of a new command; it has --json, and with dtypes a model's flags."""
         sub = commands.add_parser(name, help=sentence)
         sub.set_defaults(function=function)
         add = sub.add_argument
         add("--json", type=new_file, help="also write the result here (default: none)")
-        if has_model:
+        if dtypes:
             add("--init", required=True,
                 help="run of train.py or finetune.py, or Hugging Face GPT-2 folder")
             add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
-            add("--dtype", choices=("float32", "bfloat16"),
-                help="of the matrix products (default: bfloat16 on cuda, else float32)")
+            add("--dtype", choices=dtypes, help="of the matrix products; int8: bfloat16, and "
+                "weights of one byte (default: bfloat16 on cuda, else float32)")
         return add
 
     def add_questions(add):
         add("--data", required=True, help="folder with the question set's official files")
-        add("--split", choices=("train", "dev", "val", "test"),
-            help="val is mmlu's alone (default: test, else dev)")
+        add("--split", choices=("train", "dev", "test"), help="(default: test, else dev)")
         add("--limit", type=COUNT, help="N questions, evenly over the split (default: all)")
 
-    add = command("perplexity", perplexity, "nats a token and bits a byte")
+    add = command("perplexity", perplexity, "nats a token and bits a byte", floats)
     add("--data", required=True, help="arrays (their val.bin), or text: each document on its own")
     add("--limit", type=COUNT, help="the first N documents of text (default: all)")
 
-    add = command("qa", answer_questions, "accuracy on a question set")
+    add = command("qa", answer_questions, "accuracy on a question set", floats)
     sets = [name for name in TASKS if name != "text"]  # text has no options
     add("--task", choices=sets, required=True, help="question set")
     add_questions(add)
@@ -602,31 +633,29 @@ def parse_args():
         help="score options by likelihood, not by a fine-tuned head (default: off)")
     add("--predictions", type=new_file, help="also write a JSON line a question (default: none)")
 
-    add = command("generate", generate, "continue a text")
+    add = command("generate", generate, "continue a text", with_int8)
     add("--prompt", required=True, nargs="+", help="one or several texts")
     add("--max_new_tokens", type=COUNT, default=64, help="tokens to add at most (default: 64)")
     add("--paper", action="store_true", help="BioMedLM's decoding: 5 beams, no repeated 6-gram, "
         "length penalty -0.5 (default: off)")
     add("--temperature", type=POSITIVE_OR_0, default=0.8, help="0 = greedy (default: 0.8)")
     add("--top_k", type=COUNT, help="sample among the k likeliest tokens (default: all)")
-    add("--top_p", type=POSITIVE_OR_0, help="sample within this probability mass (default: all)")
+    add("--top_p", type=POSITIVE, help="sample within this probability mass (default: all)")
     add("--num_beams", type=COUNT, default=1, help="beam search instead of sampling (default: 1)")
-    add("--length_penalty", type=float, default=1.0, help="exponent, beams only (default: 1.0)")
     add("--seed", type=COUNT_OR_0, default=1, help="of sampling (default: 1)")
 
-    add = command("numbers", audit_numbers, "audit of made-up numbers in generated answers")
+    add = command("numbers", audit_numbers, "audit of made-up numbers in generated answers",
+                  with_int8)
     add("--task", choices=TASKS, default="text", help="question set (default: text)")
     add_questions(add)
     add("--max_new_tokens", type=COUNT, default=128, help="tokens an answer (default: 128)")
     add("--paper", action="store_true", help="BioMedLM's decoding (default: greedy)")
 
-    add = command("tokenizer", tokenizer_tables, "how biomedical words break", has_model=False)
+    add = command("tokenizer", tokenizer_tables, "how biomedical words break")
     add("--tokenizer", required=True, help="folder of a tokenizer, or gpt2")
     add("--against", nargs="+", default=[], help="folders of others, or gpt2 (default: none)")
-    add("--text", help="file or folder of text to measure on (default: none)")
 
-    add = command("curves", curves, "loss, rate, gradient norm and speed of runs as a picture",
-                  has_model=False)
+    add = command("curves", curves, "loss, rate, gradient norm and speed of runs as a picture")
     add("runs", nargs="+", help="folders with log.jsonl")
     add("--out", type=new_file, default="curves.png", help="picture to write (default: curves.png)")
     return parser.parse_args()

@@ -26,8 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import LABELS_TOKENS, TASKS, load_qa
-from model import GPT, check_tensors, cross_entropy, load_tensors, without_memory
-from tokenizer import COUNT, Tokenizer, read_json, replacing, run_command, write_json
+from model import GPT, Linear, check_tensors, cross_entropy, load_tensors, without_memory
+from tokenizer import COUNT, Tokenizer, numbers, read_json, replacing, run_command, write_json
 from train import POSITIVE, PROBABILITY, distribute, start_process, sync_gradients
 
 # ---------------------------------------------------------------------------------------------
@@ -37,7 +37,7 @@ from train import POSITIVE, PROBABILITY, distribute, start_process, sync_gradien
 def main():
     # Settings: the flags, and defaults by task and model size.
     args = parse_args()
-    process = start_process(args.device, args.dtype)
+    process = start_process(args.device, args.dtype or ("bfloat16" if args.lora else None))
     settings, tokenizer = resolve(args)
     out = Path(args.out)
 
@@ -50,8 +50,9 @@ def main():
     for split in questions:
         chosen = labeled(questions[split], args.limit)
         if not chosen and split in ("train", reported):
-            raise ValueError(f"no labeled {split} questions of {args.task} in {args.data}: put the "
-                             "official file there, or add a --data folder that has some")
+            raise ValueError(f"no labeled {split} questions of {args.task} in {args.data} (train "
+                             "questions that also stand in dev or test are taken out): put the "
+                             "official file there, or add a --data folder that has others")
         examples[split] = encode_all(chosen, args.task, tokenizer, settings)
     train_set = examples["train"]
     test_set = examples[reported]
@@ -65,7 +66,7 @@ def main():
     log = []
     seeds = []
     for seed in args.seeds:
-        model = build(settings, tokenizer, seed).to(process.device)
+        model = build(settings, tokenizer, seed, process.dtype).to(process.device)
         dev = train_epochs(model, train_set, dev_set, settings, seed, process, log)
         scores = score_examples(model, test_set, process)
         score = quality(scores, test_set)
@@ -76,6 +77,7 @@ def main():
             if process.rank == 0:
                 save(out, model, tokenizer, settings, predictions(scores, test_set))
         seeds.append({"seed": seed, "dev": dev, "score": score})
+        del model  # before the next is made
 
     # Report the mean over seeds.
     result = summarise(args.task, reported, len(questions[reported]), test_set,
@@ -92,8 +94,8 @@ def main():
 def train_epochs(task_model, train_set, dev_set, settings, seed, process, log):
     """Train task_model in place and append a line an epoch to log. Returns its score on dev.
 
-    It ends with the weights of the epoch that is best on dev. With --last (BioMedLM), or without
-    a dev set, it ends with the weights of the last epoch. Without a dev set the score is None.
+    It ends with the weights of the epoch that is best on dev (BioMedLM: of the last one). Without
+    a dev set it ends with the last epoch's, and the score is None.
     """
     model = distribute(task_model, "ddp", process)  # shares task_model's weights
     # BioMedLM: betas 0.9 and 0.999 and eps 1e-8, which are torch's own.
@@ -125,13 +127,13 @@ def train_epochs(task_model, train_set, dev_set, settings, seed, process, log):
         process.print(f"seed {seed}, epoch {epoch + 1}: loss {loss:.4f}, dev {score}")
         log.append({"seed": seed, "epoch": epoch + 1, "loss": loss, "dev": score})
         # Of equal scores the last counts: it has trained longest.
-        if dev_set and not settings["last"] and score >= best:
+        if dev_set and score >= best:
             best = score
-            kept = {name: tensor.to("cpu", copy=True)  # a GPU may have no room for a second copy
-                    for name, tensor in task_model.state_dict().items()}
+            kept = {name: p.detach().to("cpu", copy=True)  # a GPU may have no room for both
+                    for name, p in task_model.named_parameters() if p.requires_grad}
     if kept is None:
         return score
-    task_model.load_state_dict(kept)
+    task_model.load_state_dict(kept, strict=False)
     return best
 
 
@@ -150,7 +152,8 @@ def train_step(model, examples, optimizer, process):
     for i, chunk in enumerate(chunks):
         sync_gradients(model, last=i == len(chunks) - 1)
         with process.autocast():
-            loss = weight * loss_sum(model, collate(chunk, process.device)) / total
+            nats, _ = model(collate(chunk, process.device))
+        loss = weight * nats / total
         (loss * process.world_size).backward()  # DDP takes the mean over ranks, we want the sum
         my_loss += loss.detach()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # BioMedLM
@@ -199,11 +202,8 @@ def read_questions(task, folders):
 
     # Unlabeled questions are held out, too: another folder may hold their answers.
     held_out = {content(q) for q in questions["dev"] + questions["test"]}
-    train = [q for q in questions["train"] if content(q) not in held_out]
-    if questions["train"] and not train:
-        raise ValueError(f"all {len(questions['train'])} train questions in {folders} stand in dev "
-                         "or test, too, and were taken out: add a --data folder with others")
-    return questions | {"train": train}
+    questions["train"] = [q for q in questions["train"] if content(q) not in held_out]
+    return questions
 
 
 def find_split(task, folder, split):
@@ -268,9 +268,6 @@ def encode_all(questions, task, tokenizer, settings):
     settings["length"]: most tokens of a row. settings["markers"]: the prompt for yes/no/maybe that
     the paper describes, in place of the released script's.
     """
-    if settings["length"] < 8:
-        raise ValueError(f"length {settings['length']} leaves no room for a question: use --length "
-                         "8 or more (run.json has what finetune.py used)")
     kind = TASKS[task].kind
     names = TASKS[task].special_tokens
     if kind == "labels" and not settings["markers"]:
@@ -376,7 +373,7 @@ def collate(examples, device="cpu"):
     ids = []
     segments = []
     for row in rows:
-        sizes = torch.tensor([len(row.prefix), *map(len, row.suffixes)])
+        sizes = torch.tensor([len(part) for part in (row.prefix, *row.suffixes)])
         ids.append(torch.tensor(row.ids()))
         segments.append(torch.arange(len(sizes)).repeat_interleave(sizes))
     idx = pad_sequence(ids, batch_first=True).to(device)  # (B, T)
@@ -445,29 +442,32 @@ class TaskModel(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def forward(self, batch):
-        """Scores (Q, O) fp32, -inf where a question has fewer options; text: summed nats."""
+        """(nats, scores (Q, O) fp32, -inf where a question has fewer options).
+
+        nats is summed over the questions, for text over the target tokens. There it is the score of
+        the one question, too.
+        """
         hidden = self.gpt.hidden(batch.idx, positions=batch.positions, mask=batch.mask)
         hidden = hidden[batch.scored]  # (B, T, C) -> (E, C)
         if self.kind == "text":
             mean = cross_entropy(hidden, self.gpt.transformer.wte.weight, batch.answers)
-            return mean * len(batch.answers)
+            nats = mean * len(batch.answers)
+            return nats, nats.view(1, 1)
         scores = self.head(hidden).float()  # (E, C) -> (E, 1 or labels)
-        of_questions = scores.flatten().split(batch.n_options)  # Q times (options or labels,)
-        return pad_sequence(of_questions, batch_first=True, padding_value=-math.inf)
+        scores = scores.flatten().split(batch.n_options)  # Q times (options or labels,)
+        scores = pad_sequence(scores, batch_first=True, padding_value=-math.inf)
+        return F.cross_entropy(scores, batch.answers, reduction="sum"), scores
 
 
-def loss_sum(model, batch):
-    """Nats, summed over questions (text: target tokens). The caller divides by their number."""
-    out = model(batch)
-    if out.dim() == 0:  # text: this is the loss
-        return out
-    return F.cross_entropy(out, batch.answers, reduction="sum")
+def build(settings, tokenizer, seed, dtype=torch.float32):
+    """A TaskModel on the CPU for one seed: --init's weights, or fresh ones of its shape.
 
-
-def build(settings, tokenizer, seed):
-    """A TaskModel on the CPU for one seed: --init's weights, or fresh ones of its shape."""
+    dtype: of the weights that --lora freezes.
+    """
+    rank = settings["lora"]
     torch.manual_seed(seed)
-    gpt = GPT.from_pretrained(settings["init"], dropout=settings["dropout"])
+    gpt = GPT.from_pretrained(settings["init"], dtype if rank else torch.float32,
+                              dropout=settings["dropout"])
     if settings["random_init"]:
         gpt = GPT(gpt.config)
     gpt.activation_checkpointing = settings["activation_checkpointing"]
@@ -478,7 +478,69 @@ def build(settings, tokenizer, seed):
     added = torch.empty(vocab_size - len(wte), wte.size(1)).normal_(std=NEW_ROW_STD)
     gpt.transformer.wte.weight = nn.Parameter(torch.cat([wte, added]))
     gpt.config.vocab_size = vocab_size
-    return TaskModel(gpt, settings["kind"], settings["labels"])
+    model = TaskModel(gpt, settings["kind"], settings["labels"])
+    if rank:
+        add_lora(gpt, rank, len(wte))
+    return model
+
+
+# ---------------------------------------------------------------------------------------------
+# LoRA: fine-tune a large model in little memory (Hu et al., arXiv 2106.09685)
+#
+#     y = x Wᵀ + b + s · (x Aᵀ) Bᵀ           A (rank, in), B (out, rank), s = alpha / rank
+#
+#     with u = s · dy B:   dA = uᵀ x      dB = s · dyᵀ (x Aᵀ)      dx = dy W + u A
+#
+# W and b stay as they are: they need no gradients and no moments, and W may be bf16. B starts at 0,
+# so the first step's output is the base model's. After training W + s · B A is an ordinary weight.
+#
+# A and B of each block's four matrices train, in fp32; the head does, and the rows of added tokens.
+# As in the paper, biases, LayerNorms and the other embeddings don't.
+
+LORA_SCALE = 2.0  # alpha is twice the rank, as most have it
+
+
+class LoRALinear(nn.Module):
+    """A frozen Linear, and beside it a product of two thin matrices that learn."""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.linear = linear
+        self.bias = linear.bias
+        self.A = nn.Linear(linear.in_features, rank, bias=False)
+        self.B = nn.Linear(rank, linear.out_features, bias=False)
+        nn.init.zeros_(self.B.weight)
+
+    def forward(self, x, with_bias=True):
+        """x (..., in) -> (..., out)."""
+        return self.linear(x, with_bias) + LORA_SCALE * self.B(self.A(x))
+
+    def merged(self):
+        """The fp32 Linear that does the same."""
+        weight = self.linear.weight + LORA_SCALE * self.B.weight @ self.A.weight
+        # save_pretrained writes [in, out]: laid out so, it needs no second copy of the model
+        self.linear.weight = nn.Parameter(weight.t().contiguous().t())
+        return self.linear
+
+
+def add_lora(gpt, rank, n_learned):
+    """Freeze gpt, but for the rows of wte from n_learned on, and put adapters on its Linears."""
+    for parameter in gpt.parameters():
+        parameter.requires_grad = False
+        if parameter.dim() == 1:  # the ops add biases and LayerNorms in fp32
+            parameter.data = parameter.float()
+    replace_modules(gpt, Linear, lambda linear: LoRALinear(linear, rank))
+    rows = gpt.transformer.wte.weight.requires_grad_()
+    is_new = torch.arange(len(rows))[:, None] >= n_learned
+    rows.register_hook(lambda gradient: gradient * is_new.to(gradient.device))
+
+
+def replace_modules(gpt, kind, new):
+    """Put new(module) in the place of each module of gpt that is a `kind`."""
+    for parent in list(gpt.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, kind):
+                setattr(parent, name, new(child))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -492,10 +554,9 @@ def score_examples(model, examples, process):
 
     def score(chunk):
         with process.autocast():
-            scores = model(collate(chunk, process.device))
-        per_example = scores.view(len(chunk), -1).tolist()
+            _, scores = model(collate(chunk, process.device))
         # without the -inf of options that a question doesn't have
-        return [row[:len(e.question.options) or 1] for e, row in zip(chunk, per_example)]
+        return [row[:len(e.question.options) or 1] for e, row in zip(chunk, scores.tolist())]
 
     # Without gradients twice as much fits. A batch of text has one loss: one example at a time.
     max_tokens = 1 if model.kind == "text" else 8192
@@ -508,9 +569,10 @@ def score_examples(model, examples, process):
 
 def in_order(examples, max_tokens, score):
     """What `score` returns for each example, in order; it gets a micro-batch at a time."""
-    scores = {}  # by identity, since micro_batches sorts by length
+    scores = {}  # by the example's id(), since micro_batches sorts by length
     for chunk in micro_batches(examples, max_tokens):
-        scores |= zip(map(id, chunk), score(chunk))
+        for e, of_e in zip(chunk, score(chunk)):
+            scores[id(e)] = of_e
     return [scores[id(e)] for e in examples]
 
 
@@ -585,10 +647,15 @@ def predictions(scores, examples):
 # the folder: a Hugging Face GPT-2, a head, and the settings that eval.py must load it with
 
 
+@torch.no_grad()
 def save(out, model, tokenizer, settings, answers):
-    """A folder that `transformers` loads, and beside it what load_finetuned needs."""
+    """A folder that `transformers` loads, and beside it what load_finetuned needs.
+
+    It moves the model to the CPU, and merges LoRA's adapters there.
+    """
+    replace_modules(model.cpu().gpt, LoRALinear, LoRALinear.merged)
     tokenizer.save(out)
-    model.gpt.save_pretrained(out)  # its tokenizer_config.json names the added tokens
+    model.gpt.float().save_pretrained(out)  # its tokenizer_config.json names the added tokens
     with replacing(out / "head.pt") as file:
         torch.save(model.head.state_dict(), file)
     write_lines(out / "predictions.jsonl", answers)
@@ -610,23 +677,22 @@ def load_finetuned(folder, task, device="cpu"):
     """
     kind = TASKS[task].kind
     head_file = Path(folder) / "head.pt"
-    settings = {"task": None, "kind": None}  # of a folder that train.py wrote
-    if head_file.exists():
-        settings = read_json(Path(folder) / "run.json")
-    if settings["task"] != task and not settings["kind"] == kind == "choice":
+    settings = read_json(Path(folder) / "run.json") if head_file.exists() else {}
+    serves = settings.get("task") == task or settings.get("kind") == kind == "choice"
+    if not serves:
         raise ValueError(f"{folder} has no head for {task}: run finetune.py --task {task} on it "
                          "first, or give --zero_shot")
     model = TaskModel(GPT.from_pretrained(folder), kind, settings["labels"])
     head = load_tensors(head_file)
     check_tensors(head, model.head.state_dict(), head_file)
     model.head.load_state_dict(head)
-    return model.to(device), load_tokenizer(folder, model.gpt), settings
+    return model.to(device), load_tokenizer(folder, model.gpt.config), settings
 
 
-def load_tokenizer(folder, gpt):
+def load_tokenizer(folder, config):
     """The Tokenizer of a model's folder."""
     tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size > gpt.config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(f"{folder}: its tokenizer has more tokens than its model, one of them is "
                          "another's: copy the folder again")
     return tokenizer
@@ -643,25 +709,30 @@ def resolve(args):
         raise ValueError(f"{out} holds the model to start from, or another run of train.py: give "
                          "--out a folder of its own")
     config = GPT.config_of(args.init)
+    if args.lora and (args.random_init or args.lora > config.n_embd):
+        raise ValueError("--lora keeps --init's weights, so leave out --random_init, and takes a "
+                         f"rank up to the model's width, {config.n_embd}; 8 to 64 are usual")
     task = TASKS[args.task]
     lr = task.lr
     epochs = task.epochs
     # A small model takes larger steps, and more of them: our choice.
-    gpt = without_memory(config)
-    if gpt.n_params() < 1e9:
+    n_params = without_memory(config).n_params()
+    if n_params < 1e9:
         lr = 5e-5
-    if gpt.n_params() < 50e6:
+    if n_params < 50e6:
         lr = 3e-4
         if task.kind == "choice":
             epochs = 10
+    if args.lora:
+        lr *= 10  # as is usual: B starts at 0
     settings = vars(args) | {
         "kind": task.kind,
         "labels": (),
         "lr": args.lr or lr,
         "epochs": args.epochs or epochs,
-        "length": min(args.length or task.length, config.n_positions),
-        "torch": torch.__version__}
-    return settings, load_tokenizer(args.init, gpt)
+        "length": min(args.length or task.length, config.n_positions)}
+    out.mkdir(parents=True, exist_ok=True)  # a folder that can't be written is told now
+    return settings, load_tokenizer(args.init, config)
 
 
 def counts(text):
@@ -693,10 +764,12 @@ def parse_args():
     add("--lr", type=POSITIVE, help="peak learning rate (default: by task and size)")
     add("--batch_size", type=COUNT, default=16, help="questions a step (default: 16)")
     add("--epochs", type=COUNT, help="passes over the training questions (default: by task)")
-    add("--length", type=COUNT, help="most tokens of a row (default: the task's, or context)")
+    add("--length", type=numbers(int, 8),
+        help="most tokens of a row (default: the task's, or context)")
     add("--dropout", type=PROBABILITY, help="probability (default: --init's own)")
     add("--limit", type=COUNT, help="N questions of each split, evenly spread (default: all)")
-    add("--last", action="store_true", help="report the last epoch, as BioMedLM (default: best)")
+    add("--lora", type=COUNT, metavar="RANK", help="freeze the model and train matrices of this "
+        "rank beside its own, 8 to 64, the head and the added tokens' rows (default: train all)")
     add("--activation_checkpointing", action="store_true",
         help="recompute blocks in backward: less memory, a third more time (default: off)")
     add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")

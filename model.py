@@ -21,9 +21,11 @@ with a faster backward for training on a GPU.
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import math
+import mmap
 import os
 import pickle
 import shutil
@@ -229,10 +231,14 @@ class GPT(nn.Module):
         logits are made a chunk of rows at a time then: all of them would be gigabytes.
         """
         x = self.hidden(idx)  # (B, T, C)
-        head = self.transformer.wte.weight  # (V, C)
         if targets is None:
-            return F.linear(x, head), None
+            return self.logits(x), None
+        head = self.transformer.wte.weight  # (V, C)
         return None, cross_entropy(x.flatten(0, 1), head, targets.flatten())
+
+    def logits(self, hidden):
+        """(..., C) -> (..., V): the head is the embedding matrix."""
+        return F.linear(hidden, self.transformer.wte.weight)
 
     # The methods below are functions of the next acts, where their arguments are explained.
 
@@ -398,7 +404,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 def next_logits(model, idx, cache):
     """fp32 logits (B, V) of the token after idx (B, T), which continues the cache."""
     last = model.hidden(idx, cache)[:, -1]  # (B, T, C) -> (B, C)
-    return F.linear(last, model.transformer.wte.weight).float()
+    return model.logits(last).float()
 
 
 class KVCache:
@@ -533,6 +539,7 @@ def config_of(path):
 def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     """Model of a run or of a Hugging Face GPT-2 folder, in eval mode.
 
+    dtype None: as the tensors lie in the file, and still mapped: who needs them converts them.
     dropout replaces the folder's, None keeps it. Reads config.json beside checkpoint_*.pt (the
     newest whole one), model.safetensors or pytorch_model.bin, sharded or not, memory-mapped.
     Raises FileNotFoundError or ValueError.
@@ -543,7 +550,12 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     model = without_memory(config)
     saved = read_weights(Path(path))  # it may hold other tensors too
     check_tensors(saved, model.state_dict(), path)
-    state = {name: saved[name].to(device, dtype).contiguous() for name in model.state_dict()}
+    state = {}
+    for name in model.state_dict():
+        state[name] = saved[name]
+        if dtype is not None:
+            state[name] = saved[name].to(device, dtype).contiguous()
+            forget(saved[name])
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -577,6 +589,18 @@ def check_tensors(state, expected, path):
                              "implies: use the config.json saved with the weights")
         if not state[name].sum(dtype=torch.float32).isfinite():
             raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier checkpoint")
+        forget(state[name])
+
+
+def forget(tensor):
+    """Give back the memory of a tensor that load_tensors has mapped. Its file still holds it.
+
+    What is read of a mapped file counts as this process's memory: else 10 GB for BioMedLM.
+    """
+    if sys.platform != "win32":
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.nbytes),
+                                  mmap.MADV_DONTNEED)
 
 
 def newest_checkpoint(run):
