@@ -90,11 +90,11 @@ def train_batches(data_dir, seq_len, micro_batch, seed, start=0, rank=0, world_s
     if n_rows == 0:
         raise ValueError(f"{path} has {meta['train']['tokens']} tokens, less than one sequence: "
                          "use a smaller --seq_len, or more text")
-    with open(path, "rb") as array:  # kept open, as tokenize may replace the file meanwhile
+    with open(path, "rb") as file:  # kept open, as tokenize may replace the file meanwhile
         for first in itertools.count(start + rank * micro_batch, world_size * micro_batch):
             samples = range(first, first + micro_batch)
             rows = [epoch_order(n_rows, seed, i // n_rows)[i % n_rows] for i in samples]
-            yield read_rows(array, rows, (micro_batch, seq_len), meta, ignore_eot, device)
+            yield read_rows(file, rows, (micro_batch, seq_len), meta, ignore_eot, device)
 
 
 def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens=None, device="cpu",
@@ -112,14 +112,14 @@ def val_batches(data_dir, seq_len, micro_batch, rank=0, world_size=1, max_tokens
     n_scored = math.ceil(min(n_tokens, max_tokens or n_tokens) / seq_len)
     order = epoch_order(n_rows, seed=0, epoch=0)[:n_scored]
     step = world_size * micro_batch
-    with open(path, "rb") as array:
+    with open(path, "rb") as file:
         for first in range(0, n_scored, step):
             # Ranks take turns row by row; the last ones may get fewer rows, or none.
             rows = order[first : first + step][rank::world_size]
-            yield read_rows(array, rows, (micro_batch, seq_len), meta, ignore_eot, device)
+            yield read_rows(file, rows, (micro_batch, seq_len), meta, ignore_eot, device)
 
 
-def read_rows(array, rows, shape, meta, ignore_eot, device):
+def read_rows(file, rows, shape, meta, ignore_eot, device):
     """(x, y), int64 of `shape` (micro_batch, seq_len), x the rows, y the next token of each.
 
     y is -100, which the loss ignores, at a row's last position (as in the paper), where the shape
@@ -132,12 +132,12 @@ def read_rows(array, rows, shape, meta, ignore_eot, device):
     y = np.full(shape, -100, np.int64)
     for i, row in enumerate(rows):
         # no memmap: pages that it has touched count as resident memory
-        array.seek(2 * seq_len * row)
-        tokens = np.frombuffer(array.read(2 * seq_len), np.uint16)
+        file.seek(2 * seq_len * row)
+        tokens = np.frombuffer(file.read(2 * seq_len), np.uint16)
         x[i, : len(tokens)] = tokens
         y[i, : len(tokens) - 1] = tokens[1:]
     if x.max() >= meta["vocab_size"]:  # it would end in an error of the embedding, or in worse
-        raise ValueError(f"{array.name} holds id {x.max()}, beyond the vocabulary of "
+        raise ValueError(f"{file.name} holds id {x.max()}, beyond the vocabulary of "
                          f"{meta['vocab_size']}: run python data.py tokenize again")
     if ignore_eot:
         y[y == meta["eot_id"]] = -100
@@ -148,14 +148,14 @@ def read_rows(array, rows, shape, meta, ignore_eot, device):
     return tuple(t.to(device, non_blocking=cuda) for t in batch)
 
 
-@lru_cache(2)  # of the epoch at hand, and of its neighbour (a batch may reach into it) or val.bin's
+@lru_cache(2)  # two orders: a batch may cross from one epoch into the next
 def epoch_order(n_rows, seed, epoch):
     """Rows 0 to n_rows - 1 in an epoch's order, an int64 array.
 
     It takes 8 bytes a row: for BioMedLM's 34.6B tokens in rows of 1024, 270 MB on each rank.
     """
     # RandomState, not default_rng: its numbers are the same in every version of numpy.
-    return np.random.RandomState(hash64(f"{seed} {epoch}") % 2**32).permutation(n_rows)
+    return np.random.RandomState([seed, epoch]).permutation(n_rows)
 
 
 def load_meta(data_dir, verify=False):
@@ -212,6 +212,7 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1)
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"{tokenizer_name} has {tokenizer.vocab_size} tokens: uint16 holds 65,536")
     documents = split_documents(newest_documents(text_files(text)), val_fraction)
+    # Lists of BATCH documents, until one is empty.
     batches = iter(lambda: list(itertools.islice(documents, BATCH)), [])
     encode = partial(encode_documents, tokenizer_name, tokenizer.fingerprint, eot)
     meta = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id,
@@ -270,18 +271,20 @@ def newest_documents(files):
 def split_documents(documents, val_fraction):
     """("train" or "val", text) of each (hash of the id, text).
 
-    The one with the lowest hash of all validates, however few there are. Only the end tells which
-    one that is, so the lowest at hand is held back until then.
+    The one with the lowest hash of all goes to val, however few there are. Only the end tells which
+    one that is, so the lowest at hand is kept until then.
     """
     lowest = next(documents, None)
     for document in documents:
-        lowest, (id_hash, text) = sorted([lowest, document])
-        yield "val" if validates(id_hash, val_fraction) else "train", text
+        if document < lowest:
+            lowest, document = document, lowest
+        id_hash, text = document
+        yield "val" if is_held_out(id_hash, val_fraction) else "train", text
     if lowest:
         yield "val", lowest[1]
 
 
-def validates(id_hash, val_fraction):
+def is_held_out(id_hash, val_fraction):
     """Whether the document of that hash is held out: it is in the lowest part of all hashes."""
     return id_hash < val_fraction * 2**64
 
@@ -363,10 +366,12 @@ class Task(NamedTuple):
 def load_qa(task, dir, split):
     """list[Question] of a task's official files, found by name anywhere beneath `dir`, in order.
 
-    task: a name in TASKS; split: train, dev or test (mmlu: dev, val, test). Raises
-    FileNotFoundError for a missing file; ValueError, with the file and the question's place in it,
-    for damage of any kind, an empty set or question, a repeated id, a label outside the set.
+    task: a name in TASKS; split: train, dev or test. "val" is dev, but in mmlu, which has both.
+    Raises FileNotFoundError for a missing file; ValueError, with the file and the question's place
+    in it, for damage of any kind, an empty set or question, a repeated id, a label outside the set.
     """
+    if split == "val" and task != "mmlu":
+        split = "dev"
     reader, paths = official_files(task, dir, split)
     questions = {}
     for path in paths:
@@ -520,7 +525,7 @@ def divide_bioasq(questions, split):
 
 
 def yes_or_no(ident, question, context, label):
-    answer = index_of(label.lower(), BIOASQ_LABELS, ident)
+    answer = index_of("".join(label).lower(), BIOASQ_LABELS, ident)  # some have ["yes"]
     return Question(ident, question, context, BIOASQ_LABELS, answer, kind="yesno")
 
 
@@ -575,7 +580,8 @@ TASKS = {  # files, kind, special tokens, length, epochs, lr
     "medmcqa": Task({"{}.json*": read_medmcqa}, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
     "mmlu": Task({"*_{}.csv": read_mmlu}, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
     "pubmedqa": Task({"ori_pqal.json": read_pubmedqa}, "labels", LABELS_TOKENS, 512, 20, 2e-6),
-    "bioasq": Task({"{}.tsv": read_blurb, "*.json": read_bioasq}, "labels", LABELS_TOKENS, 1024,
+    "bioasq": Task({"{}.tsv": read_blurb, "*[0-9][bB]*.json": read_bioasq,
+                    "*.json": read_bioasq}, "labels", LABELS_TOKENS, 1024,
                    20, 2e-6),
     "text": Task({"{}.source": read_source, "*.xml": read_medquad}, "text", TEXT_TOKENS, 1022, 3,
                  1e-5),
@@ -740,7 +746,7 @@ def cloze(text, counts, out, val_fraction=0.002, everyday=None, seed=17):
     tokenizer = load_named(everyday) if everyday else None
     counted = Counter()
     for id_hash, document in newest_documents(text_files(counts)):
-        if not validates(id_hash, val_fraction):
+        if not is_held_out(id_hash, val_fraction):
             counted.update(WORD.findall(document))
     for word, _ in counted.most_common(COMMONEST):
         del counted[word]
@@ -749,7 +755,7 @@ def cloze(text, counts, out, val_fraction=0.002, everyday=None, seed=17):
         by_ending[word[-3:]].append(word)
     questions = []
     for id_hash, document in newest_documents(text_files(text)):
-        if validates(id_hash, val_fraction):
+        if is_held_out(id_hash, val_fraction):
             # An abstract is one passage. A long document has many, its paragraphs.
             for passage in [document] if len(document) < 4000 else document.split("\n"):
                 rng = random.Random(f"{seed} {passage}")
@@ -843,7 +849,7 @@ CHUNK = MIB // 16
 RECORD_LIMIT = 32 * MIB  # of XML between the ends of two records: several times any article
 OUTPUT_BYTES = 16 * MIB  # small files are gathered until they are this large together
 ENTITIES = {name.rstrip(";"): text for name, text in html.entities.html5.items()}
-NAMED = re.compile(rb"&(?!#|amp;|lt;|gt;|quot;|apos;)")  # an entity that XML itself doesn't know
+UNKNOWN_ENTITY = re.compile(rb"&(?!#|amp;|lt;|gt;|quot;|apos;)")  # not XML's own
 PILE_SETS = ("PubMed Abstracts", "PubMed Central")
 SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
 
@@ -871,7 +877,7 @@ def xml_records(path):
                     if b"<!ENTITY" in head or len(head) > 2 * CHUNK:
                         raise ValueError(f"{path} declares an entity, which could grow endlessly, "
                                          "or has no XML element in its first 64 KiB: refused")
-                if NAMED.search(chunk):  # few files have any, and filling the table takes a while
+                if UNKNOWN_ENTITY.search(chunk):  # few files have any; to fill the table is slow
                     parser.entity.update(ENTITIES)
                 parser.feed(chunk)
                 pending += len(chunk)
@@ -884,6 +890,8 @@ def xml_records(path):
                                      "article: remove the file or raise RECORD_LIMIT")
             parser.close()
         except ET.ParseError as e:
+            if len(top) and local(top[0]) in CONTAINERS:
+                yield from top[0][:-1]  # what stands before the damage
             raise ValueError(f"{path}: malformed XML ({e}): mend it or download it again") from None
     yield from top[0] if local(top[0]) in CONTAINERS else top
 
@@ -924,7 +932,7 @@ LAYOUT = dict.fromkeys(BLOCKS, LINE + "*" + LINE) | {
 # m2, 2<sup>nd</sup> -> 2nd, H<sub>2</sub>O -> H2O.
 JOINTS = {"sup": (r"\d\d|[\w)\]]([+−–-]\d|(?!(st|nd|rd|th|TM)\b)[^\W\d_])", "^"),
           "sub": (r"\d\d", "_"), "xref": (r"\d\d", ", ")}
-NOTE = re.compile(r"\s*[a-h]([,;\s]*[a-h])*\s*")  # a superscript that points to a table's note
+NOTE_MARK = re.compile(r"\s*[a-h]([,;\s]*[a-h])*\s*")  # a superscript that points to a table's note
 PREAMBLE = re.compile(r"(?s).*\\begin\{document\}|\\end\{document\}.*")  # LaTeX's
 
 
@@ -999,7 +1007,7 @@ def shown(e, tag):
         fill_spans(e)
     elif tag in ("td", "th"):
         for sup in e.iter("sup"):
-            if NOTE.fullmatch(full_text(sup)):
+            if NOTE_MARK.fullmatch(full_text(sup)):
                 sup.text = None
                 del sup[:]
     elif tag == "table-wrap-foot":
@@ -1055,8 +1063,8 @@ def tidy(line):
     return " ".join(line.replace(CELL, " | ").split())
 
 
-# Each reader below gives the documents of a record: [(id or None, text or None, reason)]. A reason
-# to drop the text ("no abstract") makes it a deletion. Most records hold one document.
+# Each reader below gives the document of a record: (id or None, text, reason). A reason to drop the
+# text ("no abstract") makes it a deletion.
 
 
 NO_TITLE = re.compile(r"\[(Not Available|In Process Citation)\]")  # it stands in a title's place
@@ -1072,7 +1080,7 @@ def is_notice(marks, text):
     return NOTICES & marks or re.match("RETRACTED|Retracted:", text)
 
 
-def pubmed_documents(record, options):
+def pubmed_document(record, options):
     """Of a PubmedArticle or PubmedBookArticle: title + "\n" + abstract, as The Pile has it."""
     citation = record[0]  # MedlineCitation or BookDocument
     article = citation.find("Article")
@@ -1098,7 +1106,7 @@ def pubmed_documents(record, options):
         reason = "in PMC"
     elif not abstract:
         reason = "no abstract"
-    return [(citation.find("PMID").text.strip(), text, reason)]
+    return citation.find("PMID").text.strip(), text, reason
 
 
 def pubmed_text(element):
@@ -1110,7 +1118,7 @@ def pubmed_text(element):
     return full_text(element)  # the same, faster: few have inline tags
 
 
-def jats_documents(article, path):
+def jats_document(article, path):
     """Title, abstracts, body, floats and glossary of a JATS article.
 
     The id is the PMC's, or else the PMID, or else the file's name (PMC123.1.xml) if it tells one.
@@ -1136,10 +1144,10 @@ def jats_documents(article, path):
         reason = "correction or retraction"
     elif not any(map(full_text, main)):
         reason = "no abstract and no body"
-    return [(ident, text, reason)]
+    return ident, text, reason
 
 
-def json_documents(record):
+def json_document(record):
     """Of {"text"}, {"title", "abstract"}, or The Pile's lines by their meta.pile_set_name.
 
     The id is "id", or else "pmid" or "pmcid". {"id", "deleted": true} passes through, so that
@@ -1157,7 +1165,7 @@ def json_documents(record):
         reason = "deleted or without text"
     # JSON can spell half a surrogate pair: U+FFFD, as in tokenizer.read_records
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return [(ids[0] if ids else None, text, reason)]
+    return ids[0] if ids else None, text, reason
 
 
 def source_records(path):
@@ -1169,24 +1177,24 @@ def source_records(path):
 
 
 def documents(record, path, options):
-    """What a record of any kind holds."""
+    """[(id or None, text or None, reason)] of a record of any kind."""
     if isinstance(record, tuple):
         return [(*record, None)]
     if isinstance(record, dict):
-        return json_documents(record)
+        return [json_document(record)]
     tag = local(record)
     if tag in ("PubmedArticle", "PubmedBookArticle"):
-        return pubmed_documents(record, options)
+        return [pubmed_document(record, options)]
     if tag in ("DeleteCitation", "DeleteDocument"):
         return [(e.text.strip(), None, "deleted") for e in record.findall("PMID")]
-    if tag == "article":
-        return jats_documents(record, path)
     if tag == "Reply":  # of efetch, in the place of an article
         return [(None, None, f"no article: {record.get('error')}")]
-    articles = [e for e in record.iter() if local(e) == "article"]
+    articles = [record]
+    if tag != "article":  # a wrapper, as OAI's
+        articles = [e for e in record.iter() if local(e) == "article"]
     if not articles:
         raise ValueError(f"<{tag}> is no record of PubMed or JATS")
-    return sum((jats_documents(e, path) for e in articles), [])  # in a wrapper, as OAI's
+    return [jats_document(article, path) for article in articles]
 
 
 def text_line(ident, text):
@@ -1239,37 +1247,37 @@ def extract_files(task):
 
 
 def plan_outputs(inputs, out, options):
-    """{output's name: its files}, and the prefixes of all names that these inputs may give.
+    """{output's name: its files}, and the marks that the names have.
 
     An input that is a file makes an output of its own. In a folder a new output begins whenever
-    another OUTPUT_BYTES is full. An output is called prefix + hash + .jsonl.gz:
+    another OUTPUT_BYTES is full. An output is called after its first file:
 
         pubmed26n0001-3f2a91bc.jsonl.gz
 
-    The prefix is the first file's name and three digits of its place, the hash five of the names,
-    sizes and times of all its files and the flags.
+    3f2 is the mark of the input, file or folder. a91bc is a hash of the flags and of the names,
+    sizes and times of the output's files.
     """
-    groups, prefixes = defaultdict(dict), {}
+    plan, marks = {}, set()
     for given in map(os.path.realpath, inputs):
-        paths = source_files(given, out)
-        if not paths:
-            raise ValueError(f"nothing to extract in {given}: give .xml, .nxml, .jsonl, .json, "
-                             ".txt, plain or .gz, or folders of them (unpack .zst and .tar first)")
-        total = 0
-        for path in paths:
-            # its path beneath the folder given, "/" as "-"
-            name = os.path.relpath(path, given) if path != given else os.path.basename(path)
-            prefixes[path] = f"{SUFFIX.sub('', name.replace('/', '-'))}-{hash64(path) % 16**3:03x}"
+        groups, total = defaultdict(dict), 0
+        for path in source_files(given, out):
             stat = os.stat(path)
             total += stat.st_size
-            group = given, os.path.dirname(path), total // OUTPUT_BYTES
+            group = os.path.dirname(path), total // OUTPUT_BYTES
             groups[group][path] = stat.st_size, stat.st_mtime
-    plan = {}
-    for files in groups.values():
-        paths = [*files]
-        state = hash64(f"{files} {options}") % 16**5
-        plan[f"{prefixes[paths[0]]}{state:05x}.jsonl.gz"] = paths
-    return plan, set(prefixes.values())
+        if not groups:
+            raise ValueError(f"nothing to extract in {given}: give .xml, .nxml, .jsonl, .json, "
+                             ".txt, plain or .gz, or folders of them (unpack .zst and .tar first)")
+        mark = f"{hash64(given) % 16**3:03x}"
+        marks.add(mark)
+        for files in groups.values():
+            paths = [*files]
+            # its path beneath the folder given, "/" as "-"
+            base = given if paths[0] != given else os.path.dirname(given)
+            stem = SUFFIX.sub("", os.path.relpath(paths[0], base).replace("/", "-"))
+            state = f"{hash64(f'{files} {options}') % 16**5:05x}"
+            plan[f"{stem}-{mark}{state}.jsonl.gz"] = paths
+    return plan, marks
 
 
 NOT_TEXT = re.compile(r"(?i)readme|licen[cs]e|.*filelist")  # what lies beside the data
@@ -1300,14 +1308,15 @@ def extract(inputs, out, languages=(), skip_pmc=False, workers=1):
     """
     out = Path(out).resolve()
     options = {"languages": sorted(languages), "skip_pmc": skip_pmc}
-    plan, prefixes = plan_outputs(inputs, out, options)
+    plan, marks = plan_outputs(inputs, out, options)
     make_folder(out)
-    outdated = []  # of these inputs, before a file or flag changed or a new file came
+    outdated = []  # a file or flag has changed, or other files lie together
     for path in out.iterdir():
         if re.search(r"\.(jsonl|txt)(\.gz)?$", path.name) and path.name not in plan:
-            if path.name[:-len("91bc0.jsonl.gz")] not in prefixes:
+            mark = re.search(r"-(.{3}).{5}\.jsonl\.gz$", path.name)
+            if not mark or mark[1] not in marks:
                 raise ValueError(f"{path} is not made of these inputs: give all inputs of a text "
-                                 "in one command, and an --out of its own")
+                                 "in one command, remove it, or use another --out")
             outdated.append(path)
     tasks = [(out / name, paths, options) for name, paths in plan.items()
              if not (out / name).exists()]
@@ -1357,6 +1366,8 @@ TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S = 5, 2.0, 4, (10, 30)
 def get(url, pattern=rb"\A(?!\s*<(!doctype )?html)", md5=None):
     """The bytes at url. They have this md5, if given, and pattern occurs (here: no web page)."""
     for attempt in range(TRIES):
+        if attempt:
+            time.sleep(BACKOFF_S * 2**attempt)
         try:
             response = requests.get(url, headers=AGENT, timeout=TIMEOUT_S)
             if response.status_code in (403, 404):
@@ -1370,7 +1381,6 @@ def get(url, pattern=rb"\A(?!\s*<(!doctype )?html)", md5=None):
             reason = "a web page in its place" if same else "its checksum differs"
         except requests.RequestException as e:  # a cut connection too
             reason = e
-        time.sleep(BACKOFF_S * 2**attempt)
     raise OSError(f"{url}: {reason}, {TRIES} times: try again later; files that are whole are kept")
 
 
@@ -1533,6 +1543,7 @@ def main():
     add("--files", help="range of file numbers (pubmed) or PMC numbers (default: all)")
     add("--licenses", nargs="*", default=[], help="pmc: codes to keep (default: all)")
 
+    # A flag has the name of its function's parameter.
     flags = vars(parser.parse_args())
     flags.pop("function")(**flags)
 

@@ -7,11 +7,12 @@ Reads text: .jsonl with a document {"id", "text"} a line, or .txt; plain or .gz;
 Writes vocab.json and merges.txt, the same bytes as Hugging Face's BpeTrainer. Encodes with
 tiktoken. Invalid bytes become U+FFFD. A special token's string in a text is plain text. Left out:
 normalisers, prefix spaces, dropout.
-The second half of the file reads and writes text files; the other scripts use it too.
+The second half of the file reads text files, writes files, starts processes and commands. It stands
+here because this file imports nothing of the project: the other scripts import it.
 """
 
 import argparse
-import codecs
+import bisect
 import gzip
 import hashlib
 import heapq
@@ -27,11 +28,12 @@ import sys
 import tempfile
 import threading
 import zlib
+from array import array
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice, pairwise
-from operator import add
 from pathlib import Path
 
 import regex
@@ -51,10 +53,12 @@ END_OF_TEXT = "<|endoftext|>"
 # English endings, letters, digits, signs; then white space, without its last character where a
 # word follows: "a   b" -> "a", "  ", " b".
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# For training: white space ends at each "\n". HF's trainer too cuts every line by itself.
+# For training: white space ends at each "\n". HF's trainer too cuts every line by itself. Nothing
+# else differs.
 LINE_PATTERN = regex.compile(PATTERN.replace(r"\s+(?!\S)|\s+", r"[^\S\n]*\n|[^\S\n]+(?!\S)|\s"))
 # For encoding: the same pieces as PATTERN's, but long white space is matched in steps of 100.
-# Else tiktoken 0.14 panics after a million steps.
+# Else tiktoken 0.14 panics after a million steps. Two white characters stay after each step: one
+# for the \s+ behind, one for the word after it.
 SAFE_PATTERN = PATTERN.replace(r"\s+(?!\S)", r"(?:\s{100}(?=\s\s))*+\s+(?!\S)")
 
 # GPT-2 writes a byte as a visible character. 188 bytes are visible in Latin-1 and stand for
@@ -62,15 +66,9 @@ SAFE_PATTERN = PATTERN.replace(r"\s+(?!\S)", r"(?:\s{100}(?=\s\s))*+\s+(?!\S)")
 # the two bytes of "é" are "Ã©". A byte's id is its place here: "!" has 0, "Ġ" has 220.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = sorted(range(256), key=lambda byte: byte not in VISIBLE)
-ALPHABET = [*map(chr, [*VISIBLE, *range(256, 256 + 68)])]
+ALPHABET = [*map(chr, [*VISIBLE, *range(256, 324)])]
 ID_OF_BYTE = bytes(map(BYTES.index, range(256)))  # for bytes.translate
 BYTE_OF_CHAR = dict(zip(ALPHABET, BYTES))
-
-
-def token_bytes(token):
-    """The bytes of a token in byte characters: "Ġcell" -> b" cell"."""
-    return bytes(map(BYTE_OF_CHAR.__getitem__, token))
-
 
 # ---------------------------------------------------------------------------------------------
 # training: the commonest pair of neighbours becomes a token, again and again
@@ -82,8 +80,19 @@ def token_bytes(token):
 #
 # Counting all pairs anew after each merge would take days. But a merge changes only the pairs that
 # touch it. So each pair keeps a list of its words. The pairs that a merge makes all hold its new
-# token, and are counted once, when they appear. All other pairs only get rarer: the merge lowers
-# their counts.
+# token, and are counted once, when they appear. Each takes the place of an old pair, which becomes
+# rarer. After h e -> X:
+#
+#     word    new    old
+#     then    t X    t h
+#     then    X n    e n
+#     hehe    X X    e h
+#
+# So no count ever exceeds that of the pair merged last, and the search for the commonest pair only
+# goes down: from count to count, and within a count from the smallest pair to the largest.
+
+
+Indices = partial(array, "I")  # numbers of four bytes
 
 
 def train_bpe(counts, vocab_size, min_frequency=2):
@@ -99,45 +108,52 @@ def train_bpe(counts, vocab_size, min_frequency=2):
     # finds a pair, str.join writes its merge, and pairs sort as (id, id) does.
     words = [piece.encode().translate(ID_OF_BYTE).decode("latin-1") for piece in counts]
     count_of = list(counts.values()).__getitem__
-    where = defaultdict(list)  # pair -> indices of words, one an occurrence; some may be outdated
+    where = defaultdict(Indices)  # pair -> indices of words; some no longer have it
     for i, word in enumerate(words):
-        for pair in map(add, word, word[1:]):
+        for pair in map("".join, pairwise(word)):
             where[pair].append(i)
     pair_counts = {pair: sum(map(count_of, indices)) for pair, indices in where.items()}
-    # The heap holds (-count, pair), so that the commonest pair comes out first. The count may be
-    # outdated, that is too high: then the pair goes back with the true one.
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
+    waiting = defaultdict(list)  # count -> a heap of pairs; some have become rarer since
+    levels = [0]  # the counts that have a heap, in order
+
+    def wait(pair):
+        """Put a pair into the heap of its count."""
+        count = pair_counts[pair]
+        if count not in waiting:
+            bisect.insort(levels, count)
+        heapq.heappush(waiting[count], pair)
+
+    def commonest_pairs():
+        """Yield the commonest pair, again and again. One that has become rarer waits once more."""
+        while (count := levels[-1]) >= min_frequency:
+            while waiting[count]:
+                pair = heapq.heappop(waiting[count])
+                if pair_counts[pair] == count:
+                    yield pair
+                else:
+                    wait(pair)
+            del waiting[levels.pop()]
+
+    for pair in pair_counts:
+        wait(pair)
     tokens = list(ALPHABET)
     merges = []
-    for new_id in tqdm(range(256, vocab_size - 1), "merging", unit="merge", disable=None):
-        if not heap:
-            break
-        minus_count, pair = heapq.heappop(heap)
-        while pair_counts[pair] < -minus_count:
-            minus_count, pair = heapq.heappushpop(heap, (-pair_counts[pair], pair))
-        if -minus_count < min_frequency:
-            break
-        # The commonest pair becomes a token.
+    new_ids = tqdm(range(256, vocab_size - 1), "merging", disable=None)
+    for new_id, pair in zip(new_ids, commonest_pairs()):
         left, right = pair
         merges.append((tokens[ord(left)], tokens[ord(right)]))
         tokens.append("".join(merges[-1]))
         merged = chr(new_id)
-        # A new pair takes the place of an old one, which becomes rarer. After h e -> X:
-        #     word    new    old
-        #     then    t X    t h
-        #     then    X n    e n
-        #     hehe    X X    e h
         for new, indices in merge_pair(pair, merged, words, where.pop(pair)).items():
             count = sum(map(count_of, indices))
-            first, second = new
+            first, second = new  # replaces `old`: see the table above
             old = (right if first == merged else first) + (left if second == merged else second)
             if old in pair_counts:
                 pair_counts[old] -= count
             if count >= min_frequency:  # a rarer pair will never be a token
                 pair_counts[new] = count
                 where[new] = indices
-                heapq.heappush(heap, (-count, new))
+                wait(new)
     return merges
 
 
@@ -147,7 +163,7 @@ def merge_pair(pair, merged, words, indices):
     Returns {new pair: indices of words, one an occurrence}. In "then", "he" becomes X: the new
     pairs are "tX" and "Xn". In "hehe" it is "XX".
     """
-    new_pairs = defaultdict(list)
+    new_pairs = defaultdict(Indices)
     for i in dict.fromkeys(indices):  # a word once, however often it has the pair
         parts = words[i].split(pair)  # "hehe" -> "", "", ""; one part if the pair is gone
         words[i] = merged.join(parts)
@@ -172,33 +188,32 @@ class Tokenizer:
     vocab: {token in byte characters, or special string: id}; merges: pairs in order; added:
     {special string: id} beyond vocab. ValueError where these do not fit each other.
 
-    The merges must be such as training gives: for them tiktoken, which joins any neighbours whose
-    bytes together are a token, has HF's ids, which joins only the pairs of merges.txt. A token's
-    bytes, as long as no merge crosses their ends, always go through the same merges.
+    tiktoken joins any neighbours whose bytes together are a token, HF only the pairs of merges.txt.
+    For merges that training gives, both come to the same ids. Others aren't meant to be used here.
     """
 
     def __init__(self, vocab, merges, added=()):
         self.vocab = vocab
         self.merges = merges
         tokens = [*ALPHABET, *map("".join, merges)]
-        self.special = {token: vocab[token] for token in vocab.keys() - tokens} | dict(added)
+        ids = [*map(vocab.get, tokens)]
+        others = vocab.keys() - set(tokens)
+        self.special = {token: vocab[token] for token in others} | dict(added)
+        missing = set(tokens) - vocab.keys()
         # What is neither byte nor merge must look special, or else the merges were cut short.
-        wrong = [token for token in self.special.keys() - added
-                 if not re.fullmatch(r"<.*>|\[.*\]", token)]
-        wrong += [token for token in tokens if token not in vocab]
-        self._bytes = {vocab.get(token): token_bytes(token) for token in tokens}
-        self._bytes |= {i: token.encode() for token, i in self.special.items()}
-        if wrong or len(self._bytes) < len(tokens) + len(self.special):
+        plain = [token for token in others if token not in added and token[0] not in "<["]
+        different = len({*ids, *self.special.values()}) == len(ids) + len(self.special)
+        if missing or plain or not different:
             raise ValueError("its vocabulary and merges are damaged, or do not belong together "
-                             f"{wrong[:3]}: copy them again")
+                             f"{[*missing, *plain][:3]}: copy them again")
         self.eot_id = self.special[END_OF_TEXT]
-        # tiktoken gives ranks: bytes first, then merges in their order. In most vocabularies these
-        # are the ids: None saves the look-up, a fifth of the time.
-        ids = [vocab[token] for token in tokens]
-        self._id_of_rank = None if ids == list(range(len(ids))) else ids
-        ranks = {self._bytes[i]: rank for rank, i in enumerate(ids)}
+        # tiktoken gives ranks: bytes first, then merges in their order.
+        ranks = {bytes(map(BYTE_OF_CHAR.get, token)): rank for rank, token in enumerate(tokens)}
         self._bpe = tiktoken.Encoding("bpe", pat_str=SAFE_PATTERN, special_tokens={},
                                       mergeable_ranks=ranks)
+        self._ids = ids
+        self._bytes = dict(zip(ids, ranks))
+        self._bytes |= {i: token.encode() for token, i in self.special.items()}
 
     @classmethod
     def from_merges(cls, merges):
@@ -214,14 +229,12 @@ class Tokenizer:
     def add_special_tokens(self, tokens):
         """Ids of special strings; those that are new get the ids from vocab_size up."""
         for token in tokens:
-            i = self.special.setdefault(token, self.vocab_size)
-            self._bytes[i] = token.encode()
+            self._bytes[self.special.setdefault(token, self.vocab_size)] = token.encode()
         return [self.special[token] for token in tokens]
 
     def encode(self, text):
         """Ids (list of int) of text. Special strings in it are plain text."""
-        ranks = self._bpe.encode_ordinary(text)
-        return [self._id_of_rank[rank] for rank in ranks] if self._id_of_rank else ranks
+        return [self._ids[rank] for rank in self._bpe.encode_ordinary(text)]
 
     def decode_bytes(self, ids):
         """Bytes of ids (ints); ValueError for an id that is not in the vocabulary."""
@@ -248,36 +261,38 @@ class Tokenizer:
 
     def save(self, folder):
         """Write vocab.json, merges.txt and, if tokens were added, added_tokens.json; each whole."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        files = self.files()
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files().items():
+            with replacing(folder / name) as f:
+                f.write(content)
         added = {token: i for token, i in self.special.items() if token not in self.vocab}
         if added:
-            files["added_tokens.json"] = json.dumps(added).encode()
-        for name, content in files.items():
-            with replacing(Path(folder, name)) as f:
-                f.write(content)
+            write_json(folder / "added_tokens.json", added)
+        else:
+            (folder / "added_tokens.json").unlink(missing_ok=True)
 
     @classmethod
     def load(cls, folder):
         """From vocab.json + merges.txt, GPT-2's encoder.json + vocab.bpe, or a tokenizer.json."""
-        error = FileNotFoundError(
-            f"{folder} has no vocab.json + merges.txt: make them with python tokenizer.py train "
-            f"--input TEXT --out {folder}; for gpt2, set TIKTOKEN_CACHE_DIR to the folder where "
-            "tiktoken keeps its files")
-        for name, merges_name in MERGES_OF.items():
-            vocab, merges = Path(folder, name), Path(folder, merges_name)
+        error = None
+        for names in MERGES_OF.items():
+            vocab, merges = map(Path(folder).joinpath, names)
             if vocab.is_file() and merges.is_file():
                 try:
                     return cls(*read_files(vocab, merges))
                 except ValueError as e:  # a whole tokenizer.json may stand there, too
-                    error = ValueError(f"{vocab}: {e}")
-        raise error
+                    error = error or ValueError(f"{vocab}: {e}")
+        raise error or FileNotFoundError(
+            f"{folder} has no vocab.json + merges.txt: make them with python tokenizer.py train "
+            f"--input TEXT --out {folder}; for gpt2, set TIKTOKEN_CACHE_DIR to the folder where "
+            "tiktoken keeps its files")
 
 
 # ---------------------------------------------------------------------------------------------
 # counting pre-tokens: the text is streamed, in several processes
 
-BATCH_CHARS = 2**21
+BATCH_CHARS = 2**21  # a larger batch cuts fewer chunks again, and takes more memory
 # A pre-token starts at every space that something visible follows.
 SPACE = re.compile(r" (?=\S)")
 
@@ -285,17 +300,18 @@ SPACE = re.compile(r" (?=\S)")
 def count_pretokens(inputs, workers=1):
     """Counter of the pre-tokens in files or folders, the same for every number of processes.
 
-    This process reads, the workers count; some two batches a worker are in memory. The Counter
-    grows with the text: 176,000 pre-tokens in 86 MB of abstracts, 20 MB here and NNN while merging.
-    All of PubMed, 30 GB, has some 10 million by extrapolation.
+    This process reads, the workers count; some two batches a worker are in memory. Below 30 MB it
+    counts alone: others would take as long to start as they save. The Counter
+    grows with the text: abstracts of 21 MB have 68,000 pre-tokens, of 86 MB 176,000. By that rule
+    all of PubMed, 30 GB, has some 9 million. Training takes about 480 bytes for each: 4 GB.
     """
     batches = read_batches(inputs)
     first = list(islice(batches, 15))
-    if len(first) < 15:
-        workers = 1  # below 30 MB it would take longer to start others
+    if len(first) < 15:  # 30 MB
+        workers = 1
     counts = Counter()
     results = in_processes(count_batch, chain(first, batches), workers)
-    for counted in tqdm(results, "counting", unit=" batches", disable=None):
+    for counted in tqdm(results, "counting", disable=None):
         counts.update(counted)
     return counts
 
@@ -315,17 +331,13 @@ def count_batch(text):
     """Counter of the pre-tokens of a text.
 
     GPT-2's pattern is slow. So the text is cut at spaces first, and the pattern runs once on each
-    distinct chunk: " (myocardium)," comes often and is cut once. The chunks that come equally often
-    are cut together.
+    distinct chunk: " (myocardium)," comes often and is cut once.
     """
     head, *chunks = SPACE.split(text)
-    chunks_of = defaultdict(list)  # how often they come -> the chunks
-    for chunk, count in Counter(chunks).items():
-        chunks_of[count].append(chunk)
     counts = Counter(LINE_PATTERN.findall(head))
-    for count, chunks in chunks_of.items():
-        for piece, n in Counter(LINE_PATTERN.findall(" " + " ".join(chunks))).items():
-            counts[piece] += count * n
+    for chunk, count in Counter(chunks).items():
+        for piece in LINE_PATTERN.findall(" " + chunk):
+            counts[piece] += count
     return counts
 
 
@@ -348,18 +360,18 @@ def load_named(name):
 
 
 def read_files(path, merges_path):
-    """Arguments of Tokenizer: ids, merges and added tokens, from all that the folder has."""
-    whole, added = [read_json(file) if file.is_file() else {}
-                    for file in map(path.with_name, ["tokenizer.json", "added_tokens.json"])]
-    if path == merges_path:
-        vocab, merges = read_whole(whole)
+    """Arguments of Tokenizer: ids, merges and added tokens, from all that belongs to a file."""
+    vocab = read_json(path)
+    if path.name == "tokenizer.json":
+        vocab, merges, added = from_tokenizer_json(vocab)
     else:
-        vocab = read_json(path)
         lines = merges_path.read_text("utf-8", "replace").rstrip("\n").split("\n")
         merges = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
-    added |= {token["content"]: token["id"] for token in whole.get("added_tokens", [])}
+        added = path.with_name("added_tokens.json")
+        added = read_json(added) if added.is_file() else {}
     # BioMedLM's vocab.json has no end-of-text. Its id is the next one then, as in transformers.
-    vocab.setdefault(END_OF_TEXT, added.pop(END_OF_TEXT, max(vocab.values()) + 1))
+    eot = added.pop(END_OF_TEXT, max(vocab.values()) + 1)
+    vocab.setdefault(END_OF_TEXT, eot)
     return vocab, merges, added
 
 
@@ -367,21 +379,22 @@ def read_json(path):
     """The object in a JSON file, as a dict."""
     try:
         return {} | json.loads(path.read_bytes())
-    except (ValueError, TypeError, RecursionError) as e:
+    except (ValueError, TypeError) as e:
         raise ValueError(f"{path} is damaged, perhaps cut short ({e!r}): get it again") from None
 
 
-def read_whole(content):
-    """Ids and merges from the content of Hugging Face's tokenizer.json, which holds all."""
+def from_tokenizer_json(content):
+    """The same from the content of Hugging Face's tokenizer.json, which holds all."""
     cut = {"use_regex": True} | (content["pre_tokenizer"] or {})
     gpt2 = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}
     model = content["model"]
-    if content["normalizer"] or not gpt2.items() <= cut.items() or "merges" not in model:
-        raise ValueError("the text is changed (normalizer) or cut (pre_tokenizer, model) in other "
-                         "ways than GPT-2's: use a tokenizer of GPT-2's kind")
+    if content["normalizer"] or not gpt2.items() <= cut.items():
+        raise ValueError("the text is changed (normalizer) or cut (pre_tokenizer) in other ways "
+                         "than GPT-2's: use a tokenizer of GPT-2's kind")
     # a merge is "t h" in older files and ["t", "h"] in newer ones
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-    return model["vocab"], merges
+    return model["vocab"], merges, {token["content"]: token["id"]
+                                    for token in content["added_tokens"]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -390,8 +403,7 @@ def read_whole(content):
 
 def natural(path):
     """Sort key of a file's name: pubmed26n999 comes before pubmed26n1000."""
-    padded = re.sub(r"\d+", lambda number: number[0].zfill(20), Path(path).name)
-    return padded, str(path)
+    return re.sub(r"\d+", lambda number: number[0].zfill(20), Path(path).name), str(path)
 
 
 def text_files(path):
@@ -425,7 +437,7 @@ def json_lines(path):
                 continue
             try:
                 value = {} | json.loads(line)  # TypeError where it is no object
-            except (ValueError, TypeError, RecursionError):  # the last: nested too deeply
+            except (ValueError, TypeError):
                 raise ValueError(f"{path}: line {number} is no JSON object: get the file "
                                  "anew") from None
             yield number, value
@@ -446,7 +458,7 @@ def read_records(path):
     A .txt is cut into documents, so that a split has some to hold out. Their ids are hashes of
     their texts.
     """
-    if re.search(r"\.txt(\.gz)?$", str(path)):
+    if str(path).endswith((".txt", ".txt.gz")):
         for piece in cut_txt(path):
             if text := piece.strip("\n"):
                 yield f"{hash64(text):016x}", text
@@ -489,8 +501,8 @@ def cut_txt(path):
     piece = ""
     unreadable = 0
     with open_input(path) as f:
-        utf16 = f.peek(2).startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        encoding = "utf-16" if utf16 else "utf-8-sig"
+        marks = b"\xff\xfe", b"\xfe\xff"
+        encoding = "utf-16" if f.peek(2)[:2] in marks else "utf-8-sig"
         lines = io.TextIOWrapper(f, encoding, "replace", newline="\n")
         for line in iter(lambda: lines.readline(8000), ""):
             unreadable += line.count("\ufffd")
@@ -545,9 +557,9 @@ def in_processes(function, tasks, workers):
         yield from map(function, tasks)
         return
     # spawn: a fork would copy locks that the caller's threads (torch's, tqdm's) may hold
-    spawn = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")
     running = deque()
-    with ProcessPoolExecutor(workers, spawn, initializer=start_worker) as pool:
+    with ProcessPoolExecutor(workers, context, start_worker) as pool:
         try:
             for task in tasks:
                 running.append(pool.submit(function, task))
@@ -561,7 +573,8 @@ def in_processes(function, tasks, workers):
 
 
 def start_worker():
-    """Ctrl-C is the parent's to answer. A killed parent takes its workers along."""
+    """Ctrl-C is the parent's to answer. A thread waits for the parent's end, then ends the worker.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
@@ -582,12 +595,11 @@ def run_command(main):
 
 
 def numbers(kind, low, high=math.inf):
-    """argparse's type for the numbers from `low` to below `high`, whole ones or not; never nan."""
+    """argparse's type for numbers from `low` to below `high`, never nan. kind: int or float."""
     def number(text):
         value = kind(text)
         if not low <= value < high:  # false for nan, too
-            below = "" if high == math.inf else f" to below {high}"
-            raise argparse.ArgumentTypeError(f"{text} is refused: use a number from {low}{below}")
+            raise argparse.ArgumentTypeError(f"{text} is refused: use {low} <= number < {high}")
         return value
     return number
 

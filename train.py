@@ -9,8 +9,8 @@ from the newest checkpoint, on any number of processes that can share a step eve
 tensor and pipeline parallelism.
 
 Words: a step is one update of the weights, from batch_tokens tokens, which are cut into sequences
-of seq_len. world_size processes, called ranks and one a GPU, share a step's sequences. A rank takes
-its share in micro-batches, and adds up their gradients.
+of seq_len. world_size processes share a step's sequences; each has a rank, and a GPU of its own. A
+rank takes its share in micro-batches, and adds up their gradients.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import threading
 import time
 import warnings
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -56,7 +57,6 @@ def main():
 
     # Processes: this one alone, or one of torchrun's.
     process = start_process(settings.device, settings.dtype)
-    settings.device, settings.dtype = str(process.device), str(process.dtype)
 
     # Data: token arrays on disk, and meta, which says what they hold. A step's sequences are cut
     # among the ranks and their micro-batches.
@@ -71,7 +71,8 @@ def main():
         process.print(f"{run} is finished: {start} steps. Raise --total_steps to go on, or start "
                       "--fresh")
         return process.close()
-    facts = {"world_size": process.world_size, "data_fingerprint": meta["train"]["sha256"]}
+    facts = {"data_fingerprint": meta["train"]["sha256"], "world_size": process.world_size,
+             "device": str(process.device), "dtype": str(process.dtype)}
     process.on_rank_0(lambda: describe_run(run, start, settings, config, facts))
 
     # Model: the weights of --init, or fresh ones. Every rank draws the same from the seed, on its
@@ -98,7 +99,7 @@ def main():
     process.print(f"{run}: {n_params:,} parameters, steps {start} to {total_steps} of "
                   f"{settings.batch_tokens:,} tokens = {process.world_size} ranks x "
                   f"{settings.accumulation} micro-batches x {settings.micro_batch} sequences x "
-                  f"{settings.seq_len}; {settings.device}, {settings.dtype}, "
+                  f"{settings.seq_len}; {process.device}, {process.dtype}, "
                   f"ops: {kernels_active(process.device)}")
 
     # Batches: their order depends on the seed alone. So a resumed run only needs to know how many
@@ -125,7 +126,8 @@ def main():
         last = step == total_steps
         if last or step % settings.eval_every == 0 and (step == 0 or step > start):
             val_batches = data.val_batches(**reading, max_tokens=settings.eval_tokens)
-            val_loss = evaluate(model, val_batches, process)
+            nats, targets = evaluate(model, val_batches, process)
+            val_loss = nats / max(targets, 1)
             # A nat is 1 / ln 2 bits. Bits a byte compare models with different tokenizers.
             bits = val_loss / math.log(2) * meta["val"]["tokens"] / meta["val"]["bytes"]
             log(run, {"step": step, "val_loss": val_loss, "val_bits_per_byte": bits},
@@ -136,9 +138,9 @@ def main():
         due = time.monotonic() - saved_at > 60 * settings.save_minutes
         if settings.save_every:
             due = step % settings.save_every == 0
-        stopping, due = (ranks > 0 for ranks in process.all_reduce([bool(signals), due]))
-        ending = last or stopping
-        if step > start and (ending or due):
+        n_stopping, n_due = process.all_reduce([bool(signals), due])
+        ending = last or n_stopping > 0
+        if step > start and (ending or n_due > 0):
             writing = save_checkpoint(run, model, optimizer, step, settings.keep, process,
                                       writing, wait=ending)
             saved_at = time.monotonic()
@@ -190,9 +192,9 @@ RECIPE = {
     "warmup_steps": 100, "grad_clip": 1.0, "dropout": 0.1, "seed": 17, "eval_every": 5000,
     # Composer's 1.6e-5, decoupled from lr. AdamW's decay is multiplied by lr: 0.1.
     "weight_decay": 0.1,
-    # Our choice from here on. micro_batch: at most, where no flag gives it. A GPU has done 8 of
-    # these sequences sooner than Python has started their kernels.
-    "micro_batch": 32, "parallel": "ddp", "activation_checkpointing": False,
+    # Our choice from here on. A micro-batch has most_sequences where --micro_batch gives no number.
+    # A GPU has done 8 of these sequences sooner than Python has started their kernels.
+    "most_sequences": 32, "parallel": "ddp", "activation_checkpointing": False,
     "eval_tokens": 4 * 1024**2, "log_every": 10, "keep": 2,
     # torchrun kills 30 s after SIGTERM, and a 31 GB checkpoint takes longer to write. So the
     # periodic ones are the guarantee. By the clock they cost the same share on any machine.
@@ -201,13 +203,13 @@ PRESETS = {
     # Our choice. Its facts sink in suddenly, between steps 500 and 900.
     "demo": {
         "total_steps": 1500, "batch_tokens": 1024, "seq_len": 128, "lr": 2e-3, "dropout": 0.0,
-        "eval_every": 250, "eval_tokens": 16_384, "log_every": 50, "micro_batch": 8},
+        "eval_every": 250, "eval_tokens": 16_384, "log_every": 50, "most_sequences": 8},
     "gpt2-124m": {},  # our choice
     "biomedlm-125m": {},
     # The authors' gpt-3b-biotok-300k.yaml and the paper, section 2. The yaml and the checkpoint's
     # name have 300,000 steps; the paper's 300B tokens are 286,102.
     "biomedlm": {
-        "total_steps": 300_000, "batch_tokens": 1024 * 1024, "lr": 1.6e-4, "micro_batch": 8,
+        "total_steps": 300_000, "batch_tokens": 1024 * 1024, "lr": 1.6e-4, "most_sequences": 8,
         "parallel": "fsdp", "activation_checkpointing": True}}
 DEMO_DATA = "data/demo"
 
@@ -248,11 +250,11 @@ def read_settings():
     number("total_steps", COUNT, "optimiser steps of the whole run")
     number("batch_tokens", COUNT, "tokens of one step, over all ranks and micro-batches")
     add("--micro_batch", type=COUNT, help="sequences in one forward pass of one rank (default: "
-        f"the largest divisor of a rank's share up to {defaults['micro_batch']})")
+        f"the largest divisor of a rank's share up to {defaults['most_sequences']})")
     number("seq_len", LENGTH, "tokens of one sequence")
     number("lr", POSITIVE, "peak learning rate")
     add("--min_lr", type=POSITIVE_OR_0,
-        help="learning rate at the end of the cosine, at most lr (default: 0.1 * lr)")
+        help="learning rate at the end of the cosine (default: 0.1 * lr)")
     number("warmup_steps", COUNT_OR_0, "steps of linear warm-up, at most total_steps")
     number("weight_decay", POSITIVE_OR_0, "AdamW's decay, times lr a step, on every parameter")
     number("grad_clip", POSITIVE, "largest global gradient norm")
@@ -280,7 +282,7 @@ def read_settings():
         help="remove the run's checkpoints and log and start anew (default: go on)")
     add("--verify", action="store_true",
         help="check the arrays' full hashes first (default: sizes only)")
-    parser.set_defaults(**defaults | {"micro_batch": None})
+    parser.set_defaults(**defaults)
     settings = parser.parse_args()
     if settings.min_lr is None:
         settings.min_lr = 0.1 * settings.lr  # BioMedLM: alpha_f 0.1
@@ -309,8 +311,8 @@ def split_batch(settings, world_size):
                          f"in sequences of {settings.seq_len}: use --batch_tokens "
                          f"{max(1, share) * unit}, or for a run that goes on fewer processes")
     divisors = [n for n in range(1, share + 1) if share % n == 0]
-    most = recipe(settings.preset)["micro_batch"]
-    micro_batch = settings.micro_batch or max(n for n in divisors if n <= most)
+    largest = max(n for n in divisors if n <= settings.most_sequences)
+    micro_batch = settings.micro_batch or largest
     if micro_batch not in divisors:
         raise ValueError(f"micro_batch {micro_batch} does not divide {share} sequences per rank: "
                          f"use one of {', '.join(map(str, divisors))}")
@@ -454,7 +456,8 @@ def distribute(model, parallel, process):
         return model
     if parallel == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    # DDP sends rank 0's weights to all. Here a rank's part comes from its own weights: send them.
+    # DDP sends rank 0's weights to all. Here a rank's part comes from its own. So send them first:
+    # equal seeds give equal weights on equal GPUs only.
     for p in model.parameters():
         dist.broadcast(p.data, 0)
     # It warns of the blocks' outputs, which nothing here changes in place.
@@ -486,12 +489,11 @@ def sync_gradients(model, last):
 
 
 def settle_gradients(model, process):
-    """DDP: hold the gradients once, not twice. For BioMedLM this saves 10.4 GB a GPU.
+    """DDP: save a second copy of the gradients, 10.4 GB a GPU for BioMedLM.
 
-    DDP sums gradients in buckets, and lets a gradient lie in its bucket for good. But it makes its
-    buckets anew at the second forward. Gradients that exist by then, or that a micro-batch makes
-    before the first sum, would stay beside the buckets. So two passes over two tokens come first,
-    and update() never drops the gradients, it only zeroes them.
+    DDP sums gradients in buckets. A gradient may lie in its bucket for good, but only one that is
+    made after the buckets are final, and they are made anew at the second forward. So two passes
+    over two tokens come first. From then on gradients are zeroed and never dropped.
     """
     if not isinstance(model, DistributedDataParallel):
         return
@@ -550,13 +552,12 @@ def learning_rate(step, settings):
 
     BioMedLM: 0 at step 0, 1.6e-6 at 1, 1.6e-4 at 100, 8.8e-5 half-way, 1.6e-5 at 300,000.
     """
-    lr = settings.lr
-    min_lr = settings.min_lr
     warmup_steps = settings.warmup_steps
     if step < warmup_steps:
-        return lr * step / warmup_steps
+        return settings.lr * step / warmup_steps
     done = (step - warmup_steps) / (settings.total_steps - warmup_steps)
-    return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * done))
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return settings.min_lr + (settings.lr - settings.min_lr) * cosine
 
 
 def make_optimizer(model, settings):
@@ -586,8 +587,8 @@ def cast_weights(model, dtype):
 def train_step(model, optimizer, batches, step, settings, process):
     """Update `step`: (this rank's loss as a 0-d tensor, gradient norm as a float).
 
-    The loss is divided by the step's positions, not by its valid targets, so that ignored targets
-    weigh the same however the batch is cut among ranks and micro-batches.
+    The loss is divided by this rank's positions in the step, not by its valid targets, so that
+    ignored targets weigh the same however the batch is cut. DDP and FSDP take the mean over ranks.
     """
     # Dropout is all that is random in a step. Seeded anew in each, a resumed run repeats it. A hash
     # in 32 bits, since torch's CPU generator ignores the upper half of a 64-bit seed.
@@ -630,7 +631,7 @@ def update(model, optimizer, lr, grad_clip):
 
 @torch.no_grad()
 def evaluate(model, batches, process):
-    """Mean loss in nats a token over the batches of all ranks."""
+    """(nats, targets): the loss and the tokens that count, summed over the batches of all ranks."""
     was_training = model.training
     model.eval()
     nats = targets = 0
@@ -641,8 +642,7 @@ def evaluate(model, batches, process):
         nats += loss.item() * count  # the mean over this batch's targets -> their sum
         targets += count
     model.train(was_training)
-    nats, targets = process.all_reduce([nats, targets])
-    return nats / max(targets, 1)
+    return process.all_reduce([nats, targets])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -675,16 +675,16 @@ def open_run(run, fresh):
 
 def describe_run(run, start, settings, config, facts):
     """Check that the run may go on from step `start`, and write what describes it."""
-    record = vars(settings) | vars(config) | facts
+    now = vars(settings) | vars(config) | facts
     if start > 0:
-        check_same_run(run, record)
+        check_same_run(run, now)
     cut_log(run / "log.jsonl", start)
     Tokenizer.load(settings.data).save(run)
     # The code's revision, with "-dirty" where files were changed since; or why there is none.
     git = subprocess.getoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "git": git}
     write_json(run / "config.json", config.to_hf())
-    write_json(run / "run.json", {"settings": record, "versions": versions})
+    write_json(run / "run.json", {"settings": now, "versions": versions})
 
 
 def lock(run):
@@ -705,10 +705,10 @@ def lock(run):
         print(f"warning: {run} can't be locked ({e}): start no second training there")
 
 
-def check_same_run(run, record):
+def check_same_run(run, now):
     """Refuse settings that the run's checkpoints can't go on with; print the other changes."""
     before = read_json(run / "run.json")["settings"]
-    for name, value in record.items():
+    for name, value in now.items():
         was = before.get(name)
         if was == value:
             continue
@@ -719,11 +719,13 @@ def check_same_run(run, record):
 
 
 def cut_log(path, step):
-    """Drop what a killed run wrote to log.jsonl after its checkpoint: rows past `step`, half a row.
-    """
+    """Keep the rows of log.jsonl up to `step`, for a new run none. A killed run wrote more."""
     path.touch()
-    kept = [line for line in path.read_text().splitlines(keepends=True)
-            if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = []
+    for line in path.read_text().splitlines():
+        with suppress(ValueError):  # half a row
+            if step > 0 and json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
     with replacing(path) as f:
         f.write("".join(kept).encode())
 
@@ -731,9 +733,9 @@ def cut_log(path, step):
 def save_checkpoint(run, model, optimizer, step, keep, process, writing, wait):
     """Copy the full state to rank 0's CPU and let a thread write it while training goes on.
 
-    writing: the thread of the checkpoint before, or None. Returns the new one on rank 0. wait: for
-    the file; OSError on every rank where it could not be written. The copy and the file have 12
-    bytes a parameter, 31 GB for BioMedLM.
+    writing: the thread of the checkpoint before, or None. Returns the new one on rank 0. A write
+    that fails is told there and training goes on; if it is to `wait`, ValueError on every rank.
+    The copy and the file have 12 bytes a parameter, 31 GB for BioMedLM.
     """
     # One copy at a time. The others wait with the CPUs' group: no GPU times out meanwhile.
     process.on_rank_0(lambda: writing and writing.join())
@@ -741,29 +743,36 @@ def save_checkpoint(run, model, optimizer, step, keep, process, writing, wait):
     weights, moments = dcp.get_state_dict(model, optimizer, options=options)
     if process.device.type == "cpu":  # no copy yet, and the next step would change them
         weights, moments = copy.deepcopy((weights, moments))
-    path = run / f"checkpoint_{step:07d}.pt"
-    if process.rank == 0:
-        contents = {"model": weights, "optimizer": moments, "step": step}
-        writing = threading.Thread(target=write_checkpoint, args=(path, contents, keep))
-        writing.start()
+    contents = {"model": weights, "optimizer": moments, "step": step}
+
+    def write():
+        try:
+            write_checkpoint(run, contents, keep)
+        except ValueError as e:
+            process.print(f"warning: {e}; training goes on")
+
     if wait:
-        process.on_rank_0(lambda: (writing.join(), path.stat()))  # an error if there is none
+        process.on_rank_0(lambda: write_checkpoint(run, contents, keep))
+    elif process.rank == 0:
+        writing = threading.Thread(target=write)
+        writing.start()
     return writing
 
 
-def write_checkpoint(path, contents, keep):
-    """Write a checkpoint whole, then remove old ones; where that fails, warn and leave all."""
+def write_checkpoint(run, contents, keep):
+    """Write checkpoint_STEP.pt whole, then remove old ones; else ValueError, and all stays."""
+    path = run / f"checkpoint_{contents['step']:07d}.pt"
     try:
         with replacing(path) as f:
             torch.save(contents, f)
         # A later step's file is damaged, or the run would have gone on from it: not counted.
-        whole = sorted(p for p in path.parent.glob("checkpoint_*.pt") if p <= path)
+        whole = sorted(p for p in run.glob("checkpoint_*.pt") if p <= path)
         for old in whole[:-keep]:
             old.unlink()
     except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into RuntimeError
         reason = str(e).splitlines()[0]
-        tqdm.write(f"warning: {path} could not be written, is the disk full? ({reason}): make "
-                   "room; the newest checkpoint stands")
+        raise ValueError(f"{path} could not be written, is the disk full? ({reason}): make room; "
+                         "the newest checkpoint stands") from None
 
 
 def load_checkpoint(checkpoint, model, optimizer, process):
@@ -784,7 +793,8 @@ def load_checkpoint(checkpoint, model, optimizer, process):
 # what people see: one line and one row a logged step
 
 # Dense bf16 FLOP/s, accumulated in fp32, by NVIDIA's datasheets (of the RTX cards by the Ada,
-# Blackwell and Ampere whitepapers). MFU is printed for these only; the first name that fits counts.
+# Blackwell and Ampere whitepapers), by regular expression: the first that fits a GPU's name counts.
+# "$" keeps laptops' slower chips out. MFU is printed for these only.
 PEAK_FLOPS = {
     "GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835.5e12, "H200": 989.5e12,
     "H100 NVL": 835.5e12, "H100 PCIe": 756e12, "H100": 989.5e12, "A100": 312e12, "L40S": 362e12,
@@ -864,14 +874,15 @@ def print_end(run, gpt, settings):
     """What the model writes, how many of the demo's questions it answers, what to run next."""
     tokenizer = Tokenizer.load(run)
     eot_id = gpt.config.eot_id
-    prompt = torch.tensor([[eot_id]], device=settings.device)
+    device = gpt.transformer.wte.weight.device
+    prompt = torch.tensor([[eot_id]], device=device)
     tokens = gpt.eval().generate(prompt, min(60, gpt.config.n_positions - 1), temperature=0.8,
                                  top_k=50, seed=0, eot_id=eot_id)
     print(f"\na sample: {tokenizer.decode(tokens[0, 1:].tolist()).strip()}")
     next_command = f"eval.py perplexity --init {run} --data {settings.data}"
     if settings.data == DEMO_DATA:
         questions = data.load_qa("medqa", DEMO_DATA, "test")
-        untrained = GPT(gpt.config).to(settings.device).eval()
+        untrained = GPT(gpt.config).to(device).eval()
         print(f"\nanswers {count_right(gpt, tokenizer, questions)} of {len(questions)} questions "
               f"about what it read (random weights {count_right(untrained, tokenizer, questions)})")
         next_command = f"finetune.py --task medqa --data {DEMO_DATA} --init {run} --out {run}-medqa"

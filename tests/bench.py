@@ -81,16 +81,16 @@ GPU_PARTS = (  # seconds at most, command
     (30, "tests/bench.py products"),
     (100, "-m pytest -v -m gpu -k 'not nccl' tests"),
     (70, "-m pytest -v -m gpu -k nccl tests"),
-    (110, f"{STEP} biomedlm --accumulation 16 --micro_batch 8 --seconds 45"),
-    (140, f"{STEP} biomedlm --accumulation 16 --micro_batch 16 --seconds 60"),
+    (110, f"{STEP} biomedlm --accumulation 16 --micro_batch 8 --rounds 3"),
+    (140, f"{STEP} biomedlm --accumulation 16 --micro_batch 16 --rounds 2"),
     (40, f"{STEP} biomedlm --micro_batch 8 --profile"),
     (90, "tests/bench.py kernels"),
-    (30, f"{STEP} biomedlm-125m --accumulation 4 --micro_batch 8 --seconds 10"),
-    (30, f"{STEP} biomedlm-125m --micro_batch 32 --seconds 10"),
+    (30, f"{STEP} biomedlm-125m --accumulation 4 --micro_batch 8"),
+    (30, f"{STEP} biomedlm-125m --micro_batch 32"),
     (50, "tests/bench.py generate --prompts 1 16"),
     (80, "train.py --fresh --out out/bench-demo"))
 CPU_PARTS = (
-    (90, "tests/bench.py train --shape demo --dropout 0 0.1 --seconds 20"),
+    (90, "tests/bench.py train --shape demo --rounds 50"),
     (240, "tests/bench.py tokenizer --megabytes 32"),
     (120, "tests/bench.py data"),
     (90, "tests/bench.py generate --n_layer 8"))
@@ -176,15 +176,14 @@ def print_tables():
 # plan: what a run needs, without running it
 #
 # N parameters, of a block B = 12*C*C + 13*C, outside of blocks R = (V + T + 2)*C; C width,
-# L layers, H heads, V vocabulary, T seq_len, t tokens of a micro-batch. S shards: FSDP cuts a
-# weight among the GPUs of a node; with DDP S is 1.
+# L layers, H heads, V vocabulary, T seq_len. A step on a GPU is n micro-batches of t tokens.
+# S shards: FSDP cuts a weight among the GPUs of a node; with DDP S is 1.
 
 MACHINES = (  # GPUs, 8 a node; name, GB of each; bytes/s of its memory by the datasheet
     (1, "H200", 141, 4.8e12),
     (8, "H100", 80, 3.35e12),
     (128, "H100", 80, 3.35e12),
     (128, "A100", 40, 1.555e12))
-SAVE_MINUTES = 30  # train.py's default
 COPY_RATE = 5e9  # a guess: bytes/s at which the full state reaches rank 0's CPU; training waits
 
 
@@ -205,10 +204,10 @@ def bench_plan(parser, rest):
     n_params = gpt_model.without_memory(config).n_params()
     flops = train.flops_per_token(config, n_params, recipe["seq_len"])
     stall = 12 * n_params / COPY_RATE
-    share = stall / (60 * SAVE_MINUTES + stall)
+    share = stall / (60 * recipe["save_minutes"] + stall)
     show({"parameters N": n_params, "FLOPs a token = 6*N + 12*L*T*C": flops,
           "checkpoint, GB = 12*N": 12 * n_params / 1e9,
-          f"every {SAVE_MINUTES} minutes training waits for it, s": stall})
+          "training waits for it, s": stall, "share of the time": share})
     hours = recipe["total_steps"] / (1 - share) / 3600  # of a step of one second
     for machine in [(args.gpus, "H100", args.gb, 3.35e12)] if args.gpus else MACHINES:
         plan_machine(args, config, n_params, recipe, machine, hours, flops)
@@ -219,16 +218,16 @@ def plan_machine(args, config, n_params, recipe, machine, hours, flops):
     gpus, name, gigabytes, bandwidth = machine
     title = f"{gpus} x {name}-{gigabytes:g}"
     ideal = flops * recipe["batch_tokens"] / gpus / train.PEAK_FLOPS[name]  # s a step at the peak
+    sequences = recipe["batch_tokens"] // recipe["seq_len"] // gpus  # of a GPU, a step
     found = {}
     for parallel, recomputes, micro_batch in product(args.parallel, (False, True),
                                                      args.micro_batch):
-        sequences = recipe["batch_tokens"] // recipe["seq_len"] // gpus  # of a GPU, a step
         fsdp = parallel == "fsdp"
-        way = SimpleNamespace(
-            fsdp=fsdp, shards=min(gpus, 8) if fsdp else 1, recomputes=recomputes,
-            n=sequences // micro_batch, t=micro_batch * recipe["seq_len"])
-        memory = memory_parts(config, n_params, way)
-        seconds = step_parts(config, n_params, way, ideal, bandwidth)
+        S = min(gpus, 8) if fsdp else 1
+        t = micro_batch * recipe["seq_len"]
+        way = (fsdp, recomputes, S, sequences // micro_batch, t)
+        memory = memory_parts(config, n_params, *way)
+        seconds = step_parts(config, n_params, *way, ideal, bandwidth)
         # The rest is NCCL's, and what the allocator holds for later: more under FSDP.
         usable = (0.85e9 if fsdp else 0.92e9) * gigabytes
         if sequences % micro_batch == 0 and sum(memory.values()) < usable:
@@ -251,55 +250,55 @@ def plan_machine(args, config, n_params, recipe, machine, hours, flops):
     show(row)
 
 
-def memory_parts(config, n_params, way):
+def memory_parts(config, n_params, fsdp, recomputes, S, n, t):
     """{"part = formula": bytes} of one GPU in a block's backward, where it peaks (fused ops).
 
     A block saves, a token: the residual stream twice (8C in fp32), in bf16 two LayerNorm outputs
     (4C), qkv (6C), attention (2C), c_fc (8C) and its GELU (8C), and 4 statistics and H logsumexps.
     """
-    C, L, V, t = config.n_embd, config.n_layer, config.vocab_size, way.t
+    C, L, V = config.n_embd, config.n_layer, config.vocab_size
     B = 12 * C * C + 13 * C
     activations = (36 * C + 4 * config.n_head + 16) * t  # of a block
     parts = {
-        "weights and two moments in fp32 = 12*N / S": 12 * n_params / way.shards,
+        "weights and two moments in fp32 = 12*N / S": 12 * n_params / S,
         "gradients of the block at work = (36*C + 4*H + 16) * t": activations,
         "gradients of the embedding, hidden states = 4*V*C + 2*C*t": 4 * V * C + 2 * C * t}
-    if way.recomputes:
+    if recomputes:
         parts["inputs of L blocks, one block's inside = 6*C*L*t + (36*C + 4*H + 16) * t"] = \
             6 * C * L * t + activations
     else:
         parts["saved activations = (36*C + 4*H + 16) * L * t"] = activations * L
-    if way.fsdp and way.n == 1:  # reduced block by block; else whole until the last micro-batch
+    if fsdp and n == 1:  # reduced block by block; else whole until the last micro-batch
         parts["gradients of two blocks = 8*B"] = 8 * B
     else:
         parts["gradients = 4*N"] = 4 * n_params
-    if way.fsdp and way.recomputes:  # of the block at work and the next; and what is no block's
+    if fsdp and recomputes:  # of the block at work and the next; and what is no block's
         parts["gathered weights, also in bf16 = 4*(R + 2*B) + 24*C*C"] = \
             4 * (n_params - (L - 2) * B) + 24 * C * C
     else:
         parts["blocks' weights in bf16 = 24*C*C*L"] = 24 * C * C * L
-        parts["gathered weights, under FSDP = 4*N"] = 4 * n_params if way.fsdp else 0
+        parts["gathered weights, under FSDP = 4*N"] = 4 * n_params if fsdp else 0
     return parts
 
 
-def step_parts(config, n_params, way, ideal, bandwidth):
+def step_parts(config, n_params, fsdp, recomputes, S, n, t, ideal, bandwidth):
     """{"part = formula": seconds} of a step on one GPU; ideal: its seconds at the peak FLOP/s.
 
     The numbers are from an H100's step of BioMedLM, taken apart: 264-271 ms a micro-batch of 8,192
     tokens. Another machine's are scaled by its datasheet. Traffic between GPUs runs beside backward
     and isn't counted.
     """
-    runs = 4 / 3 if way.recomputes else 1  # a third forward, two backward
+    runs = 4 / 3 if recomputes else 1  # a third forward, two backward
     casts = 1  # of all weights; under FSDP in each forward, since nothing whole lasts a step
-    if way.fsdp:
-        casts = (1 + way.recomputes) * way.n
+    if fsdp:
+        casts = (1 + recomputes) * n
     n_bytes = {
         "LayerNorm, GELU and the rest = 173*L*C bytes a token":
-            runs * 173 * config.n_layer * config.n_embd * way.n * way.t,
-        "gradients added = 8*N bytes a micro-batch": way.n * 8 * n_params,
+            runs * 173 * config.n_layer * config.n_embd * n * t,
+        "gradients added = 8*N bytes a micro-batch": n * 8 * n_params,
         f"weights to bf16 = 6*N bytes, {casts} times": casts * 6 * n_params,
-        "gradient norm and AdamW = 44*N / S bytes": 44 * n_params / way.shards}
-    seconds = {formula: n / bandwidth for formula, n in n_bytes.items()}
+        "gradient norm and AdamW = 44*N / S bytes": 44 * n_params / S}
+    seconds = {formula: size / bandwidth for formula, size in n_bytes.items()}
     return {"matrix products and attention = FLOPs / (67% of the peak)": runs * ideal / 0.67,
             **seconds}
 
@@ -507,10 +506,6 @@ def gpu_milliseconds(variants):
 # ---------------------------------------------------------------------------------------------
 # train: a whole step of train.py beside a plain GPT's, on the same weights and optimiser
 
-SETTINGS = {"lr": 1e-5, "min_lr": 1e-5, "warmup_steps": 100, "weight_decay": 0.1,
-            "grad_clip": 1.0, "seed": 17}  # of train.py's steps; here they must not diverge
-
-
 def bench_train(parser, rest):
     """tokens/s, MFU and peak memory of a full step, ours and plain in turns on the same weights."""
     add = parser.add_argument
@@ -519,7 +514,7 @@ def bench_train(parser, rest):
     add("--micro_batch", type=int, default=8, help="sequences a forward pass (default: 8)")
     add("--accumulation", type=int, default=1,
         help="micro-batches a step (default: 1; a real run has 16 or more)")
-    add("--seconds", type=float, default=30, help="of all hot steps together (default: 30)")
+    add("--rounds", type=int, default=20, help="steps of each variant (default: 20)")
     add("--dropout", type=float, nargs="+", default=[0.0, 0.1],
         help="rates to measure (default: 0 0.1)")
     add("--profile", action="store_true", help="instead: what one step of ours does on a GPU "
@@ -533,8 +528,8 @@ def bench_train(parser, rest):
 
 def measure_train(args, dropout, process):
     """Show one dropout rate: the median step of each variant."""
-    settings = SimpleNamespace(**train.recipe(args.shape) | SETTINGS | {
-        "micro_batch": args.micro_batch, "accumulation": 1})
+    settings = SimpleNamespace(**train.recipe(args.shape) | {
+        "lr": 1e-5, "min_lr": 1e-5, "micro_batch": args.micro_batch, "accumulation": 1})
     config = GPTConfig.preset(args.shape, dropout=dropout)
     torch.manual_seed(0)
     with process.device:
@@ -562,13 +557,11 @@ def measure_train(args, dropout, process):
             variants["no gradients in place"] = partial(ours, False)
             variants["no lasting copies"] = partial(ours, in_place, lambda *_: None)
     measure = partial(timed_step, model)
-    for _ in range(2):  # the first round compiles, and fills the cache
-        hot = interleave(variants, 1, measure)
+    interleave(variants, 2, measure)  # compiles, fills the allocator's cache
     settings.accumulation = args.accumulation
     if args.profile:
         return profile(ours)
-    seconds = args.accumulation * sum(step_s for step_s, _ in hot.values())
-    medians = interleave(variants, max(2, int(args.seconds / seconds)), measure)
+    medians = interleave(variants, args.rounds, measure)
     tokens = args.accumulation * x.numel()
     flops = tokens * train.flops_per_token(config, model.n_params(), settings.seq_len)
     peak = train.peak_flops(process.device)
@@ -603,12 +596,9 @@ def profile(step):
         show({"kernel": e.key[:60], "launches": e.count, "ms": e.device_time_total / 1e3})
     times = sorted((e.time_range.start, e.time_range.end) for e in profiler.events()
                    if e.device_type == torch.autograd.DeviceType.CUDA)
-    pauses = []
-    for (_, end), (start, _) in zip(times, times[1:]):  # one stream: none runs beside another
-        if start - end > 20:
-            pauses.append((start - end) / 1e3)
-    show({"kernels": len(times), "busy_ms": sum(end - start for start, end in times) / 1e3,
-          "pauses_over_20_us": len(pauses), "pauses_ms": sum(pauses)})
+    # One stream: no kernel runs beside another.
+    pauses = [start - end for (_, end), (start, _) in zip(times, times[1:]) if start - end > 20]
+    show({"kernels": len(times), "pauses": len(pauses), "pauses_ms": sum(pauses) / 1e3})
 
 
 def plain_block(residual, branch, dropout, n_head, ln_1w, ln_1b, qkv_w, qkv_b, proj_w, proj_b,
@@ -793,8 +783,8 @@ def bench_finetune(parser, rest):
     """Questions a second on MedQA dev, forward and backward, fp32."""
     parser.parse_args(rest)  # no flags
     questions = data.load_qa("medqa", SHARED / "qa/medqa", "dev")
-    texts = [(q.id, f"{q.question} {' '.join(q.options)}") for q in questions]
-    tokenizer = Tokenizer.from_merges(train_bpe(count_batch(texts), 8192))
+    text = "\n".join(f"{q.question} {' '.join(q.options)}" for q in questions)
+    tokenizer = Tokenizer.from_merges(train_bpe(count_batch(text), 8192))
     shared = finetune.encode_all(questions[:32], "medqa", tokenizer, {"length": 512})
     alone = [split_options(example) for example in shared]
     config = GPTConfig(n_layer=4, n_head=4, n_embd=256, dropout=0.0,

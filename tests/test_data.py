@@ -150,8 +150,9 @@ def main(monkeypatch, args):
 
 def test_training_order(tokenizer):
     """A row twice or never in an epoch; an order tied to ranks, to the micro-batch or to where a
-    run went on, or the same in every epoch or for every seed; a target that isn't the next token;
-    an id above 2**15 read as negative."""
+    run went on, or the same in every epoch or for every seed; another order than numpy's frozen
+    one, so that a resumed run repeats and skips rows; a target that isn't the next token; an id
+    above 2**15 read as negative."""
     write_arrays(tokenizer, 2**15 + np.arange(60 * 8 + 5))
 
     def batches(n, seed=3, **kwargs):
@@ -170,13 +171,7 @@ def test_training_order(tokenizer):
                  for r in range(world_size)]
         found = [row for step in zip(*ranks) for batch in step for row in batch]
         assert found == one[start : start + 7 * world_size * micro_batch]
-
-
-def test_order_of_an_epoch():
-    """Another order than numpy's frozen one, with which a run that is resumed would repeat and skip
-    rows; an order drawn anew for every row."""
-    assert data.epoch_order(9, seed=17, epoch=3).tolist() == [6, 2, 7, 8, 5, 0, 3, 1, 4]
-    assert data.epoch_order(9, 17, 3) is data.epoch_order(9, 17, 3)
+    assert data.epoch_order(9, seed=17, epoch=3).tolist() == [7, 8, 0, 3, 2, 5, 1, 4, 6]
 
 
 def test_validation_rows(tokenizer):
@@ -421,9 +416,9 @@ def test_numbers_are_not_joined():
         mml = text.replace("<m", "<mml:m").replace("</m", "</mml:m")
         abstract = f"<AbstractText xmlns:mml='m'>{mml}</AbstractText>"
         record = ET.fromstring(citation(1, abstract=abstract))
-        assert data.pubmed_documents(record, OPTIONS)[0][1] == "A title\n" + expected
+        assert data.pubmed_document(record, OPTIONS)[1] == "A title\n" + expected
         body = ET.fromstring(f"<article xmlns:mml='m'><body><p>{mml}</p></body></article>")
-        assert data.jats_documents(body, "a.xml")[0][1] == expected
+        assert data.jats_document(body, "a.xml")[1] == expected
 
 
 def test_tables_keep_their_columns():
@@ -434,7 +429,7 @@ def test_tables_keep_their_columns():
         <td colspan="x">5<sup>b</sup></td><td>10<sup>5</sup></td></tr><tr><td/><td>m<sup>R</sup>
         </td></tr></tbody><tbody><tr><td rowspan="0">B</td><td>6</td></tr></tbody></table>"""
     body = ET.fromstring(f"<article><body><table-wrap>{table}</table-wrap></body></article>")
-    assert data.jats_documents(body, "a.xml")[0][1] == (
+    assert data.jats_document(body, "a.xml")[1] == (
         "Drug | Dose | | P\n| low | high\nA | 5 | 10^5\n| | m^R\nB | 6")
 
 
@@ -458,11 +453,11 @@ def test_what_is_bad_is_skipped(capsys):
     bad = citation(1).replace("PMID", "ID")
     pubmed_file("a.xml", bad, *map(citation, range(2, 102)))
     for i in range(500, 603):
-        pubmed_file(f"raw/{i}.xml", citation(i), "<" if i == 501 else "")
+        pubmed_file(f"raw/{i}.xml", citation(i), *["<PubmedArticle>"] * (i == 501))
     os.mkfifo("raw/503.x.xml")
     counts = extract(["a.xml", "raw"], "out")
     assert counts["bad records"] == counts["damaged files"] == 1
-    assert len(texts()) == 100 + 102 and {"500", "502"} <= set(texts())
+    assert len(texts()) == 100 + 103 and "501" in texts()  # it stands before the damage
     said = capsys.readouterr()
     for reason in "a.xml: record 1: ", "raw/501.xml: malformed XML":
         assert f"skipped {Path.cwd()}/{reason}" in said.out
@@ -471,7 +466,7 @@ def test_what_is_bad_is_skipped(capsys):
     pubmed_file("raw/602.xml", "<")
     refused("1 bad records of 99", extract, ["a.xml"], "1")
     refused("2 damaged files of 103", extract, ["raw"], "2")
-    assert len(texts("1")) == 98 and len(texts("2")) == 101
+    assert len(texts("1")) == 98 and len(texts("2")) == 102
     refused("no/folder.gz", data.extract_files, (Path("no/folder.gz"), ["a.xml"], OPTIONS))
 
 
@@ -501,7 +496,7 @@ def test_rerun_makes_what_changed(monkeypatch):
     assert sorted(texts(out).values()) == ["0", "1", "11", "2", "3", "5", "other"]
     before = contents(out)
     for others in ["raw/a"], [write("b/a-10.txt", "large")], [write("b/y.txt", "more")]:
-        refused("is not made of these inputs: .*an --out of its own", extract, others, out)
+        refused("is not made of these inputs: .*another --out", extract, others, out)
     assert contents(out) == before
     extract([first, write("b/10.txt", "b"), pubmed_file("b/10.xml", citation(3))], "new")
     assert outputs("new") == ["10"] * 3 and len(texts("new")) == 3
@@ -602,30 +597,24 @@ def test_same_bytes_for_any_workers(tokenizer, corpus, monkeypatch):
     refused("no meta.json", load_meta, "one")
 
 
-def test_both_sides_get_a_document():
-    """Documents on one side only, and so an empty array that training or validation dies of; a
-    tokenizer that stood in the folder before."""
-    write_text("t.jsonl.gz", [("1", "one"), ("2", "two"), ("3", "three")])
+def test_small_corpora(tokenizer):
+    """Documents on one side only, and so an empty array that training or validation dies of; ids of
+    a tokenizer that stood in the folder before; half-written arrays."""
+    write_text("t/t.jsonl.gz", [("1", "one"), ("2", "two"), ("3", "three")])
     for merges in [], [("o", "n")]:
         Tokenizer.from_merges(merges).save("t")
-        meta = tokenize("t.jsonl.gz", "t", "out", 1e-9)
+        meta = tokenize("t/t.jsonl.gz", "t", "out", 1e-9)
         assert [meta[split]["documents"] for split in ("train", "val")] == [2, 1]
         assert set.union(*documents("out")) == {"one", "two", "three"}
-
-
-def test_tokenize_refuses_with_the_mend(tokenizer, corpus):
-    """A half-written array, a corpus of one document, a share that is none."""
-    write_text("short.jsonl.gz", [("1", "a"), ("1", None), ("2", "b")])
-    pairs = list(itertools.product(ALPHABET, repeat=2))
-    Tokenizer.from_merges(pairs).save("large")
-    refused("uint16 holds 65,536", tokenize, "text", "large", "out")
-    refused("no document to train on", tokenize, "short.jsonl.gz", tokenizer, "out")
-    refused("no document to train on", tokenize, "text", tokenizer, "out", 1 - 1e-9)
-    refused("run python data.py extract", tokenize, "no", tokenizer, "out")
-    path = Path("text/f3.jsonl.gz")
-    path.write_bytes(path.read_bytes()[:-20])
-    refused("f3.*damaged gzip", tokenize, "text", tokenizer, "out")
-    assert not contents("out")
+    Tokenizer.from_merges([*itertools.product(ALPHABET, repeat=2)]).save("large")
+    refused("uint16 holds 65,536", tokenize, "t", "large", "bad")
+    refused("no document to train on", tokenize, "t/t.jsonl.gz", tokenizer, "bad", 1 - 1e-9)
+    refused("run python data.py extract", tokenize, "no", tokenizer, "bad")
+    raw = Path("t/t.jsonl.gz").read_bytes()
+    write_text("t/u.jsonl.gz", [("4", "four")])
+    Path("t/t.jsonl.gz").write_bytes(raw[:-9])
+    refused("t.jsonl.gz.*damaged gzip", tokenize, "t", tokenizer, "bad")
+    assert not contents("bad")
 
 
 def test_mistakes_are_one_line(monkeypatch, capsys):
@@ -634,7 +623,7 @@ def test_mistakes_are_one_line(monkeypatch, capsys):
     assert done.returncode == 1 and re.fullmatch(".*nothing to extract in .*\n", done.stderr)
     with pytest.raises(SystemExit, match="2"):
         main(monkeypatch, "extract . --out o --workers 0")
-    assert "0 is refused: use a number from 1" in capsys.readouterr().err
+    assert "0 is refused: use" in capsys.readouterr().err
 
 
 def test_demo(capsys):
@@ -746,12 +735,11 @@ def pubmed_site(seed=0):
     return files
 
 
-@pytest.mark.parametrize("runs", [6, pytest.param(50, marks=pytest.mark.slow)])
-def test_download_survives_faults(serve, runs):
+def test_download_survives_faults(serve):
     """A cut, wrong or HTML file taken for the whole one: there are verified files or an
     OSError each time, and a rerun without faults completes what is missing."""
     failed = 0
-    for seed in range(runs):
+    for seed in range(6):
         files, out = pubmed_site(seed), str(seed)
         whole = [None] * (28, 7, 2)[seed % 3]  # 20, 50 or 78% of faults
         wanted = {k.split("/")[1]: v for k, v in files.items() if k.endswith(".gz")}
@@ -764,7 +752,7 @@ def test_download_survives_faults(serve, runs):
             assert found.items() <= wanted.items()
         download("pubmed", out, serve(files))
         assert contents(out) == wanted
-    assert 0 < failed < runs
+    assert 0 < failed < 6
 
 
 def test_download_errors_are_clear(serve, monkeypatch):
@@ -893,7 +881,7 @@ def test_official_test_set(shared):
     assert [(q.id, q.options[q.answer]) for q in asked] == list(truth.items())
 
 
-def load(task, name, body, split="val"):
+def load(task, name, body, split="dev"):
     write(name, body)
     return load_qa(task, ".", split)
 
@@ -904,27 +892,27 @@ def test_official_layouts():
     subjects = ["anatomy", "clinical_knowledge", "college_biology", "college_medicine",
                 "medical_genetics", "professional_medicine", "virology"]
     for subject in subjects:
-        found = load("mmlu", f"{subject}_val.csv", '"Is ""it"", so?","a, b",c,d,e,C\n')
+        found = load("mmlu", f"{subject}_dev.csv", '"Is ""it"", so?","a, b",c,d,e,C\n')
     assert [q.subject for q in found] == subjects[:6]
-    assert found[0] == Question("anatomy-val-0", 'Is "it", so?', answer=2, subject="anatomy",
+    assert found[0] == Question("anatomy-dev-0", 'Is "it", so?', answer=2, subject="anatomy",
                                      options=("a, b", "c", "d", "e"))
-    assert load("medqa", "phrases_no_exclude_val.jsonl", json.dumps(MEDQA)) == [
-        Question("val-0", "Q?", options=("yes", "no"), answer=1, kind="step1")]
+    assert load("medqa", "phrases_no_exclude_dev.jsonl", json.dumps(MEDQA)) == [
+        Question("dev-0", "Q?", options=("yes", "no"), answer=1, kind="step1")]
     for cops, answers in (
             ((4, 1, None), [3, 0, None]), ((3, 0, -1), [3, 0, None]),  # Hugging Face's copy
             ((3, 2), [3, 2]),  # a part of that copy
             ((2, 1), [1, 0])):
         rows = [MEDMCQA | {"id": str(cop), "cop": cop, "exp": f"Ans. is '{'abcd'[answer]}' i.e., x"}
                 for cop, answer in zip(cops, [a or 0 for a in answers])]
-        found = load("medmcqa", "val.json", lines(rows))
+        found = load("medmcqa", "dev.json", lines(rows))
         assert [q.answer for q in found] == answers
     assert found[1] == Question("1", "a < b", "", ("1", "2", "3", "> 4"), 0, subject="Dental",
                                      kind="one")
-    found = load("bioasq", "val.tsv", "i1\tIs it?\ta\u2028b\tyes\ni2\tIs it?\tText\tno\n")
+    found = load("bioasq", "dev.tsv", "i1\tIs it?\ta\u2028b\tyes\ni2\tIs it?\tText\tno\n")
     assert found[0] == Question("i1", "Is it?", "a\u2028b", ("no", "yes"), 1, kind="yesno")
     assert found[1].answer == 0 and len(found) == 2
     write("val.target", "d\ne\n")  # the authors' name for dev
-    found = load("text", "val.source", "a\u2028b\nc\n", "dev")
+    found = load("text", "val.source", "a\u2028b\nc\n", "val")
     assert [(q.question, q.target) for q in found] == [("a\u2028b", "d"), ("c", "e")]
 
 
@@ -932,9 +920,10 @@ def test_bioasqs_own_files():
     """The golden answers trained on; questions of other types; labels swapped; a year's file, which
     holds the years before, refused, or one question in train and dev."""
     item = {"type": "yesno", "body": "Is it?", "snippets": [{"text": "A."}, {"text": "B."}]}
-    items = [item | {"id": str(i), "exact_answer": ["Yes", "no"][i % 2]} for i in range(20)]
+    items = [item | {"id": str(i), "exact_answer": ["Yes", ["no"]][i % 2]} for i in range(20)]
     write("7b_train.json", json.dumps({"questions": [*items, {"type": "list"}]}))
     write("6b_train.json", json.dumps({"questions": items[:13]}))
+    write("pubmedqa/ori_pqal.json", "{}")
     write("7B1_golden.json", json.dumps({"questions": items[5:6]}))
     train, dev, test = (load_qa("bioasq", ".", split) for split in ("train", "dev", "test"))
     assert [q.id for q in train] == [str(i) for i in range(20) if i % 10]
@@ -942,41 +931,28 @@ def test_bioasqs_own_files():
     assert dev[0] == Question("0", "Is it?", "A. B.", ("no", "yes"), 1, kind="yesno")
 
 
-BAD_FIELDS = {
-    ("medqa", "phrases_no_exclude_test.jsonl"): [
-        {"answer_idx": None}, {"options": None}, {"question": "\u2028 \n"},
-        {"options": {"x" * 10**6: "y"}}],
-    ("medmcqa", "test.json"): [{"cop": 7}, {"id": "1"}, {"opa": None}],
-    ("pubmedqa", "ori_pqal.json"): [
-        {"CONTEXTS": ["A.", None]}, {"final_decision": "x" * 10**6}]}
-BAD_ROWS = "Q?,a,b,c,d,", "Q?,a,b,c,d,AB", "a,b,c,d,A", "Q?" * 200_000 + ",a,b,c,d,A"
-
-
-def test_one_bad_field_is_one_line():
-    """A guessed answer or a traceback; not told in which file and where."""
-    bad = [("mmlu", "anatomy_test.csv", f"Q?,a,b,c,d,A\n{row}") for row in BAD_ROWS]
-    good = MEDQA | MEDMCQA | PUBMEDQA | {"id": "1", "cop": 1, "final_decision": "yes"}
-    for (task, name), fields in BAD_FIELDS.items():
-        for field in fields:
-            rows = [good, good | {"id": "2"} | field]
-            whole = json.dumps(dict(enumerate(rows)))
-            bad.append((task, name, whole if task == "pubmedqa" else lines(rows)))
-    for task, name, body in bad:
-        with pytest.raises(ValueError, match=f"^{name}, after 1 questions: ") as caught:
-            load(task, name, body, "test")
-        assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
-
-
 def test_bad_question_files_are_refused():
-    """A traceback, or a score on a damaged or missing set."""
+    """A guessed answer, a traceback, or a score on a damaged or missing set; not told in which file
+    and where."""
     os.mkfifo("test.tsv")
     for task in ("mmlu", "medqa", "bioasq"):
         refused("put the official files", load_qa, task, ".", "test")
-    for body, message in (("", "is empty"), ('{"id": "a"}', "after 0 questions.*op"),
-                          ('{"question": ' + "[" * 90_000, "val.json: line 1")):
-        refused(message, load, "medmcqa", "val.json", body)
-    write("val.target", "a\n")
-    refused("after 1 questions.*shorter", load, "text", "val.source", "a\nb\n")
+    good = MEDMCQA | PUBMEDQA | {"id": "1", "cop": 1, "final_decision": "yes"}
+    pairs = [[MEDQA, MEDQA | {"answer_idx": None}], [good, good | {"id": "2", "cop": 7}],
+             [good, good], [good, good | {"final_decision": "x" * 10**6}]]
+    medqa, *medmcqa = map(lines, pairs[:3])
+    pubmedqa = json.dumps(dict(enumerate(pairs[3])))
+    for task, name, *bodies in (
+            ("medqa", "phrases_no_exclude_test.jsonl", medqa), ("medmcqa", "test.json", *medmcqa),
+            ("mmlu", "anatomy_test.csv", "Q?,a,b,c,d,A\nQ?,a,b,c,d,AB", "Q?,a,b,c,d,A\na,b,c,d,A"),
+            ("pubmedqa", "ori_pqal.json", pubmedqa), ("text", "test.source", "a\nb\n")):
+        write("test.target", "a\n")
+        for body in bodies:
+            with pytest.raises(ValueError, match=f"^{name}, after 1 questions: .*") as caught:
+                load(task, name, body, "test")
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    for body, message in (("", "is empty"), ('{"question": ' + "[" * 90_000, "dev.json: line 1")):
+        refused(message, load, "medmcqa", "dev.json", body)
 
 
 def test_medquad_split_shares_no_text():
