@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import finetune
-from data import TASKS, load_meta, load_qa, val_batches, zero_shot_prompt
+from data import TASKS, load_meta, val_batches, zero_shot_prompt
 from finetune import new_file
 from model import GPT, Linear, cross_entropy, forget
 from tokenizer import COUNT, json_lines, load_named, read_documents, run_command, write_json
@@ -193,7 +193,7 @@ def find_questions(args):
         split = "dev"
         questions = finetune.find_split(args.task, args.data, split)
     if not finetune.labeled(questions):
-        load_qa(args.task, args.data, split)  # where the file is missing, it says which one
+        finetune.load_qa(args.task, args.data, split)  # says which file is missing, if one is
         raise ValueError(f"{args.task}'s {split} split has no answers: give another --split")
     return split, questions
 
@@ -585,7 +585,8 @@ def curves(args):
     for ax, name in zip(figure.subplots(len(names), squeeze=False).flat, names):
         for run, rows in logs.items():
             points = [(row.get("step", row.get("epoch")), row[name]) for row in rows if name in row]
-            ax.plot(*zip(*points), ".", markersize=3, label=run)  # seeds pass the same epochs
+            if points:  # no line joins them, since several seeds pass the same epochs
+                ax.plot(*zip(*points), ".", markersize=3, label=run)
         ax.set_title(name)
         ax.legend()
     figure.savefig(args.out)

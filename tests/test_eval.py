@@ -148,9 +148,11 @@ def test_qa_command(ask, monkeypatch):
     assert (np.array([line["scores"] for line in lines("p")]) != scores).any()
     Path("qa/4_options/phrases_no_exclude_test.jsonl").unlink()
     assert ask(command)["split"] == "dev"
-    hidden = [replace(q, answer=None) for q in asked]
-    monkeypatch.setattr(finetune, "load_qa", lambda task, data, split: hidden)
+    monkeypatch.setattr(finetune, "load_qa", lambda task, data, split: [
+        replace(q, answer=None) if split == "test" else q for q in asked])
     assert ask(command)["split"] == "dev"
+    with pytest.raises(ValueError, match="give another --split"):
+        ask(command + "--split test")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,7 +188,8 @@ def test_flags_of_generate_reach_the_model(ask, parts, monkeypatch):
     assert given.pop("n_pad").tolist() == [0, len(ids) - 1]
     assert given == dict(
         idx=[ids, [0] * (len(ids) - 1) + [tokenizer.eot_id]], dtype=torch.bfloat16,
-        eot_id=tokenizer.eot_id, temperature=0.5, top_k=7, top_p=0.9, seed=3, num_beams=2, max_new_tokens=9)
+        eot_id=tokenizer.eot_id, temperature=0.5, top_k=7, top_p=0.9, seed=3, num_beams=2,
+        max_new_tokens=9)
 
     tokenizer.add_special_tokens(["<|startoftext|>"])
     tokenizer.save("init")
@@ -256,7 +259,7 @@ def test_audit_and_its_controls(ask, monkeypatch):
              Question("2", "How long?", context="22 days, 9 sites.", target="It took 22 days."),
              Question("3", "How?", target="None at all."),
              Question("4", "Without an answer?")]
-    monkeypatch.setattr(evaluate, "load_qa", lambda *_: asked)
+    monkeypatch.setattr(finetune, "load_qa", lambda *_: asked)
     answer = Mock(return_value=["5 of 11 days", "9 or 11 days, 22 kg", "7 kg"])
     monkeypatch.setattr(evaluate, "continue_prompts", answer)
     result = ask("numbers --init init --data qa --max_new_tokens 40")
@@ -336,7 +339,7 @@ DAMAGE = [  # file, the commands that read it, ways to spoil it
      "empty half flip zip lost model/transformer.ln_f.bias=NaN "
      "model/transformer.wte.weight=Infinity"),
     ("pretrained/vocab.json", "perplexity", "empty half list utf16"),
-    ("pretrained/merges.txt", "tune", "empty page half utf16"),
+    ("pretrained/merges.txt", "tune", "empty page half"),
     ("tuned/added_tokens.json", "qa, export_tuned", "empty half list utf16"),
     ("tuned/added_tokens.json", "qa", "[PAD]=99999"),
     (f"tuned/{WEIGHTS}", "qa, export_tuned", "empty page half"),
