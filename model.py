@@ -642,8 +642,8 @@ def load_tensors(path):
             zipfile.BadZipFile, SafetensorError) as e:
         reason = str(e).partition("\n")[0]
         raise ValueError(f"{path} is missing, damaged or no file of plain tensors "
-                         f"({type(e).__name__} {reason}): copy or download it again. If torch before 1.6 "
-                         "wrote it: torch.save(torch.load(FILE), FILE)") from e
+                         f"({type(e).__name__} {reason}): copy or download it again. One that "
+                         "torch wrote before 1.6: torch.save(torch.load(FILE), FILE)") from e
 
 
 def transposed(state):
@@ -709,21 +709,19 @@ def main():
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result  # torch.compile would warn of the cache below
-def gpu():
-    """The GPU's architecture, such as "sm_90" on Hopper; "" where the kernels don't run."""
-    return find_gpu()
-
-
 @functools.cache  # every launch asks
-def find_gpu():
-    """As gpu(). The kernels run on NVIDIA's GPUs that have bf16 products, since capability 8.0."""
+def gpu():
+    """The GPU's architecture, such as "sm_90" on Hopper; "" where the kernels don't run.
+
+    They run on NVIDIA's GPUs that have bf16 products, which begin with capability 8.0.
+    """
     if not torch.cuda.is_available() or torch.version.hip:
         return ""
     major, minor = torch.cuda.get_device_capability()
     return f"sm_{major}{minor}" if major >= 8 else ""
 
 
+@torch.compiler.assume_constant_result  # torch.compile asks once and keeps the answer
 def kernels_active(device="cuda"):
     """The path of ops on tensors of `device`: "triton", "triton interpreter" or "reference"."""
     if INTERPRETED:
