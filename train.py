@@ -184,8 +184,8 @@ POSITIVE = numbers(float, 1e-12)
 POSITIVE_OR_0 = numbers(float, 0)
 PROBABILITY = numbers(float, 0, 1)
 
-# What a flag is where it is not given: first for the paper's 125M ablations, then what the other
-# presets have instead.
+# Defaults of the flags. RECIPE is that of the paper's 125M ablations; PRESETS has what each preset
+# sets instead.
 RECIPE = {
     "total_steps": 100_000, "batch_tokens": 512 * 1024, "seq_len": 1024, "lr": 6e-4,
     "warmup_steps": 100, "grad_clip": 1.0, "dropout": 0.1, "seed": 17, "eval_every": 5000,
@@ -508,15 +508,14 @@ def speed_up(model, compiled, process):
     in_place = kernels_active(process.device) == "triton" and process.dtype == torch.bfloat16
     for layer in linear_layers(model):
         layer.accumulates = in_place
-    if not compiled:
-        return
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise ValueError(f"--compile needs a C++ compiler, and there is no {compiler}: install it, "
-                         "name yours in CXX, or drop --compile")
-    torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets
-    for block in model.transformer.h:
-        block.compile()
+    if compiled:
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise ValueError(f"--compile needs a C++ compiler, and there is no {compiler}: install "
+                             "it, name yours in CXX, or drop --compile")
+        torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets
+        for block in model.transformer.h:
+            block.compile()
 
 
 def linear_layers(model):
