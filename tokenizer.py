@@ -201,7 +201,7 @@ class Tokenizer:
         self.special = {token: vocab[token] for token in others} | dict(added)
         missing = set(tokens) - vocab.keys()
         # What is neither byte nor merge must look special, or else the merges were cut short.
-        plain = [token for token in others if token not in added and token[0] not in "<["]
+        plain = [token for token in others if token[0] not in "<["]
         different = len({*ids, *self.special.values()}) == len(ids) + len(self.special)
         if missing or plain or not different:
             raise ValueError("its vocabulary and merges are damaged, or do not belong together "

@@ -153,7 +153,7 @@ def main():
         seconds.append(time.perf_counter() - began)
         done = step + 1
         skipped = 0 if math.isfinite(grad_norm) else skipped + 1
-        if skipped > 0:
+        if skipped:
             report_skip(loss, done, skipped, process)
 
         # Once in a while: a line for people, and a row of log.jsonl.
@@ -184,8 +184,8 @@ POSITIVE = numbers(float, 1e-12)
 POSITIVE_OR_0 = numbers(float, 0)
 PROBABILITY = numbers(float, 0, 1)
 
-# What a flag is where it is not given: first for the paper's 125M ablations, then what the other
-# presets have instead.
+# Defaults of the flags. RECIPE is that of the paper's 125M ablations; PRESETS has what each preset
+# sets instead.
 RECIPE = {
     "total_steps": 100_000, "batch_tokens": 512 * 1024, "seq_len": 1024, "lr": 6e-4,
     "warmup_steps": 100, "grad_clip": 1.0, "dropout": 0.1, "seed": 17, "eval_every": 5000,
@@ -213,8 +213,8 @@ PRESETS = {
 DEMO_DATA = "data/demo"
 
 # On resume these must be as before: else one run would mix two models, data orders or losses.
-FIXED = {"seq_len", "batch_tokens", "seed", "ignore_eot_targets", "data_fingerprint", "init"}
-FIXED |= {field.name for field in fields(GPTConfig)} - {"dropout"}
+FIXED = {"seq_len", "batch_tokens", "seed", "ignore_eot_targets", "data_fingerprint", "init",
+         *(field.name for field in fields(GPTConfig) if field.name != "dropout")}
 
 
 def recipe(preset):
@@ -407,7 +407,7 @@ class Process:
 
     def all_reduce(self, values):
         """Numbers or 0-d tensors, summed over the ranks on the CPU, as Python floats."""
-        values = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        values = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(values, dist.ReduceOp.SUM, self.group)
         return values.tolist()
@@ -431,7 +431,7 @@ class Process:
             except (ValueError, OSError) as e:
                 error = e
         error, shared = self.gather((error, result if share else None))[0]
-        if error is not None:
+        if error:
             raise error
         return shared if share else result
 
@@ -508,15 +508,14 @@ def speed_up(model, compiled, process):
     in_place = kernels_active(process.device) == "triton" and process.dtype == torch.bfloat16
     for layer in linear_layers(model):
         layer.accumulates = in_place
-    if not compiled:
-        return
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise ValueError(f"--compile needs a C++ compiler, and there is no {compiler}: install it, "
-                         "name yours in CXX, or drop --compile")
-    torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets
-    for block in model.transformer.h:
-        block.compile()
+    if compiled:
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise ValueError(f"--compile needs a C++ compiler, and there is no {compiler}: install "
+                             "it, name yours in CXX, or drop --compile")
+        torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets
+        for block in model.transformer.h:
+            block.compile()
 
 
 def linear_layers(model):
@@ -574,7 +573,7 @@ def cast_weights(model, dtype):
 
     With FSDP a rank has no whole weight to cast before a block gathers it.
     """
-    if dtype == torch.float32 or isinstance(model, FSDPModule):
+    if isinstance(model, FSDPModule):
         return
     for layer in linear_layers(model):
         if layer.accumulates:
@@ -783,11 +782,11 @@ def load_checkpoint(checkpoint, model, optimizer, process):
 
 # Dense bf16 FLOP/s, accumulated in fp32, by NVIDIA's datasheets (of the RTX cards by the Ada,
 # Blackwell and Ampere whitepapers), by regular expression: the first that fits a GPU's name counts.
-# "$" keeps laptops' slower chips out. MFU is printed for these only.
+# "$" keeps laptops' slower chips out, " " the GB200. MFU is printed for these only.
 PEAK_FLOPS = {
-    "GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835.5e12, "H200": 989.5e12,
-    "H100 NVL": 835.5e12, "H100 PCIe": 756e12, "H100": 989.5e12, "A100": 312e12, "L40S": 362e12,
-    "RTX A6000": 154.8e12, "RTX 4090$": 165.2e12, "RTX 5090$": 209.5e12}
+    " B200": 2250e12, "H[12]00 NVL": 835.5e12, "H200": 989.5e12, "H100 PCIe": 756e12,
+    "H100": 989.5e12, "A100": 312e12, "L40S": 362e12, "RTX A6000": 154.8e12,
+    "RTX 4090$": 165.2e12, "RTX 5090$": 209.5e12}
 SKIP_LIMIT = 10  # our choice: so many updates skipped in a row end the run
 
 

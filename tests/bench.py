@@ -89,16 +89,18 @@ GPU_PARTS = (  # seconds at most, command
     (30, f"{STEP} biomedlm-125m --accumulation 4 --micro_batch 8"),
     (30, f"{STEP} biomedlm-125m --micro_batch 32"),
     (50, "tests/bench.py generate --prompts 1 16"),
-    (80, "train.py --fresh --out out/bench-demo"))
+    (80, "train.py --fresh --out out/demo-bench"))
 CPU_PARTS = (
     (90, "tests/bench.py train --shape demo --rounds 50"),
-    (240, "tests/bench.py tokenizer --megabytes 32"),
+    (240, "tests/bench.py tokenizer --megabytes 45"),
     (120, "tests/bench.py data"),
     (90, "tests/bench.py generate --n_layer 8"))
 
 
 def bench_gpu(parser, rest):
     """All that needs a GPU: first what is right, then what is fast."""
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA GPU on this machine: python tests/bench.py cpu")
     run_parts(GPU_PARTS, 12, parser, rest)
 
 
@@ -122,10 +124,10 @@ def run_parts(parts, minutes, parser, rest):
     for limit, command in parts:
         print(f"\n{command}", flush=True)
         begun = time.monotonic()
-        limit = min(limit, last - begun)
-        result = run_part(command, limit) if limit > 0 else "no time left"
+        limit = min(limit, last - begun)  # at 0 a part is stopped before it starts
+        result = run_part(command, limit)
         seconds = time.monotonic() - begun
-        if seconds > limit > 0:
+        if seconds > limit:
             result = f"stopped; {result}"
         show({"part": command, "result": result, "seconds": seconds})
     print_tables()
@@ -134,18 +136,17 @@ def run_parts(parts, minutes, parser, rest):
 def run_part(command, limit):
     """Run one part, show its lines as they come, add its rows to ours. Returns how it ended."""
     with tempfile.NamedTemporaryFile("r") as rows:
-        is_ours = command.startswith("tests/bench.py")
-        child = subprocess.Popen(
-            [sys.executable, *shlex.split(command), *(["--json", rows.name] if is_ours else [])],
-            cwd=ROOT, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        flags = ["--json", rows.name] if "bench.py" in command else []
+        child = subprocess.Popen([sys.executable, *shlex.split(command), *flags], cwd=ROOT,
+                                 text=True, start_new_session=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         timer = threading.Timer(limit, end_group, [child])
         timer.start()
         told = ""
         try:
             for line in child.stdout:
                 print(line, end="", flush=True)
-                if re.search(r"\d (passed|failed|deselected)|answers \d", line):  # pytest, demo
+                if re.search(r" in [\d.]+s|answers \d", line):  # of pytest, of the demo
                     told = line.strip()
             child.wait()
         finally:
@@ -208,7 +209,7 @@ def bench_plan(parser, rest):
     share = stall / (60 * recipe["save_minutes"] + stall)
     show({"parameters N": n_params, "FLOPs a token = 6*N + 12*L*T*C": flops,
           "checkpoint, GB = 12*N": 12 * n_params / 1e9,
-          "training waits for it, s": stall, "share of the time": share})
+          "training waits for it, s": stall})
     C, L, V, r, t = config.n_embd, config.n_layer, config.vocab_size, 16, 4096
     lora = 24 * C * C * L + 12 * V * C + 256 * C * L * r + (6 * L + 60) * C * t
     show({f"fine-tuning with --lora {r}, {t} tokens at once, GB = 24*C*C*L + 12*V*C + 256*C*L*r + "
@@ -359,8 +360,7 @@ def resources(compiled):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True,
-                              text=True, check=True).stdout
+        text = subprocess.check_output([tool, "--dump-resource-usage", f.name], text=True)
     return tuple(int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK"))
 
 
@@ -371,7 +371,7 @@ def static_table():
             compiled = cross_compile(kernel, arguments, options, target)
             registers, stack = resources(compiled)
             show({"kernel": kernel.__name__, "target": target,
-                  "dropout": arguments.get("DROPOUT"), "registers": registers, "stack": stack,
+                  "registers": registers, "stack": stack,
                   "shared_kb": compiled.metadata.shared / 1024})
 
 
@@ -560,7 +560,7 @@ def measure_train(args, dropout, process):
         variants["plain"] = lambda: plain_step(model, optimizer, x, settings, process, plain)
         if x.is_cuda:  # what only a GPU has
             variants["no gradients in place"] = partial(ours, False)
-            variants["no lasting copies"] = partial(ours, in_place, lambda *_: None)
+            variants["no lasting copies"] = partial(ours, cast_weights=lambda *_: None)
     measure = partial(timed_step, model)
     interleave(variants, 2, measure)  # compiles, fills the allocator's cache
     settings.accumulation = args.accumulation
@@ -689,7 +689,7 @@ OURS = """
 from tokenizer import Tokenizer, count_pretokens, train_bpe
 if part == "train":
     start = time.perf_counter()
-    counts = count_pretokens([folder + "/all.jsonl"], workers=int(threads))
+    counts = count_pretokens([folder + "/all.txt"], workers=int(threads))
     merges = train_bpe(counts, 28896)
     end = time.perf_counter()
     Tokenizer.from_merges(merges).save(folder)
@@ -717,7 +717,7 @@ def bench_tokenizer(parser, rest):
     else:
         print("ours alone; beside Hugging Face's after: pip install tokenizers")
     with tempfile.TemporaryDirectory() as folder:
-        write_text(f"{folder}/all", megabytes)
+        write_text(f"{folder}/all.txt", megabytes)
         for part, threads in ("train", 1), ("train", 2), ("encode", 1):
             medians = interleave(variants, 3, partial(run_child, part, folder, threads))
             for who, (seconds, mb_per_s, peak_mb) in medians.items():
@@ -732,17 +732,16 @@ def run_child(part, folder, threads, code):
     return list(map(float, subprocess.check_output(command, cwd=ROOT, text=True).split()))
 
 
-def write_text(stem, megabytes):
-    """Write so much of abstracts.jsonl.gz (title, newline, abstract) and pmc_fulltext.jsonl.gz as
-    STEM.jsonl, and as STEM.txt for Hugging Face's."""
-    with open(f"{stem}.jsonl", "w") as ours, open(f"{stem}.txt", "w", newline="\n") as theirs:
+def write_text(path, megabytes):
+    """Write so much of abstracts.jsonl.gz (title, newline, abstract) and pmc_fulltext.jsonl.gz."""
+    with open(path, "w", newline="\n") as f:
         for name in ("abstracts.jsonl.gz", "pmc_fulltext.jsonl.gz"):
             with gzip.open(SHARED / name) as lines:
                 for record in map(json.loads, lines):
-                    text = record.get("text") or f"{record['title']}\n{record['abstract']}"
-                    ours.write(json.dumps({"id": str(record["id"]), "text": text}) + "\n")
-                    theirs.write(text.removesuffix("\n") + "\n")
-                    if theirs.tell() > megabytes * 1e6:
+                    text = (record["text"] if "text" in record else
+                            f"{record['title']}\n{record['abstract']}")
+                    f.write(text.removesuffix("\n") + "\n")
+                    if f.tell() > megabytes * 1e6:
                         return
 
 
@@ -757,11 +756,11 @@ def bench_data(parser, rest):
     xml_mb = sum(len(gzip.decompress(file.read_bytes()))
                  for folder in xml for file in folder.glob("*.gz")) / 1e6
     with tempfile.TemporaryDirectory() as folder:
-        write_text(f"{folder}/all", 60)
+        write_text(f"{folder}/all.txt", 60)
         seconds = SECONDS(lambda: run("data.py extract --workers 1 --out", f"{folder}/text", *xml))
         show({"part": "extract", "MB": xml_mb, "MB_per_s": xml_mb / seconds})
         run("tokenizer.py train --vocab_size 8192 --input", f"{folder}/text", "--out", folder)
-        command = f"data.py tokenize --text {folder}/all.jsonl --tokenizer {folder} --workers"
+        command = f"data.py tokenize --text {folder}/all.txt --tokenizer {folder} --workers"
         seconds = interleave({n: partial(run, command, n, "--out", f"{folder}/arrays")
                               for n in (1, 2)}, 3)
         show({"part": "tokenize", "MB_per_s": 60 / seconds[1],
@@ -833,13 +832,12 @@ def bench_generate(parser, rest):
         if device == "cuda":
             variants["bf16, cuDNN"] = partial(with_cudnn, variants["bf16"])
         variants["read"] = lambda: block.sum().item()
-        interleave(variants, 1)
-        seconds = interleave(variants, 5)
-        gb_s = seconds.pop("read")
+        seconds = interleave(variants, 7)
+        gib_s = seconds.pop("read")
         for name, all_s in seconds.items():
-            read_s = n_read * (1 if name == "int8" else 2) / 2**30 * gb_s  # at least, for a token
+            floor_s = n_read * (1 if name == "int8" else 2) / 2**30 * gib_s  # of one token
             show({"weights": name, "prompts": prompts, "tokens_per_s": 16 * prompts / all_s,
-                  "of_floor": 16 * read_s / all_s})
+                  "of_floor": 16 * floor_s / all_s})
 
 
 def with_cudnn(generate):

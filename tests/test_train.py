@@ -46,9 +46,9 @@ from tokenizer import ALPHABET, Tokenizer, run_command
 SHAPE = "--n_layer 2 --n_head 2 --n_embd 16"
 SMALL = ("--seq_len 16 --batch_tokens 128 --micro_batch 4 --eval_every 10 --eval_tokens 300 "
          "--save_every 5 --log_every 1 --warmup_steps 3 --total_steps 20")
-# processes, of them on a node, and how they share: nodes have one GPU each, grid two nodes of two
+# processes, of them on a node, and how they share: grid is two nodes of two GPUs
 MODES = {"one": (1, 1, "ddp"), "ddp": (2, 2, "ddp"), "fsdp": (2, 2, "fsdp"),
-         "nodes": (2, 1, "fsdp"), "grid": (4, 2, "fsdp")}
+         "grid": (4, 2, "fsdp")}
 
 # ---------------------------------------------------------------------------------------------
 # arrays, processes, faults
@@ -222,7 +222,7 @@ def unlike_ranks(rank):
 
 @pytest.mark.parametrize(("mode", "flags", "held"), [
     ("one", "--micro_batch 2", 1), ("ddp", "--micro_batch 4", 1), ("ddp", "--micro_batch 1", 1),
-    ("fsdp", "--micro_batch 2 --activation_checkpointing", 0.5), ("nodes", "", 0.5)])
+    ("fsdp", "--micro_batch 2 --activation_checkpointing", 0.5)])
 def test_losses_do_not_depend_on_the_sharing(go, out, undisturbed, mode, flags, held):
     """Gradients summed instead of averaged, or synchronised for the wrong micro-batch; ranks that
     go on with unlike weights; FSDP where every rank holds the whole model.
@@ -670,7 +670,7 @@ def test_full_disk(go, out, undisturbed):
 
 
 @pytest.mark.parametrize(("args", "mend"), [
-    ("--batch_tokens 1000", "use --batch_tokens 896"),
+    ("--batch_tokens 1000", "use --batch_tokens 896, or for a run that goes on fewer processes"),
     ("--micro_batch 3", "use one of 1, 2, 4, 8"),
     ("--device cuda:99", "is not available on this machine"),
     ("--device meta", "is not available on this machine"),
@@ -691,13 +691,6 @@ def test_mistakes_name_their_mend(arrays, monkeypatch, tmp_path, capsys, args, m
     with pytest.raises(SystemExit) as ended:
         run_command(train.main)
     assert mend in f"{ended.value}\n{capsys.readouterr().err}"
-
-
-def test_processes_that_cannot_share_a_step():
-    """Three processes and a batch of eight sequences: an advice that a run can't follow."""
-    settings = Namespace(batch_tokens=128, seq_len=16)
-    with pytest.raises(ValueError, match="use --batch_tokens 96, or for a run that goes on fewer"):
-        train.split_batch(settings, 3)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
