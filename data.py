@@ -932,6 +932,7 @@ LAYOUT = dict.fromkeys(BLOCKS, LINE + "*" + LINE) | {
 # m2, 2<sup>nd</sup> -> 2nd, H<sub>2</sub>O -> H2O.
 JOINTS = {"sup": (r"\d\d|[\w)\]]([+−–-]\d|(?!(st|nd|rd|th|TM)\b)[^\W\d_])", "^"),
           "sub": (r"\d\d", "_"), "xref": (r"\d\d", ", ")}
+LARGEST_SPAN = 50  # of a cell, in rows or columns: so a hostile table doesn't fill the memory
 NOTE_MARK = re.compile(r"\s*[a-h]([,;\s]*[a-h])*\s*")  # a superscript that points to a table's note
 PREAMBLE = re.compile(r"(?s).*\\begin\{document\}|\\end\{document\}.*")  # LaTeX's
 
@@ -1017,29 +1018,30 @@ def shown(e, tag):
 
 
 def fill_spans(rows):
-    """Put an empty cell wherever a rowspan or colspan covers a place of a table's part.
+    """Mark an empty cell wherever a rowspan or colspan covers a place of a table's part.
 
     So all other cells stay in their columns: A | 5 mg, and below it | 7 mg where A spans two rows.
     """
-    covered = defaultdict(int)  # column -> rows below that a cell covers there
+    covered = {}  # column -> rows that a cell still covers there
     for row in rows:
-        cells = []
-        for cell in [*row, None]:
-            while covered[len(cells)]:
-                covered[len(cells)] -= 1
-                cells.append(ET.Element("td"))
-            if cell is not None:
-                height, width = span(cell, "rowspan"), span(cell, "colspan")
-                for place in range(width):
-                    covered[len(cells)] = height - 1
-                    cells.append(ET.Element("td") if place else cell)
-        row[:] = cells
+        column = 0
+        for cell in row:
+            first = column
+            while column in covered:
+                column += 1
+            height, width = span(cell, "rowspan"), span(cell, "colspan")
+            cell.text = CELL * (column - first) + (cell.text or "")
+            cell.tail = CELL * (width - 1) + (cell.tail or "")
+            if height > 1:
+                covered.update(dict.fromkeys(range(column, column + width), height))
+            column += width
+        covered = {column: height - 1 for column, height in covered.items() if height > 1}
 
 
 def span(cell, name):
     """How many rows or columns a cell covers; 1 where it doesn't say or says no such number."""
     value = cell.get(name, "1")
-    return max(1, min(int(value), 99)) if value.isdecimal() else 1
+    return max(1, min(int(value), LARGEST_SPAN)) if value.isdecimal() else 1
 
 
 def is_superscript_citation(e, tag, before):
