@@ -27,11 +27,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import finetune
-from data import TASKS, load_meta, load_qa, val_batches, zero_shot_prompt
+from data import TASKS, load_meta, val_batches, zero_shot_prompt
 from finetune import new_file
 from model import GPT, Linear, cross_entropy, forget
 from tokenizer import COUNT, json_lines, load_named, read_documents, run_command, write_json
-from train import COUNT_OR_0, POSITIVE, POSITIVE_OR_0, start_process
+from train import COUNT_OR_0, POSITIVE, POSITIVE_OR_0, evaluate, start_process
 
 # ---------------------------------------------------------------------------------------------
 # perplexity: how well does the model predict text?
@@ -63,14 +63,14 @@ def perplexity(args):
         if meta["tokenizer_sha256"] != tokenizer.fingerprint:
             raise ValueError(f"{args.data} was tokenized with another tokenizer than the model's: "
                              "tokenize with the model's, or give --data the text itself")
-        batches = val_batches(args.data, context, max(1, 8192 // context))
+        batches = val_batches(args.data, context, max(1, 8192 // context), device=process.device)
         n_tokens = meta["val"]["tokens"]
         n_bytes = meta["val"]["bytes"]
     else:
         texts = [text for _, text in itertools.islice(read_documents(args.data), args.limit)]
-        batches = text_rows(texts, tokenizer, context)
+        batches = text_rows(texts, tokenizer, context, process.device)
         n_bytes = len("".join(texts).encode())
-    nats, n_scored = summed_loss(gpt, progress(batches), process)
+    nats, n_scored = evaluate(gpt, progress(batches), process)
     if not n_scored:
         raise ValueError(f"{args.data} holds no token to score: give a folder with text")
     loss = nats / n_scored
@@ -96,25 +96,7 @@ def load_model(args, to_generate=False):
     return gpt, finetune.load_tokenizer(args.init, gpt.config), process
 
 
-@torch.no_grad()
-def summed_loss(gpt, batches, process):
-    """(sum of the loss in nats, number of targets) over batches x, y.
-
-    x, y: (B, T) int64 ids, y one place ahead of x, -100 = no target. The model returns the mean
-    over targets. Batches hold unlike numbers of them, so their means can't be averaged. Sums can be
-    added.
-    """
-    nats = n_targets = 0
-    for x, y in batches:
-        with process.autocast():
-            mean = gpt(x.to(process.device), y.to(process.device))[1].item()
-        count = (y != -100).sum().item()
-        nats += mean * count
-        n_targets += count
-    return nats, n_targets
-
-
-def text_rows(texts, tokenizer, context):
+def text_rows(texts, tokenizer, context, device):
     """Yields x, y of one row (1, T <= context) at a time. No document sees another.
 
     End-of-text stands before a document, so that its first token is predicted, too. A document
@@ -122,7 +104,7 @@ def text_rows(texts, tokenizer, context):
     predicted better, so the loss is an upper bound.
     """
     for text in filter(None, texts):
-        ids = torch.tensor([[tokenizer.eot_id, *tokenizer.encode(text)]])
+        ids = torch.tensor([[tokenizer.eot_id, *tokenizer.encode(text)]], device=device)
         yield from zip(ids[:, :-1].split(context, dim=1), ids[:, 1:].split(context, dim=1))
 
 
@@ -179,7 +161,8 @@ def answer_questions(args):
         result["acc_norm"] = acc_norm(scores, examples)
         print(f"by likelihood over length (acc_norm): {result['acc_norm']:.1%}")
     result["groups"] = breakdown(questions, hits)
-    print_table(result["groups"])
+    if result["groups"]:
+        print_table(result["groups"])
     if args.predictions:
         finetune.write_lines(args.predictions, finetune.predictions(scores, examples))
     return result
@@ -193,7 +176,7 @@ def find_questions(args):
         split = "dev"
         questions = finetune.find_split(args.task, args.data, split)
     if not finetune.labeled(questions):
-        load_qa(args.task, args.data, split)  # where the file is missing, it says which one
+        finetune.load_qa(args.task, args.data, split)  # says which file is missing, if one is
         raise ValueError(f"{args.task}'s {split} split has no answers: give another --split")
     return split, questions
 
@@ -263,12 +246,10 @@ def acc_norm(scores, examples):
 
 
 def breakdown(questions, hits):
-    """Rows of accuracy by the question's kind, its subject and its length in words."""
+    """Rows of accuracy by the question's kind and by its subject."""
     groups = defaultdict(list)
     for q, hit in zip(questions, hits):
-        n_words = len(f"{q.context} {q.question}".split())
-        below = 2 ** n_words.bit_length()  # 4 for 2 and 3 words, 8 for 4 to 7
-        for name, value in ("kind", q.kind), ("subject", q.subject), ("words <", below):
+        for name, value in ("kind", q.kind), ("subject", q.subject):
             if value:  # many sets name no kind or no subject
                 groups[name, value].append(hit)
     rows = []
@@ -585,7 +566,8 @@ def curves(args):
     for ax, name in zip(figure.subplots(len(names), squeeze=False).flat, names):
         for run, rows in logs.items():
             points = [(row.get("step", row.get("epoch")), row[name]) for row in rows if name in row]
-            ax.plot(*zip(*points), ".", markersize=3, label=run)  # seeds pass the same epochs
+            if points:  # no line joins them, since several seeds pass the same epochs
+                ax.plot(*zip(*points), ".", markersize=3, label=run)
         ax.set_title(name)
         ax.legend()
     figure.savefig(args.out)
@@ -599,22 +581,13 @@ def curves(args):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    floats = ["float32", "bfloat16"]
-    with_int8 = [*floats, "int8"]
+    floats = finetune.FLOATS
 
     def command(name, function, sentence, dtypes=()):
-        """add_argument of a new command; it has --json, and with dtypes a model's flags."""
-        sub = commands.add_parser(name, help=sentence)
+        """add_argument of a new command."""
+        sub = commands.add_parser(name, help=sentence, parents=[finetune.shared_flags(dtypes)])
         sub.set_defaults(function=function)
-        add = sub.add_argument
-        add("--json", type=new_file, help="also write the result here (default: none)")
-        if dtypes:
-            add("--init", required=True,
-                help="run of train.py or finetune.py, or Hugging Face GPT-2 folder")
-            add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
-            add("--dtype", choices=dtypes, help="of the matrix products; int8: bfloat16, and "
-                "weights of one byte (default: bfloat16 on cuda, else float32)")
-        return add
+        return sub.add_argument
 
     def add_questions(add):
         add("--data", required=True, help="folder with the question set's official files")
@@ -633,7 +606,7 @@ def parse_args():
         help="score options by likelihood, not by a fine-tuned head (default: off)")
     add("--predictions", type=new_file, help="also write a JSON line a question (default: none)")
 
-    add = command("generate", generate, "continue a text", with_int8)
+    add = command("generate", generate, "continue a text", [*floats, "int8"])
     add("--prompt", required=True, nargs="+", help="one or several texts")
     add("--max_new_tokens", type=COUNT, default=64, help="tokens to add at most (default: 64)")
     add("--paper", action="store_true", help="BioMedLM's decoding: 5 beams, no repeated 6-gram, "
@@ -645,7 +618,7 @@ def parse_args():
     add("--seed", type=COUNT_OR_0, default=1, help="of sampling (default: 1)")
 
     add = command("numbers", audit_numbers, "audit of made-up numbers in generated answers",
-                  with_int8)
+                  [*floats, "int8"])
     add("--task", choices=TASKS, default="text", help="question set (default: text)")
     add_questions(add)
     add("--max_new_tokens", type=COUNT, default=128, help="tokens an answer (default: 128)")

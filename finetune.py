@@ -258,10 +258,6 @@ class Example(NamedTuple):
         return max(len(row.ids()) for row in self.rows)
 
 
-# BioMedLM: the released script adds these and uses none; the paper's are in data.TASKS.
-UNUSED_MARKERS = ("[PAD]", "<|CONTEXT|>", "<|QUESTION1|>", "<|QUESTION2|>", "<|ANSWER|>")
-
-
 def encode_all(questions, task, tokenizer, settings):
     """An Example of each question, in order; adds the task's special tokens to the tokenizer.
 
@@ -271,7 +267,7 @@ def encode_all(questions, task, tokenizer, settings):
     kind = TASKS[task].kind
     names = TASKS[task].special_tokens
     if kind == "labels" and not settings["markers"]:
-        names = UNUSED_MARKERS
+        names = names[:1]  # BioMedLM's script adds four markers, too, and uses none
     tokenizer.add_special_tokens(names)
     encode = {"choice": encode_choice,
               "labels": encode_labels,
@@ -724,7 +720,7 @@ def resolve(args):
         if task.kind == "choice":
             epochs = 10
     if args.lora:
-        lr *= 10  # as is usual: B starts at 0
+        lr = max(3 * lr, 1e-4)  # what is usual; adapters take larger steps
     settings = vars(args) | {
         "kind": task.kind,
         "labels": (),
@@ -747,13 +743,31 @@ def new_file(text):
     return text
 
 
+FLOATS = ["float32", "bfloat16"]
+
+
+def shared_flags(dtypes):
+    """A parent parser for this script and eval.py's commands: --json, and with dtypes a model."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument
+    add("--json", type=new_file, help="also write the result here (default: none)")
+    if dtypes:
+        add("--init", required=True, help="run of train.py or finetune.py, or Hugging Face GPT-2 "
+            "folder")
+        add("--device", help="cpu, mps, cuda, cuda:1 … (default: the first that is there of cuda, "
+            "mps, cpu)")
+        add("--dtype", choices=dtypes, help="of the matrix products; int8: bfloat16, and weights "
+            "of one byte (default: bfloat16 on cuda and with --lora, else float32)")
+    return parser
+
+
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+                                     parents=[shared_flags(FLOATS)])
     add = parser.add_argument
     add("--task", required=True, choices=TASKS, help="which question set --data holds")
     add("--data", required=True, nargs="+",
         help="folder with the official files; further ones add training questions")
-    add("--init", required=True, help="run of train.py or Hugging Face GPT-2 folder")
     add("--out", required=True, help="folder to write")
     add("--random_init", action="store_true",
         help="fresh weights of --init's shape (default: off)")
@@ -772,10 +786,6 @@ def parse_args():
         "rank beside its own, 8 to 64, the head and the added tokens' rows (default: train all)")
     add("--activation_checkpointing", action="store_true",
         help="recompute blocks in backward: less memory, a third more time (default: off)")
-    add("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="of the matrix products (default: bfloat16 on cuda, else float32)")
-    add("--json", type=new_file, help="also write the result here (default: none)")
     return parser.parse_args()
 
 

@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from test_data import cloze_corpus
 from test_finetune import (
     TEXT,
     call,
@@ -28,7 +29,7 @@ from test_finetune import (
 import eval as evaluate
 import finetune
 import train
-from data import Question, load_qa, tokenize
+from data import Question, cloze, load_qa, tokenize
 from finetune import Example, wilson, write_lines
 from model import GPT
 from tokenizer import Tokenizer, run_command, train_bpe
@@ -113,6 +114,20 @@ def test_likelihood_of_options_equals_plain_logits(parts):
         assert found[-1] == found[0] or len(set(q.options)) == len(q.options)
 
 
+def test_a_cloze_set_is_asked_as_plain_text(parts, ask):
+    """Catches a kind of data.py's cloze sets that eval.py doesn't know: "Answer:" would follow."""
+    gpt, tokenizer = parts
+    cloze_corpus()
+    cloze("text", "text", "cloze", 0.2)
+    row = ask("qa --zero_shot --task medqa --data cloze --init init --limit 3 --predictions p")
+    assert row["groups"][0]["group"].startswith("kind cloze, seen ")
+    for q, line in zip(finetune.labeled(load_qa("medqa", "cloze", "test"), 3), lines("p")):
+        options = [tokenizer.encode(" " + option) for option in q.options]
+        prompt = tokenizer.encode(q.question)[max(map(len, options)) - 48:]
+        expected = [-nats_of(gpt, prompt + ids, len(prompt)).item() for ids in options]
+        assert line["scores"] == pytest.approx(expected, abs=2e-4)
+
+
 def test_acc_norm_counts_characters():
     """Catches no division, one by bytes, or by the characters with the space before them."""
     examples = [Example(Question("", "?", options=options, answer=1), [])
@@ -123,12 +138,11 @@ def test_acc_norm_counts_characters():
 
 
 def test_breakdown():
-    """Catches a group's hits that are another's, and a length without the context's words."""
-    asked = [Question("1", "a b c", kind="x", subject="s"),
-             Question("2", "a b", context="c d", kind="x")]
+    """Catches a group's hits that are another's, and a group without a name."""
+    asked = [Question("1", "a b c", kind="x", subject="s"), Question("2", "a b", kind="x")]
     rows = evaluate.breakdown(asked, [1, 0])
     assert [(row["group"], row["n"], row["accuracy"]) for row in rows] == [
-        ("kind x", 2, 0.5), ("subject s", 1, 1.0), ("words < 4", 1, 1.0), ("words < 8", 1, 0.0)]
+        ("kind x", 2, 0.5), ("subject s", 1, 1.0)]
     assert rows[1]["ci95"] == wilson(1.0, 1)
 
 
@@ -142,15 +156,17 @@ def test_qa_command(ask, monkeypatch):
         assert [line["id"] for line in lines("p")] == [q.id for q in asked]
         scores = np.array([line["scores"] for line in lines("p")])
         right = scores.argmax(1) == [q.answer for q in asked]
-        assert row["accuracy"] == row["groups"][0]["accuracy"] == right.mean()
+        assert row["accuracy"] == right.mean() and row["groups"] == []
         assert (row["split"], row["available"], row["n"]) == (split, 12, 5)
     ask(command + "--split dev --dtype bfloat16")
     assert (np.array([line["scores"] for line in lines("p")]) != scores).any()
     Path("qa/4_options/phrases_no_exclude_test.jsonl").unlink()
     assert ask(command)["split"] == "dev"
-    hidden = [replace(q, answer=None) for q in asked]
-    monkeypatch.setattr(finetune, "load_qa", lambda task, data, split: hidden)
+    monkeypatch.setattr(finetune, "load_qa", lambda task, data, split: [
+        replace(q, answer=None) if split == "test" else q for q in asked])
     assert ask(command)["split"] == "dev"
+    with pytest.raises(ValueError, match="give another --split"):
+        ask(command + "--split test")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,7 +202,8 @@ def test_flags_of_generate_reach_the_model(ask, parts, monkeypatch):
     assert given.pop("n_pad").tolist() == [0, len(ids) - 1]
     assert given == dict(
         idx=[ids, [0] * (len(ids) - 1) + [tokenizer.eot_id]], dtype=torch.bfloat16,
-        eot_id=tokenizer.eot_id, temperature=0.5, top_k=7, top_p=0.9, seed=3, num_beams=2, max_new_tokens=9)
+        eot_id=tokenizer.eot_id, temperature=0.5, top_k=7, top_p=0.9, seed=3, num_beams=2,
+        max_new_tokens=9)
 
     tokenizer.add_special_tokens(["<|startoftext|>"])
     tokenizer.save("init")
@@ -256,7 +273,7 @@ def test_audit_and_its_controls(ask, monkeypatch):
              Question("2", "How long?", context="22 days, 9 sites.", target="It took 22 days."),
              Question("3", "How?", target="None at all."),
              Question("4", "Without an answer?")]
-    monkeypatch.setattr(evaluate, "load_qa", lambda *_: asked)
+    monkeypatch.setattr(finetune, "load_qa", lambda *_: asked)
     answer = Mock(return_value=["5 of 11 days", "9 or 11 days, 22 kg", "7 kg"])
     monkeypatch.setattr(evaluate, "continue_prompts", answer)
     result = ask("numbers --init init --data qa --max_new_tokens 40")
@@ -336,7 +353,7 @@ DAMAGE = [  # file, the commands that read it, ways to spoil it
      "empty half flip zip lost model/transformer.ln_f.bias=NaN "
      "model/transformer.wte.weight=Infinity"),
     ("pretrained/vocab.json", "perplexity", "empty half list utf16"),
-    ("pretrained/merges.txt", "tune", "empty page half utf16"),
+    ("pretrained/merges.txt", "tune", "empty page half"),
     ("tuned/added_tokens.json", "qa, export_tuned", "empty half list utf16"),
     ("tuned/added_tokens.json", "qa", "[PAD]=99999"),
     (f"tuned/{WEIGHTS}", "qa, export_tuned", "empty page half"),

@@ -96,7 +96,7 @@ def nats_of(gpt, ids, first=1):
 @pytest.mark.parametrize("length", [8, 12, 20, 64])
 @pytest.mark.parametrize("task, markers, added, template", [
     ("medqa", False, "[PAD]+[CLS]+[SEP]", "L+[SEP]/S+[SEP]"),
-    ("bioasq", False, "[PAD]+<|CONTEXT|>+<|QUESTION1|>+<|QUESTION2|>+<|ANSWER|>", "/L+S"),
+    ("bioasq", False, "[PAD]", "/L+S"),
     ("bioasq", True, "[PAD]+<|CONTEXT|>+<|QUESTION|>+<|ANSWER|>",
      "/<|CONTEXT|>+L+<|QUESTION|>+S+<|ANSWER|>"),
     ("text", False, "[PAD]+<|startoftext|>", "L+<|startoftext|>/S+EOT")])
