@@ -873,9 +873,9 @@ def xml_records(path):
                 if len(top) == 0:
                     head += chunk
                     if b"\0" in head:  # an entity's declaration would not be seen in it
-                        raise ValueError(f"{path} is UTF-16 or no text: convert it to UTF-8")
+                        raise ValueError("it is UTF-16 or no text: convert it to UTF-8")
                     if b"<!ENTITY" in head or len(head) > 2 * CHUNK:
-                        raise ValueError(f"{path} declares an entity, which could grow endlessly, "
+                        raise ValueError("it declares an entity, which could grow endlessly, "
                                          "or has no XML element in its first 64 KiB: refused")
                 if UNKNOWN_ENTITY.search(chunk):  # few files have any; to fill the table is slow
                     parser.entity.update(ENTITIES)
@@ -886,13 +886,13 @@ def xml_records(path):
                     del top[0][:-1]
                     pending = 0
                 if pending > RECORD_LIMIT:
-                    raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
+                    raise ValueError(f"a record beyond {RECORD_LIMIT // MIB} MiB is no "
                                      "article: remove the file or raise RECORD_LIMIT")
             parser.close()
         except ET.ParseError as e:
             if len(top) and local(top[0]) in CONTAINERS:
                 yield from top[0][:-1]  # what stands before the damage
-            raise ValueError(f"{path}: malformed XML ({e}): mend it or download it again") from None
+            raise ValueError(f"malformed XML ({e}): mend it or download it again") from None
     yield from top[0] if local(top[0]) in CONTAINERS else top
 
 
@@ -1230,9 +1230,9 @@ def output_lines(paths, options, counts, skipped):
                     continue
                 yield from lines
                 counts.update(reason or "documents" for _, _, reason in held)
-        except (ValueError, OSError) as e:
+        except (ValueError, OSError, RecursionError) as e:
             counts["damaged files"] += 1
-            skipped.append(str(e))
+            skipped.append(f"{path}: {e}")
 
 
 def extract_files(task):
