@@ -1029,19 +1029,14 @@ def fill_spans(rows):
             first = column
             while column in covered:
                 column += 1
-            height, width = span(cell, "rowspan"), span(cell, "colspan")
+            height, width = (min(int(span), LARGEST_SPAN) if span.isdecimal() else 1
+                             for span in (cell.get("rowspan", "1"), cell.get("colspan", "1")))
             cell.text = CELL * (column - first) + (cell.text or "")
             cell.tail = CELL * (width - 1) + (cell.tail or "")
             if height > 1:
                 covered.update(dict.fromkeys(range(column, column + width), height))
             column += width
         covered = {column: height - 1 for column, height in covered.items() if height > 1}
-
-
-def span(cell, name):
-    """How many rows or columns a cell covers; 1 where it doesn't say or says no such number."""
-    value = cell.get(name, "1")
-    return max(1, min(int(value), LARGEST_SPAN)) if value.isdecimal() else 1
 
 
 def is_superscript_citation(e, tag, before):
