@@ -17,7 +17,7 @@ each in the same order: a note that derives its backward, the reference (plain P
 the kernels (forward first), the autograd wiring, the public op. A CUDA tensor takes the Triton
 kernel, TRITON_INTERPRET=1 runs the same kernel on the CPU, anything else (no GPU, no triton) takes
 the reference. Statistics, softmax and sums are fp32. Linear, which stands there too, is nn.Linear
-with a faster backward for training on a GPU.
+with a faster backward for training on a GPU. To learn the model, read down to "fused ops".
 """
 
 import argparse
@@ -108,8 +108,19 @@ class MLP(nn.Module):
         return self.c_proj(x)  # (B, T, 4C) -> (B, T, C)
 
 
+# In plain form a block is two lines:
+#
+#     x = x + dropout(attn(ln_1(x)))
+#     x = x + dropout(mlp(ln_2(x)))
+#
+# After every sum "x + dropout(...)" comes a LayerNorm, and one fused op does both: AddNorm. But the
+# second sum's LayerNorm is the next block's ln_1 (after the last block: ln_f). So a block doesn't
+# add its MLP's output to x. It returns the pair (branch, residual), which is (MLP's output, x so
+# far), and the next AddNorm makes the sum. The arithmetic is the same.
+
+
 class AddNorm(nn.LayerNorm):
-    """x = residual + dropout(branch), then LayerNorm of x: one fused op. Block says what for."""
+    """x = residual + dropout(branch), then LayerNorm of x: one fused op."""
 
     def forward(self, branch, residual, dropout_p, seed):
         """(B, T, C) each -> LayerNorm(x), x; x has residual's dtype: fp32 in training.
@@ -123,16 +134,6 @@ class AddNorm(nn.LayerNorm):
 
 class Block(nn.Module):
     """One pre-LayerNorm layer."""
-
-    # In plain form a block is two lines:
-    #
-    #     x = x + dropout(attn(ln_1(x)))
-    #     x = x + dropout(mlp(ln_2(x)))
-    #
-    # After every sum "x + dropout(...)" comes a LayerNorm, and one fused op does both. But the
-    # second sum's LayerNorm is the next block's ln_1 (after the last block: ln_f). So a block
-    # doesn't add its MLP's output to x. It returns the pair (branch, residual), which is (MLP's
-    # output, x so far), and the next LayerNorm makes the sum. The arithmetic is the same.
 
     def __init__(self, config, layer_idx):
         super().__init__()
@@ -203,7 +204,8 @@ class GPT(nn.Module):
         elif positions is None:
             positions = torch.arange(T, device=idx.device)
         if mask is not None:
-            # cuDNN makes a plan for each new shape, in some 30 ms. Here most shapes are new.
+            # cuDNN makes a plan for each new shape, in some 30 ms, and here most shapes are new. So
+            # this process does without its attention from now on.
             torch.backends.cuda.enable_cudnn_sdp(False)
         residual = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         seed = 0
@@ -211,7 +213,7 @@ class GPT(nn.Module):
         if dropout_p > 0:
             residual = F.dropout(residual, dropout_p)
             # Drawn on the CPU: no wait for the GPU, and torch.manual_seed makes a step repeatable.
-            # Each block adds 4 to it. The last one's seeds still lie below 2**31.
+            # Each block adds 4, of which it uses 3. The last one's seeds still lie below 2**31.
             seed = int(torch.randint(2**31 - 4 * self.config.n_layer - 4, ()))
         branch = None
         for block in self.transformer.h:
@@ -240,9 +242,9 @@ class GPT(nn.Module):
 
     # The methods below are functions of the next acts, where their arguments are explained.
 
-    def generate(self, idx, max_new_tokens, *args, **options):
-        """Continue idx (B, T) int64: (B, at most T + max_new_tokens)."""
-        return generate(self, idx, max_new_tokens, *args, **options)
+    def generate(self, *args, **options):
+        """Continue prompts."""
+        return generate(self, *args, **options)
 
     @staticmethod
     def config_of(path):
@@ -251,7 +253,7 @@ class GPT(nn.Module):
 
     @staticmethod
     def from_pretrained(path, *args, **options):
-        """Model of a run or of a Hugging Face GPT-2 folder, in eval mode."""
+        """The model saved in a folder, in eval mode."""
         return from_pretrained(path, *args, **options)
 
     def save_pretrained(self, path):
@@ -314,11 +316,8 @@ class GPTConfig:
         if "quantization_config" in hf:
             raise ValueError("the weights are quantized: use the folder they were made from, or "
                              "`transformers`' model.dequantize() and save_pretrained(DIR)")
-        given = {}
-        for field in fields(GPTConfig):
-            name = HF_NAMES.get(field.name, field.name)
-            if name in hf:
-                given[field.name] = hf[name]
+        names = {field.name: HF_NAMES.get(field.name, field.name) for field in fields(GPTConfig)}
+        given = {ours: hf[theirs] for ours, theirs in names.items() if theirs in hf}
         config = GPTConfig(**HF_DEFAULTS | given)
         wanted = {
             "model_type": [MODEL_TYPE],
@@ -456,7 +455,7 @@ def sample(logits, temperature, top_k, top_p):
     if top_p is not None:
         # a token goes when the mass before it already reaches top_p; the first always stays
         before = probs.cumsum(dim=-1) - probs
-        probs[before >= top_p * probs.sum(dim=-1, keepdim=True)] = 0
+        probs[:, 1:] *= (before < top_p * probs.sum(dim=-1, keepdim=True))[:, 1:]
     return order.gather(1, torch.multinomial(probs, 1))
 
 
@@ -585,7 +584,7 @@ def check_tensors(state, expected, path):
             raise ValueError(f"{path} has no {name} of shape {tuple(like.shape)}, as config.json "
                              "implies: use the config.json saved with the weights")
         if not state[name].sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier checkpoint")
+            raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier file")
 
 
 def newest_checkpoint(run):
@@ -601,13 +600,12 @@ def newest_checkpoint(run):
     for path in paths:
         try:
             contents = load_tensors(path)
-            missing = {"model", "optimizer", "step"} - set(contents)
-            if missing:
-                raise ValueError(f"{path} has no {missing.pop()}")
             check_tensors(contents["model"], weights, path)
+            contents["optimizer"]  # KeyError where it is missing
+            contents["step"]
             return path, contents
-        except ValueError as e:
-            print(f"warning: skipping a checkpoint that is not whole: {e}", file=sys.stderr)
+        except (ValueError, KeyError) as e:
+            print(f"warning: skipping {path}, no whole checkpoint: {e!r}", file=sys.stderr)
     raise ValueError(f"no checkpoint in {run} is whole: restore one, or start --fresh")
 
 
@@ -622,14 +620,15 @@ def load_tensors(path):
     try:
         if is_safetensors:
             return load_file(path)
-        if zipfile.ZipFile(path).testzip():  # torch.save writes a zip file
+        if zipfile.ZipFile(path).testzip():  # torch.save writes a zip file since torch 1.6
             raise ValueError("a checksum is wrong")
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (ValueError, RuntimeError, OSError, pickle.UnpicklingError, zipfile.BadZipFile,
-            SafetensorError) as e:
+    except (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError,
+            zipfile.BadZipFile, SafetensorError) as e:
         reason = str(e).partition("\n")[0]
         raise ValueError(f"{path} is missing, damaged or no file of plain tensors "
-                         f"({type(e).__name__} {reason}): copy or download it again") from e
+                         f"({type(e).__name__} {reason}): copy or download it again. One that "
+                         "torch wrote before 1.6: torch.save(torch.load(FILE), FILE)") from e
 
 
 def transposed(state):
@@ -645,7 +644,8 @@ def transposed(state):
 def save_pretrained(model, path):
     """Write config.json and the weights: a folder that `transformers` loads.
 
-    The weights go to model.safetensors, without the safetensors package to pytorch_model.bin.
+    The weights go to model.safetensors, without the safetensors package to pytorch_model.bin. The
+    folder's added_tokens.json is read, if Tokenizer.save wrote one there.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -695,21 +695,18 @@ INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache  # every launch asks
-@torch.compiler.assume_constant_result  # torch.compile asks once and keeps the answer
 def gpu():
-    """The chip whose launch settings are used: "sm_90" on Hopper, "sm_80" on any other.
+    """The GPU's architecture, such as "sm_90" on Hopper; "" where the kernels don't run.
 
-    "" where the references run: without a GPU, on one without bf16 matrix products (they begin
-    with capability 8.0), and on AMD's, where nobody has run these kernels.
+    They run on NVIDIA's GPUs that have bf16 products, which begin with capability 8.0.
     """
     if not torch.cuda.is_available() or torch.version.hip:
         return ""
-    major, _ = torch.cuda.get_device_capability()
-    if major < 8:
-        return ""
-    return "sm_90" if major == 9 else "sm_80"
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}" if major >= 8 else ""
 
 
+@torch.compiler.assume_constant_result  # torch.compile asks once and keeps the answer
 def kernels_active(device="cuda"):
     """The path of ops on tensors of `device`: "triton", "triton interpreter" or "reference"."""
     if INTERPRETED:
@@ -789,9 +786,9 @@ def load_fp32(ptr, mask, other: constexpr = 0.0):
 # generator of its own, Philox. It takes ten times the instructions, more than attention does.
 
 
-def dropout_arguments(p, seed):
-    """What kernels take: the seed in 31 bits, p · 2^32, the factor 1 / (1 - p), p > 0."""
-    return seed % 2**31, round(p * 2**32), 1 / (1 - p), p > 0
+def dropout_arguments(p):
+    """What kernels take beside the seed, which is an int of 31 bits."""
+    return dict(threshold=round(p * 2**32), factor=1 / (1 - p), DROPOUT=p > 0)
 
 
 def lowbias32(x):
@@ -832,12 +829,13 @@ def dropout_ref(x, p, seed):
     """Dropout of x (..., columns), bit for bit the kernels' mask. All of ... counts as rows."""
     if p == 0:
         return x
-    seed, threshold, factor, _ = dropout_arguments(p, seed)
+    dropout = dropout_arguments(p)
     row = torch.arange(x[..., 0].numel(), device=x.device).view(x[..., :1].shape)
     key = lowbias32(lowbias32(seed) ^ row).int()
     col = torch.arange(x.shape[-1], device=x.device, dtype=torch.int32)
-    stays = (element_hash(key, col) ^ -(2**31)) >= threshold - 2**31  # compared as uint32 is
-    return x * (stays * factor)
+    # Flipping the top bit of both sides makes int32 compare as uint32 does.
+    stays = (element_hash(key, col) ^ -(2**31)) >= dropout["threshold"] - 2**31
+    return x * (stays * dropout["factor"])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -881,7 +879,7 @@ def add_layer_norm_ref(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=
 @jit
 def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
                         w_ptr, b_ptr,  # (C,)
-                        y_ptr, new_ptr,  # written, (N, C)
+                        y_ptr, r_ptr,  # written, (N, C)
                         mean_ptr, rstd_ptr,  # written, (N,)
                         seed,
                         threshold,
@@ -906,8 +904,8 @@ def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
         if DROPOUT:
             r = tl.where(keeps(dropout_key(seed, row), cols, threshold), r, 0.0) * factor
         r += load_fp32(residual_ptr + start + cols, inside)
-        stored = r.to(new_ptr.dtype.element_ty)
-        tl.store(new_ptr + start + cols, stored, mask=inside)
+        stored = r.to(r_ptr.dtype.element_ty)
+        tl.store(r_ptr + start + cols, stored, mask=inside)
         r = stored.to(tl.float32)  # rounded: normalise what backward will read
         total += r
         pieces += (r,)
@@ -934,7 +932,7 @@ def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
 
 
 @jit
-def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
+def norm_backward_kernel(dy_ptr, dlater_ptr, r_ptr,  # (N, C)
                          w_ptr,  # (C,)
                          mean_ptr, rstd_ptr,  # (N,)
                          dx_ptr, dresidual_ptr,  # written, (N, C)
@@ -979,7 +977,7 @@ def norm_backward_kernel(dy_ptr, dnew_ptr, r_ptr,  # (N, C)
             sum_gx += g * xhat
             gs += (g,)
             xhats += (xhat,)
-            laters += (load_fp32(dnew_ptr + start + cols, inside),)
+            laters += (load_fp32(dlater_ptr + start + cols, inside),)
             new_dws += (dws[i] + dy * xhat,)
             new_dbs += (dbs[i] + dy,)
         dws = new_dws
@@ -1026,20 +1024,22 @@ class AddLayerNorm(torch.autograd.Function):
         C = x.shape[-1]
         N = x.numel() // C
         y = torch.empty_like(x)
-        new = torch.empty_like(residual)
+        r = torch.empty_like(residual)  # the new residual
         stats = x.new_empty(2, N, dtype=torch.float32)  # mean and rstd
-        ctx.dropout = dropout_arguments(p, seed)
+        ctx.seed = seed
+        ctx.dropout = dropout_arguments(p)
         norm_forward_kernel[(N,)](
             x, residual, weight, bias,
-            y, new, *stats,
-            *ctx.dropout,
-            eps,
+            y, r, *stats,
+            eps=eps,
+            seed=seed,
+            **ctx.dropout,
             **norm_launch(C))
-        ctx.save_for_backward(new, weight, stats)
-        return y, new
+        ctx.save_for_backward(r, weight, stats)
+        return y, r
 
     @staticmethod
-    def backward(ctx, dy, dnew):
+    def backward(ctx, dy, dlater):
         r, weight, stats = ctx.saved_tensors
         dy = dy.contiguous()
         _, N = stats.shape
@@ -1050,10 +1050,11 @@ class AddLayerNorm(torch.autograd.Function):
         programs = min(N, n_programs(r, per_sm))
         partial = r.new_empty(programs, 2, C, dtype=torch.float32)
         norm_backward_kernel[(programs,)](
-            dy, dnew.contiguous(), r, weight, *stats,
+            dy, dlater.contiguous(), r, weight, *stats,
             dx, dresidual, partial,
             N,
-            *ctx.dropout,
+            seed=ctx.seed,
+            **ctx.dropout,
             **norm_launch(C))
         dw, db = partial.sum(0)
         return dx, dresidual, dw, db, None, None, None
@@ -1481,22 +1482,21 @@ def attention_tile(kernel, dtype, BD, has_dropout):
     return 64, 64, 4, 3 if forward else 2
 
 
-def launch_attention(kernel, tensors, n_head, *scalars):
-    """Run one attention kernel over all its tiles. tensors begins with qkv; the last of scalars
-    says if there is dropout."""
-    B, T, C3 = tensors[0].shape
+def launch_attention(kernel, qkv, *tensors, n_head, **scalars):
+    """Run one attention kernel over all its tiles."""
+    B, T, C3 = qkv.shape
     C = C3 // 3
     D = C // n_head
     BD = max(triton.next_power_of_2(D), 16)  # tl.dot takes no less
-    BM, BN, warps, stages = attention_tile(kernel, tensors[0].dtype, BD, scalars[-1])
+    BM, BN, warps, stages = attention_tile(kernel, qkv.dtype, BD, scalars["DROPOUT"])
     even = T % BM == 0 and T % BN == 0 and BD == D
     owned = BN if kernel is attention_dkv_kernel else BM  # rows of one program
     kernel[triton.cdiv(T, owned), B * n_head](
-        *tensors,
+        qkv, *tensors,
         T,
-        *scalars,
-        C, D, BD,
-        BM, BN, even,
+        **scalars,
+        C=C, D=D, BD=BD,
+        BM=BM, BN=BN, EVEN=even,
         num_warps=warps,
         num_stages=stages,
         default_dot_input_precision="ieee")  # fp32 products in fp32, not rounded to tf32
@@ -1511,25 +1511,27 @@ class Attention(torch.autograd.Function):
         B, T, C3 = qkv.shape
         o = qkv.new_empty(B, T, C3 // 3)
         lse = qkv.new_empty(B, n_head, T, dtype=torch.float32)
-        dropout = dropout_arguments(p, seed)
-        launch_attention(attention_forward_kernel, (qkv, o, lse), n_head, scale * LOG2_E, *dropout)
-        ctx.settings = (n_head, scale, *dropout)
+        ctx.n_head = n_head
+        ctx.scale = scale
+        ctx.seed = seed
+        ctx.dropout = dropout_arguments(p)
+        launch_attention(attention_forward_kernel, qkv, o, lse,
+                         n_head=n_head, scale2=scale * LOG2_E, seed=seed, **ctx.dropout)
         ctx.save_for_backward(qkv, o, lse)
         return o
 
     @staticmethod
     def backward(ctx, do):
         qkv, o, lse = ctx.saved_tensors
-        n_head, scale, seed, *dropout = ctx.settings
+        same = dict(n_head=ctx.n_head, scale=ctx.scale, scale2=ctx.scale * LOG2_E, **ctx.dropout)
         do = do.contiguous()
         dqkv = torch.empty_like(qkv)
         delta = torch.empty_like(lse)
         keys = torch.empty_like(lse, dtype=torch.int32)
         # The first writes delta, keys and dqkv's first third. The second reads delta and keys.
-        launch_attention(attention_dq_kernel, (qkv, o, do, lse, delta, keys, dqkv), n_head,
-                         scale, scale * LOG2_E, seed, *dropout)
-        launch_attention(attention_dkv_kernel, (qkv, do, lse, delta, keys, dqkv), n_head,
-                         scale, scale * LOG2_E, *dropout)
+        launch_attention(attention_dq_kernel, qkv, o, do, lse, delta, keys, dqkv,
+                         seed=ctx.seed, **same)
+        launch_attention(attention_dkv_kernel, qkv, do, lse, delta, keys, dqkv, **same)
         return dqkv, None, None, None, None
 
 
@@ -1585,20 +1587,18 @@ def add_product(total, a, b):
 class AccumulatingLinear(torch.autograd.Function):
     """y = x Wᵀ + b, x (..., in), weight (out, in) fp32; dW is added to weight.grad in fp32.
 
-    working: the weight in the dtype that autocast wants, or None: it is cast here.
+    working: the weight in x's dtype, or None: it is cast here.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, working):
         if working is None:
-            working = weight.detach().to(compute_dtype(x))
-        x = x.to(working.dtype)
+            working = weight.to(x.dtype)
         ctx.weight = weight  # the parameter itself: backward needs its .grad
         ctx.save_for_backward(x, working)
         return F.linear(x, working, None if bias is None else bias.to(working.dtype))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         x, working = ctx.saved_tensors
         dx = dy @ working

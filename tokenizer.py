@@ -201,7 +201,7 @@ class Tokenizer:
         self.special = {token: vocab[token] for token in others} | dict(added)
         missing = set(tokens) - vocab.keys()
         # What is neither byte nor merge must look special, or else the merges were cut short.
-        plain = [token for token in others if token not in added and token[0] not in "<["]
+        plain = [token for token in others if token[0] not in "<["]
         different = len({*ids, *self.special.values()}) == len(ids) + len(self.special)
         if missing or plain or not different:
             raise ValueError("its vocabulary and merges are damaged, or do not belong together "
@@ -282,7 +282,7 @@ class Tokenizer:
                 try:
                     return cls(*read_files(vocab, merges))
                 except ValueError as e:  # a whole tokenizer.json may stand there, too
-                    error = error or ValueError(f"{vocab}: {e}")
+                    error = error or ValueError(f"{folder}: {e}")
         raise error or FileNotFoundError(
             f"{folder} has no vocab.json + merges.txt: make them with python tokenizer.py train "
             f"--input TEXT --out {folder}; for gpt2, set TIKTOKEN_CACHE_DIR to the folder where "
@@ -301,9 +301,9 @@ def count_pretokens(inputs, workers=1):
     """Counter of the pre-tokens in files or folders, the same for every number of processes.
 
     This process reads, the workers count; some two batches a worker are in memory. Below 30 MB it
-    counts alone: others would take as long to start as they save. The Counter
-    grows with the text: abstracts of 21 MB have 68,000 pre-tokens, of 86 MB 176,000. By that rule
-    all of PubMed, 30 GB, has some 9 million. Training takes about 480 bytes for each: 4 GB.
+    counts alone: others would take as long to start as they save.
+    The Counter grows with the text: abstracts of 21 MB have 68,000 pre-tokens, of 86 MB 176,000. At
+    that rate all of PubMed, 30 GB, has some 9 million. Training takes 480 bytes for each: 4 GB.
     """
     batches = read_batches(inputs)
     first = list(islice(batches, 15))
@@ -389,8 +389,8 @@ def from_tokenizer_json(content):
     gpt2 = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}
     model = content["model"]
     if content["normalizer"] or not gpt2.items() <= cut.items():
-        raise ValueError("the text is changed (normalizer) or cut (pre_tokenizer) in other ways "
-                         "than GPT-2's: use a tokenizer of GPT-2's kind")
+        raise ValueError("tokenizer.json changes the text (normalizer) or cuts it (pre_tokenizer) "
+                         "in other ways than GPT-2's: use a tokenizer of GPT-2's kind")
     # a merge is "t h" in older files and ["t", "h"] in newer ones
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
     return model["vocab"], merges, {token["content"]: token["id"]

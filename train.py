@@ -119,8 +119,8 @@ def main():
     writing = None  # rank 0's thread that writes a checkpoint
     seconds = []  # of each step since the last logged line, without validations and checkpoints
     skipped = 0  # updates in a row whose gradient was not finite
-    for step in tqdm(range(start, total_steps + 1), initial=start, total=total_steps, unit="step",
-                     leave=False, disable=process.rank > 0 or None):  # None: only on a terminal
+    for step in tqdm(range(start, total_steps + 1), initial=start, total=total_steps, leave=False,
+                     disable=process.rank > 0 or None):  # None: only on a terminal
         # Once in a while, and at the end: the loss on validation text. All ranks take part. A run
         # that goes on has this step's loss from before: a checkpoint is made after a validation.
         last = step == total_steps
@@ -153,7 +153,7 @@ def main():
         seconds.append(time.perf_counter() - began)
         done = step + 1
         skipped = 0 if math.isfinite(grad_norm) else skipped + 1
-        if skipped > 0:
+        if skipped:
             report_skip(loss, done, skipped, process)
 
         # Once in a while: a line for people, and a row of log.jsonl.
@@ -180,13 +180,12 @@ def main():
 
 SHAPE = ("n_layer", "n_head", "n_embd")
 COUNT_OR_0 = numbers(int, 0, 2**32)
-LENGTH = numbers(int, 2)  # the last token of a sequence is only a target
 POSITIVE = numbers(float, 1e-12)
 POSITIVE_OR_0 = numbers(float, 0)
 PROBABILITY = numbers(float, 0, 1)
 
-# What a flag is where it is not given: first for the paper's 125M ablations, then what the other
-# presets have instead.
+# Defaults of the flags. RECIPE is that of the paper's 125M ablations; PRESETS has what each preset
+# sets instead.
 RECIPE = {
     "total_steps": 100_000, "batch_tokens": 512 * 1024, "seq_len": 1024, "lr": 6e-4,
     "warmup_steps": 100, "grad_clip": 1.0, "dropout": 0.1, "seed": 17, "eval_every": 5000,
@@ -214,8 +213,8 @@ PRESETS = {
 DEMO_DATA = "data/demo"
 
 # On resume these must be as before: else one run would mix two models, data orders or losses.
-FIXED = {"seq_len", "batch_tokens", "seed", "ignore_eot_targets", "data_fingerprint", "init"}
-FIXED |= {field.name for field in fields(GPTConfig)} - {"dropout"}
+FIXED = {"seq_len", "batch_tokens", "seed", "ignore_eot_targets", "data_fingerprint", "init",
+         *(field.name for field in fields(GPTConfig) if field.name != "dropout")}
 
 
 def recipe(preset):
@@ -251,7 +250,7 @@ def read_settings():
     number("batch_tokens", COUNT, "tokens of one step, over all ranks and micro-batches")
     add("--micro_batch", type=COUNT, help="sequences in one forward pass of one rank (default: "
         f"the largest divisor of a rank's share up to {defaults['most_sequences']})")
-    number("seq_len", LENGTH, "tokens of one sequence")
+    number("seq_len", numbers(int, 2), "tokens of one sequence; the last is only a target")
     number("lr", POSITIVE, "peak learning rate")
     add("--min_lr", type=POSITIVE_OR_0,
         help="learning rate at the end of the cosine (default: 0.1 * lr)")
@@ -374,10 +373,8 @@ def start_process(device=None, dtype=None):
         torch.cuda.set_device(device)  # Triton launches on the current device
     process = Process(device, getattr(torch, dtype))
     if in_group:
-        backend = "gloo"
-        if cuda:
-            # gloo beside NCCL: agreeing on Python's values is then no work for the GPU.
-            backend = "cpu:gloo,cuda:nccl"
+        # gloo beside NCCL: agreeing on Python's values is then no work for the GPU.
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         # A GPU that hangs ends the run in 15 minutes. What is agreed on by the CPUs has a group of
         # its own: there the others wait while rank 0 makes the demo or writes a checkpoint.
         dist.init_process_group(backend, timeout=timedelta(minutes=15))
@@ -410,7 +407,7 @@ class Process:
 
     def all_reduce(self, values):
         """Numbers or 0-d tensors, summed over the ranks on the CPU, as Python floats."""
-        values = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        values = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(values, dist.ReduceOp.SUM, self.group)
         return values.tolist()
@@ -434,7 +431,7 @@ class Process:
             except (ValueError, OSError) as e:
                 error = e
         error, shared = self.gather((error, result if share else None))[0]
-        if error is not None:
+        if error:
             raise error
         return shared if share else result
 
@@ -511,15 +508,14 @@ def speed_up(model, compiled, process):
     in_place = kernels_active(process.device) == "triton" and process.dtype == torch.bfloat16
     for layer in linear_layers(model):
         layer.accumulates = in_place
-    if not compiled:
-        return
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise ValueError(f"--compile needs a C++ compiler, and there is no {compiler}: install it, "
-                         "name yours in CXX, or drop --compile")
-    torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets
-    for block in model.transformer.h:
-        block.compile()
+    if compiled:
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            raise ValueError(f"--compile needs a C++ compiler, and there is no {compiler}: install "
+                             "it, name yours in CXX, or drop --compile")
+        torch._dynamo.config.optimize_ddp = False  # it would cut a block at DDP's buckets
+        for block in model.transformer.h:
+            block.compile()
 
 
 def linear_layers(model):
@@ -562,7 +558,7 @@ def learning_rate(step, settings):
 
 def make_optimizer(model, settings):
     """AdamW. Any other torch.optim.Optimizer may stand here: nothing else knows which one it is.
-    With FSDP its update must work on sharded tensors. update() sets one rate for all its groups.
+    With FSDP its update must work on sharded tensors. train_step sets one rate for all its groups.
 
     One group: decay falls on every parameter, biases and LayerNorms too (BioMedLM: Composer).
     DecoupledAdamW shrinks a weight by 1 - (lr_t / lr_0) * 1.6e-5 a step, torch by
@@ -577,7 +573,7 @@ def cast_weights(model, dtype):
 
     With FSDP a rank has no whole weight to cast before a block gathers it.
     """
-    if dtype == torch.float32 or isinstance(model, FSDPModule):
+    if isinstance(model, FSDPModule):
         return
     for layer in linear_layers(model):
         if layer.accumulates:
@@ -585,7 +581,7 @@ def cast_weights(model, dtype):
 
 
 def train_step(model, optimizer, batches, step, settings, process):
-    """Update `step`: (this rank's loss as a 0-d tensor, gradient norm as a float).
+    """Update `step`: (this rank's loss as a 0-d tensor, gradient norm before clipping as a float).
 
     The loss is divided by this rank's positions in the step, not by its valid targets, so that
     ignored targets weigh the same however the batch is cut. DDP and FSDP take the mean over ranks.
@@ -594,39 +590,31 @@ def train_step(model, optimizer, batches, step, settings, process):
     # in 32 bits, since torch's CPU generator ignores the upper half of a 64-bit seed.
     torch.manual_seed(zlib.crc32(f"{settings.seed} {step} {process.rank}".encode()))
     cast_weights(model, process.dtype)
-    accumulation = settings.accumulation
-    positions = accumulation * settings.micro_batch * (settings.seq_len - 1)
+    positions = settings.accumulation * settings.micro_batch * (settings.seq_len - 1)
     total = 0.0
-    for i in range(accumulation):
-        sync_gradients(model, last=i == accumulation - 1)
+    for i in range(settings.accumulation):
+        sync_gradients(model, last=i == settings.accumulation - 1)
         x, y = next(batches)
         with process.autocast():
             _, loss = model(x, y)
         loss = loss * ((y != -100).sum() / positions)
         loss.backward()
         total += loss.detach()
-    lr = learning_rate(step, settings)
-    return total, update(model, optimizer, lr, settings.grad_clip)
 
-
-def update(model, optimizer, lr, grad_clip):
-    """One clipped step of any optimiser. A gradient that isn't finite changes nothing.
-
-    Returns the gradient norm before clipping. It is the same on all ranks, so that all of them
-    skip the update or none. To read it, Python waits for the device: 0.2% of a step.
-    """
     # Scales all gradients by grad_clip / norm where the norm is larger than grad_clip.
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    if hasattr(grad_norm, "full_tensor"):  # FSDP: this shard's part -> the norm over all ranks
-        grad_norm = grad_norm.full_tensor()
-    grad_norm = grad_norm.item()
-    if math.isfinite(grad_norm):
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+    if hasattr(norm, "full_tensor"):  # FSDP: this shard's part -> the norm over all ranks
+        norm = norm.full_tensor()
+    norm = norm.item()  # to read it, Python waits for the device: 0.2% of a step
+    # A gradient that isn't finite changes nothing. The norm is the same on all ranks, so that all
+    # of them skip the update or none.
+    if math.isfinite(norm):
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = learning_rate(step, settings)
         optimizer.step()
     # DDP's gradients stay where they are: views of its buckets.
     optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
-    return grad_norm
+    return total, norm
 
 
 @torch.no_grad()
@@ -682,8 +670,8 @@ def describe_run(run, start, settings, config, facts):
     Tokenizer.load(settings.data).save(run)
     # The code's revision, with "-dirty" where files were changed since; or why there is none.
     git = subprocess.getoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "git": git}
     write_json(run / "config.json", config.to_hf())
+    versions = {"torch": torch.__version__, "git": git}
     write_json(run / "run.json", {"settings": now, "versions": versions})
 
 
@@ -794,11 +782,11 @@ def load_checkpoint(checkpoint, model, optimizer, process):
 
 # Dense bf16 FLOP/s, accumulated in fp32, by NVIDIA's datasheets (of the RTX cards by the Ada,
 # Blackwell and Ampere whitepapers), by regular expression: the first that fits a GPU's name counts.
-# "$" keeps laptops' slower chips out. MFU is printed for these only.
+# "$" keeps laptops' slower chips out, " " the GB200. MFU is printed for these only.
 PEAK_FLOPS = {
-    "GB200": 2500e12, "B200": 2250e12, "H200 NVL": 835.5e12, "H200": 989.5e12,
-    "H100 NVL": 835.5e12, "H100 PCIe": 756e12, "H100": 989.5e12, "A100": 312e12, "L40S": 362e12,
-    "RTX A6000": 154.8e12, "RTX 4090$": 165.2e12, "RTX 5090$": 209.5e12}
+    " B200": 2250e12, "H[12]00 NVL": 835.5e12, "H200": 989.5e12, "H100 PCIe": 756e12,
+    "H100": 989.5e12, "A100": 312e12, "L40S": 362e12, "RTX A6000": 154.8e12,
+    "RTX 4090$": 165.2e12, "RTX 5090$": 209.5e12}
 SKIP_LIMIT = 10  # our choice: so many updates skipped in a row end the run
 
 

@@ -43,6 +43,7 @@ import data  # noqa: E402
 import finetune  # noqa: E402
 import model as gpt_model  # noqa: E402
 import train  # noqa: E402
+from eval import quantized  # noqa: E402
 from model import GPT, GPTConfig, add_layer_norm, attention, bias_gelu, cross_entropy  # noqa: E402
 from tokenizer import Tokenizer, count_batch, train_bpe  # noqa: E402
 
@@ -88,16 +89,18 @@ GPU_PARTS = (  # seconds at most, command
     (30, f"{STEP} biomedlm-125m --accumulation 4 --micro_batch 8"),
     (30, f"{STEP} biomedlm-125m --micro_batch 32"),
     (50, "tests/bench.py generate --prompts 1 16"),
-    (80, "train.py --fresh --out out/bench-demo"))
+    (80, "train.py --fresh --out out/demo-bench"))
 CPU_PARTS = (
     (90, "tests/bench.py train --shape demo --rounds 50"),
-    (240, "tests/bench.py tokenizer --megabytes 32"),
+    (240, "tests/bench.py tokenizer --megabytes 45"),
     (120, "tests/bench.py data"),
     (90, "tests/bench.py generate --n_layer 8"))
 
 
 def bench_gpu(parser, rest):
     """All that needs a GPU: first what is right, then what is fast."""
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA GPU on this machine: python tests/bench.py cpu")
     run_parts(GPU_PARTS, 12, parser, rest)
 
 
@@ -113,7 +116,7 @@ def run_parts(parts, minutes, parser, rest):
     last = time.monotonic() + 60 * parser.parse_args(rest).minutes
     show({"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
           "cpu": subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").split(": ")[-1],
-          "cores": os.cpu_count(), "load": os.getloadavg()[0],
+          "load": os.getloadavg()[0],
           "python": platform.python_version(), "torch": torch.__version__,
           "triton": getattr(gpt_model.triton, "__version__", None),
           "commit": subprocess.getoutput(f"git -C {ROOT} describe --always --dirty"),
@@ -121,10 +124,10 @@ def run_parts(parts, minutes, parser, rest):
     for limit, command in parts:
         print(f"\n{command}", flush=True)
         begun = time.monotonic()
-        limit = min(limit, last - begun)
-        result = run_part(command, limit) if limit > 0 else "no time left"
+        limit = min(limit, last - begun)  # at 0 a part is stopped before it starts
+        result = run_part(command, limit)
         seconds = time.monotonic() - begun
-        if seconds > limit > 0:
+        if seconds > limit:
             result = f"stopped; {result}"
         show({"part": command, "result": result, "seconds": seconds})
     print_tables()
@@ -133,25 +136,24 @@ def run_parts(parts, minutes, parser, rest):
 def run_part(command, limit):
     """Run one part, show its lines as they come, add its rows to ours. Returns how it ended."""
     with tempfile.NamedTemporaryFile("r") as rows:
-        is_ours = command.startswith("tests/bench.py")
-        child = subprocess.Popen(
-            [sys.executable, *shlex.split(command), *(["--json", rows.name] if is_ours else [])],
-            cwd=ROOT, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        flags = ["--json", rows.name] if "bench.py" in command else []
+        child = subprocess.Popen([sys.executable, *shlex.split(command), *flags], cwd=ROOT,
+                                 text=True, start_new_session=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         timer = threading.Timer(limit, end_group, [child])
         timer.start()
         told = ""
         try:
             for line in child.stdout:
                 print(line, end="", flush=True)
-                if re.search(r"\d (passed|failed|deselected)|right", line):  # pytest, the demo
+                if re.search(r" in [\d.]+s|answers \d", line):  # of pytest, of the demo
                     told = line.strip()
             child.wait()
         finally:
             timer.cancel()
             end_group(child)  # what is left of it
         ROWS.extend(json.loads(rows.read() or "[]"))
-    return told or ("done" if child.returncode == 0 else f"failed: exit code {child.returncode}")
+    return told or f"exit code {child.returncode}"
 
 
 def end_group(child):
@@ -207,7 +209,11 @@ def bench_plan(parser, rest):
     share = stall / (60 * recipe["save_minutes"] + stall)
     show({"parameters N": n_params, "FLOPs a token = 6*N + 12*L*T*C": flops,
           "checkpoint, GB = 12*N": 12 * n_params / 1e9,
-          "training waits for it, s": stall, "share of the time": share})
+          "training waits for it, s": stall})
+    C, L, V, r, t = config.n_embd, config.n_layer, config.vocab_size, 16, 4096
+    lora = 24 * C * C * L + 12 * V * C + 256 * C * L * r + (6 * L + 60) * C * t
+    show({f"fine-tuning with --lora {r}, {t} tokens at once, GB = 24*C*C*L + 12*V*C + 256*C*L*r + "
+          "(6*L + 60)*C*t": lora / 1e9})
     hours = recipe["total_steps"] / (1 - share) / 3600  # of a step of one second
     for machine in [(args.gpus, "H100", args.gb, 3.35e12)] if args.gpus else MACHINES:
         plan_machine(args, config, n_params, recipe, machine, hours, flops)
@@ -354,8 +360,7 @@ def resources(compiled):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
-        text = subprocess.run([tool, "--dump-resource-usage", f.name], capture_output=True,
-                              text=True, check=True).stdout
+        text = subprocess.check_output([tool, "--dump-resource-usage", f.name], text=True)
     return tuple(int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK"))
 
 
@@ -366,7 +371,7 @@ def static_table():
             compiled = cross_compile(kernel, arguments, options, target)
             registers, stack = resources(compiled)
             show({"kernel": kernel.__name__, "target": target,
-                  "dropout": arguments.get("DROPOUT"), "registers": registers, "stack": stack,
+                  "registers": registers, "stack": stack,
                   "shared_kb": compiled.metadata.shared / 1024})
 
 
@@ -537,9 +542,9 @@ def measure_train(args, dropout, process):
     optimizer = train.make_optimizer(model, settings)
     x = torch.randint(config.vocab_size, (args.micro_batch, settings.seq_len),
                       device=process.device)
-    plain = [plain_block, plain_head]
-    if x.is_cuda:  # the blocks share one graph, so that compiling takes seconds
-        plain = [torch.compile(fn, dynamic=False) for fn in plain]
+    # The blocks share one graph, so that compiling takes seconds.
+    plain = [torch.compile(fn, dynamic=False) if x.is_cuda else fn
+             for fn in (plain_block, plain_head)]
     train.speed_up(model, False, process)
     layers = train.linear_layers(model)
     in_place = layers[0].accumulates
@@ -555,7 +560,7 @@ def measure_train(args, dropout, process):
         variants["plain"] = lambda: plain_step(model, optimizer, x, settings, process, plain)
         if x.is_cuda:  # what only a GPU has
             variants["no gradients in place"] = partial(ours, False)
-            variants["no lasting copies"] = partial(ours, in_place, lambda *_: None)
+            variants["no lasting copies"] = partial(ours, cast_weights=lambda *_: None)
     measure = partial(timed_step, model)
     interleave(variants, 2, measure)  # compiles, fills the allocator's cache
     settings.accumulation = args.accumulation
@@ -583,7 +588,7 @@ def timed_step(model, step):
     step()
     if cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 1e9
 
 
 def profile(step):
@@ -684,7 +689,7 @@ OURS = """
 from tokenizer import Tokenizer, count_pretokens, train_bpe
 if part == "train":
     start = time.perf_counter()
-    counts = count_pretokens([folder + "/all.jsonl"], workers=int(threads))
+    counts = count_pretokens([folder + "/all.txt"], workers=int(threads))
     merges = train_bpe(counts, 28896)
     end = time.perf_counter()
     Tokenizer.from_merges(merges).save(folder)
@@ -712,7 +717,7 @@ def bench_tokenizer(parser, rest):
     else:
         print("ours alone; beside Hugging Face's after: pip install tokenizers")
     with tempfile.TemporaryDirectory() as folder:
-        write_text(f"{folder}/all", megabytes)
+        write_text(f"{folder}/all.txt", megabytes)
         for part, threads in ("train", 1), ("train", 2), ("encode", 1):
             medians = interleave(variants, 3, partial(run_child, part, folder, threads))
             for who, (seconds, mb_per_s, peak_mb) in medians.items():
@@ -727,17 +732,16 @@ def run_child(part, folder, threads, code):
     return list(map(float, subprocess.check_output(command, cwd=ROOT, text=True).split()))
 
 
-def write_text(stem, megabytes):
-    """Write so much of abstracts.jsonl.gz (title, newline, abstract) and pmc_fulltext.jsonl.gz as
-    STEM.jsonl, and as STEM.txt for Hugging Face's."""
-    with open(f"{stem}.jsonl", "w") as ours, open(f"{stem}.txt", "w", newline="\n") as theirs:
+def write_text(path, megabytes):
+    """Write so much of abstracts.jsonl.gz (title, newline, abstract) and pmc_fulltext.jsonl.gz."""
+    with open(path, "w", newline="\n") as f:
         for name in ("abstracts.jsonl.gz", "pmc_fulltext.jsonl.gz"):
             with gzip.open(SHARED / name) as lines:
                 for record in map(json.loads, lines):
-                    text = record.get("text") or f"{record['title']}\n{record['abstract']}"
-                    ours.write(json.dumps({"id": str(record["id"]), "text": text}) + "\n")
-                    theirs.write(text.removesuffix("\n") + "\n")
-                    if theirs.tell() > megabytes * 1e6:
+                    text = (record["text"] if "text" in record else
+                            f"{record['title']}\n{record['abstract']}")
+                    f.write(text.removesuffix("\n") + "\n")
+                    if f.tell() > megabytes * 1e6:
                         return
 
 
@@ -747,21 +751,19 @@ def write_text(stem, megabytes):
 
 def bench_data(parser, rest):
     """MB/s of extraction, tokenizing with 1 and 2 workers, all included; the loader."""
-    parser.add_argument("--megabytes", type=float, default=60,
-                        help="of text to tokenize (default: 60)")
-    args = parser.parse_args(rest)
+    parser.parse_args(rest)  # no flags
     xml = [SHARED / "pubmed_xml", SHARED / "pmc_nxml"]
     xml_mb = sum(len(gzip.decompress(file.read_bytes()))
                  for folder in xml for file in folder.glob("*.gz")) / 1e6
     with tempfile.TemporaryDirectory() as folder:
-        write_text(f"{folder}/all", args.megabytes)
+        write_text(f"{folder}/all.txt", 60)
         seconds = SECONDS(lambda: run("data.py extract --workers 1 --out", f"{folder}/text", *xml))
         show({"part": "extract", "MB": xml_mb, "MB_per_s": xml_mb / seconds})
         run("tokenizer.py train --vocab_size 8192 --input", f"{folder}/text", "--out", folder)
-        command = f"data.py tokenize --text {folder}/all.jsonl --tokenizer {folder} --workers"
+        command = f"data.py tokenize --text {folder}/all.txt --tokenizer {folder} --workers"
         seconds = interleave({n: partial(run, command, n, "--out", f"{folder}/arrays")
                               for n in (1, 2)}, 3)
-        show({"part": "tokenize", "MB_per_s": args.megabytes / seconds[1],
+        show({"part": "tokenize", "MB_per_s": 60 / seconds[1],
               "x_second_worker": seconds[1] / seconds[2]})
         batches = data.train_batches(f"{folder}/arrays", 1024, 8, seed=0)
         next(batches)
@@ -799,8 +801,7 @@ def bench_finetune(parser, rest):
 
     seconds = interleave({how: partial(step, chunks) for how, chunks in ways.items()}, 3)
     show({"part": "finetune", "questions_per_s": len(shared) / seconds["shared"],
-          "one option at a time": len(shared) / seconds["alone"],
-          "x_shared": seconds["alone"] / seconds["shared"]})
+          "x_one_by_one": seconds["alone"] / seconds["shared"]})
 
 
 def split_options(example):
@@ -820,9 +821,9 @@ def bench_generate(parser, rest):
     args = parser.parse_args(rest)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        random_folder(GPTConfig(n_layer=args.n_layer), folder)
+        n_read = random_folder(GPTConfig(n_layer=args.n_layer), folder)
         models = {"bf16": GPT.from_pretrained(folder, torch.bfloat16, device),
-                  "int8": GPT.from_pretrained(folder, torch.int8, device)}
+                  "int8": quantized(GPT.from_pretrained(folder, None)).to(device)}
     block = torch.ones(2**27, dtype=torch.int64, device=device)  # 2**30 bytes
     for prompts in args.prompts:
         idx = torch.ones(prompts, 1, dtype=torch.int64, device=device)
@@ -831,13 +832,12 @@ def bench_generate(parser, rest):
         if device == "cuda":
             variants["bf16, cuDNN"] = partial(with_cudnn, variants["bf16"])
         variants["read"] = lambda: block.sum().item()
-        interleave(variants, 1)
-        seconds = interleave(variants, 5)
-        for name in [*variants][:-1]:
-            read_s = weight_bytes(models[name[:4]]) / 2**30 * seconds["read"]  # for one token
-            show({"weights": name, "prompts": prompts, "floor_tokens_per_s": prompts / read_s,
-                  "tokens_per_s": 16 * prompts / seconds[name],
-                  "of_floor": 16 * read_s / seconds[name]})
+        seconds = interleave(variants, 7)
+        gib_s = seconds.pop("read")
+        for name, all_s in seconds.items():
+            floor_s = n_read * (1 if name == "int8" else 2) / 2**30 * gib_s  # of one token
+            show({"weights": name, "prompts": prompts, "tokens_per_s": 16 * prompts / all_s,
+                  "of_floor": 16 * floor_s / all_s})
 
 
 def with_cudnn(generate):
@@ -847,18 +847,13 @@ def with_cudnn(generate):
         generate()
 
 
-def weight_bytes(model):
-    """What a token must read: all weights but the embeddings of positions."""
-    tensors = model.state_dict().values()
-    return sum(t.nbytes for t in tensors) - model.transformer.wpe.weight.nbytes
-
-
 def random_folder(config, folder):
-    """A Hugging Face GPT-2 folder of random bf16 weights."""
+    """A Hugging Face GPT-2 folder of random bf16 weights; returns how many a token must read."""
     model = gpt_model.without_memory(config).to(torch.bfloat16).to_empty(device="cpu")
     for weight in model.parameters():
         weight.data.normal_(0.0, 0.02)
     model.save_pretrained(folder)
+    return model.n_params() - model.transformer.wpe.weight.numel()  # wte whole, as the head
 
 
 # ---------------------------------------------------------------------------------------------

@@ -104,14 +104,14 @@ def write_arrays(tokenizer, train, val=(0,), vocab_size=2**16):
     write("meta.json", json.dumps(meta))
 
 
-def citation(pmid, title="A title", abstract="An abstract.", version=1, ids="", more=""):
-    if abstract and "<" not in abstract:
+def citation(pmid, title="A title", abstract="An abstract.", more="", notes="", ids=""):
+    if abstract and "<A" not in abstract:
         abstract = f"<AbstractText>{abstract}</AbstractText>"
     return (
-        f'<PubmedArticle><MedlineCitation><PMID Version="{version}">{pmid}</PMID><Article>'
+        f'<PubmedArticle><MedlineCitation><PMID Version="1">{pmid}</PMID><Article>'
         f"<ArticleTitle>{title}</ArticleTitle><Abstract>{abstract}</Abstract>"
-        f"<Language>eng</Language>{more}</Article></MedlineCitation><PubmedData><ArticleIdList>"
-        f"{ids}</ArticleIdList></PubmedData></PubmedArticle>")
+        f"<Language>eng</Language>{more}</Article>{notes}</MedlineCitation><PubmedData>"
+        f"<ArticleIdList>{ids}</ArticleIdList></PubmedData></PubmedArticle>")
 
 
 def pubmed_file(path, *items):
@@ -244,75 +244,72 @@ def test_memory_stays_flat(tokenizer):
 # ---------------------------------------------------------------------------------------------
 # extract
 
-# PubMed's publication types; RefTypes stand in the test.
-RETRACTED = ("Retracted Publication", "Retraction of Publication", "Retraction Notice",
-             "Published Erratum", "Expression of Concern")
 OPTIONS = {"languages": [], "skip_pmc": False}
+
+
+# PMID|title|abstract|rest of <Article>|after it|ids; or XML as it is. Indented lines go on.
+CITATIONS = """1|The <i>p53</i> gene &amp; H<sub>2</sub>O|&lt;5% of β-cells     in 東京
+2|A title|<AbstractText Label="A">To see.</AbstractText><AbstractText/>
+  <AbstractText>Seen.</AbstractText>
+3|A title|
+4|A title|An abstract.|||<ArticleId IdType="pmc">PMC4</ArticleId>
+5|A title|An abstract.|||</ArticleIdList><Reference><ArticleIdList>
+  <ArticleId IdType="pmc">PMC4</ArticleId></ArticleIdList></Reference><ArticleIdList>
+6|A title|TNF-&alpha;
+<PubmedBookArticle><BookDocument><PMID>7</PMID><ArticleTitle>A chapter</ArticleTitle>
+  <Language>fre</Language><Language>eng</Language><Abstract><AbstractText>On books.</AbstractText>
+  </Abstract></BookDocument></PubmedBookArticle>
+<PubmedBookArticle><BookDocument><PMID>8</PMID><Book><BookTitle>A book</BookTitle></Book>
+  <Language>fre</Language><Abstract><AbstractText>On books.</AbstractText></Abstract>
+  </BookDocument></PubmedBookArticle>
+9|First
+9|Last
+<DeleteCitation><PMID>11</PMID><PMID Version="2">14</PMID></DeleteCitation>
+<DeleteDocument><PMID>12</PMID></DeleteDocument>
+16|[Not Available].|An abstract.|<VernacularTitle>Ein Titel</VernacularTitle>
+18|[In Process Citation]
+20|A title|An abstract.|<PublicationType>Retracted Publication</PublicationType>
+21|A title|An abstract.|<PublicationType>Retraction of Publication</PublicationType>
+22|A title|An abstract.|<PublicationType>Retraction Notice</PublicationType>
+23|A title|An abstract.|<PublicationType>Published Erratum</PublicationType>
+24|A title|An abstract.|<PublicationType>Expression of Concern</PublicationType>
+25|A title|An abstract.||<CommentsCorrections RefType="RetractionIn"/>
+26|A title|An abstract.||<CommentsCorrections RefType="RetractionOf"/>
+27|A title|An abstract.||<CommentsCorrections RefType="ErratumFor"/>
+28|A title|An abstract.||<CommentsCorrections RefType="ExpressionOfConcernFor"/>
+29|Retracted: A title
+30|A title|An abstract.|<Language>fre</Language>|<CommentsCorrections RefType="ErratumIn"/>"""
+JSON_LINES = r"""{"id": "13", "title": "T", "abstract": ""}
+{"pmid": 15, "title": " T", "abstract": "A "}
+{"id": 0, "title": null, "abstract": "A\ud800"}
+{"pmcid": "PMC1", "text": "Keep"}
+{"text": "Keep", "meta": {"pile_set_name": "PubMed Central"}}
+{"title": "no id"}
+{"text": "Drop", "meta": {"pile_set_name": "Enron Emails"}}"""
+EXPECTED = """0|A\ufffd|PMC1|Keep|1|The p53 gene & H2O/<5% of β-cells in 東京
+2|A title/To see. Seen.|4|A title/An abstract.
+5|A title/An abstract.|6|A title/TNF-α|7|A chapter/On books.|8|A book/On books.
+9|Last/An abstract.|15|T/A
+16|Ein Titel/An abstract.|18|An abstract.|30|A title/An abstract."""
 
 
 def test_pubmed_json_lines_and_txt(monkeypatch):
     """Text lost at inline tags, labels, entities (in the first 64 KiB only), other scripts; books,
-    no abstract, a label of nothing. The baseline's text of a record that an update drops, of
-    an earlier record, of a deleted or retracted one, or that notice itself. "[Not Available]" for a
-    title; a book's title, a null, an id 0, a `pmid` lost. The Pile's other parts; a document
-    without a stable id."""
-    parts = ('<AbstractText Label="AIM">To see.</AbstractText><AbstractText Label="NONE"/>'
-             '<AbstractText Label="END">Seen.</AbstractText>')
-    book = ("<PubmedBookArticle><BookDocument><PMID>7</PMID><ArticleTitle>A book</ArticleTitle>"
-            "<Language>fre</Language><Language>eng</Language><Abstract><AbstractText>On books."
-            "</AbstractText></Abstract></BookDocument></PubmedBookArticle>")
-    in_pmc = '<ArticleId IdType="pmc">PMC4</ArticleId>'
-    reference = f"<ReferenceList><ArticleIdList>{in_pmc}</ArticleIdList></ReferenceList>"
-    whole_book = book.replace(">7<", ">17<").replace("ArticleTitle>", "BookTitle>")
-    whole_book = re.sub("(<BookTitle.*BookTitle>)", r"<Book>\1</Book>", whole_book)
-    pubmed_file("p20n0999.xml", *map(citation, [*range(15), 20, 21]))
-    pubmed_file(
-        "p20n1000.xml.gz",
-        citation(1, "The <i>p53</i> gene &amp; H<sub>2</sub>O", "&lt;5% of β-cells\n  in 東京"),
-        citation(2, abstract=parts),
-        citation(3, abstract=""),
-        citation(4, ids=in_pmc),
-        citation(5).replace("</PubmedData>", f"{reference}</PubmedData>"),
-        " " * 2**17,
-        citation(6, abstract="TNF-&alpha;"),
-        book,
-        whole_book,
-        citation(16, "[Not Available].", more="<VernacularTitle>Ein Titel</VernacularTitle>"),
-        citation(18, "[In Process Citation]"),
-        *(citation(20, more=f"<PublicationTypeList><PublicationType>{kind}</PublicationType>"
-                            "</PublicationTypeList>") for kind in RETRACTED),
-        *(citation(21).replace("</Med", f"<CommentsCorrectionsList><CommentsCorrections RefType="
-                                        f"'{kind}'/></CommentsCorrectionsList></Med")
-          for kind in ("RetractionIn", "RetractionOf", "ErratumFor", "ExpressionOfConcernFor")),
-        citation(22, "Retracted: A title"),
-        citation(8).replace("eng", "fre"),
-        citation(9, "Third", version=3),
-        citation(9, "Last"),
-        citation(10, "Second", version=2),
-        "<DeleteCitation><PMID>11</PMID><PMID Version='2'>14</PMID></DeleteCitation>",
-        "<DeleteDocument><PMID Version='1'>12</PMID></DeleteDocument>")
-    rows = [{"id": "13", "title": "T", "abstract": ""}, {"pmid": 15, "title": "T", "abstract": "A"},
-            {"id": 0, "title": None, "abstract": "A\ud800"}, {"pmcid": "PMC1", "text": "Keep"},
-            {"text": "Keep", "meta": {"pile_set_name": "PubMed Central"}}, {"title": "no id"},
-            {"text": "Drop", "meta": {"pile_set_name": "Enron Emails"}}]
-    write("p20n1001.jsonl", lines(rows))
+    no abstract. The baseline's text of a record that an update drops, of an earlier record, of a
+    deleted or retracted one, or that notice itself. "[Not Available]" for a title; a book's title,
+    a null, an id 0, a `pmid` lost. The Pile's other parts; a document without a stable id."""
+    rows = [row if row[0] == "<" else citation(*row.split("|"))
+            for row in re.sub("\n  ", "", CITATIONS).split("\n")]
+    pubmed_file("p20n0999.xml", *map(citation, range(1, 31)))
+    pubmed_file("p20n1000.xml.gz", rows[0], " " * 2**17, *rows[1:])
+    write("p20n1001.jsonl", JSON_LINES)
     write("own.txt", "An article\u2028of one line\n")
-    expected = dict.fromkeys(("4", "5", "8"), "A title\nAn abstract.") | {
-        "0": "A\ufffd",
-        "PMC1": "Keep",
-        "1": "The p53 gene & H2O\n<5% of β-cells in 東京",
-        "2": "A title\nTo see. Seen.",
-        "6": "A title\nTNF-α",
-        "7": "A book\nOn books.",
-        "9": "Last\nAn abstract.",
-        "10": "Second\nAn abstract.",
-        "15": "T\nA",
-        "16": "Ein Titel\nAn abstract.",
-        "17": "A book\nOn books.",
-        "18": "An abstract."}
+    pairs = [*filter(None, EXPECTED.replace("\n", "|").replace("/", "\n").split("|"))]
+    expected = dict.fromkeys(map(str, (10, 17, 19)), "A title\nAn abstract.")
+    expected |= dict(zip(pairs[::2], pairs[1::2]))
     for text in "Keep", "An article\u2028of one line":
         expected[f"{hash64(text):016x}"] = text
-    deleted = dict.fromkeys(["3", "11", "12", "13", "14", "20", "21", "22"])
+    deleted = dict.fromkeys(map(str, [3, 11, 12, 13, 14, *range(20, 30)]))
     monkeypatch.setattr(data, "RECORD_LIMIT", 132_000)  # less than the file, more than a record
     extract(["."], "out")
     assert records("out") == expected | deleted

@@ -162,13 +162,13 @@ def test_a_txt_is_cut_into_documents(tmp_path, end, thousands):
 @pytest.mark.parametrize("codec", ["utf-8", "utf-16-le", "utf-16-be"])
 def test_marks_in_a_txt(tmp_path, codec, capsys):
     """UTF-16 read as letters with NULs between; end-of-text lines spelt inside the documents."""
-    text = "\ufeffé a\n<|endoftext|>\r\nb <|endoftext|>\n\nc\n"
+    text = "\ufeffé é\n<|endoftext|>\r\nb <|endoftext|>\n\nc\n"
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode(codec)))
     records = [text for _, text in read_records(tmp_path / "a.txt.gz")]
-    assert records == ["é a", "b <|endoftext|>\n\nc"]
-    (tmp_path / "b.txt").write_bytes(text.encode("cp1252", "replace") * 11)
-    assert sum(text.count("\ufffd") for _, text in read_records(tmp_path / "b.txt")) == 11
-    assert "b.txt: 11 characters are U+FFFD" in capsys.readouterr().err
+    assert records == ["é é", "b <|endoftext|>\n\nc"]
+    (tmp_path / "b.txt").write_bytes(text.encode("cp1252", "replace") * 6)
+    assert len(list(read_records(tmp_path / "b.txt"))) == 7
+    assert "b.txt: 12 characters are U+FFFD" in capsys.readouterr().err
 
 
 def test_processes_keep_order_and_take_few_tasks_ahead():
@@ -247,10 +247,10 @@ def test_released_form(trained, tmp_path):
     without end-of-text. Its id is an added token's, or else the next one."""
     (tmp_path / "vocab.json").write_text(FIXTURE["vocab_json"])
     (tmp_path / "merges.txt").write_text(FIXTURE["merges_txt"].strip().split("\n", 1)[1])
-    tok = Tokenizer.load(tmp_path)
-    assert tok.files() == trained.files()
+    assert Tokenizer.load(tmp_path).files() == trained.files()
     (tmp_path / "added_tokens.json").write_text('{"[PAD]": 799, "<|endoftext|>": 800}')
-    assert Tokenizer.load(tmp_path).special == {END_OF_TEXT: 800, "[PAD]": 799}
+    tok = Tokenizer.load(tmp_path)
+    assert tok.vocab[END_OF_TEXT] == tok.eot_id == 800 and tok.special["[PAD]"] == 799
 
 
 def test_other_file_formats(trained, tmp_path, monkeypatch):
@@ -317,7 +317,7 @@ def test_mistakes(tmp_path, monkeypatch):
     (tmp_path / "c.txt").write_text("abab abab\n")
     train = "tokenizer.py", "train", "--input", tmp_path / "c.txt", "--out", tmp_path
     assert "0 is refused: use 1 <= number" in run(*train, "--workers", 0).stderr
-    assert "no pair is left" in run(*train).stdout
+    assert "no pair is left" in run(*train, "--workers", 1).stdout
     shown = run("tokenizer.py", "show", "--tokenizer", tmp_path, "ab é").stdout
     assert "ab| |\\xc3|\\xa9\n" in shown
     with pytest.raises(ValueError, match="257"):

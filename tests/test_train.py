@@ -18,11 +18,11 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -46,9 +46,9 @@ from tokenizer import ALPHABET, Tokenizer, run_command
 SHAPE = "--n_layer 2 --n_head 2 --n_embd 16"
 SMALL = ("--seq_len 16 --batch_tokens 128 --micro_batch 4 --eval_every 10 --eval_tokens 300 "
          "--save_every 5 --log_every 1 --warmup_steps 3 --total_steps 20")
-# processes, of them on a node, and how they share: nodes have one GPU each, grid two nodes of two
+# processes, of them on a node, and how they share: grid is two nodes of two GPUs
 MODES = {"one": (1, 1, "ddp"), "ddp": (2, 2, "ddp"), "fsdp": (2, 2, "fsdp"),
-         "nodes": (2, 1, "fsdp"), "grid": (4, 2, "fsdp")}
+         "grid": (4, 2, "fsdp")}
 
 # ---------------------------------------------------------------------------------------------
 # arrays, processes, faults
@@ -222,7 +222,7 @@ def unlike_ranks(rank):
 
 @pytest.mark.parametrize(("mode", "flags", "held"), [
     ("one", "--micro_batch 2", 1), ("ddp", "--micro_batch 4", 1), ("ddp", "--micro_batch 1", 1),
-    ("fsdp", "--micro_batch 2 --activation_checkpointing", 0.5), ("nodes", "", 0.5)])
+    ("fsdp", "--micro_batch 2 --activation_checkpointing", 0.5)])
 def test_losses_do_not_depend_on_the_sharing(go, out, undisturbed, mode, flags, held):
     """Gradients summed instead of averaged, or synchronised for the wrong micro-batch; ranks that
     go on with unlike weights; FSDP where every rank holds the whole model.
@@ -279,14 +279,12 @@ def test_run_equals_a_plain_loop(arrays, go, out):
 
 def test_presets(monkeypatch):
     """A preset with another one's numbers, or a default that no longer follows its flag."""
-    for preset, expected in (
-            ("biomedlm", dict(lr=1.6e-4, min_lr=1.6e-5, batch_tokens=2**20, parallel="fsdp")),
-            ("biomedlm-125m", dict(lr=6e-4, min_lr=6e-5, batch_tokens=2**19, parallel="ddp"))):
-        flags = f"train.py --preset {preset} --data x --total_steps 40"
-        monkeypatch.setattr(sys, "argv", flags.split())
-        settings = vars(train.read_settings())
-        expected |= {"dropout": 0.1, "warmup_steps": 40}
-        assert {name: settings[name] for name in expected} == pytest.approx(expected)
+    flags = "train.py --preset biomedlm --data x --total_steps 40"
+    monkeypatch.setattr(sys, "argv", flags.split())
+    expected = {"lr": 1.6e-4, "min_lr": 1.6e-5, "batch_tokens": 2**20, "parallel": "fsdp",
+                "dropout": 0.1, "warmup_steps": 40}
+    settings = vars(train.read_settings())
+    assert {name: settings[name] for name in expected} == pytest.approx(expected)
 
 
 def test_resume_at_other_world_sizes_and_modes(go, out, undisturbed):
@@ -352,7 +350,7 @@ def count_collectives(rank):
     if rank == 0:
         for name in COLLECTIVES & set(dir(dist)):
             before(dist, name, partial(note, name))
-        before(train, "update", end_step)
+        before(torch.optim.AdamW, "step", end_step)
 
 
 def spoil_loss(is_bad):
@@ -650,10 +648,6 @@ def test_damaged_checkpoints_are_skipped(go, out, undisturbed):
     assert final(out)["step"] == 16  # 19 is damaged: it must not push 16 out
     go(out)
     assert_same(out, undisturbed)
-    for path in out.glob("checkpoint_*.pt"):
-        os.truncate(path, 100)
-    assert "restore one, or" in go(out, code=1)
-    assert len(rows(out)) == 20  # the log of a run that may yet be rescued
 
 
 def test_full_disk(go, out, undisturbed):
@@ -676,7 +670,7 @@ def test_full_disk(go, out, undisturbed):
 
 
 @pytest.mark.parametrize(("args", "mend"), [
-    ("--batch_tokens 1000", "use --batch_tokens 896"),
+    ("--batch_tokens 1000", "use --batch_tokens 896, or for a run that goes on fewer processes"),
     ("--micro_batch 3", "use one of 1, 2, 4, 8"),
     ("--device cuda:99", "is not available on this machine"),
     ("--device meta", "is not available on this machine"),
@@ -697,13 +691,6 @@ def test_mistakes_name_their_mend(arrays, monkeypatch, tmp_path, capsys, args, m
     with pytest.raises(SystemExit) as ended:
         run_command(train.main)
     assert mend in f"{ended.value}\n{capsys.readouterr().err}"
-
-
-def test_processes_that_cannot_share_a_step():
-    """Three processes and a batch of eight sequences: an advice that a run can't follow."""
-    settings = Namespace(batch_tokens=128, seq_len=16)
-    with pytest.raises(ValueError, match="use --batch_tokens 96, or for a run that goes on fewer"):
-        train.split_batch(settings, 3)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
@@ -754,16 +741,16 @@ for module in ("fcntl", "resource", "triton"):
 del signal.pthread_sigmask
 for command in sys.argv[1:]:
     sys.argv = command.split()
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    runpy.run_module(sys.argv[0], run_name="__main__")
 """
 
 
 def test_native_windows(arrays, tmp_path):
     """A module or call that Windows lacks, in the first steps, two workers or an evaluation."""
     scripts = [
-        f"{ROOT}/train.py --data {arrays} --out run {SHAPE} {SMALL} --total_steps 2 --device cpu",
-        f"{ROOT}/tokenizer.py train --input {arrays} --vocab_size 300 --out t --workers 2",
-        f"{ROOT}/eval.py perplexity --init run --data {arrays}"]
+        f"train --data {arrays} --out run {SHAPE} {SMALL} --total_steps 2 --device cpu",
+        f"tokenizer train --input {arrays} --vocab_size 300 --out t --workers 2",
+        f"eval perplexity --init run --data {arrays}"]
     done = run("-c", BARE, *scripts, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert "can't be locked" in done.stdout and "bits a byte" in done.stdout
@@ -786,15 +773,15 @@ def test_twenty_random_kills(go, out, tmp_path):
     assert_same(tmp_path / "whole", out)
 
 
-# A fresh store for each round: in the agent's own, a restarted rank may find the dead one's address
-# under the same key, and gloo then gives up.
-AGENT = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-
-
-def torchrun(how, script, arrays, out, flags=""):
-    command = f"-m torch.distributed.run {how} {script} --data {arrays} --out {out} {SHAPE} {SMALL}"
-    return subprocess.Popen([sys.executable, *command.split(), *flags.split()], env=AGENT,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def torchrun(how, arrays, out, flags=""):
+    """A run under torchrun to its end; returns what it printed. how: its flags and the script."""
+    command = f"-m torch.distributed.run {how} --data {arrays} --out {out} {SHAPE} {SMALL} {flags}"
+    # A fresh store for each round: in the agent's own, a restarted rank may find the dead one's
+    # address under the same key, and gloo then gives up.
+    env = {"PYTHONPATH": str(ROOT), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = run(*command.split(), env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
@@ -802,11 +789,10 @@ def torchrun(how, script, arrays, out, flags=""):
 def test_two_nodes(arrays, out, undisturbed, parallel):
     """A node's ranks take the other's GPUs or data, or both write the run."""
     how = ("--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id two "
-           f"--rdzv_endpoint 127.0.0.1:{free_port()} --local_addr 127.0.0.1")
-    nodes = [torchrun(how, ROOT / "train.py", arrays, out, f"--parallel {parallel}") for _ in "ab"]
-    texts = [node.communicate(timeout=120)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], texts
-    assert sorted("validation loss" in text for text in texts) == [False, True]
+           f"--rdzv_endpoint 127.0.0.1:{free_port()} --local_addr 127.0.0.1 -m train")
+    with ThreadPoolExecutor() as pool:
+        nodes = [pool.submit(torchrun, how, arrays, out, f"--parallel {parallel}") for _ in "ab"]
+    assert sorted("validation loss" in node.result() for node in nodes) == [False, True]
     assert_same(out, undisturbed, atol=1e-6)
 
 
@@ -825,9 +811,7 @@ def train_step(model, optimizer, batches, step, *rest):
 train.train_step = train_step
 train.main()
 """)
-    agent = torchrun("--standalone --nproc_per_node 2 --max_restarts 1", script, arrays, out)
-    text = agent.communicate(timeout=120)[0]
-    assert agent.returncode == 0, text
+    text = torchrun(f"--standalone --nproc_per_node 2 --max_restarts 1 {script}", arrays, out)
     assert (tmp_path / "died").exists() and "steps 5 to 20" in text
     assert_same(out, undisturbed, atol=1e-6)
 
@@ -881,8 +865,11 @@ def gpu_run(arrays, out, flags="", launcher=""):
     return rows(out)
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_gpu
 def test_gpu_runs_repeat_bit_for_bit(arrays, out, tmp_path):
     """Sums in an order of the moment, or dropout that a seed doesn't fix."""
     gpu_run(arrays, out)
@@ -891,7 +878,7 @@ def test_gpu_runs_repeat_bit_for_bit(arrays, out, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("flags", ["ddp", "fsdp", "fsdp --activation_checkpointing"])
 def test_nccl_of_one_process(arrays, out, tmp_path, flags):
     """What only NCCL or CUDA refuses in DDP and FSDP, stopped and resumed; other losses than one
