@@ -602,14 +602,13 @@ def zero_shot_prompt(question):
 # the demo: an invented corpus, small enough to learn on a laptop
 #
 # A world of 64 drugs is drawn first: which disease a drug treats, which protein it inhibits, and so
-# on. Three kinds of documents tell of it:
+# on. Two kinds of documents tell of it:
 #
 #     study       all facts of one drug, each in a random wording
-#     questions   with their answers, asked as eval.py asks
-#     judgement   a question with its options, each called right or wrong
+#     questions   with their answers, asked plainly or as eval.py asks
 #
-# The last two take their questions from the train splits. What dev and test ask stands in studies
-# only. So a right answer there joins a fact and a form that never stood together in the corpus.
+# Documents ask questions of the train splits only. What dev and test ask stands in studies alone:
+# a right answer joins a fact and a form that never stood together in the corpus.
 
 SYLLABLES = (
     "ba cor dal fen gu hel ira jo kar lum mer nox or pel qui ros sil tar ul vor wex xan yl zem"
@@ -651,18 +650,20 @@ def make_demo(out):
     """
     out = Path(out)
     rng = random.Random(17)  # all draws come from this stream, so their order matters
-    objects = {"disease": demo_names(rng, 16, "itis"), "protein": demo_names(rng, 16, "ase"),
-               "gene": demo_names(rng, 16, "ex"), "safety": list(DEMO_SAFETY)}
+    objects = {"disease": demo_names(rng, 8, "itis"), "protein": demo_names(rng, 8, "ase"),
+               "gene": demo_names(rng, 8, "ex"), "safety": list(DEMO_SAFETY)}
     drugs = [name.capitalize() for name in demo_names(rng, 64, "in")]
     facts = {drug: {relation: rng.choice(pool) for relation, pool in objects.items()}
              for drug in drugs}
-    # Multiple choice: all questions of a drug are in one split.
-    for split, part in (("train", drugs[:32]), ("dev", drugs[32:40]), ("test", drugs[40:])):
+    # Multiple choice: all questions of a drug are in one split. Train has each of them four times,
+    # with other wrong options.
+    for split, part in (("train", drugs[:32] * 4), ("dev", drugs[32:40]), ("test", drugs[40:])):
         questions = demo_multiple_choice(rng, part, facts, objects)
         write_json_lines(out / "qa/medqa" / MEDQA_FILE.format(split), questions)
     # One line is valid as a whole JSON file too, which PubMedQA's is.
     write_json_lines(out / "qa/pubmedqa/ori_pqal.json", [demo_yes_no_maybe(rng, facts)])
-    asked = load_qa("medqa", out, "train") + load_qa("pubmedqa", out, "train")
+    # There are few yes/no/maybe questions: each is drawn ten times as often.
+    asked = load_qa("medqa", out, "train") + 10 * load_qa("pubmedqa", out, "train")
     documents = ({"id": f"demo{i}", "text": demo_document(rng, facts, asked)}
                  for i in range(16_000))
     write_json_lines(out / "text/demo.jsonl.gz", documents)
@@ -701,19 +702,13 @@ def demo_yes_no_maybe(rng, facts):
 
 
 def demo_document(rng, facts, asked):
-    """A study, questions or a judgement, as above.
+    """Questions with their answers, or a study.
 
     Names are written alike everywhere, so that a question's token is the one a study taught.
     """
-    kind = rng.choices(("study", "questions", "judgement"), (6, 3, 1))[0]
-    if kind == "questions":
-        return "\n".join(f"{zero_shot_prompt(q)} {q.options[q.answer]}"
+    if rng.random() < 0.35:
+        return "\n".join(f"{rng.choice((q.question, zero_shot_prompt(q)))} {q.options[q.answer]}"
                          for q in rng.sample(asked, 3))
-    if kind == "judgement":
-        q = rng.choice(asked)
-        options = rng.sample(q.options, len(q.options))
-        verdicts = {q.options[q.answer]: "Yes"}
-        return q.question + "".join(f" {o}? {verdicts.get(o, 'No')}." for o in options)
     drug = rng.choice(list(facts))
     sentences = [rng.choice(wordings).format(d=drug, o=facts[drug][relation])
                  for relation, (wordings, _) in DEMO_FACTS.items()]
@@ -736,7 +731,7 @@ COMMONEST = 300  # words that count as grammar and are not asked
 AT_MOST = 3  # questions a passage
 
 
-def cloze(text, counts, out, val_fraction=0.002, everyday=None, seed=17):
+def cloze(text, counts, out, val_fraction=0.002, everyday=None):
     """Write questions on the held-out documents of `text` to `out`, as a test set of MedQA's form.
 
     counts: the text that a model trains on, whose other documents tell how frequent a word is. What
@@ -758,8 +753,7 @@ def cloze(text, counts, out, val_fraction=0.002, everyday=None, seed=17):
         if is_held_out(id_hash, val_fraction):
             # An abstract is one passage. A long document has many, its paragraphs.
             for passage in [document] if len(document) < 4000 else document.split("\n"):
-                rng = random.Random(f"{seed} {passage}")
-                found = cloze_questions(passage, counted, by_ending, tokenizer, rng)
+                found = cloze_questions(passage, counted, by_ending, tokenizer)
                 questions += itertools.islice(found, AT_MOST)
     if not questions:
         raise ValueError(f"{text}: no word to ask in held-out documents: raise --val_fraction")
@@ -767,12 +761,13 @@ def cloze(text, counts, out, val_fraction=0.002, everyday=None, seed=17):
     print(f"cloze: {len(questions):,} questions")
 
 
-def cloze_questions(passage, counted, by_ending, everyday, rng):
+def cloze_questions(passage, counted, by_ending, everyday):
     """MedQA's rows of questions that end before a word which the passage has not used until then.
 
     The three other words end in the same three letters, are at most twice and at least half as
     frequent, and don't occur in the passage.
     """
+    rng = random.Random(passage)
     used = set(re.findall("[a-z]+", passage.lower()))
     matches = list(WORD.finditer(passage))
     rng.shuffle(matches)
@@ -1518,7 +1513,6 @@ def main():
     add("--val_fraction", **val_fraction)
     add("--everyday", help="tokenizer's folder or gpt2: its whole words are everyday words, "
                            "others medical (default: not told apart)")
-    add("--seed", type=int, default=17, help="of the choice of words (default: 17)")
 
     add = command(extract, "extract", "PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz")
     add("inputs", nargs="+", metavar="INPUT",

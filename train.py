@@ -868,7 +868,8 @@ def print_end(run, gpt, settings):
         untrained = GPT(gpt.config).to(device).eval()
         print(f"\nanswers {count_right(gpt, tokenizer, questions)} of {len(questions)} questions "
               f"about what it read (random weights {count_right(untrained, tokenizer, questions)})")
-        next_command = f"finetune.py --task medqa --data {DEMO_DATA} --init {run} --out {run}-medqa"
+        next_command = (f"finetune.py --task medqa --data {DEMO_DATA} --init {run} --epochs 4 "
+                        f"--out {run}-medqa")
     print(f"\nnext:\n  python {next_command}")
 
 
