@@ -231,12 +231,14 @@ def plan_machine(args, config, n_params, recipe, machine, hours, flops):
         fsdp = parallel == "fsdp"
         S = min(gpus, 8) if fsdp else 1
         t = micro_batch * recipe["seq_len"]
-        way = (fsdp, recomputes, S, sequences // micro_batch, t)
+        n = sequences // micro_batch
+        way = (fsdp, recomputes, S, n, t)
         memory = memory_parts(config, n_params, *way)
         seconds = step_parts(config, n_params, *way, ideal, bandwidth)
         # The rest is NCCL's, and what the allocator holds for later: more under FSDP.
         usable = (0.85e9 if fsdp else 0.92e9) * gigabytes
-        if sequences % micro_batch == 0 and sum(memory.values()) < usable:
+        divides = 0 < sequences == n * micro_batch
+        if divides and sum(memory.values()) < usable:
             flags = (f"--parallel {parallel} --{'' if recomputes else 'no_'}"
                      f"activation_checkpointing --micro_batch {micro_batch}")
             found[sum(seconds.values())] = flags, memory, seconds
@@ -510,6 +512,7 @@ def gpu_milliseconds(variants):
 
 # ---------------------------------------------------------------------------------------------
 # train: a whole step of train.py beside a plain GPT's, on the same weights and optimiser
+
 
 def bench_train(parser, argv):
     """tokens/s, MFU and peak memory of a full step, ours and plain in turns on the same weights."""
