@@ -342,8 +342,12 @@ MODEL_TYPE = "gpt2"
 HF_NAMES = {"dropout": "resid_pdrop", "eot_id": "eos_token_id"}  # the other fields are named alike
 
 # What a config.json leaves out: Hugging Face's defaults, which are GPT-2 of 124M parameters.
-HF_DEFAULTS = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257,
-                   scale_attn_by_inverse_layer_idx=False)
+HF_DEFAULTS = dict(
+    n_layer=12,
+    n_head=12,
+    n_embd=768,
+    vocab_size=50257,
+    scale_attn_by_inverse_layer_idx=False)
 
 PRESETS = {
     # our choice: two layers learn the demo's 384 facts, on two CPU cores, in about a minute
@@ -359,15 +363,20 @@ PRESETS = {
 
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
-             num_beams=1, no_repeat_ngram_size=0, length_penalty=1.0, eot_id=None, n_pad=None):
+def generate(model, idx, max_new_tokens,
+             temperature=1.0,  # of the softmax that is sampled; 0: greedy
+             top_k=None,  # sample among so many tokens
+             top_p=None,  # sample within this probability mass
+             seed=None,
+             num_beams=1,  # above 1: beam search instead of sampling
+             no_repeat_ngram_size=0,  # beams only
+             length_penalty=1.0,  # beams only
+             eot_id=None,  # ends a row, which is then filled with it
+             n_pad=None):
     """Continue idx (B, T) int64 by up to max_new_tokens tokens; returns (B, <= T + new) int64.
 
-    Shorter prompts are padded on the left: n_pad (B,) int64 counts each row's padding.
-    Samples from the softmax at `temperature` (0: greedy) among the top_k tokens and the top_p
-    mass. num_beams > 1 searches with beams instead, which no_repeat_ngram_size and length_penalty
-    steer. After eot_id a row is filled with it.
-    ValueError where the prompt is empty (start from end-of-text) or the context too short.
+    Shorter prompts are padded on the left: n_pad (B,) int64 counts each row's padding. ValueError
+    where the prompt is empty (start from end-of-text) or the context too short.
     """
     T = idx.size(1)
     if not 0 < T < T + max_new_tokens <= model.config.n_positions:
@@ -892,10 +901,14 @@ def add_layer_norm_ref(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=
 
 
 @jit
-def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
-                        w_ptr, b_ptr,  # (C,)
-                        y_ptr, r_ptr,  # written, (N, C)
-                        mean_ptr, rstd_ptr,  # written, (N,)
+def norm_forward_kernel(x_ptr,  # (N, C)
+                        residual_ptr,  # (N, C)
+                        w_ptr,  # (C,)
+                        b_ptr,  # (C,)
+                        y_ptr,  # written, (N, C)
+                        r_ptr,  # written, (N, C): the new residual
+                        mean_ptr,  # written, (N,)
+                        rstd_ptr,  # written, (N,)
                         seed,
                         threshold,
                         factor,
@@ -947,10 +960,14 @@ def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
 
 
 @jit
-def norm_backward_kernel(dy_ptr, dlater_ptr, r_ptr,  # (N, C)
+def norm_backward_kernel(dy_ptr,  # (N, C)
+                         dlater_ptr,  # (N, C)
+                         r_ptr,  # (N, C)
                          w_ptr,  # (C,)
-                         mean_ptr, rstd_ptr,  # (N,)
-                         dx_ptr, dresidual_ptr,  # written, (N, C)
+                         mean_ptr,  # (N,)
+                         rstd_ptr,  # (N,)
+                         dx_ptr,  # written, (N, C)
+                         dresidual_ptr,  # written, (N, C)
                          partial_ptr,  # written, (programs, 2, C)
                          n_rows,
                          seed,
@@ -1124,7 +1141,8 @@ def gelu_forward_kernel(x_ptr,  # (N, C)
 
 
 @jit
-def gelu_backward_kernel(dy_ptr, x_ptr,  # (N, C)
+def gelu_backward_kernel(dy_ptr,  # (N, C)
+                         x_ptr,  # (N, C)
                          b_ptr,  # (C,)
                          dx_ptr,  # written, (N, C)
                          partial_ptr,  # written, (programs, C)
@@ -1341,9 +1359,11 @@ def attention_forward_kernel(qkv_ptr,  # (B, T, 3C)
 
 @jit
 def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
-                        o_ptr, do_ptr,  # (B, T, C)
+                        o_ptr,  # (B, T, C)
+                        do_ptr,  # (B, T, C)
                         lse_ptr,  # (B, H, T)
-                        delta_ptr, keys_ptr,  # written, (B, H, T)
+                        delta_ptr,  # written, (B, H, T)
+                        keys_ptr,  # written, (B, H, T): of dropout
                         dqkv_ptr,  # its first third is written, (B, T, 3C)
                         T,
                         scale,
@@ -1410,7 +1430,9 @@ def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
 @jit
 def attention_dkv_kernel(qkv_ptr,  # (B, T, 3C)
                          do_ptr,  # (B, T, C)
-                         lse_ptr, delta_ptr, keys_ptr,  # (B, H, T)
+                         lse_ptr,  # (B, H, T)
+                         delta_ptr,  # (B, H, T)
+                         keys_ptr,  # (B, H, T)
                          dqkv_ptr,  # its other two thirds are written
                          T,
                          scale,
