@@ -450,8 +450,7 @@ class KVCache:
 
     def reorder(self, rows):
         """Keep the given batch rows, in that order: a beam's history follows the beam."""
-        for layer, kv in self.layers.items():
-            self.layers[layer] = kv[:, rows]
+        self.layers = {layer: kv[:, rows] for layer, kv in self.layers.items()}
 
 
 def sample(logits, temperature, top_k, top_p):
@@ -500,8 +499,8 @@ def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_pena
         log_probs = F.log_softmax(next_logits(model, new, cache), dim=-1)  # (K, V)
         for row, text in zip(log_probs, texts):  # after the softmax, as Hugging Face has it
             ban_repeats(row, text, no_repeat_ngram_size)
-        scores = log_probs + log_probs.new_tensor(sums)[:, None]
-        top, flat = scores.flatten().topk(2 * K)  # even if K of them end, K are left to go on
+        log_probs += log_probs.new_tensor(sums)[:, None]
+        top, flat = log_probs.flatten().topk(2 * K)  # even if K of them end, K are left to go on
         going_on = []  # (sum, parent, text)
         for rank, (total, i) in enumerate(zip(top.tolist(), flat.tolist())):
             parent, token = divmod(i, V)
@@ -589,11 +588,12 @@ def read_weights(folder):
 def check_tensors(state, expected, path):
     """ValueError unless the state dict has a tensor for each of the expected: as large, finite."""
     for name, like in expected.items():
-        if name not in state or state[name].shape != like.shape:
-            raise ValueError(f"{path} has no {name} of shape {tuple(like.shape)}, as config.json "
-                             "implies: use the config.json saved with the weights")
-        if not state[name].sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier file")
+        found = state.get(name)
+        fits = found is not None and found.shape == like.shape
+        if not fits or not found.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{path} has no {name} of shape {tuple(like.shape)} without NaN or "
+                             "infinity: use the config.json saved with the weights, or an earlier "
+                             "checkpoint")
 
 
 def newest_checkpoint(run):
@@ -734,7 +734,7 @@ def runs_kernel(x):
 
 def compute_dtype(x):
     """The dtype that autocast wants on x's device; outside autocast x's own."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -1043,13 +1043,11 @@ class AddLayerNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         r = torch.empty_like(residual)  # the new residual
         stats = x.new_empty(2, N, dtype=torch.float32)  # mean and rstd
-        ctx.seed = seed
-        ctx.dropout = dropout_arguments(p)
+        ctx.dropout = dropout_arguments(p) | {"seed": seed}
         norm_forward_kernel[(N,)](
             x, residual, weight, bias,
             y, r, *stats,
             eps=eps,
-            seed=seed,
             **ctx.dropout,
             **norm_launch(C))
         ctx.save_for_backward(r, weight, stats)
@@ -1070,7 +1068,6 @@ class AddLayerNorm(torch.autograd.Function):
             dy, dlater.contiguous(), r, weight, *stats,
             dx, dresidual, partial,
             N,
-            seed=ctx.seed,
             **ctx.dropout,
             **norm_launch(C))
         dw, db = partial.sum(0)
