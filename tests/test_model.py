@@ -185,6 +185,8 @@ def test_loads_what_old_versions_saved(model, idx, tmp_path):
     torch.save(shards[0], tmp_path / "pytorch_model.bin")
     torch.save(shards[1], tmp_path / "pytorch_model-00002-of-00002.bin")
     assert torch.equal(GPT.from_pretrained(tmp_path)(idx)[0], model(idx)[0])
+    torch.save({**state, LN: torch.full((16,), 6e4).half()}, tmp_path / "pytorch_model.bin")
+    GPT.from_pretrained(tmp_path)  # large, but finite: its sum is not in fp16
     torch.save({**state, LN: state[LN] / 0}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=LN):
         GPT.from_pretrained(tmp_path)
@@ -229,6 +231,7 @@ BAD_CONTENTS = {  # each changes the contents, or returns what stands in their p
     "code": lambda c: Path("x"),
     "missing weight": lambda c: c["model"].__delitem__(LN),
     "missing optimiser": lambda c: c.__delitem__("optimizer"),
+    "missing step": lambda c: c.__delitem__("step"),
 }
 
 
@@ -293,7 +296,7 @@ def test_sampled_shares():
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
     for (temperature, *cuts), kept in (
             ((1.0, None, None), [0, 1, 2, 3]), ((2.0, 3, None), [1, 2, 3]),
-            ((2.0, None, 0.6), [1, 3]), ((2.0, 2, 0.3), [1]), ((1.0, None, 0.0), [1])):
+            ((2.0, None, 0.6), [1, 3]), ((2.0, 2, 0.6), [1]), ((1.0, None, 0.0), [1])):
         want = torch.zeros(4)
         want[kept] = (logits[kept] / temperature).softmax(0)
         drawn = sample(logits.repeat(20_000, 1), temperature, *cuts)
