@@ -6,6 +6,7 @@
 Reads what `download` fetched or what lies on disk. Writes text (*.jsonl.gz, a line a document
 {"id", "text"}) and arrays: train.bin, val.bin (flat uint16), meta.json, the tokenizer beside them.
 What an output holds depends on inputs and flags alone: no time, path, host or number of workers.
+The acts, in this order: batches, tokenize, questions, the demo, cloze, extract, download, files.
 Left out: language detection, near-duplicates, back matter (references, appendices, peer reviews).
 """
 
@@ -796,40 +797,6 @@ def cloze_questions(passage, counted, by_ending, everyday, rng):
 
 
 # ---------------------------------------------------------------------------------------------
-# files
-
-MEDQA_FILE = "data_clean/questions/US/4_options/phrases_no_exclude_{}.jsonl"  # for a split
-
-
-def medqa_row(question, answer, others, kind, rng):
-    """A question in MedQA's official format, its options in random order."""
-    options = [*others, answer]
-    rng.shuffle(options)
-    return {"question": question, "answer": answer, "options": dict(zip("ABCD", options)),
-            "answer_idx": "ABCD"[options.index(answer)], "meta_info": kind}
-
-
-def write_json_lines(path, rows):
-    """A file of a JSON object a line, .gz or plain, in a folder that is made where missing."""
-    make_folder(path.parent)
-    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    with replacing(path) as f:
-        f.write(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
-
-
-def make_folder(folder):
-    """Create `folder`; remove what a killed run left there under temporary names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.[0-9]*.tmp"):  # name, process, tmp
-        path.unlink()
-
-
-def sha256_of(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------
 # extract: PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz
 #
 # Every record is passed on in its order, as {"id", "text"}, or {"id", "deleted": true} where it has
@@ -1481,6 +1448,40 @@ def unpack(archive, folder):
         shutil.unpack_archive(archive, folder, **safe)
     except (shutil.ReadError, tarfile.TarError) as e:
         raise ValueError(f"{archive}: {e}: delete it, download again") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# files
+
+MEDQA_FILE = "data_clean/questions/US/4_options/phrases_no_exclude_{}.jsonl"  # for a split
+
+
+def medqa_row(question, answer, others, kind, rng):
+    """A question in MedQA's official format, its options in random order."""
+    options = [*others, answer]
+    rng.shuffle(options)
+    return {"question": question, "answer": answer, "options": dict(zip("ABCD", options)),
+            "answer_idx": "ABCD"[options.index(answer)], "meta_info": kind}
+
+
+def write_json_lines(path, rows):
+    """A file of a JSON object a line, .gz or plain, in a folder that is made where missing."""
+    make_folder(path.parent)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with replacing(path) as f:
+        f.write(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
+
+
+def make_folder(folder):
+    """Create `folder`; remove what a killed run left there under temporary names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.[0-9]*.tmp"):  # name, process, tmp
+        path.unlink()
+
+
+def sha256_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------
