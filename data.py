@@ -399,7 +399,8 @@ def official_files(task, dir, split):
     """(reader, paths) of the first of the task's file names that is found."""
     for name, reader in TASKS[task].files.items():
         for called in {"dev": ("dev", "val", "validation")}.get(split, (split,)):
-            paths = sorted(filter(Path.is_file, Path(dir).rglob(name.format(called))))
+            paths = Path(dir).rglob(name.format(called))
+            paths = sorted(filter(Path.is_file, paths))
             if paths:
                 return reader, paths
     raise FileNotFoundError(f"no {name.format(split)} beneath {dir}: put the official files there "
@@ -483,7 +484,8 @@ def divide_pubmedqa(questions, split):
             given = rng.choice(fold)
             fold.remove(given)
             folds[9].append(given)
-    return {"test": test, "dev": folds[0], "train": sum(folds[1:], [])}.get(split, [])
+    splits = {"test": test, "dev": folds[0], "train": sum(folds[1:], [])}
+    return splits.get(split, [])
 
 
 def cut_by_label(questions, n_parts, rng):
@@ -910,7 +912,7 @@ def flatten(*elements):
     A table's row is "cell | cell", an empty first cell stays: "| Drug | Placebo". A formula is its
     TeX, or (a)/(b), x^2, x_i, sqrt(x) of its MathML. RecursionError for a deeply nested element.
     """
-    text = " "
+    text = " "  # so that walk always has a character before it
     for element in elements:
         text += walk(element, text[-2:])
     text = re.sub(f"{CITATION}([,;–-]?{CITATION})*", "", text)  # the commas between them too
@@ -948,9 +950,10 @@ def walk(e, before):
     first, *between, last = layout.split("*")
     text = first + (e.text or "")
     for i, child in enumerate(shown(e, tag)):
-        if i and between:
+        if i and between:  # the last mark repeats: (1,2,3) by the layout (*,*)
             text += between[min(i, len(between)) - 1]
-        text += walk(child, (before + text[-2:])[-2:]) + (child.tail or "")
+        behind = (before + text[-2:])[-2:]
+        text += walk(child, behind) + (child.tail or "")
     text += last
     if tag in ("td", "th"):  # a cell's paragraphs stay in its row
         text = text.replace(LINE, " ")
@@ -1114,7 +1117,8 @@ def json_document(record):
     The id is "id", or else "pmid" or "pmcid". {"id", "deleted": true} passes through, so that
     extracted text may be extracted again.
     """
-    ids = [str(record[key]) for key in ("id", "pmid", "pmcid") if record.get(key) not in (None, "")]
+    ids = [str(record[key]) for key in ("id", "pmid", "pmcid")
+           if record.get(key) not in (None, "")]
     text, title, abstract = ((record.get(key) or "").strip()
                              for key in ("text", "title", "abstract"))
     if abstract and not text:
@@ -1191,7 +1195,7 @@ def output_lines(paths, skip_pmc, counts, skipped):
                 counts.update(reason or "documents" for _, _, reason in held)
         except (ValueError, OSError, RecursionError) as e:
             counts["damaged files"] += 1
-            skipped.append(f"{path}: {e}")
+            skipped.append(f"{path}: {str(e).removeprefix(f'{path}: ')}")
 
 
 def extract_files(task):
@@ -1235,7 +1239,8 @@ def plan_outputs(inputs, out, skip_pmc):
             paths = [*files]
             # its path beneath the folder given, "/" as "-"
             base = given if paths[0] != given else os.path.dirname(given)
-            stem = SUFFIX.sub("", os.path.relpath(paths[0], base).replace("/", "-"))
+            name = os.path.relpath(paths[0], base).replace("/", "-")
+            stem = SUFFIX.sub("", name)
             state = f"{hash64(f'{files} {skip_pmc}') % 16**5:05x}"
             plan[f"{stem}-{mark}{state}.jsonl.gz"] = paths
     return plan, marks
@@ -1433,8 +1438,9 @@ def download(source, out, base_url=None, files=None):
         raise ValueError(f"{base} lists no file numbered {files}: check --files")
     for path, error in errors.items():
         print(f"download: left out {path.name}: {error!r}")
-    # odd metadata are no reason to fail while they are few
-    if any(isinstance(e, OSError) for e in errors.values()) or 100 * len(errors) > n_files:
+    missing = [e for e in errors.values() if isinstance(e, OSError)]
+    # others are odd metadata, no reason to fail while they are few
+    if missing or 100 * len(errors) > n_files:
         raise OSError(f"{len(errors)} of {n_files} files failed, run again; the last: {error}")
     if source in ("mmlu", "medquad"):  # load_qa reads folders
         unpack(out / names[0], out / "unpacked")
