@@ -28,8 +28,7 @@ from tqdm import tqdm
 
 import finetune
 from data import TASKS, load_meta, val_batches, zero_shot_prompt
-from finetune import new_file
-from model import GPT, Linear, cross_entropy, forget
+from model import GPT, Linear, cross_entropy
 from tokenizer import COUNT, json_lines, load_named, read_documents, run_command, write_json
 from train import COUNT_OR_0, POSITIVE, POSITIVE_OR_0, evaluate, start_process
 
@@ -170,15 +169,12 @@ def answer_questions(args):
 
 def find_questions(args):
     """(split, its questions): --split, or test, or dev where test has no file or no answers."""
-    split = args.split or "test"
-    questions = finetune.find_split(args.task, args.data, split)
-    if not args.split and not finetune.labeled(questions):  # MedMCQA's test has no answers
-        split = "dev"
+    for split in [args.split] if args.split else ["test", "dev"]:
         questions = finetune.find_split(args.task, args.data, split)
-    if not finetune.labeled(questions):
-        finetune.load_qa(args.task, args.data, split)  # says which file is missing, if one is
-        raise ValueError(f"{args.task}'s {split} split has no answers: give another --split")
-    return split, questions
+        if finetune.labeled(questions):  # MedMCQA's test has no answers
+            return split, questions
+    finetune.load_qa(args.task, args.data, split)  # says which file is missing, if one is
+    raise ValueError(f"{args.task}'s {split} split has no answers: give another --split")
 
 
 @torch.no_grad()
@@ -253,9 +249,9 @@ def breakdown(questions, hits):
             if value:  # many sets name no kind or no subject
                 groups[name, value].append(hit)
     rows = []
-    for (name, value), of_group in sorted(groups.items()):
+    for group, of_group in sorted(groups.items()):
         accuracy = fmean(of_group)
-        rows.append(dict(group=f"{name} {value}", n=len(of_group), accuracy=accuracy,
+        rows.append(dict(group=" ".join(group), n=len(of_group), accuracy=accuracy,
                          ci95=finetune.wilson(accuracy, len(of_group))))
     return rows
 
@@ -344,14 +340,8 @@ class Int8Linear(nn.Module):
 
 @torch.no_grad()
 def quantized(gpt):
-    """The GPT, whose tensors are mapped, in bf16; its blocks' matrices and head become int8."""
-
-    def int8(linear):
-        new = Int8Linear(linear.weight, linear.bias)
-        forget(linear.weight)  # one matrix at a time is in memory
-        return new
-
-    finetune.replace_modules(gpt, Linear, int8)
+    """The GPT in bf16; its blocks' matrices and its head become int8, one at a time."""
+    finetune.replace_modules(gpt, Linear, lambda linear: Int8Linear(linear.weight, linear.bias))
     gpt.head = Int8Linear(gpt.transformer.wte.weight)
     gpt.logits = gpt.head.forward
     return gpt.to(torch.bfloat16)  # which leaves whole numbers as they are
@@ -604,7 +594,7 @@ def parse_args():
     add_questions(add)
     add("--zero_shot", action="store_true",
         help="score options by likelihood, not by a fine-tuned head (default: off)")
-    add("--predictions", type=new_file, help="also write a JSON line a question (default: none)")
+    add("--predictions", help="also write a JSON line a question (default: none)")
 
     add = command("generate", generate, "continue a text", [*floats, "int8"])
     add("--prompt", required=True, nargs="+", help="one or several texts")
@@ -630,7 +620,7 @@ def parse_args():
 
     add = command("curves", curves, "loss, rate, gradient norm and speed of runs as a picture")
     add("runs", nargs="+", help="folders with log.jsonl")
-    add("--out", type=new_file, default="curves.png", help="picture to write (default: curves.png)")
+    add("--out", default="curves.png", help="picture to write (default: curves.png)")
     return parser.parse_args()
 
 

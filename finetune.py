@@ -94,8 +94,8 @@ def main():
 def train_epochs(task_model, train_set, dev_set, settings, seed, process, log):
     """Train task_model in place and append a line an epoch to log. Returns its score on dev.
 
-    It ends with the weights of the epoch that is best on dev (BioMedLM: of the last one). Without
-    a dev set it ends with the last epoch's, and the score is None.
+    It ends with the weights of the epoch that is best on dev. With --last (BioMedLM), or without
+    a dev set, it ends with the weights of the last epoch. Without a dev set the score is None.
     """
     model = distribute(task_model, "ddp", process)  # shares task_model's weights
     # BioMedLM: betas 0.9 and 0.999 and eps 1e-8, which are torch's own.
@@ -127,7 +127,7 @@ def train_epochs(task_model, train_set, dev_set, settings, seed, process, log):
         process.print(f"seed {seed}, epoch {epoch + 1}: loss {loss:.4f}, dev {score}")
         log.append({"seed": seed, "epoch": epoch + 1, "loss": loss, "dev": score})
         # Of equal scores the last counts: it has trained longest.
-        if dev_set and score >= best:
+        if dev_set and not settings["last"] and score >= best:
             best = score
             kept = {name: p.detach().to("cpu", copy=True)  # a GPU may have no room for both
                     for name, p in task_model.named_parameters() if p.requires_grad}
@@ -574,7 +574,7 @@ def in_order(examples, max_tokens, score):
 
 def correct(scores, examples):
     """A bool per example: is the answer that has the best score, the first of equals, right?"""
-    return [s.index(max(s)) == e.question.answer for s, e in zip(scores, examples)]
+    return [row["prediction"] == row["answer"] for row in predictions(scores, examples)]
 
 
 def quality(scores, examples):
@@ -736,13 +736,6 @@ def counts(text):
     return [COUNT(part) for part in text.split(",")]
 
 
-def new_file(text):
-    """argparse's type of a file to write: refused before the work if its folder is missing."""
-    if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder for {text}: make it first")
-    return text
-
-
 FLOATS = ["float32", "bfloat16"]
 
 
@@ -750,7 +743,7 @@ def shared_flags(dtypes):
     """A parent parser for this script and eval.py's commands: --json, and with dtypes a model."""
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument
-    add("--json", type=new_file, help="also write the result here (default: none)")
+    add("--json", help="also write the result here (default: none)")
     if dtypes:
         add("--init", required=True, help="run of train.py or finetune.py, or Hugging Face GPT-2 "
             "folder")
@@ -784,6 +777,7 @@ def parse_args():
     add("--limit", type=COUNT, help="N questions of each split, evenly spread (default: all)")
     add("--lora", type=COUNT, metavar="RANK", help="freeze the model and train matrices of this "
         "rank beside its own, 8 to 64, the head and the added tokens' rows (default: train all)")
+    add("--last", action="store_true", help="report the last epoch, as BioMedLM (default: best)")
     add("--activation_checkpointing", action="store_true",
         help="recompute blocks in backward: less memory, a third more time (default: off)")
     return parser.parse_args()

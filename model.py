@@ -21,11 +21,9 @@ with a faster backward for training on a GPU. To learn the model, read down to "
 """
 
 import argparse
-import ctypes
 import functools
 import json
 import math
-import mmap
 import os
 import pickle
 import shutil
@@ -538,7 +536,8 @@ def config_of(path):
 def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     """Model of a run or of a Hugging Face GPT-2 folder, in eval mode.
 
-    dtype None: as the tensors lie in the file, and still mapped: who needs them converts them.
+    dtype None: the tensors as they lie in the file, still mapped. Memory that is mapped and read
+    is the system's to take back.
     dropout replaces the folder's, None keeps it. Reads config.json beside checkpoint_*.pt (the
     newest whole one), model.safetensors or pytorch_model.bin, sharded or not, memory-mapped.
     Raises FileNotFoundError or ValueError.
@@ -549,12 +548,10 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     model = without_memory(config)
     saved = read_weights(Path(path))  # it may hold other tensors too
     check_tensors(saved, model.state_dict(), path)
-    state = {}
-    for name in model.state_dict():
-        state[name] = saved[name]
-        if dtype is not None:
-            state[name] = saved[name].to(device, dtype).contiguous()
-            forget(saved[name])
+    state = {name: saved[name] for name in model.state_dict()}
+    if dtype is not None:
+        for name, tensor in state.items():
+            state[name] = tensor.to(device, dtype).contiguous()
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -588,18 +585,6 @@ def check_tensors(state, expected, path):
                              "implies: use the config.json saved with the weights")
         if not state[name].sum(dtype=torch.float32).isfinite():
             raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier file")
-        forget(state[name])
-
-
-def forget(tensor):
-    """Give back the memory of a tensor that load_tensors has mapped. Its file still holds it.
-
-    What is read of a mapped file counts as this process's memory: else 10 GB for BioMedLM.
-    """
-    if sys.platform != "win32":
-        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.nbytes),
-                                  mmap.MADV_DONTNEED)
 
 
 def newest_checkpoint(run):
@@ -796,9 +781,9 @@ def load_fp32(ptr, mask, other: constexpr = 0.0):
 # its hash, as a number, lies below threshold = p · 2^32. The reference computes the same mask.
 #
 # A row's key is made with "lowbias32" of Chris Wellons' hash-prospector, in which every input bit
-# changes every output bit with probability one half. An element's hash must cost less. Its is
-# just good enough: without its last multiplication test_dropout_masks fails. Triton has a
-# generator of its own, Philox. It takes ten times the instructions, more than attention does.
+# changes every output bit with probability one half. An element's hash must cost less, and is just
+# good enough: without its last multiplication test_dropout_masks fails. Triton has a generator of
+# its own, Philox. It takes ten times the instructions, more than attention does.
 
 
 def dropout_arguments(p):
@@ -1077,7 +1062,7 @@ class AddLayerNorm(torch.autograd.Function):
 
 def add_layer_norm(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=0):
     """new_residual = residual + dropout(x) in residual's dtype, and y = LayerNorm(new_residual) in
-    x's dtype (or autocast's). x, residual (..., C). The mask is a function of the int seed.
+    x's dtype (or autocast's). x, residual (..., C). The mask is a function of seed, below 2^31.
     Returns (y, new_residual)."""
     y, new_residual = run_op(AddLayerNorm, add_layer_norm_ref,
                              x, residual, weight, bias, eps, dropout_p, seed)

@@ -314,7 +314,7 @@ def test_gradients_are_clipped_and_must_be_finite(monkeypatch, factor, moved):
     assert change.norm().item() == pytest.approx(moved, abs=0.02)
 
 
-def loop(monkeypatch, seed, rank):
+def loop(monkeypatch, seed, rank, last=False):
     """Runs the training loop with steps and scores that are faked; returns what it did."""
     model = task_model("choice")
     examples, _ = encode(QUESTIONS, "medqa")
@@ -340,7 +340,7 @@ def loop(monkeypatch, seed, rank):
     monkeypatch.setattr(finetune, "quality", lambda *_: [2, 7, 7, 1, 1][len(after) - 1])
     process = dataclasses.replace(CPU, rank=rank)
     process.all_reduce = lambda values: [3 * values[0]]  # as if of three ranks
-    settings = {"batch_size": 3, "epochs": 5, "lr": 56.0}
+    settings = {"batch_size": 3, "epochs": 5, "lr": 56.0, "last": last}
     score = finetune.train_epochs(model, examples, examples[:2], settings, seed, process, log)
     return score, after.index(model.head.bias.item()), log, *zip(*steps)
 
@@ -349,7 +349,7 @@ def test_the_best_epochs_weights_are_kept(monkeypatch):
     """Catches reporting the last epoch, the first of equals, or weights that went on training; a
     lost last batch; a rate, decay or mode that isn't the recipe's; a warm-up rounded down."""
     score, kept, log, rates, batches, _ = loop(monkeypatch, 5, 0)
-    assert (score, kept) == (7, 2)
+    assert (score, kept) == (7, 2) and loop(monkeypatch, 5, 0, last=True)[:2] == (1, 4)
     assert [(row["loss"], row["dev"]) for row in log] == [(1.5, n) for n in (2, 7, 7, 1, 1)]
     assert rates == pytest.approx([*range(0, 56, 7), *range(56, 0, -8)])
     assert [len(batch) for batch in batches] == [3, 3, 1] * 5
