@@ -1428,10 +1428,11 @@ def download(source, out, base_url=None, files=None):
         try:
             while some := list(itertools.islice(jobs, 1000)):  # a few of millions at a time
                 futures = {path: pool.submit(job) for path, job in some if not path.exists()}
-                errors |= {path: error for path, future in futures.items()
-                           if (error := future.exception())}
                 n_files += len(some)
-                bar.update(len(some))
+                for path, future in futures.items():
+                    if error := future.exception():
+                        errors[path] = error
+                    bar.update()
         except KeyboardInterrupt:
             os._exit(130)  # at once: the pool would wait for its files
     if not n_files:
