@@ -438,9 +438,11 @@ def read_medmcqa(path, split):
     """
     items = [item for _, item in json_lines(path)]
     labels = [item.get("cop") for item in items]
-    said = [re.match(r"(?i)ans\w*\W*(is\W*)?([a-d])\b", item.get("exp") or "") for item in items]
-    counted_from = [label - "abcd".index(letter[2].lower())
-                    for label, letter in zip(labels, said) if letter and label]
+    counted_from = []
+    for item, label in zip(items, labels):
+        said = re.match(r"(?i)ans\w*\W*(is\W*)?([a-d])\b", item.get("exp") or "")
+        if said and label:
+            counted_from.append(label - "abcd".index(said[2].lower()))
     first = 0 if 0 in labels or counted_from.count(0) > counted_from.count(1) else 1
     for item, label in zip(items, labels):
         answer = None
@@ -1154,9 +1156,9 @@ def documents(record, path, skip_pmc):
         return [(e.text.strip(), None, "deleted") for e in record.findall("PMID")]
     if tag == "Reply":  # of efetch, in the place of an article
         return [(None, None, f"no article: {record.get('error')}")]
-    articles = [record]
-    if tag != "article":  # a wrapper, as OAI's
-        articles = [e for e in record.iter() if local(e) == "article"]
+    if tag == "article":
+        return [jats_document(record, path)]
+    articles = [e for e in record.iter() if local(e) == "article"]  # in a wrapper, as OAI's
     if not articles:
         raise ValueError(f"<{tag}> is no record of PubMed or JATS")
     return [jats_document(article, path) for article in articles]
