@@ -873,9 +873,9 @@ def xml_records(path):
                 if len(top) == 0:
                     head += chunk
                     if b"\0" in head:  # an entity's declaration would not be seen in it
-                        raise ValueError(f"{path} is UTF-16 or no text: convert it to UTF-8")
+                        raise ValueError("it is UTF-16 or no text: convert it to UTF-8")
                     if b"<!ENTITY" in head or len(head) > 2 * CHUNK:
-                        raise ValueError(f"{path} declares an entity, which could grow endlessly, "
+                        raise ValueError("it declares an entity, which could grow endlessly, "
                                          "or has no XML element in its first 64 KiB: refused")
                 if UNKNOWN_ENTITY.search(chunk):  # few files have any; to fill the table is slow
                     parser.entity.update(ENTITIES)
@@ -886,13 +886,13 @@ def xml_records(path):
                     del top[0][:-1]
                     pending = 0
                 if pending > RECORD_LIMIT:
-                    raise ValueError(f"{path}: a record beyond {RECORD_LIMIT // MIB} MiB is no "
+                    raise ValueError(f"a record beyond {RECORD_LIMIT // MIB} MiB is no "
                                      "article: remove the file or raise RECORD_LIMIT")
             parser.close()
         except ET.ParseError as e:
             if len(top) and local(top[0]) in CONTAINERS:
                 yield from top[0][:-1]  # what stands before the damage
-            raise ValueError(f"{path}: malformed XML ({e}): mend it or download it again") from None
+            raise ValueError(f"malformed XML ({e}): mend it or download it again") from None
     yield from top[0] if local(top[0]) in CONTAINERS else top
 
 
@@ -932,6 +932,7 @@ LAYOUT = dict.fromkeys(BLOCKS, LINE + "*" + LINE) | {
 # m2, 2<sup>nd</sup> -> 2nd, H<sub>2</sub>O -> H2O.
 JOINTS = {"sup": (r"\d\d|[\w)\]]([+−–-]\d|(?!(st|nd|rd|th|TM)\b)[^\W\d_])", "^"),
           "sub": (r"\d\d", "_"), "xref": (r"\d\d", ", ")}
+LARGEST_SPAN = 50  # of a cell, in rows or columns: so a hostile table doesn't fill the memory
 NOTE_MARK = re.compile(r"\s*[a-h]([,;\s]*[a-h])*\s*")  # a superscript that points to a table's note
 PREAMBLE = re.compile(r"(?s).*\\begin\{document\}|\\end\{document\}.*")  # LaTeX's
 
@@ -1017,29 +1018,25 @@ def shown(e, tag):
 
 
 def fill_spans(rows):
-    """Put an empty cell wherever a rowspan or colspan covers a place of a table's part.
+    """Mark an empty cell wherever a rowspan or colspan covers a place of a table's part.
 
     So all other cells stay in their columns: A | 5 mg, and below it | 7 mg where A spans two rows.
     """
-    covered = defaultdict(int)  # column -> rows below that a cell covers there
+    covered = {}  # column -> rows that a cell still covers there
     for row in rows:
-        cells = []
-        for cell in [*row, None]:
-            while covered[len(cells)]:
-                covered[len(cells)] -= 1
-                cells.append(ET.Element("td"))
-            if cell is not None:
-                height, width = span(cell, "rowspan"), span(cell, "colspan")
-                for place in range(width):
-                    covered[len(cells)] = height - 1
-                    cells.append(ET.Element("td") if place else cell)
-        row[:] = cells
-
-
-def span(cell, name):
-    """How many rows or columns a cell covers; 1 where it doesn't say or says no such number."""
-    value = cell.get(name, "1")
-    return max(1, min(int(value), 99)) if value.isdecimal() else 1
+        column = 0
+        for cell in row:
+            first = column
+            while column in covered:
+                column += 1
+            height, width = (min(int(span), LARGEST_SPAN) if span.isdecimal() else 1
+                             for span in (cell.get("rowspan", "1"), cell.get("colspan", "1")))
+            cell.text = CELL * (column - first) + (cell.text or "")
+            cell.tail = CELL * (width - 1) + (cell.tail or "")
+            if height > 1:
+                covered.update(dict.fromkeys(range(column, column + width), height))
+            column += width
+        covered = {column: height - 1 for column, height in covered.items() if height > 1}
 
 
 def is_superscript_citation(e, tag, before):
@@ -1080,7 +1077,7 @@ def is_notice(marks, text):
     return NOTICES & marks or re.match("RETRACTED|Retracted:", text)
 
 
-def pubmed_document(record, options):
+def pubmed_document(record, skip_pmc):
     """Of a PubmedArticle or PubmedBookArticle: title + "\n" + abstract, as The Pile has it."""
     citation = record[0]  # MedlineCitation or BookDocument
     article = citation.find("Article")
@@ -1093,15 +1090,12 @@ def pubmed_document(record, options):
     sections = map(pubmed_text, article.findall("Abstract/AbstractText"))
     abstract = " ".join(filter(None, sections))
     text = f"{title}\n{abstract}".strip()
-    languages = {e.text for e in article.findall("Language")}
     marks = {e.text for e in article.iter("PublicationType")}
     marks.update(e.get("RefType") for e in citation.iter("CommentsCorrections"))
     reason = None
     if is_notice(marks, text):
         reason = "correction or retraction"
-    elif options["languages"] and languages.isdisjoint(options["languages"]):
-        reason = "another language"
-    elif options["skip_pmc"] and any(  # the references' ids lie deeper
+    elif skip_pmc and any(  # the references' ids lie deeper
             e.get("IdType") == "pmc" for e in record.findall("PubmedData/ArticleIdList/ArticleId")):
         reason = "in PMC"
     elif not abstract:
@@ -1176,7 +1170,7 @@ def source_records(path):
     return enumerate(read_records(path) if suffix == "txt" else xml_records(path), 1)
 
 
-def documents(record, path, options):
+def documents(record, path, skip_pmc):
     """[(id or None, text or None, reason)] of a record of any kind."""
     if isinstance(record, tuple):
         return [(*record, None)]
@@ -1184,7 +1178,7 @@ def documents(record, path, options):
         return [json_document(record)]
     tag = local(record)
     if tag in ("PubmedArticle", "PubmedBookArticle"):
-        return [pubmed_document(record, options)]
+        return [pubmed_document(record, skip_pmc)]
     if tag in ("DeleteCitation", "DeleteDocument"):
         return [(e.text.strip(), None, "deleted") for e in record.findall("PMID")]
     if tag == "Reply":  # of efetch, in the place of an article
@@ -1207,7 +1201,7 @@ def text_line(ident, text):
     return (json.dumps(record, ensure_ascii=False) + "\n").encode()
 
 
-def output_lines(paths, options, counts, skipped):
+def output_lines(paths, skip_pmc, counts, skipped):
     """Yield the lines of an output, count its records, and name in `skipped` what is left out.
 
     That is a bad record (no PMID, half a character, nested too deeply), and of a damaged file what
@@ -1219,7 +1213,7 @@ def output_lines(paths, options, counts, skipped):
             for number, record in source_records(path):
                 counts["records"] += 1
                 try:
-                    held = documents(record, path, options)
+                    held = documents(record, path, skip_pmc)
                     lines = [text_line(ident, None if reason else text)
                              for ident, text, reason in held]
                 except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as e:
@@ -1228,25 +1222,25 @@ def output_lines(paths, options, counts, skipped):
                     continue
                 yield from lines
                 counts.update(reason or "documents" for _, _, reason in held)
-        except (ValueError, OSError) as e:
+        except (ValueError, OSError, RecursionError) as e:
             counts["damaged files"] += 1
-            skipped.append(str(e))
+            skipped.append(f"{path}: {e}")
 
 
 def extract_files(task):
     """Write an output from its files, whole or not at all: (counts, what was skipped)."""
-    output, paths, options = task
+    output, paths, skip_pmc = task
     counts, skipped = Counter(), []
     gc.disable()  # XML trees have no cycles, and looking for some takes a third of the time
     try:
         with replacing(output) as f, gzip.GzipFile("", "wb", 1, f, mtime=0) as gz:
-            gz.writelines(output_lines(paths, options, counts, skipped))
+            gz.writelines(output_lines(paths, skip_pmc, counts, skipped))
     finally:
         gc.enable()
     return counts, skipped
 
 
-def plan_outputs(inputs, out, options):
+def plan_outputs(inputs, out, skip_pmc):
     """{output's name: its files}, and the marks that the names have.
 
     An input that is a file makes an output of its own. In a folder a new output begins whenever
@@ -1275,7 +1269,7 @@ def plan_outputs(inputs, out, options):
             # its path beneath the folder given, "/" as "-"
             base = given if paths[0] != given else os.path.dirname(given)
             stem = SUFFIX.sub("", os.path.relpath(paths[0], base).replace("/", "-"))
-            state = f"{hash64(f'{files} {options}') % 16**5:05x}"
+            state = f"{hash64(f'{files} {skip_pmc}') % 16**5:05x}"
             plan[f"{stem}-{mark}{state}.jsonl.gz"] = paths
     return plan, marks
 
@@ -1300,15 +1294,14 @@ def source_files(given, out):
     return [path for path in paths if SUFFIX.search(path) and os.path.isfile(path)]
 
 
-def extract(inputs, out, languages=(), skip_pmc=False, workers=1):
+def extract(inputs, out, skip_pmc=False, workers=1):
     """Make every output that is missing; returns the summed counts.
 
     ValueError where more than one record or file in a hundred was bad. What is good is written all
     the same.
     """
     out = Path(out).resolve()
-    options = {"languages": sorted(languages), "skip_pmc": skip_pmc}
-    plan, marks = plan_outputs(inputs, out, options)
+    plan, marks = plan_outputs(inputs, out, skip_pmc)
     make_folder(out)
     outdated = []  # a file or flag has changed, or other files lie together
     for path in out.iterdir():
@@ -1318,7 +1311,7 @@ def extract(inputs, out, languages=(), skip_pmc=False, workers=1):
                 raise ValueError(f"{path} is not made of these inputs: give all inputs of a text "
                                  "in one command, remove it, or use another --out")
             outdated.append(path)
-    tasks = [(out / name, paths, options) for name, paths in plan.items()
+    tasks = [(out / name, paths, skip_pmc) for name, paths in plan.items()
              if not (out / name).exists()]
     results = in_processes(extract_files, tasks, workers)
     total = Counter()
@@ -1413,7 +1406,7 @@ def pubmed_jobs(base, out, numbers):
                 yield path, partial(fetch, url, path, md5_url=url + ".md5")
 
 
-def pmc_jobs(base, out, numbers, licenses):
+def pmc_jobs(base, out, numbers):
     """Jobs for the newest version of each open-access article of those numbers.
 
     The bucket's newest inventory lists the files of metadata.
@@ -1432,21 +1425,19 @@ def pmc_jobs(base, out, numbers, licenses):
         if number in numbers:
             name = f"PMC{number}.{version}"
             path = out / str(number // 10_000) / f"{name}.xml"  # not millions in one folder
-            yield path, partial(fetch_article, base, name, path, licenses)
+            yield path, partial(fetch_article, base, name, path)
 
 
-def fetch_article(base, name, path, licenses):
-    """An article of PMC, unless it is retracted or its licence isn't wanted."""
+def fetch_article(base, name, path):
+    """An article of PMC, unless it is retracted or not open."""
     about = json.loads(get(f"{base}metadata/{name}.json", b'"pmcid"'))
-    unwanted = (about["is_retracted"] or not about["is_pmc_openaccess"]
-                or licenses and about["license_code"] not in licenses)
-    if not unwanted:
+    if about["is_pmc_openaccess"] and not about["is_retracted"]:
         # s3://pmc-oa-opendata/PMC1.1/PMC1.1.xml?md5=…, in some without the md5
         url, _, md5 = about["xml_url"].partition("?md5=")
         fetch(base + url.split("/", 3)[3], path, md5 or None)
 
 
-def download(source, out, base_url=None, files=None, licenses=()):
+def download(source, out, base_url=None, files=None):
     """Fetch a source into `out`, CONNECTIONS files at a time; a rerun fetches what is missing."""
     limits = re.fullmatch(r"(\d+)(?:-(\d+))?", files or "0-999999999999")
     if not limits:
@@ -1458,7 +1449,7 @@ def download(source, out, base_url=None, files=None, licenses=()):
     if source == "pubmed":
         jobs = pubmed_jobs(base, out, numbers)
     elif source == "pmc":
-        jobs = pmc_jobs(base, out, numbers, licenses)
+        jobs = pmc_jobs(base, out, numbers)
     errors, n_files = {}, 0
     with tqdm(unit=" files", desc=f"download {source}", disable=None) as bar, \
             ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -1533,7 +1524,6 @@ def main():
     add("inputs", nargs="+", metavar="INPUT",
         help="files, plain or .gz, or folders; of these README, licences, file lists, and an "
              "article's .txt and .json beside its .xml are left out")
-    add("--languages", nargs="*", default=[], help="PubMed's codes (default: all)")
     add("--skip_pmc", action="store_true", help="drop what is in PMC, as The Pile (default: off)")
     add("--workers", **workers)
 
@@ -1541,7 +1531,6 @@ def main():
     add("source", choices=SOURCES, help=BY_HAND)
     add("--base_url", help="a mirror of the source's address (default: the owner's)")
     add("--files", help="range of file numbers (pubmed) or PMC numbers (default: all)")
-    add("--licenses", nargs="*", default=[], help="pmc: codes to keep (default: all)")
 
     # A flag has the name of its function's parameter.
     flags = vars(parser.parse_args())

@@ -781,9 +781,9 @@ def load_fp32(ptr, mask, other: constexpr = 0.0):
 # its hash, as a number, lies below threshold = p · 2^32. The reference computes the same mask.
 #
 # A row's key is made with "lowbias32" of Chris Wellons' hash-prospector, in which every input bit
-# changes every output bit with probability one half. An element's hash must cost less. Its is
-# just good enough: without its last multiplication test_dropout_masks fails. Triton has a
-# generator of its own, Philox. It takes ten times the instructions, more than attention does.
+# changes every output bit with probability one half. An element's hash must cost less, and is just
+# good enough: without its last multiplication test_dropout_masks fails. Triton has a generator of
+# its own, Philox. It takes ten times the instructions, more than attention does.
 
 
 def dropout_arguments(p):
@@ -1062,7 +1062,7 @@ class AddLayerNorm(torch.autograd.Function):
 
 def add_layer_norm(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=0):
     """new_residual = residual + dropout(x) in residual's dtype, and y = LayerNorm(new_residual) in
-    x's dtype (or autocast's). x, residual (..., C). The mask is a function of the int seed.
+    x's dtype (or autocast's). x, residual (..., C). The mask is a function of seed, below 2^31.
     Returns (y, new_residual)."""
     y, new_residual = run_op(AddLayerNorm, add_layer_norm_ref,
                              x, residual, weight, bias, eps, dropout_p, seed)

@@ -23,10 +23,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
@@ -116,7 +116,7 @@ def main():
     flops = flops_per_token(config, n_params, settings.seq_len)
     signals = catch_signals()
     saved_at = time.monotonic()
-    writing = None  # rank 0's thread that writes a checkpoint
+    writing = None  # rank 0: the checkpoint that a thread writes
     seconds = []  # of each step since the last logged line, without validations and checkpoints
     skipped = 0  # updates in a row whose gradient was not finite
     for step in tqdm(range(start, total_steps + 1), initial=start, total=total_steps, leave=False,
@@ -721,34 +721,27 @@ def cut_log(path, step):
 def save_checkpoint(run, model, optimizer, step, keep, process, writing, wait):
     """Copy the full state to rank 0's CPU and let a thread write it while training goes on.
 
-    writing: the thread of the checkpoint before, or None. Returns the new one on rank 0. A write
-    that fails is told there and training goes on; if it is to `wait`, ValueError on every rank.
-    The copy and the file have 12 bytes a parameter, 31 GB for BioMedLM.
+    writing: what this returned for the checkpoint before: on rank 0 a Future. wait: for the file,
+    and ValueError on every rank where it could not be written. The copy and the file have 12 bytes
+    a parameter, 31 GB for BioMedLM.
     """
     # One copy at a time. The others wait with the CPUs' group: no GPU times out meanwhile.
-    process.on_rank_0(lambda: writing and writing.join())
+    process.on_rank_0(lambda: writing and writing.result())
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights, moments = dcp.get_state_dict(model, optimizer, options=options)
     if process.device.type == "cpu":  # no copy yet, and the next step would change them
         weights, moments = copy.deepcopy((weights, moments))
     contents = {"model": weights, "optimizer": moments, "step": step}
-
-    def write():
-        try:
-            write_checkpoint(run, contents, keep)
-        except ValueError as e:
-            process.print(f"warning: {e}; training goes on")
-
-    if wait:
-        process.on_rank_0(lambda: write_checkpoint(run, contents, keep))
-    elif process.rank == 0:
-        writing = threading.Thread(target=write)
-        writing.start()
+    if process.rank == 0:
+        writing = ThreadPoolExecutor(1).submit(write_checkpoint, run, contents, keep)
+    if wait and not process.on_rank_0(lambda: writing.result()):
+        raise ValueError("the last checkpoint is not written: make room and run again")
     return writing
 
 
 def write_checkpoint(run, contents, keep):
-    """Write checkpoint_STEP.pt whole, then remove old ones; else ValueError, and all stays."""
+    """Write checkpoint_STEP.pt whole, then remove old ones; or warn, and all stays. True if done.
+    """
     path = run / f"checkpoint_{contents['step']:07d}.pt"
     try:
         with replacing(path) as f:
@@ -757,10 +750,12 @@ def write_checkpoint(run, contents, keep):
         whole = sorted(p for p in run.glob("checkpoint_*.pt") if p <= path)
         for old in whole[:-keep]:
             old.unlink()
+        return True
     except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into RuntimeError
         reason = str(e).splitlines()[0]
-        raise ValueError(f"{path} could not be written, is the disk full? ({reason}): make room; "
-                         "the newest checkpoint stands") from None
+        tqdm.write(f"warning: {path} could not be written, is the disk full? ({reason}): make "
+                   "room; the newest checkpoint stands")
+        return False
 
 
 def load_checkpoint(checkpoint, model, optimizer, process):

@@ -371,7 +371,7 @@ def static_table():
             compiled = cross_compile(kernel, arguments, options, target)
             registers, stack = resources(compiled)
             show({"kernel": kernel.__name__, "target": target,
-                  "registers": registers, "stack": stack,
+                  "dropout": arguments.get("DROPOUT"), "registers": registers, "stack": stack,
                   "shared_kb": compiled.metadata.shared / 1024})
 
 
@@ -821,7 +821,7 @@ def bench_generate(parser, rest):
     args = parser.parse_args(rest)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        n_read = random_folder(GPTConfig(n_layer=args.n_layer), folder)
+        n_read = random_folder(GPTConfig(n_layer=args.n_layer), folder, device)
         models = {"bf16": GPT.from_pretrained(folder, torch.bfloat16, device),
                   "int8": quantized(GPT.from_pretrained(folder, None)).to(device)}
     block = torch.ones(2**27, dtype=torch.int64, device=device)  # 2**30 bytes
@@ -847,9 +847,9 @@ def with_cudnn(generate):
         generate()
 
 
-def random_folder(config, folder):
+def random_folder(config, folder, device):
     """A Hugging Face GPT-2 folder of random bf16 weights; returns how many a token must read."""
-    model = gpt_model.without_memory(config).to(torch.bfloat16).to_empty(device="cpu")
+    model = gpt_model.without_memory(config).to(torch.bfloat16).to_empty(device=device)
     for weight in model.parameters():
         weight.data.normal_(0.0, 0.02)
     model.save_pretrained(folder)

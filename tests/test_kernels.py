@@ -44,7 +44,7 @@ def test_kernels_in_the_interpreter(tier):
 
 class Case(NamedTuple):
     op: callable
-    plain: callable  # the op as one would write it in torch; in float64 it is right
+    plain: callable  # the op in torch; in float64 it is right
     tensors: tuple  # float64, or int64 targets
     dtypes: tuple
     rest: tuple = ()  # arguments after the tensors
@@ -63,40 +63,25 @@ def rand(*shape, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
-def plain_add_norm(x, residual, weight, bias, eps):
-    new_residual = residual + x
-    y = F.layer_norm(new_residual, weight.shape, weight, bias, eps)
-    return y.to(x.dtype), new_residual
-
-
-def plain_gelu(x, bias):
-    return F.gelu(x + bias.to(x.dtype), approximate="tanh")
-
-
 def plain_loss(hidden, weight, targets, ignore_index):
     logits = hidden @ weight.to(hidden.dtype).T
     return F.cross_entropy(model.at_least_fp32(logits), targets, ignore_index=ignore_index)
 
 
-def plain_attention(qkv, n_head, scale):
-    q, k, v = model.split_heads(qkv, n_head)
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-    return o.transpose(1, 2).flatten(2)
-
-
 def make_case(name, rows, width, n=None, dtype=F32):
     """One op's case, with fp32 parameters and residual stream as under autocast. n: attention's
-    heads, or the vocabulary."""
+    heads, or the vocabulary. Three references are right where test_model.py finds Hugging Face's
+    logits."""
     x = rand(rows, width)
     residual = 100 + rand(rows, width, seed=2)
     weight = 1 + rand(width)
     bias = rand(width, seed=1)
     op = getattr(model, name)
+    plain = getattr(model, f"{name}_ref")
     if name == "add_layer_norm":
-        return Case(op, plain_add_norm, (x, residual, weight, bias), (dtype, F32, F32, F32),
-                    (0.1,))
+        return Case(op, plain, (x, residual, weight, bias), (dtype, F32, F32, F32), (0.1,))
     if name == "bias_gelu":
-        return Case(op, plain_gelu, (x, bias), (dtype, F32))
+        return Case(op, plain, (x, bias), (dtype, F32))
     if name == "cross_entropy":
         V = n or 515
         targets = 3 + 101 * torch.arange(rows) % (V - 3)
@@ -104,16 +89,14 @@ def make_case(name, rows, width, n=None, dtype=F32):
         tensors = (x, rand(V, width, seed=3), targets)
         return Case(op, plain_loss, tensors, (dtype, F32, torch.int64), (2,))
     qkv = rand(2, max(rows // 2, 3), 3 * width)
-    return Case(op, plain_attention, (qkv,), (dtype,), (n or 2, 0.3))
+    return Case(op, plain, (qkv,), (dtype,), (n or 2, 0.3))
 
 
 def with_dropout(name, case, p, seed):
-    """The case with dropout, if its op has any. Then the reference is what it must equal: that
-    draws the same mask in float64."""
+    """The case with dropout, if its op has any. The reference draws the same mask in float64."""
     if p == 0 or name not in ("add_layer_norm", "attention"):
         return case
-    plain = getattr(model, f"{name}_ref")
-    return case._replace(plain=plain, rest=(*case.rest, p, seed))
+    return case._replace(rest=(*case.rest, p, seed))
 
 
 def strided(tensor):
@@ -221,7 +204,7 @@ def test_attention_matches_fp64(T, D, BM, BN, p, monkeypatch):
         beyond = torch.full_like(qkv[:1], torch.nan)
         return model.attention(torch.cat([qkv, beyond])[:-1], *rest)
 
-    case = Case(op, plain_attention, (rand(2, T, 3 * 2 * D),), (F32,), (2, 0.3))
+    case = Case(op, model.attention_ref, (rand(2, T, 3 * 2 * D),), (F32,), (2, 0.3))
     check(with_dropout("attention", case, p, 3))
 
 

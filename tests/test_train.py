@@ -234,6 +234,12 @@ def test_losses_do_not_depend_on_the_sharing(go, out, undisturbed, mode, flags, 
     assert_same(out, undisturbed, atol=1e-6)
 
 
+def slower_and_slower(rank):
+    """A fault: a clock on which step 1 takes a second, step 2 five, step 3 nine."""
+    calls = itertools.count()
+    time.perf_counter = lambda: next(calls) ** 2
+
+
 def test_run_equals_a_plain_loop(arrays, go, out):
     """A flag that reaches nothing, or one of two places; a loss, mean, rate or unit that is off.
 
@@ -241,7 +247,7 @@ def test_run_equals_a_plain_loop(arrays, go, out):
     """
     flags = ("--seed 3 --grad_clip 1.5 --weight_decay 4 --lr 0.02 --warmup_steps 2 --total_steps 6 "
              "--micro_batch 2 --eval_every 3 --eval_tokens 100 --ignore_eot_targets")
-    go(out, flags)
+    go(out, flags, fault=slower_and_slower)
     which = {"data_dir": arrays, "seq_len": 16, "micro_batch": 8, "ignore_eot": True}
     torch.manual_seed(3)
     config = model_module.GPTConfig.preset("demo", n_layer=2, n_head=2, n_embd=16, vocab_size=257,
@@ -269,7 +275,7 @@ def test_run_equals_a_plain_loop(arrays, go, out):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         expected.append({"step": step + 1, "tokens": 128 * (step + 1), "loss": loss.item(),
-                         "lr": lr, "grad_norm": norm})
+                         "lr": lr, "grad_norm": norm, "tokens_per_s": 128 / (4 * step + 1)})
     norms = [row["grad_norm"] for row in expected if "loss" in row]
     assert min(norms) < 1.5 < max(norms)  # AdamW would not see that all are scaled alike
     for line, row in zip((out / "log.jsonl").read_text().splitlines(), expected, strict=True):
@@ -519,6 +525,7 @@ def test_changed_settings(arrays, go, out, tmp_path):
     go(out, fault=at_step(6, terminate))
     for flags, name in (("--seed 1", "seed 17"), ("--n_embd 32", "n_embd 16"),
                         ("--batch_tokens 256", "batch_tokens 128"),
+                        ("--ignore_eot_targets", "ignore_eot_targets False"),
                         (f"--data {other}", "data_fingerprint")):
         assert f"the run was made with {name}" in go(out, flags, code=1)
     text = go(out, "--lr 0.01 --micro_batch 2 --keep 1")
@@ -530,7 +537,7 @@ def test_changed_settings(arrays, go, out, tmp_path):
     (out / "run.json").write_text('{"settings": ')
     assert "run.json is damaged" in go(out, "--total_steps 24", code=1)
     assert "steps 0 to 20" in go(out, "--fresh")
-    assert len(rows(out)) == 20
+    assert list(rows(out, "val_loss")) == [0, 10, 20]  # the old run's are gone
 
 
 def test_start_from_weights(go, out, tmp_path, undisturbed):
@@ -542,7 +549,7 @@ def test_start_from_weights(go, out, tmp_path, undisturbed):
     assert rows(out, "val_loss")[0] == pytest.approx(rows(undisturbed, "val_loss")[20], rel=1e-5)
     assert rows(out)[1] > 1.001 * rows(undisturbed)[20]  # dropout is the flag's
     assert "steps 3 to 20" in go(out, f"--init {folder} --dropout 0.5", shape="")
-    assert rows(out)[20] < rows(out)[1]
+    assert rows(out)[20] < rows(out)[1] and GPT.config_of(out).dropout == 0.5
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
     text = go(out, f"--init {folder} --total_steps 22", shape="", code=1)
@@ -693,21 +700,36 @@ def test_mistakes_name_their_mend(arrays, monkeypatch, tmp_path, capsys, args, m
     assert mend in f"{ended.value}\n{capsys.readouterr().err}"
 
 
-@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
-def test_gpus(monkeypatch, capability):
-    """--device cuda:1 leaves Triton on GPU 0: an illegal access. A T4 computes in bfloat16, which
-    it has not."""
-    probe = mock.Mock(device=torch.device("cuda:1"))
-    set_device = mock.Mock()
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: probe)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "set_device", set_device)
-    process = train.start_process("cuda:1")
-    set_device.assert_called_once_with(process.device)
-    old = capability == (7, 5)
-    assert process.dtype == (torch.float32 if old else torch.bfloat16)
-    with pytest.raises(ValueError, match="use --dtype float32") if old else nullcontext():
+@pytest.fixture
+def fake_gpus(monkeypatch):
+    """set_device, on a machine that seems to have GPUs, or any other device."""
+    probe = lambda *_, device: mock.Mock(device=torch.device(device))
+    monkeypatch.setattr(torch, "zeros", probe)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "set_device", mock.Mock())
+    return torch.cuda.set_device
+
+
+def test_old_gpus(monkeypatch, fake_gpus):
+    """A T4 computes in bfloat16, which it has not."""
+    assert train.start_process("cuda:1").dtype == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert train.start_process("cuda:1").dtype == torch.float32
+    with pytest.raises(ValueError, match="use --dtype float32"):
         train.start_process("cuda:1", "bfloat16")
+
+
+def test_devices(monkeypatch, fake_gpus):
+    """--device cuda:1 leaves Triton on GPU 0: an illegal access. Ranks share a GPU, or take that of
+    a Mac, whose tensors gloo can't reduce."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(train, "dist", mock.Mock())
+    fake_gpus.assert_called_once_with(train.start_process("cuda:1").device)
+    assert train.start_process().device.type == ("cuda" if torch.cuda.is_available() else "mps")
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert train.start_process("cuda:0").device.index == 1
+    assert train.start_process().device.type != "mps"
 
 
 def test_mfu(tmp_path, monkeypatch):
