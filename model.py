@@ -367,7 +367,7 @@ def generate(model, idx, max_new_tokens,
              top_p=None,  # sample within this probability mass
              seed=None,
              num_beams=1,  # above 1: beam search instead of sampling
-             no_repeat_ngram_size=0,  # beams only
+             no_repeat_ngram_size=0,  # no n-gram of so many tokens comes twice; 0: any may
              length_penalty=1.0,  # beams only
              eot_id=None,  # ends a row, which is then filled with it
              n_pad=None):
@@ -398,6 +398,8 @@ def generate(model, idx, max_new_tokens,
     finished = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         logits = next_logits(model, new, cache)  # (B, V)
+        for row, text, n in zip(logits, idx.tolist(), n_pad.tolist()):
+            ban_repeats(row, text[n:], no_repeat_ngram_size)
         new = sample(logits, temperature, top_k, top_p)  # (B, 1)
         new[finished] = eot_id
         finished |= new[:, 0] == eot_id
