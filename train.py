@@ -868,8 +868,7 @@ def print_end(run, gpt, settings):
         untrained = GPT(gpt.config).to(device).eval()
         print(f"\nanswers {count_right(gpt, tokenizer, questions)} of {len(questions)} questions "
               f"about what it read (random weights {count_right(untrained, tokenizer, questions)})")
-        next_command = (f"finetune.py --task medqa --data {DEMO_DATA} --init {run} "
-                        f"--out {run}-medqa --lora 16 --epochs 4")
+        next_command = f"finetune.py --task pubmedqa --data {DEMO_DATA} --init {run} --out {run}-pm"
     print(f"\nnext:\n  python {next_command}")
 
 
