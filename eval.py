@@ -383,11 +383,9 @@ def audit_numbers(args):
         prompts.append(tokenizer.encode(text)[-room:])  # a long one loses its start
     decoding = PAPER_DECODING if args.paper else {"temperature": 0.0}
     answers = continue_prompts(gpt, tokenizer, prompts, args.max_new_tokens, **decoding)
-    asked = [f"{q.question}\n{q.context}" for q in questions]
     sources = [f"{q.question}\n{q.context}\n{q.target}" for q in questions]
     rows = [judge("generated", answers, sources),
-            judge("another question's reference", references[1:] + references[:1], sources),
-            judge("reference, against question and context", references, asked)]
+            judge("another question's reference", references[1:] + references[:1], sources)]
     print_table(rows)
     return dict(numbers=rows, answers=answers)
 
@@ -397,10 +395,10 @@ def judge(name, answers, sources):
     verdicts = []
     n_with_numbers = 0
     for answer, source in zip(answers, sources):
-        numbers_of_answer = numbers_in(answer)
         known = numbers_in(source)
-        verdicts += [verdict(number, known) for number in numbers_of_answer]
-        n_with_numbers += bool(numbers_of_answer)
+        of_answer = [verdict(number, known) for number in numbers_in(answer)]
+        verdicts += of_answer
+        n_with_numbers += bool(of_answer)
     result = dict(answers=name, n=len(answers), with_numbers=n_with_numbers, numbers=len(verdicts))
     for outcome in ("supported", "contradicted", "unsupported"):
         result[outcome] = verdicts.count(outcome) / len(verdicts) if verdicts else None

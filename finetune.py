@@ -512,8 +512,9 @@ class LoRALinear(nn.Module):
         return self.linear(x, with_bias) + LORA_SCALE * self.B(self.A(x))
 
     def merged(self):
-        """The fp32 Linear that does the same."""
-        weight = self.linear.weight + LORA_SCALE * self.B.weight @ self.A.weight
+        """The Linear that does the same, in the frozen weight's dtype."""
+        frozen = self.linear.weight
+        weight = (frozen + LORA_SCALE * self.B.weight @ self.A.weight).to(frozen.dtype)
         # save_pretrained writes [in, out]: laid out so, it needs no second copy of the model
         self.linear.weight = nn.Parameter(weight.t().contiguous().t())
         return self.linear
@@ -647,11 +648,14 @@ def predictions(scores, examples):
 def save(out, model, tokenizer, settings, answers):
     """A folder that `transformers` loads, and beside it what load_finetuned needs.
 
-    It moves the model to the CPU, and merges LoRA's adapters there.
+    It moves the model to the CPU. LoRA's adapters are merged there, and all is saved in the dtype
+    of the frozen weights.
     """
-    replace_modules(model.cpu().gpt, LoRALinear, LoRALinear.merged)
+    gpt = model.cpu().gpt
+    replace_modules(gpt, LoRALinear, LoRALinear.merged)
+    gpt.to(gpt.transformer.wpe.weight.dtype)  # frozen by LoRA, and fp32 without
     tokenizer.save(out)
-    model.gpt.float().save_pretrained(out)  # its tokenizer_config.json names the added tokens
+    gpt.save_pretrained(out)  # its tokenizer_config.json names the added tokens
     with replacing(out / "head.pt") as file:
         torch.save(model.head.state_dict(), file)
     write_lines(out / "predictions.jsonl", answers)

@@ -267,8 +267,8 @@ def test_numbers_and_their_verdicts():
 
 
 def test_audit_and_its_controls(ask, monkeypatch):
-    """Catches an answer judged by another's source, a control that is the question's own reference,
-    a reference judged by itself; a flag without effect."""
+    """Catches an answer judged by another's source, a control that is the question's own reference;
+    a flag without effect."""
     asked = [Question("1", "Of 5 rats?", target="It took 11 days."),
              Question("2", "How long?", context="22 days, 9 sites.", target="It took 22 days."),
              Question("3", "How?", target="None at all."),
@@ -282,8 +282,7 @@ def test_audit_and_its_controls(ask, monkeypatch):
     assert (max_new_tokens, answer.call_args.kwargs) == (40, dict(temperature=0.0))
     assert [list(row.values())[1:] for row in result["numbers"]] == [
         [3, 3, 6, 1 / 2, 1 / 6, 1 / 3],  # 5, 11 days, 9 | 11 days | 22 kg, 7 kg
-        [3, 2, 2, 0.0, 1 / 2, 1 / 2],  # 22 days to question 1, 11 days to question 3
-        [3, 2, 2, 1 / 2, 0.0, 1 / 2]]  # 11 days and nothing, 22 days and the context
+        [3, 2, 2, 0.0, 1 / 2, 1 / 2]]  # 22 days to question 1, 11 days to question 3
     assert result["answers"] == answer.return_value
     tokenizer.add_special_tokens(["<|startoftext|>"])  # as after fine-tuning
     tokenizer.save("init")

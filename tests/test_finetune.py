@@ -219,6 +219,9 @@ def test_lora_trains_little_and_merges(init):
         assert block.mlp.c_fc.linear.weight.dtype == torch.bfloat16
     process = start_process("cpu", "bfloat16")
     assert score_examples(low, examples, process)[0] == pytest.approx(full[0], abs=0.2)
+    finetune.save(Path("low"), low, tokenizer, settings | {"task": "medqa"}, [])
+    saved = GPT.from_pretrained("low", None).state_dict()  # as it lies in the file
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
 
 # ---------------------------------------------------------------------------------------------
