@@ -314,6 +314,7 @@ def step_parts(config, n_params, fsdp, recomputes, S, n, t, ideal, bandwidth):
 # ---------------------------------------------------------------------------------------------
 # kernels without a GPU: compile them for chips that are not here, read what they need
 
+SHAPES = (2560, 20), (768, 12)  # width and heads of the large presets
 TARGETS = {f"sm_{number}": number for number in (80, 86, 89, 90, 100, 120)}
 
 
@@ -368,11 +369,11 @@ def resources(compiled):
 
 def static_table():
     """Registers, spills and shared memory of every kernel on every target."""
-    for target in TARGETS:
-        for kernel, arguments, options in recorded_launches(target):
+    for target, (C, n_head) in product(TARGETS, SHAPES):
+        for kernel, arguments, options in recorded_launches(target, C, n_head):
             compiled = cross_compile(kernel, arguments, options, target)
             registers, stack = resources(compiled)
-            show({"kernel": kernel.__name__, "target": target,
+            show({"kernel": kernel.__name__, "target": target, "C": C,
                   "dropout": arguments.get("DROPOUT"), "registers": registers, "stack": stack,
                   "shared_kb": compiled.metadata.shared / 1024})
 
@@ -416,7 +417,7 @@ def bench_kernels(parser, argv):
     if not torch.cuda.is_available():
         return static_table()
     torch._functorch.config.donated_buffer = False  # backward runs again and again on one graph
-    for (C, n_head), p in product(((2560, 20), (768, 12)), (0.0, 0.1)):
+    for (C, n_head), p in product(SHAPES, (0.0, 0.1)):
         for op, case in kernel_cases(16384, C, n_head, p).items():
             time_op({"op": op, "C": C, "dropout": p}, *case)
 
