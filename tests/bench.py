@@ -1,7 +1,7 @@
 """Measure, never assert.
 
     python tests/bench.py gpu --minutes 8 --out FILE     # a new GPU: proves and measures all it can
-    python tests/bench.py cpu --out FILE                 # what we claim of a CPU, in 5 minutes
+    python tests/bench.py cpu --out FILE                 # what we claim of a CPU, in 5 quiet minutes
     python tests/bench.py plan --gpus 8 --gb 80          # memory and hours by formula
 
 The other parts are what these two are made of, and run alone too. Every comparison is interleaved
@@ -91,10 +91,10 @@ GPU_PARTS = (  # seconds at most, command
     (50, "tests/bench.py generate --prompts 1 16"),
     (80, "train.py --fresh --out out/demo-bench"))
 CPU_PARTS = (
-    (90, "tests/bench.py train --shape demo --rounds 50"),
-    (240, "tests/bench.py tokenizer --megabytes 45"),
-    (120, "tests/bench.py data"),
-    (90, "tests/bench.py generate --n_layer 8"))
+    (150, "tests/bench.py train --shape demo --rounds 50"),
+    (400, "tests/bench.py tokenizer --megabytes 45"),
+    (150, "tests/bench.py data"),
+    (150, "tests/bench.py generate --n_layer 8"))
 
 
 def bench_gpu(parser, argv):
@@ -106,7 +106,7 @@ def bench_gpu(parser, argv):
 
 def bench_cpu(parser, argv):
     """The ratios that README and RESULTS.md claim of a CPU."""
-    run_parts(CPU_PARTS, 8, parser, argv)
+    run_parts(CPU_PARTS, 12, parser, argv)
 
 
 def run_parts(parts, minutes, parser, argv):
