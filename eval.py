@@ -74,7 +74,7 @@ def perplexity(args):
         raise ValueError(f"{args.data} holds no token to score: give a folder with text")
     loss = nats / n_scored
     bits_per_byte = loss * (n_tokens or n_scored) / math.log(2) / n_bytes
-    result = dict(loss=loss, bits_per_byte=bits_per_byte, tokens=n_scored, bytes=n_bytes)
+    result = dict(loss=loss, bits_per_byte=bits_per_byte, tokens=int(n_scored), bytes=n_bytes)
     print_table([result])
     return result
 
