@@ -6,6 +6,7 @@
 Reads what `download` fetched or what lies on disk. Writes text (*.jsonl.gz, a line a document
 {"id", "text"}) and arrays: train.bin, val.bin (flat uint16), meta.json, the tokenizer beside them.
 What an output holds depends on inputs and flags alone: no time, path, host or number of workers.
+The acts, in this order: batches, tokenize, questions, the demo, cloze, extract, download, files.
 Left out: language detection, near-duplicates, back matter (references, appendices, peer reviews).
 """
 
@@ -398,7 +399,8 @@ def official_files(task, dir, split):
     """(reader, paths) of the first of the task's file names that is found."""
     for name, reader in TASKS[task].files.items():
         for called in {"dev": ("dev", "val", "validation")}.get(split, (split,)):
-            paths = sorted(filter(Path.is_file, Path(dir).rglob(name.format(called))))
+            paths = Path(dir).rglob(name.format(called))
+            paths = sorted(filter(Path.is_file, paths))
             if paths:
                 return reader, paths
     raise FileNotFoundError(f"no {name.format(split)} beneath {dir}: put the official files there "
@@ -436,9 +438,11 @@ def read_medmcqa(path, split):
     """
     items = [item for _, item in json_lines(path)]
     labels = [item.get("cop") for item in items]
-    said = [re.match(r"(?i)ans\w*\W*(is\W*)?([a-d])\b", item.get("exp") or "") for item in items]
-    counted_from = [label - "abcd".index(letter[2].lower())
-                    for label, letter in zip(labels, said) if letter and label]
+    counted_from = []
+    for item, label in zip(items, labels):
+        said = re.match(r"(?i)ans\w*\W*(is\W*)?([a-d])\b", item.get("exp") or "")
+        if said and label:
+            counted_from.append(label - "abcd".index(said[2].lower()))
     first = 0 if 0 in labels or counted_from.count(0) > counted_from.count(1) else 1
     for item, label in zip(items, labels):
         answer = None
@@ -482,7 +486,8 @@ def divide_pubmedqa(questions, split):
             given = rng.choice(fold)
             fold.remove(given)
             folds[9].append(given)
-    return {"test": test, "dev": folds[0], "train": sum(folds[1:], [])}.get(split, [])
+    splits = {"test": test, "dev": folds[0], "train": sum(folds[1:], [])}
+    return splits.get(split, [])
 
 
 def cut_by_label(questions, n_parts, rng):
@@ -796,40 +801,6 @@ def cloze_questions(passage, counted, by_ending, everyday, rng):
 
 
 # ---------------------------------------------------------------------------------------------
-# files
-
-MEDQA_FILE = "data_clean/questions/US/4_options/phrases_no_exclude_{}.jsonl"  # for a split
-
-
-def medqa_row(question, answer, others, kind, rng):
-    """A question in MedQA's official format, its options in random order."""
-    options = [*others, answer]
-    rng.shuffle(options)
-    return {"question": question, "answer": answer, "options": dict(zip("ABCD", options)),
-            "answer_idx": "ABCD"[options.index(answer)], "meta_info": kind}
-
-
-def write_json_lines(path, rows):
-    """A file of a JSON object a line, .gz or plain, in a folder that is made where missing."""
-    make_folder(path.parent)
-    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    with replacing(path) as f:
-        f.write(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
-
-
-def make_folder(folder):
-    """Create `folder`; remove what a killed run left there under temporary names."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("*.[0-9]*.tmp"):  # name, process, tmp
-        path.unlink()
-
-
-def sha256_of(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------
 # extract: PubMed XML, JATS, JSON lines, .txt -> text/*.jsonl.gz
 #
 # Every record is passed on in its order, as {"id", "text"}, or {"id", "deleted": true} where it has
@@ -943,7 +914,7 @@ def flatten(*elements):
     A table's row is "cell | cell", an empty first cell stays: "| Drug | Placebo". A formula is its
     TeX, or (a)/(b), x^2, x_i, sqrt(x) of its MathML. RecursionError for a deeply nested element.
     """
-    text = " "
+    text = " "  # so that walk always has a character before it
     for element in elements:
         text += walk(element, text[-2:])
     text = re.sub(f"{CITATION}([,;–-]?{CITATION})*", "", text)  # the commas between them too
@@ -981,9 +952,10 @@ def walk(e, before):
     first, *between, last = layout.split("*")
     text = first + (e.text or "")
     for i, child in enumerate(shown(e, tag)):
-        if i and between:
+        if i and between:  # the last mark repeats: (1,2,3) by the layout (*,*)
             text += between[min(i, len(between)) - 1]
-        text += walk(child, (before + text[-2:])[-2:]) + (child.tail or "")
+        behind = (before + text[-2:])[-2:]
+        text += walk(child, behind) + (child.tail or "")
     text += last
     if tag in ("td", "th"):  # a cell's paragraphs stay in its row
         text = text.replace(LINE, " ")
@@ -1147,7 +1119,8 @@ def json_document(record):
     The id is "id", or else "pmid" or "pmcid". {"id", "deleted": true} passes through, so that
     extracted text may be extracted again.
     """
-    ids = [str(record[key]) for key in ("id", "pmid", "pmcid") if record.get(key) not in (None, "")]
+    ids = [str(record[key]) for key in ("id", "pmid", "pmcid")
+           if record.get(key) not in (None, "")]
     text, title, abstract = ((record.get(key) or "").strip()
                              for key in ("text", "title", "abstract"))
     if abstract and not text:
@@ -1183,9 +1156,9 @@ def documents(record, path, skip_pmc):
         return [(e.text.strip(), None, "deleted") for e in record.findall("PMID")]
     if tag == "Reply":  # of efetch, in the place of an article
         return [(None, None, f"no article: {record.get('error')}")]
-    articles = [record]
-    if tag != "article":  # a wrapper, as OAI's
-        articles = [e for e in record.iter() if local(e) == "article"]
+    if tag == "article":
+        return [jats_document(record, path)]
+    articles = [e for e in record.iter() if local(e) == "article"]  # in a wrapper, as OAI's
     if not articles:
         raise ValueError(f"<{tag}> is no record of PubMed or JATS")
     return [jats_document(article, path) for article in articles]
@@ -1224,7 +1197,7 @@ def output_lines(paths, skip_pmc, counts, skipped):
                 counts.update(reason or "documents" for _, _, reason in held)
         except (ValueError, OSError, RecursionError) as e:
             counts["damaged files"] += 1
-            skipped.append(f"{path}: {e}")
+            skipped.append(f"{path}: {str(e).removeprefix(f'{path}: ')}")
 
 
 def extract_files(task):
@@ -1268,7 +1241,8 @@ def plan_outputs(inputs, out, skip_pmc):
             paths = [*files]
             # its path beneath the folder given, "/" as "-"
             base = given if paths[0] != given else os.path.dirname(given)
-            stem = SUFFIX.sub("", os.path.relpath(paths[0], base).replace("/", "-"))
+            name = os.path.relpath(paths[0], base).replace("/", "-")
+            stem = SUFFIX.sub("", name)
             state = f"{hash64(f'{files} {skip_pmc}') % 16**5:05x}"
             plan[f"{stem}-{mark}{state}.jsonl.gz"] = paths
     return plan, marks
@@ -1456,18 +1430,20 @@ def download(source, out, base_url=None, files=None):
         try:
             while some := list(itertools.islice(jobs, 1000)):  # a few of millions at a time
                 futures = {path: pool.submit(job) for path, job in some if not path.exists()}
-                errors |= {path: error for path, future in futures.items()
-                           if (error := future.exception())}
                 n_files += len(some)
-                bar.update(len(some))
+                for path, future in futures.items():
+                    if error := future.exception():
+                        errors[path] = error
+                    bar.update()
         except KeyboardInterrupt:
             os._exit(130)  # at once: the pool would wait for its files
     if not n_files:
         raise ValueError(f"{base} lists no file numbered {files}: check --files")
     for path, error in errors.items():
         print(f"download: left out {path.name}: {error!r}")
-    # odd metadata are no reason to fail while they are few
-    if any(isinstance(e, OSError) for e in errors.values()) or 100 * len(errors) > n_files:
+    missing = [e for e in errors.values() if isinstance(e, OSError)]
+    # others are odd metadata, no reason to fail while they are few
+    if missing or 100 * len(errors) > n_files:
         raise OSError(f"{len(errors)} of {n_files} files failed, run again; the last: {error}")
     if source in ("mmlu", "medquad"):  # load_qa reads folders
         unpack(out / names[0], out / "unpacked")
@@ -1481,6 +1457,40 @@ def unpack(archive, folder):
         shutil.unpack_archive(archive, folder, **safe)
     except (shutil.ReadError, tarfile.TarError) as e:
         raise ValueError(f"{archive}: {e}: delete it, download again") from None
+
+
+# ---------------------------------------------------------------------------------------------
+# files
+
+MEDQA_FILE = "data_clean/questions/US/4_options/phrases_no_exclude_{}.jsonl"  # for a split
+
+
+def medqa_row(question, answer, others, kind, rng):
+    """A question in MedQA's official format, its options in random order."""
+    options = [*others, answer]
+    rng.shuffle(options)
+    return {"question": question, "answer": answer, "options": dict(zip("ABCD", options)),
+            "answer_idx": "ABCD"[options.index(answer)], "meta_info": kind}
+
+
+def write_json_lines(path, rows):
+    """A file of a JSON object a line, .gz or plain, in a folder that is made where missing."""
+    make_folder(path.parent)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    with replacing(path) as f:
+        f.write(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
+
+
+def make_folder(folder):
+    """Create `folder`; remove what a killed run left there under temporary names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.[0-9]*.tmp"):  # name, process, tmp
+        path.unlink()
+
+
+def sha256_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -340,8 +340,12 @@ MODEL_TYPE = "gpt2"
 HF_NAMES = {"dropout": "resid_pdrop", "eot_id": "eos_token_id"}  # the other fields are named alike
 
 # What a config.json leaves out: Hugging Face's defaults, which are GPT-2 of 124M parameters.
-HF_DEFAULTS = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50257,
-                   scale_attn_by_inverse_layer_idx=False)
+HF_DEFAULTS = dict(
+    n_layer=12,
+    n_head=12,
+    n_embd=768,
+    vocab_size=50257,
+    scale_attn_by_inverse_layer_idx=False)
 
 PRESETS = {
     # our choice: two layers learn the demo's 384 facts, on two CPU cores, in about a minute
@@ -357,15 +361,20 @@ PRESETS = {
 
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
-             num_beams=1, no_repeat_ngram_size=0, length_penalty=1.0, eot_id=None, n_pad=None):
+def generate(model, idx, max_new_tokens,
+             temperature=1.0,  # of the softmax that is sampled; 0: greedy
+             top_k=None,  # sample among so many tokens
+             top_p=None,  # sample within this probability mass
+             seed=None,
+             num_beams=1,  # above 1: beam search instead of sampling
+             no_repeat_ngram_size=0,  # no n-gram of so many tokens comes twice; 0: any may
+             length_penalty=1.0,  # beams only
+             eot_id=None,  # ends a row, which is then filled with it
+             n_pad=None):
     """Continue idx (B, T) int64 by up to max_new_tokens tokens; returns (B, <= T + new) int64.
 
-    Shorter prompts are padded on the left: n_pad (B,) int64 counts each row's padding.
-    Samples from the softmax at `temperature` (0: greedy) among the top_k tokens and the top_p
-    mass. num_beams > 1 searches with beams instead, which no_repeat_ngram_size and length_penalty
-    steer. After eot_id a row is filled with it.
-    ValueError where the prompt is empty (start from end-of-text) or the context too short.
+    Shorter prompts are padded on the left: n_pad (B,) int64 counts each row's padding. ValueError
+    where the prompt is empty (start from end-of-text) or the context too short.
     """
     T = idx.size(1)
     if not 0 < T < T + max_new_tokens <= model.config.n_positions:
@@ -389,6 +398,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     finished = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         logits = next_logits(model, new, cache)  # (B, V)
+        for row, text, n in zip(logits, idx.tolist(), n_pad.tolist()):
+            ban_repeats(row, text[n:], no_repeat_ngram_size)
         new = sample(logits, temperature, top_k, top_p)  # (B, 1)
         new[finished] = eot_id
         finished |= new[:, 0] == eot_id
@@ -441,8 +452,7 @@ class KVCache:
 
     def reorder(self, rows):
         """Keep the given batch rows, in that order: a beam's history follows the beam."""
-        for layer, kv in self.layers.items():
-            self.layers[layer] = kv[:, rows]
+        self.layers = {layer: kv[:, rows] for layer, kv in self.layers.items()}
 
 
 def sample(logits, temperature, top_k, top_p):
@@ -491,8 +501,8 @@ def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_pena
         log_probs = F.log_softmax(next_logits(model, new, cache), dim=-1)  # (K, V)
         for row, text in zip(log_probs, texts):  # after the softmax, as Hugging Face has it
             ban_repeats(row, text, no_repeat_ngram_size)
-        scores = log_probs + log_probs.new_tensor(sums)[:, None]
-        top, flat = scores.flatten().topk(2 * K)  # even if K of them end, K are left to go on
+        log_probs += log_probs.new_tensor(sums)[:, None]
+        top, flat = log_probs.flatten().topk(2 * K)  # even if K of them end, K are left to go on
         going_on = []  # (sum, parent, text)
         for rank, (total, i) in enumerate(zip(top.tolist(), flat.tolist())):
             parent, token = divmod(i, V)
@@ -580,11 +590,12 @@ def read_weights(folder):
 def check_tensors(state, expected, path):
     """ValueError unless the state dict has a tensor for each of the expected: as large, finite."""
     for name, like in expected.items():
-        if name not in state or state[name].shape != like.shape:
-            raise ValueError(f"{path} has no {name} of shape {tuple(like.shape)}, as config.json "
-                             "implies: use the config.json saved with the weights")
-        if not state[name].sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"{path}: {name} holds NaN or infinity: use an earlier file")
+        found = state.get(name)
+        fits = found is not None and found.shape == like.shape
+        if not fits or not found.sum(dtype=torch.float32).isfinite():
+            raise ValueError(f"{path} has no {name} of shape {tuple(like.shape)} without NaN or "
+                             "infinity: use the config.json saved with the weights, or an earlier "
+                             "checkpoint")
 
 
 def newest_checkpoint(run):
@@ -725,7 +736,7 @@ def runs_kernel(x):
 
 def compute_dtype(x):
     """The dtype that autocast wants on x's device; outside autocast x's own."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -877,10 +888,14 @@ def add_layer_norm_ref(x, residual, weight, bias, eps=1e-5, dropout_p=0.0, seed=
 
 
 @jit
-def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
-                        w_ptr, b_ptr,  # (C,)
-                        y_ptr, r_ptr,  # written, (N, C)
-                        mean_ptr, rstd_ptr,  # written, (N,)
+def norm_forward_kernel(x_ptr,  # (N, C)
+                        residual_ptr,  # (N, C)
+                        w_ptr,  # (C,)
+                        b_ptr,  # (C,)
+                        y_ptr,  # written, (N, C)
+                        r_ptr,  # written, (N, C): the new residual
+                        mean_ptr,  # written, (N,)
+                        rstd_ptr,  # written, (N,)
                         seed,
                         threshold,
                         factor,
@@ -932,10 +947,14 @@ def norm_forward_kernel(x_ptr, residual_ptr,  # (N, C)
 
 
 @jit
-def norm_backward_kernel(dy_ptr, dlater_ptr, r_ptr,  # (N, C)
+def norm_backward_kernel(dy_ptr,  # (N, C)
+                         dlater_ptr,  # (N, C)
+                         r_ptr,  # (N, C)
                          w_ptr,  # (C,)
-                         mean_ptr, rstd_ptr,  # (N,)
-                         dx_ptr, dresidual_ptr,  # written, (N, C)
+                         mean_ptr,  # (N,)
+                         rstd_ptr,  # (N,)
+                         dx_ptr,  # written, (N, C)
+                         dresidual_ptr,  # written, (N, C)
                          partial_ptr,  # written, (programs, 2, C)
                          n_rows,
                          seed,
@@ -1026,13 +1045,11 @@ class AddLayerNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         r = torch.empty_like(residual)  # the new residual
         stats = x.new_empty(2, N, dtype=torch.float32)  # mean and rstd
-        ctx.seed = seed
-        ctx.dropout = dropout_arguments(p)
+        ctx.dropout = dropout_arguments(p) | {"seed": seed}
         norm_forward_kernel[(N,)](
             x, residual, weight, bias,
             y, r, *stats,
             eps=eps,
-            seed=seed,
             **ctx.dropout,
             **norm_launch(C))
         ctx.save_for_backward(r, weight, stats)
@@ -1053,7 +1070,6 @@ class AddLayerNorm(torch.autograd.Function):
             dy, dlater.contiguous(), r, weight, *stats,
             dx, dresidual, partial,
             N,
-            seed=ctx.seed,
             **ctx.dropout,
             **norm_launch(C))
         dw, db = partial.sum(0)
@@ -1109,7 +1125,8 @@ def gelu_forward_kernel(x_ptr,  # (N, C)
 
 
 @jit
-def gelu_backward_kernel(dy_ptr, x_ptr,  # (N, C)
+def gelu_backward_kernel(dy_ptr,  # (N, C)
+                         x_ptr,  # (N, C)
                          b_ptr,  # (C,)
                          dx_ptr,  # written, (N, C)
                          partial_ptr,  # written, (programs, C)
@@ -1326,9 +1343,11 @@ def attention_forward_kernel(qkv_ptr,  # (B, T, 3C)
 
 @jit
 def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
-                        o_ptr, do_ptr,  # (B, T, C)
+                        o_ptr,  # (B, T, C)
+                        do_ptr,  # (B, T, C)
                         lse_ptr,  # (B, H, T)
-                        delta_ptr, keys_ptr,  # written, (B, H, T)
+                        delta_ptr,  # written, (B, H, T)
+                        keys_ptr,  # written, (B, H, T): of dropout
                         dqkv_ptr,  # its first third is written, (B, T, 3C)
                         T,
                         scale,
@@ -1395,7 +1414,9 @@ def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
 @jit
 def attention_dkv_kernel(qkv_ptr,  # (B, T, 3C)
                          do_ptr,  # (B, T, C)
-                         lse_ptr, delta_ptr, keys_ptr,  # (B, H, T)
+                         lse_ptr,  # (B, H, T)
+                         delta_ptr,  # (B, H, T)
+                         keys_ptr,  # (B, H, T)
                          dqkv_ptr,  # its other two thirds are written
                          T,
                          scale,

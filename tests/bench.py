@@ -97,23 +97,23 @@ CPU_PARTS = (
     (90, "tests/bench.py generate --n_layer 8"))
 
 
-def bench_gpu(parser, rest):
+def bench_gpu(parser, argv):
     """All that needs a GPU: first what is right, then what is fast."""
     if not torch.cuda.is_available():
         sys.exit("no CUDA GPU on this machine: python tests/bench.py cpu")
-    run_parts(GPU_PARTS, 12, parser, rest)
+    run_parts(GPU_PARTS, 12, parser, argv)
 
 
-def bench_cpu(parser, rest):
+def bench_cpu(parser, argv):
     """The ratios that README and RESULTS.md claim of a CPU."""
-    run_parts(CPU_PARTS, 8, parser, rest)
+    run_parts(CPU_PARTS, 8, parser, argv)
 
 
-def run_parts(parts, minutes, parser, rest):
+def run_parts(parts, minutes, parser, argv):
     """Run each part while there is time. One that fails or is too slow is told and passed over."""
     parser.add_argument("--minutes", type=float, default=minutes,
                         help=f"of all parts together (default: {minutes})")
-    last = time.monotonic() + 60 * parser.parse_args(rest).minutes
+    last = time.monotonic() + 60 * parser.parse_args(argv).minutes
     show({"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
           "cpu": subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").split(": ")[-1],
           "load": os.getloadavg()[0],
@@ -189,7 +189,7 @@ MACHINES = (  # GPUs, 8 a node; name, GB of each; bytes/s of its memory by the d
 COPY_RATE = 5e9  # a guess: bytes/s at which the full state reaches rank 0's CPU; training waits
 
 
-def bench_plan(parser, rest):
+def bench_plan(parser, argv):
     """Parameters, FLOPs, memory and step time by part, and hours, each with its formula."""
     add = parser.add_argument
     add("--preset", default="biomedlm", choices=gpt_model.PRESETS,
@@ -200,7 +200,7 @@ def bench_plan(parser, rest):
         help="replicate or shard, the better of these (default: ddp fsdp)")
     add("--gpus", type=int, help="of your machine, as fast as H100s (default: README's machines)")
     add("--gb", type=float, default=80, help="memory of each of --gpus, in GB (default: 80)")
-    args = parser.parse_args(rest)
+    args = parser.parse_args(argv)
     recipe = train.recipe(args.preset)
     config = GPTConfig.preset(args.preset)
     n_params = gpt_model.without_memory(config).n_params()
@@ -231,12 +231,14 @@ def plan_machine(args, config, n_params, recipe, machine, hours, flops):
         fsdp = parallel == "fsdp"
         S = min(gpus, 8) if fsdp else 1
         t = micro_batch * recipe["seq_len"]
-        way = (fsdp, recomputes, S, sequences // micro_batch, t)
+        n = sequences // micro_batch
+        way = (fsdp, recomputes, S, n, t)
         memory = memory_parts(config, n_params, *way)
         seconds = step_parts(config, n_params, *way, ideal, bandwidth)
         # The rest is NCCL's, and what the allocator holds for later: more under FSDP.
         usable = (0.85e9 if fsdp else 0.92e9) * gigabytes
-        if sequences % micro_batch == 0 and sum(memory.values()) < usable:
+        divides = 0 < sequences == n * micro_batch
+        if divides and sum(memory.values()) < usable:
             flags = (f"--parallel {parallel} --{'' if recomputes else 'no_'}"
                      f"activation_checkpointing --micro_batch {micro_batch}")
             found[sum(seconds.values())] = flags, memory, seconds
@@ -361,7 +363,7 @@ def resources(compiled):
         f.write(compiled.asm["cubin"])
         f.flush()
         text = subprocess.check_output([tool, "--dump-resource-usage", f.name], text=True)
-    return tuple(int(re.search(rf"{key}:(\d+)", text).group(1)) for key in ("REG", "STACK"))
+    return tuple(int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
 
 
 def static_table():
@@ -379,9 +381,9 @@ def static_table():
 # kernels on a GPU: the matrix products around them, then each op beside eager and torch.compile
 
 
-def bench_products(parser, rest):
+def bench_products(parser, argv):
     """BioMedLM's matrix products, and does it pay to add dW in place? The device's copy rate."""
-    parser.parse_args(rest)  # no flags
+    parser.parse_args(argv)  # no flags
     for n_out, n_in in (7680, 2560), (2560, 2560), (10240, 2560), (2560, 10240), (28896, 2560):
         measure_products(n_out, n_in)
     a = torch.zeros(2**30, dtype=torch.bfloat16, device="cuda")
@@ -408,9 +410,9 @@ def measure_products(n_out, n_in, N=8192):
           "x_in_place": ms["dW cast, added"] / ms["dW in place"]})
 
 
-def bench_kernels(parser, rest):
+def bench_kernels(parser, argv):
     """Each op against eager torch and torch.compile; without a GPU: what its kernels need."""
-    parser.parse_args(rest)  # no flags
+    parser.parse_args(argv)  # no flags
     if not torch.cuda.is_available():
         return static_table()
     torch._functorch.config.donated_buffer = False  # backward runs again and again on one graph
@@ -511,7 +513,8 @@ def gpu_milliseconds(variants):
 # ---------------------------------------------------------------------------------------------
 # train: a whole step of train.py beside a plain GPT's, on the same weights and optimiser
 
-def bench_train(parser, rest):
+
+def bench_train(parser, argv):
     """tokens/s, MFU and peak memory of a full step, ours and plain in turns on the same weights."""
     add = parser.add_argument
     add("--shape", default="demo", choices=gpt_model.PRESETS, help="preset of train.py "
@@ -524,7 +527,7 @@ def bench_train(parser, rest):
         help="rates to measure (default: 0 0.1)")
     add("--profile", action="store_true", help="instead: what one step of ours does on a GPU "
         "(default: off)")
-    args = parser.parse_args(rest)
+    args = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")
     process = train.start_process()
     for dropout in args.dropout:
@@ -706,11 +709,11 @@ print(end - start, size / 1e6 / (end - start), peak / 1024)
 """
 
 
-def bench_tokenizer(parser, rest):
+def bench_tokenizer(parser, argv):
     """Training 28,896 tokens and encoding, beside `tokenizers` if it is installed."""
     parser.add_argument("--megabytes", type=float, default=90,
                         help="of text to train on (default: 90, all)")
-    megabytes = parser.parse_args(rest).megabytes
+    megabytes = parser.parse_args(argv).megabytes
     variants = {"ours": OURS}
     if importlib.util.find_spec("tokenizers"):
         variants["hf"] = HF
@@ -749,9 +752,9 @@ def write_text(path, megabytes):
 # data: extraction, tokenizing, the loader
 
 
-def bench_data(parser, rest):
+def bench_data(parser, argv):
     """MB/s of extraction, tokenizing with 1 and 2 workers, all included; the loader."""
-    parser.parse_args(rest)  # no flags
+    parser.parse_args(argv)  # no flags
     xml = [SHARED / "pubmed_xml", SHARED / "pmc_nxml"]
     xml_mb = sum(len(gzip.decompress(file.read_bytes()))
                  for folder in xml for file in folder.glob("*.gz")) / 1e6
@@ -781,9 +784,9 @@ def run(command, *more):
 # finetune: a question's shared prefix once, against one option at a time
 
 
-def bench_finetune(parser, rest):
+def bench_finetune(parser, argv):
     """Questions a second on MedQA dev, forward and backward, fp32."""
-    parser.parse_args(rest)  # no flags
+    parser.parse_args(argv)  # no flags
     questions = data.load_qa("medqa", SHARED / "qa/medqa", "dev")
     text = "\n".join(f"{q.question} {' '.join(q.options)}" for q in questions)
     tokenizer = Tokenizer.from_merges(train_bpe(count_batch(text), 8192))
@@ -814,14 +817,14 @@ def split_options(example):
 # generate: one's own machine, bf16 and int8, beside the floor and transformers
 
 
-def bench_generate(parser, rest):
+def bench_generate(parser, argv):
     """Greedy tokens a second of random weights, against their bytes over the memory's read rate."""
     parser.add_argument("--n_layer", type=int, default=32, help="of BioMedLM's shape (default: 32)")
     parser.add_argument("--prompts", type=int, nargs="+", default=[1], help="at once (default: 1)")
-    args = parser.parse_args(rest)
+    args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        n_read = random_folder(GPTConfig(n_layer=args.n_layer), folder, device)
+        n_read = random_folder(GPTConfig(n_layer=args.n_layer), folder)
         models = {"bf16": GPT.from_pretrained(folder, torch.bfloat16, device),
                   "int8": quantized(GPT.from_pretrained(folder, None)).to(device)}
     block = torch.ones(2**27, dtype=torch.int64, device=device)  # 2**30 bytes
@@ -847,11 +850,11 @@ def with_cudnn(generate):
         generate()
 
 
-def random_folder(config, folder, device):
-    """A Hugging Face GPT-2 folder of random bf16 weights; returns how many a token must read."""
-    model = gpt_model.without_memory(config).to(torch.bfloat16).to_empty(device=device)
+def random_folder(config, folder):
+    """A Hugging Face GPT-2 folder of bf16 weights; returns how many a token must read."""
+    model = gpt_model.without_memory(config).to(torch.bfloat16).to_empty(device="cpu")
     for weight in model.parameters():
-        weight.data.normal_(0.0, 0.02)
+        weight.data.copy_(torch.randn(weight.size(-1)) / 50)  # the same row again: 2.59B take long
     model.save_pretrained(folder)
     return model.n_params() - model.transformer.wpe.weight.numel()  # wte whole, as the head
 
@@ -866,15 +869,16 @@ PARTS = {"gpu": bench_gpu, "cpu": bench_cpu, "plan": bench_plan, "products": ben
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=PARTS, help="what to measure")
-    parser.add_argument("--json", "--out", type=Path, metavar="FILE",
-                        help="also write the rows here, as they come (default: none)")
-    args, rest = parser.parse_known_args()
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("part", nargs="?", choices=PARTS, default="plan",
+                       help="what to measure (default: plan)")
+    first.add_argument("--json", "--out", type=Path, metavar="FILE",
+                       help="also write the rows here, as they come (default: none)")
+    args, _ = first.parse_known_args()
     if args.json:
         FILES.append(args.json)
     part = PARTS[args.part]
-    part(argparse.ArgumentParser(prog=f"bench.py {args.part}", description=part.__doc__), rest)
+    part(argparse.ArgumentParser(parents=[first], description=part.__doc__), sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -425,8 +425,9 @@ def test_tables_keep_their_columns():
     table = """<table><thead><tr><th rowspan="2">Drug</th><th colspan="2">Dose<sup>a, b</sup></th>
         <th>P</th></tr><tr><th>low</th><th>high</th></tr></thead><tbody><tr><td rowspan="9">A</td>
         <td colspan="x">5<sup><i>b</i></sup></td><td>10<sup>5</sup></td></tr><tr><td/>
-        <td>m<sup>R</sup></td></tr></tbody><tbody><tr><td rowspan="0">B</td><td>6</td></tr></tbody></table>
-        <table><tr><td rowspan="2">C</td><td>7</td></tr><tr><td>8</td></tr></table>"""
+        <td>m<sup>R</sup></td></tr></tbody><tbody><tr><td rowspan="0">B</td><td>6</td></tr>
+        </tbody></table><table><tr><td rowspan="2">C</td><td>7</td></tr><tr><td>8</td></tr>
+        </table>"""
     body = ET.fromstring(f"<article><body><table-wrap>{table}</table-wrap></body></article>")
     assert data.jats_document(body, "a.xml")[1] == (
         "Drug | Dose | | P\n| low | high\nA | 5 | 10^5\n| | m^R\nB | 6\nC | 7\n| 8")

@@ -93,7 +93,7 @@ def test_beams_equal_hugging_face():
 
 
 @pytest.mark.parametrize("options", [
-    {"temperature": 0},
+    {"temperature": 0, "no_repeat_ngram_size": 2},
     {"num_beams": 4, "no_repeat_ngram_size": 3, "length_penalty": -0.5},
     {"num_beams": 2, "no_repeat_ngram_size": 3, "length_penalty": 2.0}])
 def test_rows_of_a_batch_are_those_of_each_alone(model, options):
@@ -185,6 +185,8 @@ def test_loads_what_old_versions_saved(model, idx, tmp_path):
     torch.save(shards[0], tmp_path / "pytorch_model.bin")
     torch.save(shards[1], tmp_path / "pytorch_model-00002-of-00002.bin")
     assert torch.equal(GPT.from_pretrained(tmp_path)(idx)[0], model(idx)[0])
+    torch.save({**state, LN: torch.full((16,), 6e4).half()}, tmp_path / "pytorch_model.bin")
+    GPT.from_pretrained(tmp_path)  # large, but finite: its sum is not in fp16
     torch.save({**state, LN: state[LN] / 0}, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=LN):
         GPT.from_pretrained(tmp_path)
@@ -229,6 +231,7 @@ BAD_CONTENTS = {  # each changes the contents, or returns what stands in their p
     "code": lambda c: Path("x"),
     "missing weight": lambda c: c["model"].__delitem__(LN),
     "missing optimiser": lambda c: c.__delitem__("optimizer"),
+    "missing step": lambda c: c.__delitem__("step"),
 }
 
 
@@ -276,12 +279,14 @@ def test_damaged_files(model, idx, tmp_path, name):
 
 
 def test_generate(model, idx):
-    """Sampling that ignores its seed, a limit that cuts nothing, rows that go on after the end."""
+    """Sampling that ignores its seed or repeats what it must not, a limit that cuts nothing."""
     prompt = idx[:, :4]
     a, b, other = (model.generate(prompt, 8, top_k=5, top_p=0.9, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(a, b) and not torch.equal(a, other) and torch.equal(a[:, :4], prompt)
     greedy = model.generate(prompt, 8, temperature=0)
     assert torch.equal(greedy, model.generate(prompt, 8, top_k=1, seed=5))
+    for row in model.generate(prompt, 8, temperature=0, no_repeat_ngram_size=1).tolist():
+        assert len(set(row[4:]) - set(row[:4])) == 8
     for start, n, mend in (0, 29, "context of 32"), (0, 0, "1 or more"), (4, 4, "1 or more"):
         with pytest.raises(ValueError, match=mend):
             model.generate(prompt[:, start:], n)
@@ -293,7 +298,7 @@ def test_sampled_shares():
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
     for (temperature, *cuts), kept in (
             ((1.0, None, None), [0, 1, 2, 3]), ((2.0, 3, None), [1, 2, 3]),
-            ((2.0, None, 0.6), [1, 3]), ((2.0, 2, 0.3), [1]), ((1.0, None, 0.0), [1])):
+            ((2.0, None, 0.6), [1, 3]), ((2.0, 2, 0.6), [1]), ((1.0, None, 0.0), [1])):
         want = torch.zeros(4)
         want[kept] = (logits[kept] / temperature).softmax(0)
         drawn = sample(logits.repeat(20_000, 1), temperature, *cuts)
