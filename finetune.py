@@ -167,7 +167,8 @@ def train_step(model, examples, optimizer, process):
 def learning_rate(step, total_steps, peak):
     """Linear warm-up from 0 over half of the steps, rounded up, then linear decay towards 0.
 
-    BioMedLM: --warmup_ratio 0.5 of Hugging Face's trainer. A run of one step has rate 0.
+    step 0 is the first. The last step's rate is still above 0, but a run of one step has rate 0.
+    BioMedLM: --warmup_ratio 0.5 of Hugging Face's trainer.
     """
     warmup = math.ceil(total_steps / 2)
     if step < warmup:
@@ -216,7 +217,7 @@ def find_split(task, folder, split):
 
 
 def labeled(questions, limit=None):
-    """Those with an answer; `limit` of them evenly spaced, as some files are sorted by label."""
+    """Those with an answer: all, or `limit` evenly spaced ones, as some files go by label."""
     questions = [q for q in questions if q.target or q.answer is not None]
     n = len(questions)
     limit = min(limit or n, n)
@@ -566,7 +567,7 @@ def score_examples(model, examples, process):
 
 def in_order(examples, max_tokens, score):
     """What `score` returns for each example, in order; it gets a micro-batch at a time."""
-    scores = {}  # by the example's id(), since micro_batches sorts by length
+    scores = {}  # by Python's id() of the example, since micro_batches sorts by length
     for chunk in micro_batches(examples, max_tokens):
         for e, of_e in zip(chunk, score(chunk)):
             scores[id(e)] = of_e
@@ -649,7 +650,7 @@ def save(out, model, tokenizer, settings, answers):
     """A folder that `transformers` loads, and beside it what load_finetuned needs.
 
     It moves the model to the CPU. LoRA's adapters are merged there, and all is saved in the dtype
-    of the frozen weights.
+    of the frozen weights. The model can't train after that.
     """
     gpt = model.cpu().gpt
     replace_modules(gpt, LoRALinear, LoRALinear.merged)
