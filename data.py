@@ -172,16 +172,14 @@ def load_meta(data_dir, verify=False):
     meta = read_json(folder / "meta.json")
     for split in SPLITS:
         path = folder / f"{split}.bin"
-        size = path.stat().st_size
-        wrong = None
-        if size != 2 * meta[split]["tokens"]:  # uint16: two bytes a token
-            wrong = f"has {size:,} bytes, not two a token as meta.json counts: cut or replaced"
-        elif verify and sha256_of(path) != meta[split]["sha256"]:
-            wrong = "is not the array of meta.json (sha256 differs)"
-        elif verify and np.memmap(path, np.uint16, "r").max() >= meta["vocab_size"]:
-            wrong = f"holds an id beyond the vocabulary of {meta['vocab_size']}"
-        if wrong:
-            raise ValueError(f"{path} {wrong}; {again}")
+        about = meta[split]
+        cut = path.stat().st_size != 2 * about["tokens"]  # uint16: two bytes a token
+        if cut or verify and sha256_of(path) != about["sha256"]:
+            raise ValueError(f"{path} is cut or replaced: its size or sha256 differs from "
+                             f"meta.json's; {again}")
+        if verify and np.memmap(path, np.uint16, "r").max() >= meta["vocab_size"]:
+            raise ValueError(f"{path} holds an id beyond the vocabulary of {meta['vocab_size']}; "
+                             f"{again}")
     if Tokenizer.load(folder).fingerprint != meta["tokenizer_sha256"]:
         raise ValueError(f"the tokenizer in {folder} is not the one that made the arrays; {again}")
     return meta
@@ -358,7 +356,6 @@ class Task(NamedTuple):
 
     files: dict  # name, with {} for the split -> reader; the first name that exists is used
     kind: str
-    special_tokens: tuple[str, ...]  # added to the vocabulary in this order
     length: int  # of a question with its context and answer, in tokens
     epochs: int  # this and lr: for a model of 1e9 parameters or more
     lr: float
@@ -572,24 +569,22 @@ def divide_medquad(questions, split):
 
 # BioMedLM: added in this order, so that [PAD] is 28896 on the released vocabulary. It has [CLS] and
 # never uses it.
-CHOICE_TOKENS = ("[PAD]", "[CLS]", "[SEP]")
-LABELS_TOKENS = ("[PAD]", "<|CONTEXT|>", "<|QUESTION|>", "<|ANSWER|>")
-TEXT_TOKENS = ("[PAD]", "<|startoftext|>")
+SPECIAL_TOKENS = {
+    "choice": ("[PAD]", "[CLS]", "[SEP]"),
+    "labels": ("[PAD]", "<|CONTEXT|>", "<|QUESTION|>", "<|ANSWER|>"),
+    "text": ("[PAD]", "<|startoftext|>")}
 
 # Lengths are BioMedLM's; text has 510 + 510, a token between them and one after. The learning rates
 # lie inside its sweeps; for choice nothing is published. 20 epochs for labels are its working
 # point, the other epochs our choice.
-TASKS = {  # files, kind, special tokens, length, epochs, lr
-    "medqa": Task({"phrases_no_exclude_{}.jsonl": read_medqa}, "choice", CHOICE_TOKENS, 512, 5,
-                  1e-5),
-    "medmcqa": Task({"{}.json*": read_medmcqa}, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
-    "mmlu": Task({"*_{}.csv": read_mmlu}, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
-    "pubmedqa": Task({"ori_pqal.json": read_pubmedqa}, "labels", LABELS_TOKENS, 512, 20, 2e-6),
-    "bioasq": Task({"{}.tsv": read_blurb, "*[0-9][bB]*.json": read_bioasq,
-                    "*.json": read_bioasq}, "labels", LABELS_TOKENS, 1024,
-                   20, 2e-6),
-    "text": Task({"{}.source": read_source, "*.xml": read_medquad}, "text", TEXT_TOKENS, 1022, 3,
-                 1e-5),
+TASKS = {  # files, kind, length, epochs, lr
+    "medqa": Task({"phrases_no_exclude_{}.jsonl": read_medqa}, "choice", 512, 5, 1e-5),
+    "medmcqa": Task({"{}.json*": read_medmcqa}, "choice", 512, 5, 1e-5),
+    "mmlu": Task({"*_{}.csv": read_mmlu}, "choice", 512, 5, 1e-5),
+    "pubmedqa": Task({"ori_pqal.json": read_pubmedqa}, "labels", 512, 20, 2e-6),
+    "bioasq": Task({"{}.tsv": read_blurb, "*[0-9][bB]*.json": read_bioasq, "*.json": read_bioasq},
+                   "labels", 1024, 20, 2e-6),
+    "text": Task({"{}.source": read_source, "*.xml": read_medquad}, "text", 1022, 3, 1e-5),
 }
 # Of sets whose files are not split: reader -> (questions, split) -> those of the split.
 DIVIDE = {read_pubmedqa: divide_pubmedqa, read_bioasq: divide_bioasq,
@@ -664,14 +659,14 @@ def make_demo(out):
     # with other wrong options.
     for split, part in (("train", drugs[:32] * 4), ("dev", drugs[32:40]), ("test", drugs[40:])):
         questions = demo_multiple_choice(rng, part, facts, objects)
-        write_json_lines(out / "qa/medqa" / MEDQA_FILE.format(split), questions)
+        write_lines(out / "qa/medqa" / MEDQA_FILE.format(split), questions)
     # One line is valid as a whole JSON file too, which PubMedQA's is.
-    write_json_lines(out / "qa/pubmedqa/ori_pqal.json", [demo_yes_no_maybe(rng, facts)])
+    write_lines(out / "qa/pubmedqa/ori_pqal.json", [demo_yes_no_maybe(rng, facts)])
     # There are few yes/no/maybe questions: each is drawn ten times as often.
     asked = load_qa("medqa", out, "train") + 10 * load_qa("pubmedqa", out, "train")
     documents = ({"id": f"demo{i}", "text": demo_document(rng, facts, asked)}
                  for i in range(16_000))
-    write_json_lines(out / "text/demo.jsonl.gz", documents)
+    write_lines(out / "text/demo.jsonl.gz", documents)
     # From here on the demo is treated as any corpus is. meta.json, written last, says it is whole.
     merges = train_bpe(count_pretokens([out / "text"]), 2048)
     Tokenizer.from_merges(merges).save(out / "tokenizer")
@@ -762,7 +757,7 @@ def cloze(text, counts, out, val_fraction=0.002, everyday=None):
                 questions += itertools.islice(found, AT_MOST)
     if not questions:
         raise ValueError(f"{text}: no word to ask in held-out documents: raise --val_fraction")
-    write_json_lines(Path(out) / MEDQA_FILE.format("test"), questions)
+    write_lines(Path(out) / MEDQA_FILE.format("test"), questions)
     print(f"cloze: {len(questions):,} questions")
 
 
@@ -1468,8 +1463,9 @@ def medqa_row(question, answer, others, kind, rng):
             "answer_idx": "ABCD"[options.index(answer)], "meta_info": kind}
 
 
-def write_json_lines(path, rows):
+def write_lines(path, rows):
     """A file of a JSON object a line, .gz or plain, in a folder that is made where missing."""
+    path = Path(path)
     make_folder(path.parent)
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with replacing(path) as f:

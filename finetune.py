@@ -13,7 +13,6 @@ Dimensions: B rows, T time, C width, Q questions, O options, E scored positions.
 
 import argparse
 import contextlib
-import json
 import math
 from pathlib import Path
 from statistics import fmean, mode, stdev
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import LABELS_TOKENS, TASKS, load_qa
+from data import SPECIAL_TOKENS, TASKS, load_qa, write_lines
 from model import GPT, Linear, check_tensors, cross_entropy, load_tensors, without_memory
 from tokenizer import COUNT, Tokenizer, numbers, read_json, replacing, run_command, write_json
 from train import POSITIVE, PROBABILITY, distribute, start_process, sync_gradients
@@ -266,7 +265,7 @@ def encode_all(questions, task, tokenizer, settings):
     the paper describes, in place of the released script's.
     """
     kind = TASKS[task].kind
-    names = TASKS[task].special_tokens
+    names = SPECIAL_TOKENS[kind]
     if kind == "labels" and not settings["markers"]:
         names = names[:1]  # BioMedLM's script adds four markers, too, and uses none
     tokenizer.add_special_tokens(names)
@@ -321,7 +320,7 @@ def encode_labels(question, tokenizer, settings):
     context, text, cut = fit(context, text, room)
     ids = context + text
     if markers:
-        before, between, after = [tokenizer.special[name] for name in LABELS_TOKENS[1:]]
+        before, between, after = [tokenizer.special[name] for name in SPECIAL_TOKENS["labels"][1:]]
         ids = [before, *context, between, *text, after]
     return Example(question, [Row([], [ids])], cut)
 
@@ -661,13 +660,6 @@ def save(out, model, tokenizer, settings, answers):
         torch.save(model.head.state_dict(), file)
     write_lines(out / "predictions.jsonl", answers)
     write_json(out / "run.json", settings)  # last: where it stands, the folder is complete
-
-
-def write_lines(path, rows):
-    """A JSON line a row."""
-    with replacing(path) as file:
-        for row in rows:
-            file.write(json.dumps(row).encode() + b"\n")
 
 
 def load_finetuned(folder, task, device="cpu"):
