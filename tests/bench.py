@@ -1,7 +1,7 @@
 """Measure, never assert.
 
     python tests/bench.py gpu --minutes 8 --out FILE     # a new GPU: proves and measures all it can
-    python tests/bench.py cpu --out FILE                 # what we claim of a CPU, in 5 quiet minutes
+    python tests/bench.py cpu --out FILE                 # what we claim of a CPU, in some 5 minutes
     python tests/bench.py plan --gpus 8 --gb 80          # memory and hours by formula
 
 The other parts are what these two are made of, and run alone too. Every comparison is interleaved
