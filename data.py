@@ -1034,9 +1034,9 @@ NOTICES = set(re.split(r",\s+", """Retracted Publication, Retraction of Publicat
     expression-of-concern, retracted-article, retraction-forward"""))
 
 
-def is_notice(marks, text):
+def is_notice(labels, text):
     """Whether a document is retracted, or only corrects or retracts another."""
-    return NOTICES & marks or re.match("RETRACTED|Retracted:", text)
+    return NOTICES & labels or re.match("RETRACTED|Retracted:", text)
 
 
 def pubmed_document(record, skip_pmc):
@@ -1052,10 +1052,10 @@ def pubmed_document(record, skip_pmc):
     sections = map(pubmed_text, article.findall("Abstract/AbstractText"))
     abstract = " ".join(filter(None, sections))
     text = f"{title}\n{abstract}".strip()
-    marks = {e.text for e in article.iter("PublicationType")}
-    marks.update(e.get("RefType") for e in citation.iter("CommentsCorrections"))
+    labels = {e.text for e in article.iter("PublicationType")}
+    labels.update(e.get("RefType") for e in citation.iter("CommentsCorrections"))
     reason = None
-    if is_notice(marks, text):
+    if is_notice(labels, text):
         reason = "correction or retraction"
     elif skip_pmc and any(  # the references' ids lie deeper
             e.get("IdType") == "pmc" for e in record.findall("PubmedData/ArticleIdList/ArticleId")):
@@ -1094,9 +1094,9 @@ def jats_document(article, path):
     title = article.findall(meta + "title-group/article-title")
     end = article.findall("floats-group") + article.findall("back/glossary")
     text = flatten(*title, *main, *end)
-    marks = {e.get("related-article-type") for e in article.findall(meta + "related-article")}
+    labels = {e.get("related-article-type") for e in article.findall(meta + "related-article")}
     reason = None
-    if is_notice(marks | {article.get("article-type")}, text):
+    if is_notice(labels | {article.get("article-type")}, text):
         reason = "correction or retraction"
     elif not any(map(full_text, main)):
         reason = "no abstract and no body"
@@ -1359,19 +1359,19 @@ def fetch(url, path, md5=None, md5_url=None):
 # A job is (path, function that fetches it).
 
 
-def pubmed_jobs(base, out, numbers):
-    """Jobs for the baseline, then for the update files, of those numbers."""
+def pubmed_jobs(base, out, wanted):
+    """Jobs for the baseline, then for the update files, whose numbers are wanted."""
     for folder in ("baseline/", "updatefiles/"):
         listing = get(base + folder, rb"<a href|pubmed\d+n\d+").decode()
         names = re.findall(r"\b(pubmed\d+n(\d+)\.xml\.gz)\b", listing)
         for name, number in sorted(set(names)):
-            if int(number) in numbers:
+            if int(number) in wanted:
                 url, path = base + folder + name, out / name
                 yield path, partial(fetch, url, path, md5_url=url + ".md5")
 
 
-def pmc_jobs(base, out, numbers):
-    """Jobs for the newest version of each open-access article of those numbers.
+def pmc_jobs(base, out, wanted):
+    """Jobs for the newest version of each open-access article whose number is wanted.
 
     The bucket's newest inventory lists the files of metadata.
     """
@@ -1386,7 +1386,7 @@ def pmc_jobs(base, out, numbers):
             for number, version in (map(int, name.groups()) for name in names if name):
                 versions[number] = max(version, versions.get(number, 0))
     for number, version in sorted(versions.items()):
-        if number in numbers:
+        if number in wanted:
             name = f"PMC{number}.{version}"
             path = out / str(number // 10_000) / f"{name}.xml"  # not millions in one folder
             yield path, partial(fetch_article, base, name, path)
@@ -1406,14 +1406,14 @@ def download(source, out, base_url=None, files=None):
     limits = re.fullmatch(r"(\d+)(?:-(\d+))?", files or "0-999999999999")
     if not limits:
         raise ValueError(f"--files {files}: give a number or a range, like 1-3")
-    numbers = range(int(limits[1]), int(limits[2] or limits[1]) + 1)
+    wanted = range(int(limits[1]), int(limits[2] or limits[1]) + 1)
     base, out = (base_url or SOURCES[source]).rstrip("/") + "/", Path(out)
     names = FILES.get(source, ())
     jobs = ((out / name, partial(fetch, base + name, out / name)) for name in names)
     if source == "pubmed":
-        jobs = pubmed_jobs(base, out, numbers)
+        jobs = pubmed_jobs(base, out, wanted)
     elif source == "pmc":
-        jobs = pmc_jobs(base, out, numbers)
+        jobs = pmc_jobs(base, out, wanted)
     errors, n_files = {}, 0
     with tqdm(unit=" files", desc=f"download {source}", disable=None) as bar, \
             ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -1530,7 +1530,7 @@ def main():
     add = command(download, "download", "fetch a source, verified")
     add("source", choices=SOURCES, help=BY_HAND)
     add("--base_url", help="a mirror of the source's address (default: the owner's)")
-    add("--files", help="range of file numbers (pubmed) or PMC numbers (default: all)")
+    add("--files", help="pubmed: range of file numbers; pmc: of PMC numbers (default: all)")
 
     # A flag has the name of its function's parameter.
     flags = vars(parser.parse_args())
