@@ -750,7 +750,8 @@ def test_mfu(tmp_path, monkeypatch):
 def test_embeddings_padded_beyond_the_tokenizer(monkeypatch):
     """A model whose embedding was padded to a multiple of 64 is refused, or one that can't hold
     the arrays' ids, or that ends texts with another token, is taken."""
-    settings = Namespace(init="padded", out="out", seq_len=16, dropout=0.1, n_layer=0, n_head=0, n_embd=0)
+    settings = Namespace(init="padded", out="out", seq_len=16, dropout=0.1, n_layer=0, n_head=0,
+                         n_embd=0)
     for vocab_size, eot_id, taken in ((2048, 0, True), (1999, 0, False), (2048, 5, False)):
         config = model_module.GPTConfig(vocab_size=vocab_size, eot_id=eot_id)
         monkeypatch.setattr(GPT, "config_of", mock.Mock(return_value=config))
