@@ -93,7 +93,7 @@ def test_beams_equal_hugging_face():
 
 
 @pytest.mark.parametrize("options", [
-    {"temperature": 0, "no_repeat_ngram_size": 2},
+    {"temperature": 0, "no_repeat_ngram_size": 1},
     {"num_beams": 4, "no_repeat_ngram_size": 3, "length_penalty": -0.5},
     {"num_beams": 2, "no_repeat_ngram_size": 3, "length_penalty": 2.0}])
 def test_rows_of_a_batch_are_those_of_each_alone(model, options):
