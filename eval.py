@@ -338,9 +338,9 @@ class Int8Linear(nn.Module):
 @torch.no_grad()
 def quantized(gpt):
     """The GPT in bf16; its blocks' matrices and its head become int8, one at a time."""
-    finetune.replace_modules(gpt, Linear, lambda linear: Int8Linear(linear.weight, linear.bias))
-    gpt.head = Int8Linear(gpt.transformer.wte.weight)
+    gpt.head = Int8Linear(gpt.transformer.wte.weight)  # the largest one first: memory is still free
     gpt.logits = gpt.head.forward
+    finetune.replace_modules(gpt, Linear, lambda linear: Int8Linear(linear.weight, linear.bias))
     return gpt.to(torch.bfloat16)  # which leaves whole numbers as they are
 
 
