@@ -172,16 +172,14 @@ def load_meta(data_dir, verify=False):
     meta = read_json(folder / "meta.json")
     for split in SPLITS:
         path = folder / f"{split}.bin"
-        size = path.stat().st_size
-        wrong = None
-        if size != 2 * meta[split]["tokens"]:  # uint16: two bytes a token
-            wrong = f"has {size:,} bytes, not two a token as meta.json counts: cut or replaced"
-        elif verify and sha256_of(path) != meta[split]["sha256"]:
-            wrong = "is not the array of meta.json (sha256 differs)"
-        elif verify and np.memmap(path, np.uint16, "r").max() >= meta["vocab_size"]:
-            wrong = f"holds an id beyond the vocabulary of {meta['vocab_size']}"
-        if wrong:
-            raise ValueError(f"{path} {wrong}; {again}")
+        about = meta[split]
+        cut = path.stat().st_size != 2 * about["tokens"]  # uint16: two bytes a token
+        if cut or verify and sha256_of(path) != about["sha256"]:
+            raise ValueError(f"{path} is cut or replaced: its size or sha256 differs from "
+                             f"meta.json's; {again}")
+        if verify and np.memmap(path, np.uint16, "r").max() >= meta["vocab_size"]:
+            raise ValueError(f"{path} holds an id beyond the vocabulary of {meta['vocab_size']}; "
+                             f"{again}")
     if Tokenizer.load(folder).fingerprint != meta["tokenizer_sha256"]:
         raise ValueError(f"the tokenizer in {folder} is not the one that made the arrays; {again}")
     return meta
@@ -358,7 +356,6 @@ class Task(NamedTuple):
 
     files: dict  # name, with {} for the split -> reader; the first name that exists is used
     kind: str
-    special_tokens: tuple[str, ...]  # added to the vocabulary in this order
     length: int  # of a question with its context and answer, in tokens
     epochs: int  # this and lr: for a model of 1e9 parameters or more
     lr: float
@@ -572,24 +569,22 @@ def divide_medquad(questions, split):
 
 # BioMedLM: added in this order, so that [PAD] is 28896 on the released vocabulary. It has [CLS] and
 # never uses it.
-CHOICE_TOKENS = ("[PAD]", "[CLS]", "[SEP]")
-LABELS_TOKENS = ("[PAD]", "<|CONTEXT|>", "<|QUESTION|>", "<|ANSWER|>")
-TEXT_TOKENS = ("[PAD]", "<|startoftext|>")
+SPECIAL_TOKENS = {
+    "choice": ("[PAD]", "[CLS]", "[SEP]"),
+    "labels": ("[PAD]", "<|CONTEXT|>", "<|QUESTION|>", "<|ANSWER|>"),
+    "text": ("[PAD]", "<|startoftext|>")}
 
 # Lengths are BioMedLM's; text has 510 + 510, a token between them and one after. The learning rates
 # lie inside its sweeps; for choice nothing is published. 20 epochs for labels are its working
 # point, the other epochs our choice.
-TASKS = {  # files, kind, special tokens, length, epochs, lr
-    "medqa": Task({"phrases_no_exclude_{}.jsonl": read_medqa}, "choice", CHOICE_TOKENS, 512, 5,
-                  1e-5),
-    "medmcqa": Task({"{}.json*": read_medmcqa}, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
-    "mmlu": Task({"*_{}.csv": read_mmlu}, "choice", CHOICE_TOKENS, 512, 5, 1e-5),
-    "pubmedqa": Task({"ori_pqal.json": read_pubmedqa}, "labels", LABELS_TOKENS, 512, 20, 2e-6),
-    "bioasq": Task({"{}.tsv": read_blurb, "*[0-9][bB]*.json": read_bioasq,
-                    "*.json": read_bioasq}, "labels", LABELS_TOKENS, 1024,
-                   20, 2e-6),
-    "text": Task({"{}.source": read_source, "*.xml": read_medquad}, "text", TEXT_TOKENS, 1022, 3,
-                 1e-5),
+TASKS = {  # files, kind, length, epochs, lr
+    "medqa": Task({"phrases_no_exclude_{}.jsonl": read_medqa}, "choice", 512, 5, 1e-5),
+    "medmcqa": Task({"{}.json*": read_medmcqa}, "choice", 512, 5, 1e-5),
+    "mmlu": Task({"*_{}.csv": read_mmlu}, "choice", 512, 5, 1e-5),
+    "pubmedqa": Task({"ori_pqal.json": read_pubmedqa}, "labels", 512, 20, 2e-6),
+    "bioasq": Task({"{}.tsv": read_blurb, "*[0-9][bB]*.json": read_bioasq, "*.json": read_bioasq},
+                   "labels", 1024, 20, 2e-6),
+    "text": Task({"{}.source": read_source, "*.xml": read_medquad}, "text", 1022, 3, 1e-5),
 }
 # Of sets whose files are not split: reader -> (questions, split) -> those of the split.
 DIVIDE = {read_pubmedqa: divide_pubmedqa, read_bioasq: divide_bioasq,
@@ -664,14 +659,14 @@ def make_demo(out):
     # with other wrong options.
     for split, part in (("train", drugs[:32] * 4), ("dev", drugs[32:40]), ("test", drugs[40:])):
         questions = demo_multiple_choice(rng, part, facts, objects)
-        write_json_lines(out / "qa/medqa" / MEDQA_FILE.format(split), questions)
+        write_lines(out / "qa/medqa" / MEDQA_FILE.format(split), questions)
     # One line is valid as a whole JSON file too, which PubMedQA's is.
-    write_json_lines(out / "qa/pubmedqa/ori_pqal.json", [demo_yes_no_maybe(rng, facts)])
+    write_lines(out / "qa/pubmedqa/ori_pqal.json", [demo_yes_no_maybe(rng, facts)])
     # There are few yes/no/maybe questions: each is drawn ten times as often.
     asked = load_qa("medqa", out, "train") + 10 * load_qa("pubmedqa", out, "train")
     documents = ({"id": f"demo{i}", "text": demo_document(rng, facts, asked)}
                  for i in range(16_000))
-    write_json_lines(out / "text/demo.jsonl.gz", documents)
+    write_lines(out / "text/demo.jsonl.gz", documents)
     # From here on the demo is treated as any corpus is. meta.json, written last, says it is whole.
     merges = train_bpe(count_pretokens([out / "text"]), 2048)
     Tokenizer.from_merges(merges).save(out / "tokenizer")
@@ -762,7 +757,7 @@ def cloze(text, counts, out, val_fraction=0.002, everyday=None):
                 questions += itertools.islice(found, AT_MOST)
     if not questions:
         raise ValueError(f"{text}: no word to ask in held-out documents: raise --val_fraction")
-    write_json_lines(Path(out) / MEDQA_FILE.format("test"), questions)
+    write_lines(Path(out) / MEDQA_FILE.format("test"), questions)
     print(f"cloze: {len(questions):,} questions")
 
 
@@ -1039,9 +1034,9 @@ NOTICES = set(re.split(r",\s+", """Retracted Publication, Retraction of Publicat
     expression-of-concern, retracted-article, retraction-forward"""))
 
 
-def is_notice(marks, text):
+def is_notice(labels, text):
     """Whether a document is retracted, or only corrects or retracts another."""
-    return NOTICES & marks or re.match("RETRACTED|Retracted:", text)
+    return NOTICES & labels or re.match("RETRACTED|Retracted:", text)
 
 
 def pubmed_document(record, skip_pmc):
@@ -1057,10 +1052,10 @@ def pubmed_document(record, skip_pmc):
     sections = map(pubmed_text, article.findall("Abstract/AbstractText"))
     abstract = " ".join(filter(None, sections))
     text = f"{title}\n{abstract}".strip()
-    marks = {e.text for e in article.iter("PublicationType")}
-    marks.update(e.get("RefType") for e in citation.iter("CommentsCorrections"))
+    labels = {e.text for e in article.iter("PublicationType")}
+    labels.update(e.get("RefType") for e in citation.iter("CommentsCorrections"))
     reason = None
-    if is_notice(marks, text):
+    if is_notice(labels, text):
         reason = "correction or retraction"
     elif skip_pmc and any(  # the references' ids lie deeper
             e.get("IdType") == "pmc" for e in record.findall("PubmedData/ArticleIdList/ArticleId")):
@@ -1099,9 +1094,9 @@ def jats_document(article, path):
     title = article.findall(meta + "title-group/article-title")
     end = article.findall("floats-group") + article.findall("back/glossary")
     text = flatten(*title, *main, *end)
-    marks = {e.get("related-article-type") for e in article.findall(meta + "related-article")}
+    labels = {e.get("related-article-type") for e in article.findall(meta + "related-article")}
     reason = None
-    if is_notice(marks | {article.get("article-type")}, text):
+    if is_notice(labels | {article.get("article-type")}, text):
         reason = "correction or retraction"
     elif not any(map(full_text, main)):
         reason = "no abstract and no body"
@@ -1364,19 +1359,19 @@ def fetch(url, path, md5=None, md5_url=None):
 # A job is (path, function that fetches it).
 
 
-def pubmed_jobs(base, out, numbers):
-    """Jobs for the baseline, then for the update files, of those numbers."""
+def pubmed_jobs(base, out, wanted):
+    """Jobs for the baseline, then for the update files, whose numbers are wanted."""
     for folder in ("baseline/", "updatefiles/"):
         listing = get(base + folder, rb"<a href|pubmed\d+n\d+").decode()
         names = re.findall(r"\b(pubmed\d+n(\d+)\.xml\.gz)\b", listing)
         for name, number in sorted(set(names)):
-            if int(number) in numbers:
+            if int(number) in wanted:
                 url, path = base + folder + name, out / name
                 yield path, partial(fetch, url, path, md5_url=url + ".md5")
 
 
-def pmc_jobs(base, out, numbers):
-    """Jobs for the newest version of each open-access article of those numbers.
+def pmc_jobs(base, out, wanted):
+    """Jobs for the newest version of each open-access article whose number is wanted.
 
     The bucket's newest inventory lists the files of metadata.
     """
@@ -1391,7 +1386,7 @@ def pmc_jobs(base, out, numbers):
             for number, version in (map(int, name.groups()) for name in names if name):
                 versions[number] = max(version, versions.get(number, 0))
     for number, version in sorted(versions.items()):
-        if number in numbers:
+        if number in wanted:
             name = f"PMC{number}.{version}"
             path = out / str(number // 10_000) / f"{name}.xml"  # not millions in one folder
             yield path, partial(fetch_article, base, name, path)
@@ -1411,14 +1406,14 @@ def download(source, out, base_url=None, files=None):
     limits = re.fullmatch(r"(\d+)(?:-(\d+))?", files or "0-999999999999")
     if not limits:
         raise ValueError(f"--files {files}: give a number or a range, like 1-3")
-    numbers = range(int(limits[1]), int(limits[2] or limits[1]) + 1)
+    wanted = range(int(limits[1]), int(limits[2] or limits[1]) + 1)
     base, out = (base_url or SOURCES[source]).rstrip("/") + "/", Path(out)
     names = FILES.get(source, ())
     jobs = ((out / name, partial(fetch, base + name, out / name)) for name in names)
     if source == "pubmed":
-        jobs = pubmed_jobs(base, out, numbers)
+        jobs = pubmed_jobs(base, out, wanted)
     elif source == "pmc":
-        jobs = pmc_jobs(base, out, numbers)
+        jobs = pmc_jobs(base, out, wanted)
     errors, n_files = {}, 0
     with tqdm(unit=" files", desc=f"download {source}", disable=None) as bar, \
             ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -1468,8 +1463,9 @@ def medqa_row(question, answer, others, kind, rng):
             "answer_idx": "ABCD"[options.index(answer)], "meta_info": kind}
 
 
-def write_json_lines(path, rows):
+def write_lines(path, rows):
     """A file of a JSON object a line, .gz or plain, in a folder that is made where missing."""
+    path = Path(path)
     make_folder(path.parent)
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with replacing(path) as f:
@@ -1534,7 +1530,7 @@ def main():
     add = command(download, "download", "fetch a source, verified")
     add("source", choices=SOURCES, help=BY_HAND)
     add("--base_url", help="a mirror of the source's address (default: the owner's)")
-    add("--files", help="range of file numbers (pubmed) or PMC numbers (default: all)")
+    add("--files", help="pubmed: range of file numbers; pmc: of PMC numbers (default: all)")
 
     # A flag has the name of its function's parameter.
     flags = vars(parser.parse_args())

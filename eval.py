@@ -74,7 +74,7 @@ def perplexity(args):
         raise ValueError(f"{args.data} holds no token to score: give a folder with text")
     loss = nats / n_scored
     bits_per_byte = loss * (n_tokens or n_scored) / math.log(2) / n_bytes
-    result = dict(loss=loss, bits_per_byte=bits_per_byte, tokens=n_scored, bytes=n_bytes)
+    result = dict(loss=loss, bits_per_byte=bits_per_byte, tokens=int(n_scored), bytes=n_bytes)
     print_table([result])
     return result
 
@@ -113,7 +113,7 @@ def progress(items):
 
 
 def print_table(rows):
-    """Print dictionaries of the same keys as aligned columns."""
+    """Print one or more dictionaries of the same keys as aligned columns."""
     table = [list(rows[0])]
     table += [list(map(cell, row.values())) for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
@@ -228,7 +228,7 @@ def option_scores(gpt, example, idx, hidden):
 
 
 def acc_norm(scores, examples):
-    """Accuracy when each log-likelihood is divided by its option's length in characters.
+    """Accuracy (0 to 1) when each log-likelihood is divided by its option's length in characters.
 
     A long option has many tokens, so its sum is low. The name and the measure, which doesn't count
     the space before the option, are those of EleutherAI's lm-evaluation-harness. Its "acc" takes
@@ -248,12 +248,9 @@ def breakdown(questions, hits):
         for name, value in ("kind", q.kind), ("subject", q.subject):
             if value:  # many sets name no kind or no subject
                 groups[name, value].append(hit)
-    rows = []
-    for group, of_group in sorted(groups.items()):
-        accuracy = fmean(of_group)
-        rows.append(dict(group=" ".join(group), n=len(of_group), accuracy=accuracy,
-                         ci95=finetune.wilson(accuracy, len(of_group))))
-    return rows
+    return [dict(group=" ".join(group), n=len(of_group), accuracy=fmean(of_group),
+                 ci95=finetune.wilson(fmean(of_group), len(of_group)))
+            for group, of_group in sorted(groups.items())]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -281,7 +278,7 @@ def generate(args):
 def continue_prompts(gpt, tokenizer, prompts, max_new_tokens, batch_size=16, **decoding):
     """The text that gpt adds to each prompt (a list of ids), up to end-of-text.
 
-    Where fine-tuning has added <|startoftext|>, after which the answer stands, a prompt ends in it.
+    A prompt ends in <|startoftext|> if the tokenizer has it (after finetune.py --task text).
     Shorter prompts of a batch are padded on the left, so that all end at the same place and go on
     together. Nothing sees the padding.
     """
@@ -341,9 +338,9 @@ class Int8Linear(nn.Module):
 @torch.no_grad()
 def quantized(gpt):
     """The GPT in bf16; its blocks' matrices and its head become int8, one at a time."""
-    finetune.replace_modules(gpt, Linear, lambda linear: Int8Linear(linear.weight, linear.bias))
-    gpt.head = Int8Linear(gpt.transformer.wte.weight)
+    gpt.head = Int8Linear(gpt.transformer.wte.weight)  # the largest one first: memory is still free
     gpt.logits = gpt.head.forward
+    finetune.replace_modules(gpt, Linear, lambda linear: Int8Linear(linear.weight, linear.bias))
     return gpt.to(torch.bfloat16)  # which leaves whole numbers as they are
 
 

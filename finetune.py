@@ -13,7 +13,6 @@ Dimensions: B rows, T time, C width, Q questions, O options, E scored positions.
 
 import argparse
 import contextlib
-import json
 import math
 from pathlib import Path
 from statistics import fmean, mode, stdev
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import LABELS_TOKENS, TASKS, load_qa
+from data import SPECIAL_TOKENS, TASKS, load_qa, write_lines
 from model import GPT, Linear, check_tensors, cross_entropy, load_tensors, without_memory
 from tokenizer import COUNT, Tokenizer, numbers, read_json, replacing, run_command, write_json
 from train import POSITIVE, PROBABILITY, distribute, start_process, sync_gradients
@@ -167,7 +166,8 @@ def train_step(model, examples, optimizer, process):
 def learning_rate(step, total_steps, peak):
     """Linear warm-up from 0 over half of the steps, rounded up, then linear decay towards 0.
 
-    BioMedLM: --warmup_ratio 0.5 of Hugging Face's trainer. A run of one step has rate 0.
+    step 0 is the first. The last step's rate is still above 0, but a run of one step has rate 0.
+    BioMedLM: --warmup_ratio 0.5 of Hugging Face's trainer.
     """
     warmup = math.ceil(total_steps / 2)
     if step < warmup:
@@ -216,7 +216,7 @@ def find_split(task, folder, split):
 
 
 def labeled(questions, limit=None):
-    """Those with an answer; `limit` of them evenly spaced, as some files are sorted by label."""
+    """Those with an answer: all, or `limit` evenly spaced ones, as some files go by label."""
     questions = [q for q in questions if q.target or q.answer is not None]
     n = len(questions)
     limit = min(limit or n, n)
@@ -265,7 +265,7 @@ def encode_all(questions, task, tokenizer, settings):
     the paper describes, in place of the released script's.
     """
     kind = TASKS[task].kind
-    names = TASKS[task].special_tokens
+    names = SPECIAL_TOKENS[kind]
     if kind == "labels" and not settings["markers"]:
         names = names[:1]  # BioMedLM's script adds four markers, too, and uses none
     tokenizer.add_special_tokens(names)
@@ -320,7 +320,7 @@ def encode_labels(question, tokenizer, settings):
     context, text, cut = fit(context, text, room)
     ids = context + text
     if markers:
-        before, between, after = [tokenizer.special[name] for name in LABELS_TOKENS[1:]]
+        before, between, after = [tokenizer.special[name] for name in SPECIAL_TOKENS["labels"][1:]]
         ids = [before, *context, between, *text, after]
     return Example(question, [Row([], [ids])], cut)
 
@@ -566,7 +566,7 @@ def score_examples(model, examples, process):
 
 def in_order(examples, max_tokens, score):
     """What `score` returns for each example, in order; it gets a micro-batch at a time."""
-    scores = {}  # by the example's id(), since micro_batches sorts by length
+    scores = {}  # by Python's id() of the example, since micro_batches sorts by length
     for chunk in micro_batches(examples, max_tokens):
         for e, of_e in zip(chunk, score(chunk)):
             scores[id(e)] = of_e
@@ -649,7 +649,7 @@ def save(out, model, tokenizer, settings, answers):
     """A folder that `transformers` loads, and beside it what load_finetuned needs.
 
     It moves the model to the CPU. LoRA's adapters are merged there, and all is saved in the dtype
-    of the frozen weights.
+    of the frozen weights. The model can't train after that.
     """
     gpt = model.cpu().gpt
     replace_modules(gpt, LoRALinear, LoRALinear.merged)
@@ -660,13 +660,6 @@ def save(out, model, tokenizer, settings, answers):
         torch.save(model.head.state_dict(), file)
     write_lines(out / "predictions.jsonl", answers)
     write_json(out / "run.json", settings)  # last: where it stands, the folder is complete
-
-
-def write_lines(path, rows):
-    """A JSON line a row."""
-    with replacing(path) as file:
-        for row in rows:
-            file.write(json.dumps(row).encode() + b"\n")
 
 
 def load_finetuned(folder, task, device="cpu"):

@@ -561,7 +561,8 @@ def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
     state = {name: saved[name] for name in model.state_dict()}
     if dtype is not None:
         for name, tensor in state.items():
-            state[name] = tensor.to(device, dtype).contiguous()
+            state[name] = tensor.to(device, dtype, copy=True,  # so that nothing stays mapped
+                                    memory_format=torch.contiguous_format)
     model.load_state_dict(state, assign=True)
     return model.eval()
 

@@ -241,8 +241,8 @@ def read_settings():
     add("--data", default=DEMO_DATA, required=preset != "demo",
         help="folder of token arrays, made by data.py tokenize (default: data/demo, demo only)")
     add("--out", default=f"out/{preset}", help="folder of the run (default: %(default)s)")
-    add("--init", help="start from the weights of a run or of a Hugging Face GPT-2 folder "
-        "(default: random weights)")
+    add("--init", type=os.path.normpath, help="start from the weights of a run or of a Hugging "
+        "Face GPT-2 folder (default: random weights)")
     for flag in SHAPE:
         add(f"--{flag}", type=COUNT,
             help=f"{flag} of a model with fresh weights (default: the preset's)")
@@ -327,6 +327,9 @@ def choose_config(settings, meta):
     if settings.init is None:
         config = GPTConfig.preset(settings.preset, dropout=settings.dropout,
                                   vocab_size=meta["vocab_size"], eot_id=meta["eot_id"], **shape)
+    elif Path(settings.init).resolve() == Path(settings.out).resolve():
+        raise ValueError(f"--init is the run's own folder {settings.out}: drop --init to go on, or "
+                         "give another --out")
     elif shape:
         raise ValueError(f"--{next(iter(shape))} can't change the model of --init: drop it")
     else:
@@ -709,13 +712,11 @@ def check_same_run(run, now):
 def cut_log(path, step):
     """Keep the rows of log.jsonl up to `step`, for a new run none. A killed run wrote more."""
     path.touch()
-    kept = []
+    rows = []
     for line in path.read_text().splitlines():
         with suppress(ValueError):  # half a row
-            if step > 0 and json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    with replacing(path) as f:
-        f.write("".join(kept).encode())
+            rows.append(json.loads(line))
+    data.write_lines(path, [row for row in rows if row["step"] <= step > 0])
 
 
 def save_checkpoint(run, model, optimizer, step, keep, process, writing, wait):
@@ -752,8 +753,7 @@ def write_checkpoint(run, contents, keep):
             old.unlink()
         return True
     except (OSError, RuntimeError) as e:  # torch's writer turns a full disk into RuntimeError
-        reason = str(e).splitlines()[0]
-        tqdm.write(f"warning: {path} could not be written, is the disk full? ({reason}): make "
+        tqdm.write(f"warning: {path} could not be written, is the disk full? ({e!r:.200}): make "
                    "room; the newest checkpoint stands")
         return False
 

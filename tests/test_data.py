@@ -488,6 +488,7 @@ def test_rerun_makes_what_changed(monkeypatch):
     before = contents(out)
     assert outputs(out) == ["1", "3", "11", "a-10"]
     assert extract(["raw"], out) == {} and contents(out) == before
+    assert all(raw[4:8] == bytes(4) for raw in before.values())  # gzip's time of writing
     write(first, "other")
     os.utime(first, (1, 1))
     write("raw/0.txt", "0")
@@ -633,6 +634,7 @@ def test_demo(capsys):
     splits, or with two diseases; a bar in a log file."""
     data.make_demo("demo")
     assert not capsys.readouterr().err
+    assert Path("demo/text/demo.jsonl.gz").read_bytes()[4:8] == bytes(4)  # gzip's time of writing
     corpus = texts("demo/text").values()
     studies = defaultdict(str)
     for text in corpus:

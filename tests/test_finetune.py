@@ -50,8 +50,12 @@ def small_tokenizer():
 
 def small_gpt(vocab_size, dropout=0.0, n_positions=48):
     torch.manual_seed(0)
-    return GPT(GPTConfig(n_layer=3, n_head=2, n_embd=32, n_positions=n_positions, dropout=dropout,
-                         vocab_size=vocab_size, initializer_range=0.3))
+    gpt = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=32, n_positions=n_positions, dropout=dropout,
+                        vocab_size=vocab_size, initializer_range=0.3))
+    for p in gpt.parameters():
+        if p.dim() == 1:  # biases that are 0 would hide mistakes
+            p.data += 0.1 * torch.randn_like(p)
+    return gpt
 
 
 WORDS = TEXT.split()
@@ -180,6 +184,8 @@ def test_weights_of_a_seed(init):
         assert new.shape == (2, 32) and 0.01 < new.std() < 0.03
     assert (one.gpt.config.vocab_size, one.gpt.config.dropout) == (302, 0.3)
     assert wte.requires_grad and one.gpt.activation_checkpointing
+    low = build(settings, tokenizer, 1, torch.bfloat16)
+    assert {p.dtype for p in low.parameters()} == {torch.float32}  # LoRA alone has lower ones
     assert torch.equal(one.head.weight, again.head.weight)
     assert not torch.equal(one.head.weight, two.head.weight)
     small_gpt(304).save_pretrained(init)
@@ -214,7 +220,7 @@ def test_lora_trains_little_and_merges(init):
     assert tuned[0] != pytest.approx(full[0], abs=0.01)
 
     low = build(settings | {"lora": 4}, tokenizer, 1, torch.bfloat16)
-    assert {p.dtype for p in low.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in low.parameters() if p.requires_grad or p.dim() == 1} == {torch.float32}
     for block in low.gpt.transformer.h:
         assert block.mlp.c_fc.linear.weight.dtype == torch.bfloat16
     process = start_process("cpu", "bfloat16")
@@ -494,14 +500,14 @@ def test_dev_chooses_and_test_is_reported(init, monkeypatch, split, saved, mean)
 
     def fake_train(model, train_set, dev_set, settings, seed, process, log):
         assert len(train_set) == 5 and len(dev_set) == (6 if split == "test" else 0)
-        assert process.dtype == torch.bfloat16
+        assert process.dtype == torch.bfloat16  # LoRA's default
         model.head.bias.data.fill_(seed)
         return {3: 0.5, 1: 0.9, 2: 0.9}[seed] if dev_set else None
 
     monkeypatch.setattr(finetune, "train_epochs", fake_train)
     monkeypatch.setattr(finetune, "score_examples", lambda model, examples, process: [
         [model.head.bias.item(), 2, 0, 0]] * len(examples))
-    result = tune("--seeds 3,1,2 --dtype bfloat16 --limit 6")
+    result = tune("--seeds 3,1,2 --lora 4 --limit 6")
     assert (result["split"], result["saved_seed"]) == (split, saved)
     assert result["accuracy"] == pytest.approx(mean)
     assert load_finetuned("out", "medqa")[0].head.bias.item() == saved
@@ -520,6 +526,7 @@ def test_flags_and_defaults_reach_the_settings(init, monkeypatch):
 
     assert settings("text --lr 1 --epochs 2 --dropout 0 --length 9") == (1, 2, 9, 0)
     assert settings("medqa")[2:] == (48, None)
+    assert settings("text --lora 8")[0] == pytest.approx(9e-4)
     config = dataclasses.replace(GPT.config_of(init), n_positions=2048)
     monkeypatch.setattr(GPT, "config_of", lambda folder: config)
     for n_params, task, *expected in [

@@ -93,7 +93,7 @@ def test_beams_equal_hugging_face():
 
 
 @pytest.mark.parametrize("options", [
-    {"temperature": 0, "no_repeat_ngram_size": 2},
+    {"temperature": 0, "no_repeat_ngram_size": 1},
     {"num_beams": 4, "no_repeat_ngram_size": 3, "length_penalty": -0.5},
     {"num_beams": 2, "no_repeat_ngram_size": 3, "length_penalty": 2.0}])
 def test_rows_of_a_batch_are_those_of_each_alone(model, options):
@@ -281,7 +281,7 @@ def test_damaged_files(model, idx, tmp_path, name):
 def test_generate(model, idx):
     """Sampling that ignores its seed or repeats what it must not, a limit that cuts nothing."""
     prompt = idx[:, :4]
-    a, b, other = (model.generate(prompt, 8, top_k=5, top_p=0.9, seed=seed) for seed in (3, 3, 4))
+    a, b, other = (model.generate(prompt, 8, top_k=5, top_p=0.9, seed=seed) for seed in (0, 0, 4))
     assert torch.equal(a, b) and not torch.equal(a, other) and torch.equal(a[:, :4], prompt)
     greedy = model.generate(prompt, 8, temperature=0)
     assert torch.equal(greedy, model.generate(prompt, 8, top_k=1, seed=5))

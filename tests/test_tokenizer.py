@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import random
+import signal
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -134,7 +135,8 @@ def test_records_of_a_folder(tmp_path):
     records = [(str(i), f"text {i} é\n\u2028" * i if i % 7 else None) for i in range(50)]
     content = "\n\n".join(json.dumps({"id": i, "deleted": text is None, "text": text})
                           for i, text in records)
-    for name in ("n1000.jsonl", "x.json", "n3.jsonl.1.tmp"):
+    (tmp_path / "sub").mkdir()  # folders within the folder are not read
+    for name in ("n1000.jsonl", "x.json", "n3.jsonl.1.tmp", "sub/y.jsonl"):
         (tmp_path / name).write_text(content)
     (tmp_path / "n999.jsonl.gz").write_bytes(gzip.compress(content.encode() + b"\n"))
     files = text_files(str(tmp_path))
@@ -172,7 +174,8 @@ def test_marks_in_a_txt(tmp_path, codec, capsys):
 
 
 def test_processes_keep_order_and_take_few_tasks_ahead():
-    """Results out of order; a reader that runs ahead until memory is full."""
+    """Results out of order; a reader that runs ahead until memory is full; Ctrl-C that each worker
+    answers with a traceback."""
     taken = []
     tasks = ([taken.append(i) or i] for i in range(30))
     for n, result in enumerate(in_processes(sum, tasks, 2)):
@@ -180,6 +183,7 @@ def test_processes_keep_order_and_take_few_tasks_ahead():
     assert n == 29
     with pytest.raises(OSError, match="--workers"):
         list(in_processes(os._exit, [3, 3, 3], 2))
+    assert list(in_processes(signal.raise_signal, [signal.SIGINT] * 2, 2)) == [None, None]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -251,6 +255,10 @@ def test_released_form(trained, tmp_path):
     (tmp_path / "added_tokens.json").write_text('{"[PAD]": 799, "<|endoftext|>": 800}')
     tok = Tokenizer.load(tmp_path)
     assert tok.vocab[END_OF_TEXT] == tok.eot_id == 800 and tok.special["[PAD]"] == 799
+    (tmp_path / "added_tokens.json").unlink()
+    vocab = json.loads(FIXTURE["vocab_json"]) | {"[UNK]": 805}  # ids with a hole
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    assert Tokenizer.load(tmp_path).eot_id == 806
 
 
 def test_other_file_formats(trained, tmp_path, monkeypatch):
@@ -268,9 +276,11 @@ def test_other_file_formats(trained, tmp_path, monkeypatch):
     (tmp_path / "merges.txt").write_text("i n\n")
     assert Tokenizer.load(tmp_path).files() == trained.files()
     (tmp_path / "merges.txt").unlink()
-    for name, change in (("normalizer", {"type": "NFC"}), ("pre_tokenizer", None),
-                         ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True})):
-        path.write_text(json.dumps(whole | {name: change}))
+    gpt2 = whole["pre_tokenizer"]
+    for change in ({"normalizer": {"type": "NFC"}}, {"pre_tokenizer": None},
+                   {"pre_tokenizer": gpt2 | {"add_prefix_space": True}},
+                   {"pre_tokenizer": gpt2 | {"use_regex": False}}):
+        path.write_text(json.dumps(whole | change))
         with pytest.raises(ValueError, match="in other ways than GPT-2's: use"):
             Tokenizer.load(tmp_path)
     for name, content in zip(("encoder.json", "vocab.bpe"), trained.files().values()):
@@ -302,6 +312,7 @@ def test_damaged_files_are_refused(trained, tmp_path, name, pattern, replacement
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("none", b"", "data.py extract"),
     ("a.txt.gz", gzip.compress(os.urandom(5000))[:2000], "a.txt.gz: damaged gzip"),
+    ("a.txt.gz", gzip.compress(b"text " * 999)[:10] + b"\xff" * 40, "a.txt.gz: damaged gzip"),
     ("a.jsonl", b"\n[1]", "a.jsonl: line 2"),
     ("a.jsonl", b'{"id": 1}', "a.jsonl: line 1")])
 def test_bad_input_is_named(tmp_path, name, content, message):

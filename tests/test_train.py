@@ -521,7 +521,7 @@ def test_changed_settings(arrays, go, out, tmp_path):
     meta["train"]["sha256"] = "0" * 64
     (other / "meta.json").write_text(json.dumps(meta))
     text = go(out, f"--data {other} --verify", mode="ddp", code=1)
-    assert text.count("sha256 differs") == 2  # rank 1 hears of it, too
+    assert text.count("its size or sha256") == 2  # rank 1 hears of it, too
     go(out, fault=at_step(6, terminate))
     for flags, name in (("--seed 1", "seed 17"), ("--n_embd 32", "n_embd 16"),
                         ("--batch_tokens 256", "batch_tokens 128"),
@@ -542,18 +542,20 @@ def test_changed_settings(arrays, go, out, tmp_path):
 
 def test_start_from_weights(go, out, tmp_path, undisturbed):
     """--init ignored, or read again over the weights of a resumed run, which goes on as another
-    model."""
+    model; --fresh that deletes the model to start from."""
     folder = tmp_path / "hf"
     GPT.from_pretrained(undisturbed).save_pretrained(folder)
     go(out, f"--init {folder} --dropout 0.5", shape="", fault=at_step(2, terminate))
     assert rows(out, "val_loss")[0] == pytest.approx(rows(undisturbed, "val_loss")[20], rel=1e-5)
     assert rows(out)[1] > 1.001 * rows(undisturbed)[20]  # dropout is the flag's
-    assert "steps 3 to 20" in go(out, f"--init {folder} --dropout 0.5", shape="")
+    assert "steps 3 to 20" in go(out, f"--init {folder}/ --dropout 0.5", shape="")
     assert rows(out)[20] < rows(out)[1] and GPT.config_of(out).dropout == 0.5
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
     text = go(out, f"--init {folder} --total_steps 22", shape="", code=1)
     assert "made with layer_norm_epsilon 1e-05, now it is 0.001: keep" in text
+    assert "is the run's own folder" in go(out, f"--init {out} --fresh", shape="", code=1)
+    assert (out / "checkpoint_0000020.pt").exists()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -748,7 +750,8 @@ def test_mfu(tmp_path, monkeypatch):
 def test_embeddings_padded_beyond_the_tokenizer(monkeypatch):
     """A model whose embedding was padded to a multiple of 64 is refused, or one that can't hold
     the arrays' ids, or that ends texts with another token, is taken."""
-    settings = Namespace(init="padded", seq_len=16, dropout=0.1, n_layer=0, n_head=0, n_embd=0)
+    settings = Namespace(init="padded", out="out", seq_len=16, dropout=0.1, n_layer=0, n_head=0,
+                         n_embd=0)
     for vocab_size, eot_id, taken in ((2048, 0, True), (1999, 0, False), (2048, 5, False)):
         config = model_module.GPTConfig(vocab_size=vocab_size, eot_id=eot_id)
         monkeypatch.setattr(GPT, "config_of", mock.Mock(return_value=config))
