@@ -865,7 +865,8 @@ def print_end(run, gpt, settings):
     next_command = f"eval.py perplexity --init {run} --data {settings.data}"
     if settings.data == DEMO_DATA:
         questions = data.load_qa("medqa", DEMO_DATA, "test")
-        untrained = GPT(gpt.config).to(device).eval()
+        torch.manual_seed(settings.seed)
+        untrained = GPT(gpt.config).to(device).eval()  # with the weights that this run began with
         print(f"\nanswers {count_right(gpt, tokenizer, questions)} of {len(questions)} questions "
               f"about what it read (random weights {count_right(untrained, tokenizer, questions)})")
         next_command = f"finetune.py --task pubmedqa --data {DEMO_DATA} --init {run} --out {run}-pm"
