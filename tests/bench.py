@@ -91,7 +91,7 @@ GPU_PARTS = (  # seconds at most, command
     (50, "tests/bench.py generate --prompts 1 16"),
     (80, "train.py --fresh --out out/demo-bench"))
 CPU_PARTS = (
-    (150, "tests/bench.py train --shape demo --rounds 50"),
+    (150, "tests/bench.py train --shape demo --rounds 20"),
     (400, "tests/bench.py tokenizer --megabytes 45"),
     (150, "tests/bench.py data"),
     (150, "tests/bench.py generate --n_layer 8"))
