@@ -300,14 +300,14 @@ SPACE = re.compile(r" (?=\S)")
 def count_pretokens(inputs, workers=1):
     """Counter of the pre-tokens in files or folders, the same for every number of processes.
 
-    This process reads, the workers count; some two batches a worker are in memory. Below 30 MB it
+    This process reads, the workers count; some two batches a worker are in memory. Below 100 MB it
     counts alone: others would take as long to start as they save.
     The Counter grows with the text: abstracts of 21 MB have 68,000 pre-tokens, of 86 MB 176,000. At
     that rate all of PubMed, 30 GB, has some 9 million. Training takes 480 bytes for each: 4 GB.
     """
     batches = read_batches(inputs)
-    first = list(islice(batches, 15))
-    if len(first) < 15:  # 30 MB
+    first = list(islice(batches, 50))
+    if len(first) < 50:  # 100 MB
         workers = 1
     counts = Counter()
     results = in_processes(count_batch, chain(first, batches), workers)
