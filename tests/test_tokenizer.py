@@ -96,8 +96,9 @@ def test_merges_and_vocab_equal_hf(trained, tmp_path, monkeypatch):
     run("tokenizer.py", "train", "--input", tmp_path, "--vocab_size", 800, "--out",
         tmp_path / "out", env={"PYTHONHASHSEED": "1"})
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
+    (tmp_path / "c.txt").write_text(FIXTURE["corpus"] * 24)
     whole = count_pretokens([tmp_path])
-    monkeypatch.setattr(bpe, "BATCH_CHARS", 290)  # fifty batches: enough for processes
+    monkeypatch.setattr(bpe, "BATCH_CHARS", 999)  # fifty batches: enough for processes
     with mock.patch.object(bpe, "in_processes", wraps=in_processes) as started:
         assert count_pretokens([tmp_path], 2) == whole
     assert started.call_args.args[2] == 2
