@@ -345,10 +345,11 @@ HF_DEFAULTS = dict(
     n_head=12,
     n_embd=768,
     vocab_size=50257,
+    eot_id=50256,  # in an embedding that was padded, too
     scale_attn_by_inverse_layer_idx=False)
 
 PRESETS = {
-    # our choice: two layers learn the demo's 384 facts, on two CPU cores, in about a minute
+    # our choice: two layers learn the demo's 256 facts, on two CPU cores, in two minutes
     "demo": dict(n_layer=2, n_head=4, n_embd=128, n_positions=128, vocab_size=2048, dropout=0.0),
     "gpt2-124m": HF_DEFAULTS,
     "biomedlm-125m": dict(n_layer=12, n_head=12, n_embd=768),  # BioMedLM: size of its ablations
@@ -392,15 +393,14 @@ def generate(model, idx, max_new_tokens,
             texts.append(torch.cat([row[:n], text]))
         return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=eot_id)
     cache = KVCache(n_pad)
-    if seed is not None:
-        torch.manual_seed(seed)
+    generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
     new = idx
     finished = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         logits = next_logits(model, new, cache)  # (B, V)
         for row, text, n in zip(logits, idx.tolist(), n_pad.tolist()):
             ban_repeats(row, text[n:], no_repeat_ngram_size)
-        new = sample(logits, temperature, top_k, top_p)  # (B, 1)
+        new = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
         new[finished] = eot_id
         finished |= new[:, 0] == eot_id
         idx = torch.cat([idx, new], dim=1)
@@ -455,7 +455,7 @@ class KVCache:
         self.layers = {layer: kv[:, rows] for layer, kv in self.layers.items()}
 
 
-def sample(logits, temperature, top_k, top_p):
+def sample(logits, temperature, top_k, top_p, generator=None):
     """One token id per row, (B, V) logits -> (B, 1) int64."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
@@ -466,7 +466,7 @@ def sample(logits, temperature, top_k, top_p):
         # a token goes when the mass before it already reaches top_p; the first always stays
         before = probs.cumsum(dim=-1) - probs
         probs[:, 1:] *= (before < top_p * probs.sum(dim=-1, keepdim=True))[:, 1:]
-    return order.gather(1, torch.multinomial(probs, 1))
+    return order.gather(1, torch.multinomial(probs, 1, generator=generator))
 
 
 def ban_repeats(logits, tokens, n):

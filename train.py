@@ -199,7 +199,7 @@ RECIPE = {
     # periodic ones are the guarantee. By the clock they cost the same share on any machine.
     "save_minutes": 30.0, "save_every": 0}
 PRESETS = {
-    # Our choice. Its facts sink in suddenly, between steps 500 and 900.
+    # Our choice. Its facts sink in suddenly, between steps 300 and 600.
     "demo": {
         "total_steps": 1500, "batch_tokens": 1024, "seq_len": 128, "lr": 2e-3, "dropout": 0.0,
         "eval_every": 250, "eval_tokens": 16_384, "log_every": 50, "most_sequences": 8},

@@ -197,6 +197,7 @@ def test_folders_of_others(tmp_path):
     as a GPT-2, or refused without the mend."""
     hf = TINY.to_hf()
     assert GPTConfig.from_hf({**hf, "eos_token_id": 50256}).eot_id == 60
+    assert GPTConfig.from_hf({"vocab_size": 50304}).eot_id == 50256  # padded
     config = replace(TINY, dropout=0.2)
     assert GPTConfig.from_hf(config.to_hf()) == config
     assert GPTConfig.from_hf({}) == GPTConfig.preset("gpt2-124m")
