@@ -861,7 +861,8 @@ def print_end(run, gpt, settings):
     prompt = torch.tensor([[eot_id]], device=device)
     tokens = gpt.eval().generate(prompt, min(60, gpt.config.n_positions - 1), temperature=0.8,
                                  top_k=50, seed=0, eot_id=eot_id)
-    print(f"\na sample: {tokenizer.decode(tokens[0, 1:].tolist()).strip()}")
+    sample = tokenizer.decode(tokens[0, 1:].tolist()).removesuffix("<|endoftext|>")
+    print(f"\na sample: {sample}")
     next_command = f"eval.py perplexity --init {run} --data {settings.data}"
     if settings.data == DEMO_DATA:
         questions = data.load_qa("medqa", DEMO_DATA, "test")
