@@ -366,7 +366,7 @@ def generate(model, idx, max_new_tokens,
              temperature=1.0,  # of the softmax that is sampled; 0: greedy
              top_k=None,  # sample among so many tokens
              top_p=None,  # sample within this probability mass
-             seed=None,
+             seed=None,  # of sampling; None: torch's own generator goes on
              num_beams=1,  # above 1: beam search instead of sampling
              no_repeat_ngram_size=0,  # no n-gram of so many tokens comes twice; 0: any may
              length_penalty=1.0,  # beams only
@@ -398,8 +398,9 @@ def generate(model, idx, max_new_tokens,
     finished = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         logits = next_logits(model, new, cache)  # (B, V)
-        for row, text, n in zip(logits, idx.tolist(), n_pad.tolist()):
-            ban_repeats(row, text[n:], no_repeat_ngram_size)
+        if no_repeat_ngram_size > 0:  # else no text leaves the GPU
+            for row, text, n in zip(logits, idx.tolist(), n_pad.tolist()):
+                ban_repeats(row, text[n:], no_repeat_ngram_size)
         new = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
         new[finished] = eot_id
         finished |= new[:, 0] == eot_id
