@@ -429,18 +429,12 @@ def read_medqa(path, split):
 def read_medmcqa(path, split):
     """The official files count the answer `cop` from 1, the Hugging Face copy from 0.
 
-    A file with a 0 is of the second kind. So is a part without one whose explanations agree with
-    that: many begin "Ans. is 'b'". Questions without a label (test) have no cop, or the copy's -1.
-    Only this set has HTML's entities ("&lt;").
+    A file with a 0 is of the second kind. Questions without a label (test) have no cop, or the
+    copy's -1. Only this set has HTML's entities ("&lt;").
     """
     items = [item for _, item in json_lines(path)]
     labels = [item.get("cop") for item in items]
-    counted_from = []
-    for item, label in zip(items, labels):
-        said = re.match(r"(?i)ans\w*\W*(is\W*)?([a-d])\b", item.get("exp") or "")
-        if said and label:
-            counted_from.append(label - "abcd".index(said[2].lower()))
-    first = 0 if 0 in labels or counted_from.count(0) > counted_from.count(1) else 1
+    first = 0 if 0 in labels else 1
     for item, label in zip(items, labels):
         answer = None
         if label not in (None, -1):

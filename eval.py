@@ -23,14 +23,13 @@ from statistics import fmean
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import finetune
 from data import TASKS, load_meta, val_batches, zero_shot_prompt
 from model import GPT, Linear, cross_entropy
 from tokenizer import COUNT, json_lines, load_named, read_documents, run_command, write_json
-from train import COUNT_OR_0, POSITIVE, POSITIVE_OR_0, evaluate, start_process
+from train import COUNT_OR_0, POSITIVE_OR_0, evaluate, start_process
 
 # ---------------------------------------------------------------------------------------------
 # perplexity: how well does the model predict text?
@@ -256,13 +255,13 @@ def breakdown(questions, hits):
 # ---------------------------------------------------------------------------------------------
 # generation
 
-DECODING = ("temperature", "top_k", "top_p", "num_beams", "seed")
+DECODING = ("temperature", "top_k", "num_beams", "seed")
 # BioMedLM: its decoding, for answers of at most 400 tokens
 PAPER_DECODING = dict(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)
 
 
 def generate(args):
-    """The generate command: prints each prompt with what the model adds, in one batch.
+    """The generate command: prints each prompt with what the model adds.
 
     Returns {"texts": what was added to each prompt}.
     """
@@ -275,27 +274,21 @@ def generate(args):
     return dict(texts=texts)
 
 
-def continue_prompts(gpt, tokenizer, prompts, max_new_tokens, batch_size=16, **decoding):
+def continue_prompts(gpt, tokenizer, prompts, max_new_tokens, **decoding):
     """The text that gpt adds to each prompt (a list of ids), up to end-of-text.
 
-    A prompt ends in <|startoftext|> if the tokenizer has it (after finetune.py --task text).
-    Shorter prompts of a batch are padded on the left, so that all end at the same place and go on
-    together. Nothing sees the padding.
+    A prompt ends in <|startoftext|> if the tokenizer has it (after finetune.py --task text). One
+    prompt at a time: they have unlike lengths.
     """
-    device = gpt.transformer.wte.weight.device
     start = tokenizer.special.get("<|startoftext|>")
-    if start is not None:
-        prompts = [[*ids, start] for ids in prompts]
     texts = []
-    for first in progress(range(0, len(prompts), batch_size)):
-        batch = [torch.tensor(ids, device=device) for ids in prompts[first:first + batch_size]]
-        idx = pad_sequence(batch, batch_first=True, padding_side="left")  # (B, T)
-        T = idx.size(1)
-        n_pad = torch.tensor([T - len(ids) for ids in batch], device=device)
-        out = gpt.generate(idx, max_new_tokens, eot_id=tokenizer.eot_id, n_pad=n_pad, **decoding)
-        for ids in out[:, T:].tolist():
-            answer = itertools.takewhile(lambda i: i != tokenizer.eot_id, ids)
-            texts.append(tokenizer.decode(answer))
+    for ids in progress(prompts):
+        if start is not None:
+            ids = [*ids, start]
+        idx = torch.tensor([ids], device=gpt.transformer.wte.weight.device)  # (1, T)
+        out = gpt.generate(idx, max_new_tokens, eot_id=tokenizer.eot_id, **decoding)
+        new = itertools.takewhile(lambda i: i != tokenizer.eot_id, out[0, len(ids):].tolist())
+        texts.append(tokenizer.decode(new))
     return texts
 
 
@@ -598,7 +591,6 @@ def parse_args():
         "length penalty -0.5 (default: off)")
     add("--temperature", type=POSITIVE_OR_0, default=0.8, help="0 = greedy (default: 0.8)")
     add("--top_k", type=COUNT, help="sample among the k likeliest tokens (default: all)")
-    add("--top_p", type=POSITIVE, help="sample within this probability mass (default: all)")
     add("--num_beams", type=COUNT, default=1, help="beam search instead of sampling (default: 1)")
     add("--seed", type=COUNT_OR_0, default=1, help="of sampling (default: 1)")
 

@@ -25,7 +25,15 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import SPECIAL_TOKENS, TASKS, load_qa, write_lines
-from model import GPT, Linear, check_tensors, cross_entropy, load_tensors, without_memory
+from model import (
+    GPT,
+    Linear,
+    check_tensors,
+    config_of,
+    cross_entropy,
+    load_tensors,
+    without_memory,
+)
 from tokenizer import COUNT, Tokenizer, numbers, read_json, replacing, run_command, write_json
 from train import POSITIVE, PROBABILITY, distribute, start_process, sync_gradients
 
@@ -701,7 +709,7 @@ def resolve(args):
     if list(out.glob("checkpoint_*.pt")) or out.resolve() == Path(args.init).resolve():
         raise ValueError(f"{out} holds the model to start from, or another run of train.py: give "
                          "--out a folder of its own")
-    config = GPT.config_of(args.init)
+    config = config_of(args.init)
     if args.lora and (args.random_init or args.lora > config.n_embd):
         raise ValueError("--lora keeps --init's weights, so leave out --random_init, and takes a "
                          f"rank up to the model's width, {config.n_embd}; 8 to 64 are usual")

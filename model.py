@@ -189,20 +189,22 @@ class GPT(nn.Module):
 
         cache: a KVCache of earlier tokens, which idx continues. ValueError past the context.
 
-        By default positions are 0, 1, ..., and each token sees those before it. finetune.py gives
-        positions (B, T) int64 and a mask (bool, broadcasts to (B, H, T, T), True where a token sees
-        another): its rows hold a question and then several answers. An answer sees the question and
-        itself. Such a row may be longer than the context; its positions are not.
+        By default positions go on from 0 or from the cache, and each token sees those before it.
+        finetune.py gives positions (B, T) int64 and a mask (bool, broadcasts to (B, H, T, T), True
+        where a token sees another): its rows hold a question and then several answers. An answer
+        sees the question and itself. Such a row may be longer than the context; its positions are
+        not.
         """
-        T = idx.size(1)
-        length = T if cache is None else cache.length + T
-        if positions is None and length > self.config.n_positions:
-            raise ValueError(f"{length} tokens are more than the context of "
-                             f"{self.config.n_positions}: shorten the input")
-        if cache is not None:
-            positions, mask = cache.place(T)
-        elif positions is None:
-            positions = torch.arange(T, device=idx.device)
+        if positions is None:
+            start = cache.length if cache else 0
+            length = start + idx.size(1)
+            if length > self.config.n_positions:
+                raise ValueError(f"{length} tokens are more than the context of "
+                                 f"{self.config.n_positions}: shorten the input")
+            positions = torch.arange(start, length, device=idx.device)  # (T,)
+        if cache:
+            cache.length = length
+            mask = torch.arange(length, device=idx.device) <= positions[:, None]  # (T, S)
         if mask is not None:
             # cuDNN makes a plan for each new shape, in some 30 ms, and here most shapes are new. So
             # this process does without its attention from now on.
@@ -245,11 +247,6 @@ class GPT(nn.Module):
     def generate(self, *args, **options):
         """Continue prompts."""
         return generate(self, *args, **options)
-
-    @staticmethod
-    def config_of(path):
-        """GPTConfig of a folder, without its weights."""
-        return config_of(path)
 
     @staticmethod
     def from_pretrained(path, *args, **options):
@@ -365,17 +362,14 @@ PRESETS = {
 def generate(model, idx, max_new_tokens,
              temperature=1.0,  # of the softmax that is sampled; 0: greedy
              top_k=None,  # sample among so many tokens
-             top_p=None,  # sample within this probability mass
              seed=None,  # of sampling; None: torch's own generator goes on
              num_beams=1,  # above 1: beam search instead of sampling
              no_repeat_ngram_size=0,  # no n-gram of so many tokens comes twice; 0: any may
              length_penalty=1.0,  # beams only
-             eot_id=None,  # ends a row, which is then filled with it
-             n_pad=None):
+             eot_id=None):  # ends a row, which is then filled with it
     """Continue idx (B, T) int64 by up to max_new_tokens tokens; returns (B, <= T + new) int64.
 
-    Shorter prompts are padded on the left: n_pad (B,) int64 counts each row's padding. ValueError
-    where the prompt is empty (start from end-of-text) or the context too short.
+    ValueError where the prompt is empty (start from end-of-text) or the context too short.
     """
     T = idx.size(1)
     if not 0 < T < T + max_new_tokens <= model.config.n_positions:
@@ -383,25 +377,19 @@ def generate(model, idx, max_new_tokens,
                          f"more than the context of {model.config.n_positions} in all")
     if eot_id is None:
         eot_id = model.config.vocab_size  # no token has this id: nothing ends
-    if n_pad is None:
-        n_pad = idx.new_zeros(len(idx))
     if num_beams > 1:
-        texts = []
-        for row, n in zip(idx, n_pad.tolist()):
-            text = beam_search(model, row[None, n:], max_new_tokens, num_beams,
-                               no_repeat_ngram_size, length_penalty, eot_id)
-            texts.append(torch.cat([row[:n], text]))
+        texts = [beam_search(model, row[None], max_new_tokens, num_beams, no_repeat_ngram_size,
+                             length_penalty, eot_id) for row in idx]
         return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=eot_id)
-    cache = KVCache(n_pad)
+    cache = KVCache()
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
     new = idx
     finished = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
-        logits = next_logits(model, new, cache)  # (B, V)
-        if no_repeat_ngram_size > 0:  # else no text leaves the GPU
-            for row, text, n in zip(logits, idx.tolist(), n_pad.tolist()):
-                ban_repeats(row, text[n:], no_repeat_ngram_size)
-        new = sample(logits, temperature, top_k, top_p, generator)  # (B, 1)
+        logits = model.logits(model.hidden(new, cache)[:, -1])  # of the next token, (B, V)
+        if no_repeat_ngram_size:
+            ban_repeats(logits, idx.tolist(), no_repeat_ngram_size)
+        new = sample(logits, temperature, top_k, generator)  # (B, 1)
         new[finished] = eot_id
         finished |= new[:, 0] == eot_id
         idx = torch.cat([idx, new], dim=1)
@@ -410,38 +398,12 @@ def generate(model, idx, max_new_tokens,
     return idx
 
 
-def next_logits(model, idx, cache):
-    """fp32 logits (B, V) of the token after idx (B, T), which continues the cache."""
-    last = model.hidden(idx, cache)[:, -1]  # (B, T, C) -> (B, C)
-    return model.logits(last).float()
-
-
 class KVCache:
-    """Keys and values of the tokens so far, so that a step computes those of new tokens only.
+    """Keys and values of the tokens so far, so that a step computes those of new tokens only."""
 
-    n_pad (B,) int64: how many leading tokens of each row are padding, which nothing else sees. One
-    number may stand for all rows.
-    """
-
-    def __init__(self, n_pad):
+    def __init__(self):
         self.layers = {}  # layer index -> its keys and values, (2, B, H, S, D)
         self.length = 0  # S
-        self.n_pad = n_pad
-
-    def place(self, T):
-        """Make room for T new tokens: their positions, and which of all S tokens each one sees.
-
-        positions (B, T) int64, 0 at padding; mask (B, 1, T, S) bool.
-        """
-        start = self.length
-        self.length += T
-        columns = torch.arange(self.length, device=self.n_pad.device)  # (S,)
-        rows = columns[start:, None]  # (T, 1)
-        real = columns >= self.n_pad[:, None, None]  # (B, 1, S)
-        sees = (columns <= rows) & real  # (B, T, S)
-        sees |= columns == rows  # padding sees itself: a softmax of nothing is NaN
-        positions = rows[:, 0] - self.n_pad[:, None]  # (B, T)
-        return positions.clamp(min=0), sees[:, None]
 
     def append(self, layer, k, v):
         """Add one layer's k and v, (B, H, T, D) each; returns all of its keys and values."""
@@ -456,33 +418,28 @@ class KVCache:
         self.layers = {layer: kv[:, rows] for layer, kv in self.layers.items()}
 
 
-def sample(logits, temperature, top_k, top_p, generator=None):
+def sample(logits, temperature, top_k, generator=None):
     """One token id per row, (B, V) logits -> (B, 1) int64."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    probs, order = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True)
-    if top_k is not None:
-        probs[:, top_k:] = 0
-    if top_p is not None:
-        # a token goes when the mass before it already reaches top_p; the first always stays
-        before = probs.cumsum(dim=-1) - probs
-        probs[:, 1:] *= (before < top_p * probs.sum(dim=-1, keepdim=True))[:, 1:]
-    return order.gather(1, torch.multinomial(probs, 1, generator=generator))
+    V = logits.size(-1)
+    top, ids = logits.float().topk(min(top_k or V, V))
+    probs = (top / temperature).softmax(dim=-1)
+    return ids.gather(1, torch.multinomial(probs, 1, generator=generator))
 
 
-def ban_repeats(logits, tokens, n):
-    """Set to -inf, in place, the tokens that would repeat an n-gram of a text; n = 0: none.
+def ban_repeats(logits, texts, n):
+    """Set to -inf, in place, the tokens that would repeat an n-gram of a row's text.
 
-    logits (V,), tokens: list of int. For n = 3 and a text that ends in "a b": every token that has
-    followed an earlier "a b".
+    logits (B, V), texts: B lists of ids. For n = 3 and a text that ends in "a b": every token that
+    has followed an earlier "a b".
     """
-    if n == 0:
-        return
-    last = tokens[len(tokens) - n + 1:]
-    for i in range(len(tokens) - n + 1):
-        *before, token = tokens[i:i + n]
-        if before == last:
-            logits[token] = -math.inf
+    for row, text in zip(logits, texts):
+        last = text[len(text) - n + 1:]
+        for i in range(len(text) - n + 1):
+            *before, token = text[i:i + n]
+            if before == last:
+                row[token] = -math.inf
 
 
 def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_penalty, eot_id):
@@ -492,16 +449,17 @@ def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_pena
     divided by length ** length_penalty.
     """
     V = model.config.vocab_size
-    cache = KVCache(n_pad=idx.new_zeros(1))
+    cache = KVCache()
     texts = idx.tolist()  # of one beam at first, of K after a step
     sums = [0.0]  # of each text's log-probabilities
     ended = []  # the best K texts that ended: (score, text)
     new = idx
     for length in range(1, max_new_tokens + 1):
         norm = length**length_penalty
-        log_probs = F.log_softmax(next_logits(model, new, cache), dim=-1)  # (K, V)
-        for row, text in zip(log_probs, texts):  # after the softmax, as Hugging Face has it
-            ban_repeats(row, text, no_repeat_ngram_size)
+        logits = model.logits(model.hidden(new, cache)[:, -1])  # (K, V)
+        log_probs = logits.float().log_softmax(dim=-1)
+        if no_repeat_ngram_size:  # after the softmax, as Hugging Face has it
+            ban_repeats(log_probs, texts, no_repeat_ngram_size)
         log_probs += log_probs.new_tensor(sums)[:, None]
         top, flat = log_probs.flatten().topk(2 * K)  # even if K of them end, K are left to go on
         going_on = []  # (sum, parent, text)
@@ -1534,19 +1492,17 @@ class Attention(torch.autograd.Function):
         B, T, C3 = qkv.shape
         o = qkv.new_empty(B, T, C3 // 3)
         lse = qkv.new_empty(B, n_head, T, dtype=torch.float32)
-        ctx.n_head = n_head
         ctx.scale = scale
         ctx.seed = seed
-        ctx.dropout = dropout_arguments(p)
-        launch_attention(attention_forward_kernel, qkv, o, lse,
-                         n_head=n_head, scale2=scale * LOG2_E, seed=seed, **ctx.dropout)
+        ctx.same = dict(n_head=n_head, scale2=scale * LOG2_E, **dropout_arguments(p))
+        launch_attention(attention_forward_kernel, qkv, o, lse, seed=seed, **ctx.same)
         ctx.save_for_backward(qkv, o, lse)
         return o
 
     @staticmethod
     def backward(ctx, do):
         qkv, o, lse = ctx.saved_tensors
-        same = dict(n_head=ctx.n_head, scale=ctx.scale, scale2=ctx.scale * LOG2_E, **ctx.dropout)
+        same = dict(scale=ctx.scale, **ctx.same)
         do = do.contiguous()
         dqkv = torch.empty_like(qkv)
         delta = torch.empty_like(lse)

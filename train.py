@@ -41,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import GPT, GPTConfig, Linear, kernels_active, newest_checkpoint
+from model import GPT, GPTConfig, Linear, config_of, kernels_active, newest_checkpoint
 from tokenizer import COUNT, Tokenizer, numbers, read_json, replacing, run_command, write_json
 
 # ---------------------------------------------------------------------------------------------
@@ -65,8 +65,8 @@ def main():
     config = choose_config(settings, meta)
 
     # The run's folder: a new one, or one with a checkpoint to go on from. Rank 0 alone holds it.
-    checkpoint = process.on_rank_0(lambda: open_run(run, settings.fresh), share=False)
-    start = process.gather(checkpoint["step"] if checkpoint else 0)[0]
+    checkpoint = {}  # filled on rank 0 alone
+    start = process.on_rank_0(lambda: open_run(run, settings.fresh, checkpoint))
     if start >= total_steps:
         process.print(f"{run} is finished: {start} steps. Raise --total_steps to go on, or start "
                       "--fresh")
@@ -333,7 +333,7 @@ def choose_config(settings, meta):
     elif shape:
         raise ValueError(f"--{next(iter(shape))} can't change the model of --init: drop it")
     else:
-        config = replace(GPT.config_of(settings.init), dropout=settings.dropout)
+        config = replace(config_of(settings.init), dropout=settings.dropout)
     # An embedding may be padded to a multiple of 64 rows. No target is beyond the tokenizer.
     if meta["vocab_size"] > config.vocab_size or meta["eot_id"] != config.eot_id:
         raise ValueError(f"{settings.init} has {config.vocab_size} tokens and end-of-text "
@@ -422,10 +422,8 @@ class Process:
             dist.all_gather_object(values, value, self.group)
         return values
 
-    def on_rank_0(self, fn, share=True):
-        """fn() of rank 0, for every rank, or for rank 0 alone (None elsewhere) unless `share`.
-
-        A user's error there reaches every rank: so none hangs.
+    def on_rank_0(self, fn):
+        """fn() of rank 0, for every rank. A user's error there reaches every rank: so none hangs.
         """
         result = error = None
         if self.rank == 0:
@@ -433,10 +431,10 @@ class Process:
                 result = fn()
             except (ValueError, OSError) as e:
                 error = e
-        error, shared = self.gather((error, result if share else None))[0]
+        error, result = self.gather((error, result))[0]
         if error:
             raise error
-        return shared if share else result
+        return result
 
     def close(self):
         """Leave the group at the end of a run that went well."""
@@ -648,10 +646,11 @@ def evaluate(model, batches, process):
 # FSDP. So a run can go on with another number of GPUs, and eval.py reads its model.
 
 
-def open_run(run, fresh):
+def open_run(run, fresh, checkpoint):
     """Make the run's folder this process's own. Called on rank 0.
 
-    Returns the contents of the checkpoint to go on from, memory-mapped, for a new run None.
+    Returns the step to go on from, 0 for a new run. Fills the dict `checkpoint` with the contents
+    of the newest checkpoint, memory-mapped.
     """
     run.mkdir(parents=True, exist_ok=True)
     lock(run)
@@ -660,8 +659,9 @@ def open_run(run, fresh):
     if fresh:
         for path in run.glob("checkpoint_*.pt"):
             path.unlink()
-    _, checkpoint = newest_checkpoint(run)
-    return checkpoint
+    _, newest = newest_checkpoint(run)
+    checkpoint |= newest or {"step": 0}
+    return checkpoint["step"]
 
 
 def describe_run(run, start, settings, config, facts):
@@ -759,14 +759,14 @@ def write_checkpoint(run, contents, keep):
 
 
 def load_checkpoint(checkpoint, model, optimizer, process):
-    """Spread a checkpoint over the ranks: contents on rank 0, which it empties, None elsewhere."""
-    checkpoint = checkpoint or {"model": {}, "optimizer": {}}
+    """Spread a checkpoint over the ranks: its contents on rank 0, which it empties, {} elsewhere.
+    """
     options = dcp.StateDictOptions(full_state_dict=True,
                                    broadcast_from_rank0=process.world_size > 1)
     # Not set_state_dict: it takes a rank's empty model for "optimiser only", and the ranks part.
     # Each part goes through the GPU and is let go of before the next: 10.4 GB less for BioMedLM.
-    dcp.set_model_state_dict(model, checkpoint.pop("model"), options=options)
-    moments = checkpoint.pop("optimizer")
+    dcp.set_model_state_dict(model, checkpoint.pop("model", {}), options=options)
+    moments = checkpoint.pop("optimizer", {})
     if process.gather(bool(moments.get("state")))[0]:  # plain SGD has none
         dcp.set_optimizer_state_dict(model, optimizer, moments, options=options)
     torch.cuda.empty_cache()

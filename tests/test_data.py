@@ -906,11 +906,8 @@ def test_official_layouts():
     assert load("medqa", "phrases_no_exclude_dev.jsonl", json.dumps(MEDQA)) == [
         Question("dev-0", "Q?", options=("yes", "no"), answer=1, kind="step1")]
     for cops, answers in (
-            ([4, 1, None], [3, 0, None]), ([3, 0, -1], [3, 0, None]),  # Hugging Face's copy
-            ([3, 2], [3, 2]),  # a part of that copy
-            ([2, 3], [1, 2])):
-        items = [MEDMCQA | {"id": str(cop), "cop": cop, "exp": f"Ans. is '{'abcd'[answer or 0]}'"}
-                 for cop, answer in zip(cops, answers)]
+            ([4, 1, None], [3, 0, None]), ([3, 0, -1], [3, 0, None])):  # Hugging Face's copy
+        items = [MEDMCQA | {"id": str(cop), "cop": cop} for cop in cops]
         found = load("medmcqa", "validation.json", lines(items))
         assert [q.answer for q in found] == answers
     items = [MEDMCQA | {"id": str(cop), "cop": cop} for cop in (2, 1)]

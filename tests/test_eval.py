@@ -177,43 +177,33 @@ def test_qa_command(ask, monkeypatch):
 # generation
 
 
-def test_ragged_prompts_in_batches_equal_each_alone(parts):
-    """Catches padding that is attended to or counted as a position, or left for the next batch."""
-    gpt, tokenizer = parts
-    prompts = [tokenizer.encode(text) for text in ("the trial of insulin in rats", "A", "Which")]
-    together, alone = [evaluate.continue_prompts(gpt, tokenizer, prompts, 12, size, temperature=0.0)
-                       for size in (2, 1)]
-    assert together == alone and len(set(together)) == 3
-
-
 def test_flags_of_generate_reach_the_model(ask, parts, monkeypatch):
     """Catches a flag without effect, text after end-of-text, a prompt without its last token."""
     tokenizer = parts[1]
-    given = {}
+    given, prompts = {}, []
 
     def generate(self, idx, max_new_tokens, **decoding):
-        given.update(decoding, max_new_tokens=max_new_tokens, idx=idx.tolist(),
+        prompts.append(idx.tolist())
+        given.update(decoding, max_new_tokens=max_new_tokens,
                      dtype=self.transformer.wte.weight.dtype)
-        new = torch.tensor([[65, 66, tokenizer.eot_id, 67, tokenizer.eot_id]] * len(idx))
+        new = torch.tensor([[65, 66, tokenizer.eot_id, 67, tokenizer.eot_id]])
         return torch.cat([idx, new], dim=1)
 
     monkeypatch.setattr(GPT, "generate", generate)
-    result = ask("generate --init init --prompt 'A drug' '' --dtype bfloat16 --temperature 0.5 "
-                  "--top_k 7 --top_p 0.9 --seed 3 --num_beams 2 "
-                  "--max_new_tokens 9")
+    result = ask("generate --init init --prompt '' 'A drug' --dtype bfloat16 --temperature 0.5 "
+                  "--top_k 7 --seed 3 --num_beams 2 --max_new_tokens 9")
     assert result["texts"] == [tokenizer.decode([65, 66])] * 2
     ids = tokenizer.encode("A drug")
-    assert given.pop("n_pad").tolist() == [0, len(ids) - 1]
+    assert prompts == [[[tokenizer.eot_id]], [ids]]
     assert given == dict(
-        idx=[ids, [0] * (len(ids) - 1) + [tokenizer.eot_id]], dtype=torch.bfloat16,
-        eot_id=tokenizer.eot_id, temperature=0.5, top_k=7, top_p=0.9, seed=3, num_beams=2,
-        max_new_tokens=9)
+        dtype=torch.bfloat16, eot_id=tokenizer.eot_id, temperature=0.5, top_k=7, seed=3,
+        num_beams=2, max_new_tokens=9)
 
     tokenizer.add_special_tokens(["<|startoftext|>"])
     tokenizer.save("init")
     small_gpt(301).save_pretrained("init")
     ask("generate --init init --prompt 'A drug' --paper")
-    assert given["idx"] == [[*ids, tokenizer.special["<|startoftext|>"]]]
+    assert prompts[2] == [[*ids, tokenizer.special["<|startoftext|>"]]]
     paper = dict(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)
     assert given | paper == given
 
@@ -453,7 +443,7 @@ def test_damage_is_told(whole, monkeypatch, file, commands, ways):
     ("qa --init pretrained", "--zero_shot"),
     ("qa --data arrays", "put the official file"),
     (f"generate --prompt '{TEXT}'", "context"),
-    ("generate --top_p 0", "refused"),
+    ("generate --top_k 0", "refused"),
     ("generate --temperature -1", "refused"),
     ("curves", "log.jsonl"),
     ("export --init none", "no config.json")])

@@ -35,7 +35,7 @@ from finetune import (
     wilson,
     write_lines,
 )
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, config_of
 from tokenizer import Tokenizer, train_bpe
 from train import start_process
 
@@ -527,8 +527,8 @@ def test_flags_and_defaults_reach_the_settings(init, monkeypatch):
     assert settings("text --lr 1 --epochs 2 --dropout 0 --length 9") == (1, 2, 9, 0)
     assert settings("medqa")[2:] == (48, None)
     assert settings("text --lora 8")[0] == pytest.approx(9e-4)
-    config = dataclasses.replace(GPT.config_of(init), n_positions=2048)
-    monkeypatch.setattr(GPT, "config_of", lambda folder: config)
+    config = dataclasses.replace(config_of(init), n_positions=2048)
+    monkeypatch.setattr(finetune, "config_of", lambda folder: config)
     for n_params, task, *expected in [
             (2e9, "pubmedqa", 2e-6, 20, 512),
             (2e9, "text", 1e-5, 3, 1022),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_module
-from model import GPT, GPTConfig, KVCache, load_tensors, newest_checkpoint, sample
+from model import GPT, GPTConfig, KVCache, config_of, load_tensors, newest_checkpoint, sample
 from tokenizer import Tokenizer
 
 FIXTURE = json.loads((Path(__file__).parent / "fixtures/hf_gpt2.json").read_text())
@@ -97,17 +97,15 @@ def test_beams_equal_hugging_face():
     {"num_beams": 4, "no_repeat_ngram_size": 3, "length_penalty": -0.5},
     {"num_beams": 2, "no_repeat_ngram_size": 3, "length_penalty": 2.0}])
 def test_rows_of_a_batch_are_those_of_each_alone(model, options):
-    """Padding that a row sees, that shifts its positions, or whose tokens count as repeated; a row
-    that goes on to collect texts when its search is over."""
+    """A row that another changes, or that goes on to collect texts when its search is over."""
     torch.manual_seed(2)
     for p in model.parameters():
         p.data.mul_(8 if p.dim() == 2 else 1)  # at the initialisation no token is likely
-    n_pad = torch.tensor([6, 0, 4, 0, 5])
-    batch = torch.randint(61, (5, 9))  # what stands for padding may be any token
+    batch = torch.randint(61, (5, 9))
     for end in (6, 41):  # greedy rows end in them at unlike times, or never
-        together = model.generate(batch, 12, eot_id=end, n_pad=n_pad, **options)[:, 9:]
-        for new, prompt, n in zip(together, batch, n_pad):
-            alone = model.generate(prompt[None, n:], 12, eot_id=end, **options)[0, 9 - n:]
+        together = model.generate(batch, 12, eot_id=end, **options)[:, 9:]
+        for new, prompt in zip(together, batch):
+            alone = model.generate(prompt[None], 12, eot_id=end, **options)[0, 9:]
             assert new[:len(alone)].tolist() == alone.tolist()
             assert (new[len(alone):] == end).all()
 
@@ -116,7 +114,7 @@ def test_cache_equals_full_forward(model, idx):
     """Positions, mask or layers of the KV cache mixed up, and its end not noticed; cuDNN's
     attention, which is slow at each new length."""
     torch.backends.cuda.enable_cudnn_sdp(True)
-    cache = KVCache(n_pad=torch.zeros(2, dtype=torch.int64))
+    cache = KVCache()
     parts = [model.hidden(piece, cache) for piece in idx.split([5, 26, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model.hidden(idx))
     assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -207,12 +205,12 @@ def test_folders_of_others(tmp_path):
                               ("quantization_config", {}, "quantized.*dequantize")):
         (tmp_path / "config.json").write_text(json.dumps({**hf, name: value}))
         with pytest.raises(ValueError, match=f"config.json: .*{mend}"):
-            GPT.config_of(tmp_path)
+            config_of(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: "):
-        GPT.config_of(tmp_path)
+        config_of(tmp_path)
     with pytest.raises(FileNotFoundError, match="hf download stanford-crfm/BioMedLM"):
-        GPT.config_of("gpt2")
+        config_of("gpt2")
 
 
 # Damage: a folder that a disk, a person or another program has spoiled. Each ends in one error that
@@ -282,7 +280,7 @@ def test_damaged_files(model, idx, tmp_path, name):
 def test_generate(model, idx):
     """Sampling that ignores its seed or repeats what it must not, a limit that cuts nothing."""
     prompt = idx[:, :4]
-    a, b, other = (model.generate(prompt, 8, top_k=5, top_p=0.9, seed=seed) for seed in (0, 0, 4))
+    a, b, other = (model.generate(prompt, 8, top_k=5, seed=seed) for seed in (0, 0, 4))
     assert torch.equal(a, b) and not torch.equal(a, other) and torch.equal(a[:, :4], prompt)
     greedy = model.generate(prompt, 8, temperature=0)
     assert torch.equal(greedy, model.generate(prompt, 8, top_k=1, seed=5))
@@ -294,15 +292,14 @@ def test_generate(model, idx):
 
 
 def test_sampled_shares():
-    """A temperature, top_k or top_p that changes nothing, or cuts one token too many."""
+    """A temperature or top_k that changes nothing, or cuts one token too many."""
     torch.manual_seed(0)
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
-    for (temperature, *cuts), kept in (
-            ((1.0, None, None), [0, 1, 2, 3]), ((2.0, 3, None), [1, 2, 3]),
-            ((2.0, None, 0.6), [1, 3]), ((2.0, 2, 0.6), [1]), ((1.0, None, 0.0), [1])):
+    for temperature, top_k, kept in (1.0, None, [0, 1, 2, 3]), (2.0, 9, [0, 1, 2, 3]), \
+            (2.0, 3, [1, 2, 3]):
         want = torch.zeros(4)
         want[kept] = (logits[kept] / temperature).softmax(0)
-        drawn = sample(logits.repeat(20_000, 1), temperature, *cuts)
+        drawn = sample(logits.repeat(20_000, 1), temperature, top_k)
         assert torch.allclose(drawn.flatten().bincount(minlength=4) / 20_000, want, atol=0.015)
 
 

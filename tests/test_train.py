@@ -40,7 +40,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import model as model_module
 import train
-from model import GPT
+from model import GPT, config_of
 from tokenizer import ALPHABET, Tokenizer, run_command
 
 SHAPE = "--n_layer 2 --n_head 2 --n_embd 16"
@@ -252,7 +252,7 @@ def test_run_equals_a_plain_loop(arrays, go, out):
     torch.manual_seed(3)
     config = model_module.GPTConfig.preset("demo", n_layer=2, n_head=2, n_embd=16, vocab_size=257,
                                            eot_id=0)
-    assert GPT.config_of(out) == config
+    assert config_of(out) == config
     model, batches = GPT(config), data.train_batches(**which, seed=3)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=4)
     val = data.load_meta(arrays)["val"]
@@ -549,7 +549,7 @@ def test_start_from_weights(go, out, tmp_path, undisturbed):
     assert rows(out, "val_loss")[0] == pytest.approx(rows(undisturbed, "val_loss")[20], rel=1e-5)
     assert rows(out)[1] > 1.001 * rows(undisturbed)[20]  # dropout is the flag's
     assert "steps 3 to 20" in go(out, f"--init {folder}/ --dropout 0.5", shape="")
-    assert rows(out)[20] < rows(out)[1] and GPT.config_of(out).dropout == 0.5
+    assert rows(out)[20] < rows(out)[1] and config_of(out).dropout == 0.5
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
     text = go(out, f"--init {folder} --total_steps 22", shape="", code=1)
@@ -754,7 +754,7 @@ def test_embeddings_padded_beyond_the_tokenizer(monkeypatch):
                          n_embd=0)
     for vocab_size, eot_id, taken in ((2048, 0, True), (1999, 0, False), (2048, 5, False)):
         config = model_module.GPTConfig(vocab_size=vocab_size, eot_id=eot_id)
-        monkeypatch.setattr(GPT, "config_of", mock.Mock(return_value=config))
+        monkeypatch.setattr(train, "config_of", mock.Mock(return_value=config))
         with nullcontext() if taken else pytest.raises(ValueError, match="tokenizer of --init"):
             assert train.choose_config(settings, {"vocab_size": 2000, "eot_id": 0}) == config
 
