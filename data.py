@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import requests
 from tqdm import tqdm
 
 from tokenizer import (
@@ -246,7 +245,7 @@ def newest_documents(files):
     million texts).
     """
     ids = set()
-    texts = set()
+    texts = set()  # their hash() differs from process to process: it serves this one alone
     counts = Counter()
     # disable=None: no bar where the output is no terminal
     for path in tqdm(files[::-1], "reading", unit="file", disable=None):
@@ -256,7 +255,7 @@ def newest_documents(files):
                 counts["replaced"] += 1
             elif not text:
                 counts["deleted"] += 1
-            elif (text_hash := hash64(text)) in texts:
+            elif (text_hash := hash(text)) in texts:
                 counts["equal"] += 1
             else:
                 counts["kept"] += 1
@@ -278,14 +277,9 @@ def split_documents(documents, val_fraction):
         if document < lowest:
             lowest, document = document, lowest
         id_hash, text = document
-        yield "val" if is_held_out(id_hash, val_fraction) else "train", text
+        yield "val" if id_hash < val_fraction * 2**64 else "train", text
     if lowest:
         yield "val", lowest[1]
-
-
-def is_held_out(id_hash, val_fraction):
-    """Whether the document of that hash is held out: it is in the lowest part of all hashes."""
-    return id_hash < val_fraction * 2**64
 
 
 @lru_cache(1)
@@ -327,7 +321,7 @@ MMLU_SUBJECTS = ("clinical_knowledge", "professional_medicine", "college_biology
 
 @dataclass(frozen=True)
 class Question:
-    """One item of a question set, whatever its task. ValueError where its question is empty.
+    """One item of a question set, whatever its task.
 
     Multiple choice has options and an answer; PubMedQA and BioASQ have a context too, and their
     labels as options; text has a target.
@@ -341,10 +335,6 @@ class Question:
     target: str = ""  # the text to generate: long answer or summary
     subject: str = ""
     kind: str = ""
-
-    def __post_init__(self):
-        if not self.question.strip():
-            raise ValueError(f"question {self.id} is empty")
 
 
 class Task(NamedTuple):
@@ -366,7 +356,7 @@ def load_qa(task, dir, split):
 
     task: a name in TASKS; split: train, dev or test. "val" is dev, but in mmlu, which has both.
     Raises FileNotFoundError for a missing file; ValueError, with the file and the question's place
-    in it, for damage of any kind, an empty set or question, a repeated id, a label outside the set.
+    in it, for damage of any kind, an empty set, a repeated id, a label outside the set.
     """
     if split == "val" and task != "mmlu":
         split = "dev"
@@ -734,8 +724,9 @@ def cloze(text, counts, out, val_fraction=0.002, everyday=None):
     """
     tokenizer = load_named(everyday) if everyday else None
     counted = Counter()
+    held_out_below = val_fraction * 2**64  # as in split_documents
     for id_hash, document in newest_documents(text_files(counts)):
-        if not is_held_out(id_hash, val_fraction):
+        if id_hash >= held_out_below:
             counted.update(WORD.findall(document))
     for word, _ in counted.most_common(COMMONEST):
         del counted[word]
@@ -744,7 +735,7 @@ def cloze(text, counts, out, val_fraction=0.002, everyday=None):
         by_ending[word[-3:]].append(word)
     questions = []
     for id_hash, document in newest_documents(text_files(text)):
-        if is_held_out(id_hash, val_fraction):
+        if id_hash < held_out_below:
             # An abstract is one passage. A long document has many, its paragraphs.
             for passage in [document] if len(document) < 4000 else document.split("\n"):
                 found = cloze_questions(passage, counted, by_ending, tokenizer)
@@ -1138,8 +1129,6 @@ def documents(record, path, skip_pmc):
         return [pubmed_document(record, skip_pmc)]
     if tag in ("DeleteCitation", "DeleteDocument"):
         return [(e.text.strip(), None, "deleted") for e in record.findall("PMID")]
-    if tag == "Reply":  # of efetch, in the place of an article
-        return [(None, None, f"no article: {record.get('error')}")]
     if tag == "article":
         return [jats_document(record, path)]
     articles = [e for e in record.iter() if local(e) == "article"]  # in a wrapper, as OAI's
@@ -1316,6 +1305,8 @@ TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S = 5, 2.0, 4, (10, 30)
 
 def get(url, pattern=rb"\A(?!\s*<(!doctype )?html)", md5=None):
     """The bytes at url. They have this md5, if given, and pattern occurs (here: no web page)."""
+    import requests  # here, as it would cost each worker of tokenize 0.15 s
+
     for attempt in range(TRIES):
         if attempt:
             time.sleep(BACKOFF_S * 2**attempt)
@@ -1441,11 +1432,9 @@ def unpack(archive, folder):
             return shutil.unpack_archive(archive, folder)  # safe by itself
         with tarfile.open(archive) as tar:
             for member in filter(tarfile.TarInfo.isfile, tar):  # no links
-                path = (folder / member.name).resolve()
-                if not path.is_relative_to(folder.resolve()):
+                if not (folder / member.name).resolve().is_relative_to(folder.resolve()):
                     raise tarfile.TarError(f"{member.name} lies outside")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(tar.extractfile(member).read())
+                tar.extract(member, folder, set_attrs=False)
     except (shutil.ReadError, tarfile.TarError) as e:
         raise ValueError(f"{archive}: {e}: delete it, download again") from None
 

@@ -65,10 +65,10 @@ def perplexity(args):
         n_tokens = meta["val"]["tokens"]
         n_bytes = meta["val"]["bytes"]
     else:
-        texts = [text for _, text in itertools.islice(read_documents(args.data), args.limit)]
+        texts = [text for _, text in read_documents(args.data)]
         batches = text_rows(texts, tokenizer, context, process.device)
         n_bytes = len("".join(texts).encode())
-    nats, n_scored = evaluate(gpt, progress(batches), process)
+    nats, n_scored = evaluate(gpt, tqdm(batches, leave=False, disable=None), process)
     if not n_scored:
         raise ValueError(f"{args.data} holds no token to score: give a folder with text")
     loss = nats / n_scored
@@ -104,11 +104,6 @@ def text_rows(texts, tokenizer, context, device):
     for text in filter(None, texts):
         ids = torch.tensor([[tokenizer.eot_id, *tokenizer.encode(text)]], device=device)
         yield from zip(ids[:, :-1].split(context, dim=1), ids[:, 1:].split(context, dim=1))
-
-
-def progress(items):
-    """A bar on a terminal, gone when the work is done."""
-    return tqdm(items, leave=False, disable=None)
 
 
 def print_table(rows):
@@ -282,7 +277,7 @@ def continue_prompts(gpt, tokenizer, prompts, max_new_tokens, **decoding):
     """
     start = tokenizer.special.get("<|startoftext|>")
     texts = []
-    for ids in progress(prompts):
+    for ids in tqdm(prompts, leave=False, disable=None):  # a bar on a terminal
         if start is not None:
             ids = [*ids, start]
         idx = torch.tensor([ids], device=gpt.transformer.wte.weight.device)  # (1, T)
@@ -574,7 +569,6 @@ def parse_args():
 
     add = command("perplexity", perplexity, "nats a token and bits a byte", floats)
     add("--data", required=True, help="arrays (their val.bin), or text: each document on its own")
-    add("--limit", type=COUNT, help="the first N documents of text (default: all)")
 
     add = command("qa", answer_questions, "accuracy on a question set", floats)
     sets = [name for name in TASKS if name != "text"]  # text has no options

@@ -710,9 +710,8 @@ def resolve(args):
         raise ValueError(f"{out} holds the model to start from, or another run of train.py: give "
                          "--out a folder of its own")
     config = config_of(args.init)
-    if args.lora and (args.random_init or args.lora > config.n_embd):
-        raise ValueError("--lora keeps --init's weights, so leave out --random_init, and takes a "
-                         f"rank up to the model's width, {config.n_embd}; 8 to 64 are usual")
+    if args.lora and args.random_init:
+        raise ValueError("--lora keeps --init's weights: leave out --random_init")
     task = TASKS[args.task]
     lr = task.lr
     epochs = task.epochs

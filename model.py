@@ -413,10 +413,6 @@ class KVCache:
         self.layers[layer] = new
         return new
 
-    def reorder(self, rows):
-        """Keep the given batch rows, in that order: a beam's history follows the beam."""
-        self.layers = {layer: kv[:, rows] for layer, kv in self.layers.items()}
-
 
 def sample(logits, temperature, top_k, generator=None):
     """One token id per row, (B, V) logits -> (B, 1) int64."""
@@ -475,7 +471,8 @@ def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_pena
         running = sums[0] / norm  # the score of the best text that goes on
         if len(ended) == K and ended[-1][0] >= running:
             break
-        cache.reorder(parents)
+        for layer, kv in cache.layers.items():  # a beam's history follows the beam
+            cache.layers[layer] = kv[:, parents]
         new = idx.new_tensor([text[-1:] for text in texts])  # (K, 1)
     best = max([*ended, (running, texts[0])])
     return idx.new_tensor(best[1])
@@ -534,8 +531,8 @@ def without_memory(config):
 
 def read_weights(folder):
     """State dict of a folder in this model's names and layout."""
-    _, contents = newest_checkpoint(folder)
-    if contents is not None:
+    contents = newest_checkpoint(folder)
+    if contents:
         return contents["model"]
     for pattern in WEIGHTS:
         state = {}
@@ -559,14 +556,14 @@ def check_tensors(state, expected, path):
 
 
 def newest_checkpoint(run):
-    """(path, contents) of a run's newest whole checkpoint; (None, None) where it has none.
+    """Contents of a run's newest whole checkpoint; None where it has no checkpoint.
 
-    Contents are what train.py saves: "model", "optimizer" and "step". A file that is damaged or
-    lacks a part is skipped with a warning. ValueError where no whole one is left.
+    They are what train.py saves: "model", "optimizer" and "step". A file that is damaged or lacks a
+    part is skipped with a warning. ValueError where no whole one is left.
     """
     paths = sorted(Path(run).glob("checkpoint_*.pt"), reverse=True)
     if not paths:
-        return None, None
+        return None
     weights = without_memory(config_of(run)).state_dict()
     for path in paths:
         try:
@@ -574,7 +571,7 @@ def newest_checkpoint(run):
             check_tensors(contents["model"], weights, path)
             contents["optimizer"]  # KeyError where it is missing
             contents["step"]
-            return path, contents
+            return contents
         except (ValueError, KeyError) as e:
             print(f"warning: skipping {path}, no whole checkpoint: {e!r}", file=sys.stderr)
     raise ValueError(f"no checkpoint in {run} is whole: restore one, or start --fresh")

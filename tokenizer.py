@@ -33,7 +33,7 @@ from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import regex
@@ -172,9 +172,10 @@ def merge_pair(pair, merged, words, indices):
                 new_pairs[before[-1] + merged].append(i)
             if after:
                 new_pairs[merged + after[0]].append(i)
-        for between in parts[1:-1]:
-            if not between:
-                new_pairs[merged + merged].append(i)
+        if len(parts) > 2:
+            for between in parts[1:-1]:
+                if not between:
+                    new_pairs[merged + merged].append(i)
     return new_pairs
 
 
@@ -211,7 +212,7 @@ class Tokenizer:
         ranks = {bytes(map(BYTE_OF_CHAR.get, token)): rank for rank, token in enumerate(tokens)}
         self._bpe = tiktoken.Encoding("bpe", pat_str=SAFE_PATTERN, special_tokens={},
                                       mergeable_ranks=ranks)
-        self._ids = ids
+        self._ids = None if ids == [*range(len(ids))] else ids
         self._bytes = dict(zip(ids, ranks))
         self._bytes |= {i: token.encode() for token, i in self.special.items()}
 
@@ -234,7 +235,8 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids (list of int) of text. Special strings in it are plain text."""
-        return [self._ids[rank] for rank in self._bpe.encode_ordinary(text)]
+        ranks = self._bpe.encode_ordinary(text)
+        return [self._ids[rank] for rank in ranks] if self._ids else ranks
 
     def decode_bytes(self, ids):
         """Bytes of ids (ints); ValueError for an id that is not in the vocabulary."""
@@ -300,17 +302,12 @@ SPACE = re.compile(r" (?=\S)")
 def count_pretokens(inputs, workers=1):
     """Counter of the pre-tokens in files or folders, the same for every number of processes.
 
-    This process reads, the workers count; some two batches a worker are in memory. Below 100 MB it
-    counts alone: others would take as long to start as they save.
+    This process reads, the workers count; some two batches a worker are in memory.
     The Counter grows with the text: abstracts of 21 MB have 68,000 pre-tokens, of 86 MB 176,000. At
     that rate all of PubMed, 30 GB, has some 9 million. Training takes 480 bytes for each: 4 GB.
     """
-    batches = read_batches(inputs)
-    first = list(islice(batches, 50))
-    if len(first) < 50:  # 100 MB
-        workers = 1
     counts = Counter()
-    results = in_processes(count_batch, chain(first, batches), workers)
+    results = in_processes(count_batch, read_batches(inputs), workers)
     for counted in tqdm(results, "counting", disable=None):
         counts.update(counted)
     return counts
@@ -331,12 +328,13 @@ def count_batch(text):
     """Counter of the pre-tokens of a text.
 
     GPT-2's pattern is slow. So the text is cut at spaces first, and the pattern runs once on each
-    distinct chunk: " (myocardium)," comes often and is cut once.
+    distinct chunk: " (myocardium)," comes often and is cut once. One of letters alone is a piece.
     """
     head, *chunks = SPACE.split(text)
     counts = Counter(LINE_PATTERN.findall(head))
     for chunk, count in Counter(chunks).items():
-        for piece in LINE_PATTERN.findall(" " + chunk):
+        chunk = " " + chunk
+        for piece in [chunk] if chunk[1:].isalpha() else LINE_PATTERN.findall(chunk):
             counts[piece] += count
     return counts
 
@@ -638,8 +636,6 @@ def train(args):
     tokenizer = Tokenizer.from_merges(train_bpe(counts, args.vocab_size))
     tokenizer.save(args.out)
     print(f"{args.out}: {tokenizer.vocab_size:,} tokens, {END_OF_TEXT} is {tokenizer.eot_id}")
-    if tokenizer.vocab_size < args.vocab_size:
-        print("no pair is left that occurs twice: more text would fill the vocabulary")
 
 
 def show(args):

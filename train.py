@@ -292,7 +292,7 @@ def read_settings():
 def open_arrays(folder, verify):
     """meta.json of the arrays in `folder`. The demo's are made where they are missing."""
     if folder == DEMO_DATA and not Path(folder, "meta.json").exists():
-        data.make_demo(Path(folder))
+        data.make_demo(folder)
     return data.load_meta(folder, verify)
 
 
@@ -368,8 +368,6 @@ def start_process(device=None, dtype=None):
     device = probe.device  # with its number
     cuda = device.type == "cuda"
     old = cuda and torch.cuda.get_device_capability(device) < (8, 0)
-    if old and dtype == "bfloat16":
-        raise ValueError("this GPU is too old for bfloat16: use --dtype float32")
     if dtype is None:
         dtype = "bfloat16" if cuda and not old else "float32"
     if cuda:
@@ -620,8 +618,10 @@ def train_step(model, optimizer, batches, step, settings, process):
 
 @torch.no_grad()
 def evaluate(model, batches, process):
-    """(nats, targets): the loss and the tokens that count, summed over the batches of all ranks."""
-    was_training = model.training
+    """(nats, targets): the loss and the tokens that count, summed over the batches of all ranks.
+
+    The model is in training mode after it.
+    """
     model.eval()
     nats = targets = 0
     for x, y in batches:
@@ -630,7 +630,7 @@ def evaluate(model, batches, process):
         count = (y != -100).sum().item()
         nats += loss.item() * count  # the mean over this batch's targets -> their sum
         targets += count
-    model.train(was_training)
+    model.train()
     return process.all_reduce([nats, targets])
 
 
@@ -653,14 +653,12 @@ def open_run(run, fresh, checkpoint):
     of the newest checkpoint, memory-mapped.
     """
     run.mkdir(parents=True, exist_ok=True)
-    lock(run)
-    for path in run.glob("*.tmp"):  # of a run that was killed while writing
-        path.unlink()
+    lock(run)  # what another training is writing must stay
+    data.make_folder(run)
     if fresh:
         for path in run.glob("checkpoint_*.pt"):
             path.unlink()
-    _, newest = newest_checkpoint(run)
-    checkpoint |= newest or {"step": 0}
+    checkpoint |= newest_checkpoint(run) or {"step": 0}
     return checkpoint["step"]
 
 

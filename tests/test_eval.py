@@ -61,11 +61,10 @@ def ask(init):  # noqa: F811
 
 def test_perplexity(parts, ask, monkeypatch):
     """Catches a mean of documents' means, characters taken for bytes, bits for nats, a window's
-    edge that is skipped or scored twice, --limit that counts something else; in arrays targets
-    counted where there are none, bits a byte without a row's first token, another tokenizer."""
+    edge that is skipped or scored twice; in arrays targets counted where there are none, bits a
+    byte without a row's first token, another tokenizer."""
     gpt, tokenizer = parts
-    texts = DOCUMENTS[:7]
-    documents = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in texts]
+    documents = [[tokenizer.eot_id, *tokenizer.encode(text)] for text in DOCUMENTS]
     windows = [ids[at:at + 49] for ids in documents for at in range(0, len(ids) - 1, 48)]
     tokenize("a.jsonl", "init", "arrays", val_fraction=0.6)
     ids = np.fromfile("arrays/val.bin", np.uint16).tolist()
@@ -76,7 +75,7 @@ def test_perplexity(parts, ask, monkeypatch):
     monkeypatch.setattr(GPT, "from_pretrained", lambda path, dtype, device: (
         loaded.append(dtype) or load(path, dtype, device)))
     for data, cut, n_bytes, n_tokens in (
-            ("a.jsonl --limit 7", windows, len("".join(texts).encode()), None),
+            ("a.jsonl", windows, len("".join(DOCUMENTS).encode()), None),
             ("arrays", rows, len(held_out.encode()), len(ids))):
         n_scored = sum(map(len, cut)) - len(cut)
         loss = sum(nats_of(gpt, row).item() for row in cut) / n_scored
@@ -437,7 +436,6 @@ def test_damage_is_told(whole, monkeypatch, file, commands, ways):
     ("tune --length 7", "refused"),
     ("tune --lr nan", "refused"),
     ("tune --seeds 1,0", "refused"),
-    ("tune --lora 17", "width, 16"),
     ("tune --lora 8 --random_init", "leave out"),
     ("tune --dtype int8", "invalid choice"),
     ("qa --init pretrained", "--zero_shot"),
