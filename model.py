@@ -1304,7 +1304,7 @@ def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
                         do_ptr,  # (B, T, C)
                         lse_ptr,  # (B, H, T)
                         delta_ptr,  # written, (B, H, T)
-                        keys_ptr,  # written, (B, H, T): of dropout
+                        dropout_keys_ptr,  # written, (B, H, T)
                         dqkv_ptr,  # its first third is written, (B, T, 3C)
                         T,
                         scale,
@@ -1327,12 +1327,12 @@ def attention_dq_kernel(qkv_ptr,  # (B, T, 3C)
     row_at = pair.to(tl.int64) * T + rows  # in (B, H, T)
     dropout_keys = dropout_key(seed, pair * T + rows)
 
-    # δ from O and dO, without f. δ and keys are stored for the other kernel, which runs next.
+    # δ from O and dO, without f. δ and dropout keys are stored for the kernel that runs next.
     do = load_tile(do_ptr + o_at, rows, C, T, D, BD, EVEN)
     o = load_tile(o_ptr + o_at, rows, C, T, D, BD, EVEN)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1) / factor
     tl.store(delta_ptr + row_at, delta, mask=rows < T)
-    tl.store(keys_ptr + row_at, dropout_keys, mask=rows < T)
+    tl.store(dropout_keys_ptr + row_at, dropout_keys, mask=rows < T)
 
     # Walk over the key tiles as forward does.
     q_ptr = qkv_ptr + qkv_at
@@ -1373,7 +1373,7 @@ def attention_dkv_kernel(qkv_ptr,  # (B, T, 3C)
                          do_ptr,  # (B, T, C)
                          lse_ptr,  # (B, H, T)
                          delta_ptr,  # (B, H, T)
-                         keys_ptr,  # (B, H, T)
+                         dropout_keys_ptr,  # (B, H, T)
                          dqkv_ptr,  # its other two thirds are written
                          T,
                          scale,
@@ -1429,7 +1429,8 @@ def attention_dkv_kernel(qkv_ptr,  # (B, T, 3C)
             dp = tl.dot(v, tl.trans(do))
             dropped = prob
             if DROPOUT:
-                dropout_keys = tl.load(keys_ptr + row_at, mask=rows < T, other=0).to(tl.uint32)
+                dropout_keys = tl.load(dropout_keys_ptr + row_at, mask=rows < T, other=0)
+                dropout_keys = dropout_keys.to(tl.uint32)
                 kept = keeps(dropout_keys[None, :], cols[:, None], threshold)
                 dropped = tl.where(kept, prob, 0.0)
                 dp = tl.where(kept, dp, 0.0)
@@ -1503,11 +1504,11 @@ class Attention(torch.autograd.Function):
         do = do.contiguous()
         dqkv = torch.empty_like(qkv)
         delta = torch.empty_like(lse)
-        keys = torch.empty_like(lse, dtype=torch.int32)
-        # The first writes delta, keys and dqkv's first third. The second reads delta and keys.
-        launch_attention(attention_dq_kernel, qkv, o, do, lse, delta, keys, dqkv,
-                         seed=ctx.seed, **same)
-        launch_attention(attention_dkv_kernel, qkv, do, lse, delta, keys, dqkv, **same)
+        dropout_keys = torch.empty_like(lse, dtype=torch.int32)
+        # The first writes delta, the keys and dqkv's first third. The second reads delta and keys.
+        launch_attention(attention_dq_kernel, qkv, o, do, lse, delta, dropout_keys,
+                         dqkv, seed=ctx.seed, **same)
+        launch_attention(attention_dkv_kernel, qkv, do, lse, delta, dropout_keys, dqkv, **same)
         return dqkv, None, None, None, None
 
 

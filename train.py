@@ -66,20 +66,20 @@ def main():
 
     # The run's folder: a new one, or one with a checkpoint to go on from. Rank 0 alone holds it.
     checkpoint = {}  # filled on rank 0 alone
-    start = process.on_rank_0(lambda: open_run(run, settings.fresh, checkpoint))
-    if start >= total_steps:
-        process.print(f"{run} is finished: {start} steps. Raise --total_steps to go on, or start "
-                      "--fresh")
+    first_step = process.on_rank_0(lambda: open_run(run, settings.fresh, checkpoint))
+    if first_step >= total_steps:
+        process.print(f"{run} is finished: {first_step} steps. Raise --total_steps to go on, or "
+                      "start --fresh")
         return process.close()
     facts = {"data_fingerprint": meta["train"]["sha256"], "world_size": process.world_size,
              "device": str(process.device), "dtype": str(process.dtype)}
-    process.on_rank_0(lambda: describe_run(run, start, settings, config, facts))
+    process.on_rank_0(lambda: describe_run(run, first_step, settings, config, facts))
 
     # Model: the weights of --init, or fresh ones. Every rank draws the same from the seed, on its
     # own device, so that a node's memory needs no room for them.
     if process.device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays fp32
-    if settings.init and start == 0:
+    if settings.init and first_step == 0:
         gpt = GPT.from_pretrained(settings.init, device=process.device,
                                   dropout=settings.dropout).train()
     else:
@@ -92,11 +92,11 @@ def main():
     # Optimiser: made after the model is shared, since a rank keeps the moments of its part only.
     model = distribute(gpt, settings.parallel, process)
     optimizer = make_optimizer(model, settings)
-    if start > 0:
+    if first_step > 0:
         load_checkpoint(checkpoint, model, optimizer, process)
     settle_gradients(model, process)
     speed_up(gpt, settings.compile, process)
-    process.print(f"{run}: {n_params:,} parameters, steps {start} to {total_steps} of "
+    process.print(f"{run}: {n_params:,} parameters, steps {first_step} to {total_steps} of "
                   f"{settings.batch_tokens:,} tokens = {process.world_size} ranks x "
                   f"{settings.accumulation} micro-batches x {settings.micro_batch} sequences x "
                   f"{settings.seq_len}; {process.device}, {process.dtype}, "
@@ -108,7 +108,7 @@ def main():
                "micro_batch": settings.micro_batch, "rank": process.rank,
                "world_size": process.world_size, "device": process.device,
                "ignore_eot": settings.ignore_eot_targets}
-    seen = start * settings.batch_tokens // settings.seq_len
+    seen = first_step * settings.batch_tokens // settings.seq_len
     batches = data.train_batches(**reading, seed=settings.seed, start=seen)
 
     # The loop. `step` counts the updates done. It goes round N + 1 times: the last time it only
@@ -119,12 +119,12 @@ def main():
     writing = None  # rank 0: the checkpoint that a thread writes
     seconds = []  # of each step since the last logged line, without validations and checkpoints
     skipped = 0  # updates in a row whose gradient was not finite
-    for step in tqdm(range(start, total_steps + 1), initial=start, total=total_steps, leave=False,
-                     disable=process.rank > 0 or None):  # None: only on a terminal
+    for step in tqdm(range(first_step, total_steps + 1), initial=first_step, total=total_steps,
+                     leave=False, disable=process.rank > 0 or None):  # None: only on a terminal
         # Once in a while, and at the end: the loss on validation text. All ranks take part. A run
         # that goes on has this step's loss from before: a checkpoint is made after a validation.
         last = step == total_steps
-        if last or step % settings.eval_every == 0 and (step == 0 or step > start):
+        if last or step % settings.eval_every == 0 and (step == 0 or step > first_step):
             val_batches = data.val_batches(**reading, max_tokens=settings.eval_tokens)
             nats, targets = evaluate(model, val_batches, process)
             val_loss = nats / max(targets, 1)
@@ -135,12 +135,12 @@ def main():
 
         # Once in a while, at the end, and where a signal asked for a stop: a checkpoint. Only the
         # last one is waited for.
-        due = time.monotonic() - saved_at > 60 * settings.save_minutes
+        is_due = time.monotonic() - saved_at > 60 * settings.save_minutes
         if settings.save_every:
-            due = step % settings.save_every == 0
-        n_stopping, n_due = process.all_reduce([bool(signals), due])
+            is_due = step % settings.save_every == 0
+        n_stopping, n_due = process.all_reduce([bool(signals), is_due])
         ending = last or n_stopping > 0
-        if step > start and (ending or n_due > 0):
+        if step > first_step and (ending or n_due > 0):
             writing = save_checkpoint(run, model, optimizer, step, settings.keep, process,
                                       writing, wait=ending)
             saved_at = time.monotonic()
@@ -157,7 +157,7 @@ def main():
             report_skip(loss, done, skipped, process)
 
         # Once in a while: a line for people, and a row of log.jsonl.
-        if done % settings.log_every == 0 or done in (start + 1, total_steps):
+        if done % settings.log_every == 0 or done in (first_step + 1, total_steps):
             mean_loss = process.all_reduce([loss])[0] / process.world_size
             seconds_per_step = sum(seconds) / len(seconds)
             log_step(run, done, mean_loss, grad_norm, seconds_per_step, flops, settings, process)
@@ -662,12 +662,12 @@ def open_run(run, fresh, checkpoint):
     return checkpoint["step"]
 
 
-def describe_run(run, start, settings, config, facts):
-    """Check that the run may go on from step `start`, and write what describes it."""
+def describe_run(run, first_step, settings, config, facts):
+    """Check that the run may go on from step `first_step`, and write what describes it."""
     now = vars(settings) | vars(config) | facts
-    if start > 0:
+    if first_step > 0:
         check_same_run(run, now)
-    cut_log(run / "log.jsonl", start)
+    cut_log(run / "log.jsonl", first_step)
     Tokenizer.load(settings.data).save(run)
     # The code's revision, with "-dirty" where files were changed since; or why there is none.
     git = subprocess.getoutput(f'git -C "{Path(__file__).parent}" describe --always --dirty')
