@@ -1118,7 +1118,7 @@ def source_records(path):
     return enumerate(read_records(path) if suffix == "txt" else xml_records(path), 1)
 
 
-def documents(record, path, skip_pmc):
+def documents_of(record, path, skip_pmc):
     """[(id or None, text or None, reason)] of a record of any kind."""
     if isinstance(record, tuple):
         return [(*record, None)]
@@ -1159,7 +1159,7 @@ def output_lines(paths, skip_pmc, counts, skipped):
             for number, record in source_records(path):
                 counts["records"] += 1
                 try:
-                    held = documents(record, path, skip_pmc)
+                    held = documents_of(record, path, skip_pmc)
                     lines = [text_line(ident, None if reason else text)
                              for ident, text, reason in held]
                 except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as e:

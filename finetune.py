@@ -653,8 +653,8 @@ def predictions(scores, examples):
 
 
 @torch.no_grad()
-def save(out, model, tokenizer, settings, answers):
-    """A folder that `transformers` loads, and beside it what load_finetuned needs.
+def save(out, model, tokenizer, settings, rows):
+    """A folder that `transformers` loads, and beside it what load_finetuned needs. rows: predictions.
 
     It moves the model to the CPU. LoRA's adapters are merged there, and all is saved in the dtype
     of the frozen weights. The model can't train after that.
@@ -666,7 +666,7 @@ def save(out, model, tokenizer, settings, answers):
     gpt.save_pretrained(out)  # its tokenizer_config.json names the added tokens
     with replacing(out / "head.pt") as file:
         torch.save(model.head.state_dict(), file)
-    write_lines(out / "predictions.jsonl", answers)
+    write_lines(out / "predictions.jsonl", rows)
     write_json(out / "run.json", settings)  # last: where it stands, the folder is complete
 
 

@@ -107,12 +107,12 @@ def train_bpe(counts, vocab_size, min_frequency=2):
     # A word is a str with a character chr(id) for each symbol, a pair a str of two. So str.split
     # finds a pair, str.join writes its merge, and pairs sort as (id, id) does.
     words = [piece.encode().translate(ID_OF_BYTE).decode("latin-1") for piece in counts]
-    count_of = list(counts.values()).__getitem__
+    count_of_word = list(counts.values()).__getitem__
     where = defaultdict(Indices)  # pair -> indices of words; some no longer have it
     for i, word in enumerate(words):
         for pair in map("".join, pairwise(word)):
             where[pair].append(i)
-    pair_counts = {pair: sum(map(count_of, indices)) for pair, indices in where.items()}
+    pair_counts = {pair: sum(map(count_of_word, indices)) for pair, indices in where.items()}
     waiting = defaultdict(list)  # count -> a heap of pairs; some have become rarer since
     levels = [0]  # the counts that have a heap, in order
 
@@ -145,7 +145,7 @@ def train_bpe(counts, vocab_size, min_frequency=2):
         tokens.append("".join(merges[-1]))
         merged = chr(new_id)
         for new, indices in merge_pair(pair, merged, words, where.pop(pair)).items():
-            count = sum(map(count_of, indices))
+            count = sum(map(count_of_word, indices))
             first, second = new  # replaces `old`: see the table above
             old = (right if first == merged else first) + (left if second == merged else second)
             if old in pair_counts:
