@@ -654,8 +654,9 @@ def predictions(scores, examples):
 
 @torch.no_grad()
 def save(out, model, tokenizer, settings, rows):
-    """A folder that `transformers` loads, and beside it what load_finetuned needs. rows: predictions.
+    """A folder that `transformers` loads, and beside it what load_finetuned needs.
 
+    rows: predictions of the test questions.
     It moves the model to the CPU. LoRA's adapters are merged there, and all is saved in the dtype
     of the frozen weights. The model can't train after that.
     """
