@@ -40,7 +40,6 @@ from tqdm import tqdm
 
 from tokenizer import (
     COUNT,
-    MIB,
     Tokenizer,
     count_pretokens,
     hash64,
@@ -66,7 +65,7 @@ from tokenizer import (
 # An array is one long line of tokens, a document after the other. It is cut into rows of seq_len,
 # wherever that falls (here 6; "|" is end-of-text, "||" the cut):
 #
-#     The drug relieves pain . | || Cells were grown in vi || tro . | We saw mice || ...
+#     The drug relieves pain . | || The cells were grown in vi || tro . | We saw mice || ...
 #
 # A run reads samples 0, 1, 2, ... without end. Sample i is the row at place i % n_rows of the order
 # of epoch i // n_rows. So the order is a pure function of (seed, i): the number of ranks and the
@@ -210,7 +209,7 @@ def tokenize(text, tokenizer_name, out, val_fraction=0.002, eot=True, workers=1)
     if tokenizer.vocab_size > 2**16:
         raise ValueError(f"{tokenizer_name} has {tokenizer.vocab_size} tokens: uint16 holds 65,536")
     documents = split_documents(newest_documents(text_files(text)), val_fraction)
-    # Lists of BATCH documents, until one is empty.
+    # iter calls this for the next BATCH documents, until it returns [].
     batches = iter(lambda: list(itertools.islice(documents, BATCH)), [])
     encode = partial(encode_documents, tokenizer_name, tokenizer.fingerprint, eot)
     meta = {"dtype": "uint16", "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id,
@@ -284,7 +283,8 @@ def split_documents(documents, val_fraction):
 
 @lru_cache(1)
 def load_once(tokenizer_name, fingerprint):
-    """A process's tokenizer, read once; not one that stood in the folder before (fingerprint)."""
+    """The tokenizer, read once a process. fingerprint: another one in the same folder is read anew.
+    """
     return load_named(tokenizer_name)
 
 
@@ -384,13 +384,15 @@ def load_qa(task, dir, split):
 
 def official_files(task, dir, split):
     """(reader, paths) of the first of the task's file names that is found."""
-    for name, reader in TASKS[task].files.items():
+    files = TASKS[task].files
+    for name, reader in files.items():
         for called in {"dev": ("dev", "val", "validation")}.get(split, (split,)):
             paths = Path(dir).rglob(name.format(called))
             paths = sorted(filter(Path.is_file, paths))
             if paths:
                 return reader, paths
-    raise FileNotFoundError(f"no {name.format(split)} beneath {dir}: put the official files there "
+    names = " or ".join(files).replace("{}", split)
+    raise FileNotFoundError(f"no {names} beneath {dir}: put the official files there "
                             "(python data.py download --help says where they are)")
 
 
@@ -791,11 +793,11 @@ def cloze_questions(passage, counted, by_ending, everyday):
 # supplements, peer reviews, the figures themselves.
 
 CONTAINERS = ("PubmedArticleSet", "PubmedBookArticleSet", "articles", "pmc-articleset")
+MIB = 2**20
 CHUNK = MIB // 16
 RECORD_LIMIT = 32 * MIB  # of XML between the ends of two records: several times any article
 OUTPUT_BYTES = 16 * MIB  # small files are gathered until they are this large together
 ENTITIES = {name.rstrip(";"): text for name, text in html.entities.html5.items()}
-UNKNOWN_ENTITY = re.compile(rb"&(?!#|amp;|lt;|gt;|quot;|apos;)")  # not XML's own
 PILE_SETS = ("PubMed Abstracts", "PubMed Central")
 SUFFIX = re.compile(r"\.(xml|nxml|jsonl|json|txt)(\.gz)?$")
 
@@ -811,6 +813,7 @@ def xml_records(path):
     builder = ET.TreeBuilder()
     top = builder.start("top", {})  # above the root, so that finished records can be taken away
     parser = ET.XMLParser(target=builder)  # a plain TreeBuilder: no Python call per element
+    parser.entity.update(ENTITIES)
     head = b""  # all before the root, where entities are declared
     pending = 0
     with open_input(path) as f:
@@ -822,9 +825,7 @@ def xml_records(path):
                         raise ValueError("it is UTF-16 or no text: convert it to UTF-8")
                     if b"<!ENTITY" in head or len(head) > 2 * CHUNK:
                         raise ValueError("it declares an entity, which could grow endlessly, "
-                                         "or has no XML element in its first 64 KiB: refused")
-                if UNKNOWN_ENTITY.search(chunk):  # few files have any; to fill the table is slow
-                    parser.entity.update(ENTITIES)
+                                         "or has no XML element in its first 128 KiB: refused")
                 parser.feed(chunk)
                 pending += len(chunk)
                 if len(top) and local(top[0]) in CONTAINERS and len(top[0]) > 1:
@@ -1304,7 +1305,7 @@ TRIES, BACKOFF_S, CONNECTIONS, TIMEOUT_S = 5, 2.0, 4, (10, 30)
 
 
 def get(url, pattern=rb"\A(?!\s*<(!doctype )?html)", md5=None):
-    """The bytes at url. They have this md5, if given, and pattern occurs (here: no web page)."""
+    """The bytes at url: `pattern` occurs in them (by default: no web page); md5, if given, fits."""
     import requests  # here, as it would cost each worker of tokenize 0.15 s
 
     for attempt in range(TRIES):
@@ -1320,7 +1321,7 @@ def get(url, pattern=rb"\A(?!\s*<(!doctype )?html)", md5=None):
             same = md5 in (None, hashlib.md5(content).hexdigest())
             if same and re.search(pattern, content, re.IGNORECASE):
                 return content
-            reason = "a web page in its place" if same else "its checksum differs"
+            reason = "a web page, or another in its place" if same else "its checksum differs"
         except requests.RequestException as e:  # a cut connection too
             reason = e
     raise OSError(f"{url}: {reason}, {TRIES} times: try again later; files that are whole are kept")
@@ -1329,7 +1330,7 @@ def get(url, pattern=rb"\A(?!\s*<(!doctype )?html)", md5=None):
 def fetch(url, path, md5=None, md5_url=None):
     """Write what stands at url to `path`, in a folder that is made where missing.
 
-    md5_url: of NLM's file with the checksum, MD5(pubmed26n0001.xml.gz)= 6a3c…
+    md5_url: a file with the checksum, as NLM writes it: MD5(pubmed26n0001.xml.gz)= 6a3c…
     """
     if md5_url:
         pattern = rb"\b[0-9a-f]{32}\b"

@@ -1,7 +1,7 @@
 """Measure a model: how well it predicts text, answers questions and writes.
 
     python eval.py perplexity --init out/demo --data data/demo
-    python eval.py qa --task pubmedqa --data data/demo/qa/pubmedqa --init out/demo-pubmedqa
+    python eval.py qa --task pubmedqa --data data/demo --init out/demo-pm
     python eval.py generate --init out/demo --prompt "The drug"
 
 Reads a run of train.py or finetune.py, or a Hugging Face GPT-2 folder (--init). Prints tables, and
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import finetune
-from data import TASKS, load_meta, val_batches, zero_shot_prompt
+from data import TASKS, load_meta, load_qa, val_batches, write_lines, zero_shot_prompt
 from model import GPT, Linear, cross_entropy
 from tokenizer import COUNT, json_lines, load_named, read_documents, run_command, write_json
 from train import COUNT_OR_0, POSITIVE_OR_0, evaluate, start_process
@@ -50,12 +50,12 @@ from train import COUNT_OR_0, POSITIVE_OR_0, evaluate, start_process
 def perplexity(args):
     """The perplexity command: {loss, bits_per_byte, tokens, bytes} of val.bin, or of a text.
 
-    tokens counts those that were predicted. In arrays the first token of each row is not: nothing
-    stands before it. bits_per_byte takes the mean loss for it, since bytes counts it, too.
+    tokens: how many were predicted. In arrays a row's first token isn't, as nothing stands before
+    it. bytes counts it, so bits_per_byte gives it the mean loss.
     """
     gpt, tokenizer, process = load_model(args)
     context = gpt.config.n_positions
-    n_tokens = None  # all are predicted
+    n_tokens = None  # of a text all are predicted
     if (Path(args.data) / "meta.json").exists():
         meta = load_meta(args.data)
         if meta["tokenizer_sha256"] != tokenizer.fingerprint:
@@ -98,8 +98,8 @@ def text_rows(texts, tokenizer, context, device):
     """Yields x, y of one row (1, T <= context) at a time. No document sees another.
 
     End-of-text stands before a document, so that its first token is predicted, too. A document
-    longer than the context is cut into rows. A later row doesn't see the one before: it could be
-    predicted better, so the loss is an upper bound.
+    longer than the context is cut into rows, and a row doesn't see the one before. If it did, the
+    loss would be lower: so this one is an upper bound.
     """
     for text in filter(None, texts):
         ids = torch.tensor([[tokenizer.eot_id, *tokenizer.encode(text)]], device=device)
@@ -157,7 +157,7 @@ def answer_questions(args):
     if result["groups"]:
         print_table(result["groups"])
     if args.predictions:
-        finetune.write_lines(args.predictions, finetune.predictions(scores, examples))
+        write_lines(args.predictions, finetune.predictions(scores, examples))
     return result
 
 
@@ -167,7 +167,7 @@ def find_questions(args):
         questions = finetune.find_split(args.task, args.data, split)
         if finetune.labeled(questions):  # MedMCQA's test has no answers
             return split, questions
-    finetune.load_qa(args.task, args.data, split)  # says which file is missing, if one is
+    load_qa(args.task, args.data, split)  # says which file is missing, if one is
     raise ValueError(f"{args.task}'s {split} split has no answers: give another --split")
 
 
@@ -327,7 +327,7 @@ class Int8Linear(nn.Module):
 def quantized(gpt):
     """The GPT in bf16; its blocks' matrices and its head become int8, one at a time."""
     gpt.head = Int8Linear(gpt.transformer.wte.weight)  # the largest one first: memory is still free
-    gpt.logits = gpt.head.forward
+    gpt.logits = gpt.head.forward  # GPT.logits would read wte
     finetune.replace_modules(gpt, Linear, lambda linear: Int8Linear(linear.weight, linear.bias))
     return gpt.to(torch.bfloat16)  # which leaves whole numbers as they are
 
@@ -361,7 +361,7 @@ def audit_numbers(args):
     references = [q.target for q in questions]
     gpt, tokenizer, _ = load_model(args, to_generate=True)
     finetuned = "<|startoftext|>" in tokenizer.special  # by finetune.py --task text
-    room = gpt.config.n_positions - args.max_new_tokens - 1  # for <|startoftext|>
+    room = gpt.config.n_positions - args.max_new_tokens - 1  # 1: the place of <|startoftext|>
     prompts = []
     for q in questions:
         text = q.question if finetuned else zero_shot_prompt(q)
@@ -478,11 +478,10 @@ SPECIALTIES = {name: words.split() for name, words in {
 def tokenizer_tables(args):
     """The tokenizer command: table 3 of the paper, and how the terms of a specialty break."""
     tokenizers = {name: load_named(name) for name in [args.tokenizer, *args.against]}
-    words = []
-    for word in TABLE_3:
-        pieces = {name: "/".join(pieces_of(word, one)) for name, one in tokenizers.items()}
-        words.append(dict(word=word) | pieces)
-    *ten, _ = SPECIALTIES.values()
+    words = [dict(word=word) | {name: "/".join(pieces_of(word, tokenizer))
+                                for name, tokenizer in tokenizers.items()}
+             for word in TABLE_3]
+    *ten, _ = SPECIALTIES.values()  # the last group is no specialty
     groups = SPECIALTIES | {"the ten together": sum(ten, [])}
     tables = [words, fragmentation(groups, tokenizers)]
     for table in tables:

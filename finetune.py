@@ -1,6 +1,6 @@
 """Fine-tune on a question set as BioMedLM does (arXiv 2403.18421 and its released code).
 
-    python finetune.py --task pubmedqa --data data/demo/qa/pubmedqa --init out/demo --out out/pm
+    python finetune.py --task pubmedqa --data data/demo --init out/demo --out out/demo-pm
 
 Reads a run of train.py or a Hugging Face GPT-2 folder (--init) and a question set in its official
 layout (--data). Writes a folder that `transformers` loads, the tokenizer with the added tokens,
@@ -466,7 +466,7 @@ class TaskModel(nn.Module):
 def build(settings, tokenizer, seed, dtype=torch.float32):
     """A TaskModel on the CPU for one seed: --init's weights, or fresh ones of its shape.
 
-    dtype: of the weights that --lora freezes.
+    dtype: used with --lora only, for the weights that it freezes.
     """
     rank = settings["lora"]
     torch.manual_seed(seed)
@@ -582,7 +582,8 @@ def in_order(examples, max_tokens, score):
 
 
 def correct(scores, examples):
-    """A bool per example: is the answer that has the best score, the first of equals, right?"""
+    """A bool per example: True if the option of the best score, the first of equals, is the answer.
+    """
     return [row["prediction"] == row["answer"] for row in predictions(scores, examples)]
 
 
@@ -656,7 +657,7 @@ def predictions(scores, examples):
 def save(out, model, tokenizer, settings, rows):
     """A folder that `transformers` loads, and beside it what load_finetuned needs.
 
-    rows: predictions of the test questions.
+    rows: predictions of the reported questions.
     It moves the model to the CPU. LoRA's adapters are merged there, and all is saved in the dtype
     of the frozen weights. The model can't train after that.
     """
@@ -754,8 +755,8 @@ def shared_flags(dtypes):
             "folder")
         add("--device", help="cpu, mps, cuda, cuda:1 … (default: the first that is there of cuda, "
             "mps, cpu)")
-        add("--dtype", choices=dtypes, help="of the matrix products; int8: bfloat16, and weights "
-            "of one byte (default: bfloat16 on cuda and with --lora, else float32)")
+        add("--dtype", choices=dtypes, help="of the matrix products (default: bfloat16 on cuda and "
+            "for finetune.py --lora, else float32)")
     return parser
 
 

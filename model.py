@@ -5,8 +5,8 @@
     model = GPT.from_pretrained("out/pubmed")            # a run, or a Hugging Face GPT-2
     python model.py export --init out/pubmed --out DIR   # a folder that `transformers` opens
 
-Reads and writes the folders of runs and of Hugging Face's GPT-2. Leaves out training (train.py) and
-task heads (finetune.py).
+Reads the folders of runs and of Hugging Face's GPT-2, and writes the latter. Leaves out training
+(train.py) and task heads (finetune.py).
 
 Legend: B batch, T time, C width, H heads, D head width (C = H·D), V vocabulary, N = B·T rows, S all
 tokens of a row when T new ones follow cached ones.
@@ -187,13 +187,13 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, positions=None, mask=None):
         """Final hidden states, after ln_f: idx (B, T) int64 -> (B, T, C).
 
-        cache: a KVCache of earlier tokens, which idx continues. ValueError past the context.
+        Training gives idx alone. Generation gives a KVCache of earlier tokens, which idx continues.
+        ValueError past the context.
 
-        By default positions go on from 0 or from the cache, and each token sees those before it.
         finetune.py gives positions (B, T) int64 and a mask (bool, broadcasts to (B, H, T, T), True
-        where a token sees another): its rows hold a question and then several answers. An answer
-        sees the question and itself. Such a row may be longer than the context; its positions are
-        not.
+        where a token sees another), and no cache: its rows hold a question and then several
+        answers. An answer sees the question and itself. Such a row may be longer than the context;
+        its positions are not.
         """
         if positions is None:
             start = cache.length if cache else 0
@@ -206,8 +206,8 @@ class GPT(nn.Module):
             cache.length = length
             mask = torch.arange(length, device=idx.device) <= positions[:, None]  # (T, S)
         if mask is not None:
-            # cuDNN makes a plan for each new shape, in some 30 ms, and here most shapes are new. So
-            # this process does without its attention from now on.
+            # PyTorch may pick cuDNN's attention, which makes a plan for each new shape, in 30 ms.
+            # Here most shapes are new. So it is turned off, for the whole process.
             torch.backends.cuda.enable_cudnn_sdp(False)
         residual = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         seed = 0
@@ -242,20 +242,99 @@ class GPT(nn.Module):
         """(..., C) -> (..., V): the head is the embedding matrix."""
         return F.linear(hidden, self.transformer.wte.weight)
 
-    # The methods below are functions of the next acts, where their arguments are explained.
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens,
+                 temperature=1.0,  # of the softmax that is sampled; 0: greedy
+                 top_k=None,  # sample among so many tokens
+                 seed=None,  # of sampling; None: torch's own generator goes on
+                 num_beams=1,  # above 1: beam search instead of sampling
+                 no_repeat_ngram_size=0,  # no n-gram of so many tokens comes twice; 0: any may
+                 length_penalty=1.0,  # beams only
+                 eot_id=None):  # ends a row, which is then filled with it
+        """Continue idx (B, T) int64 by up to max_new_tokens tokens; returns (B, <= T + new) int64.
 
-    def generate(self, *args, **options):
-        """Continue prompts."""
-        return generate(self, *args, **options)
+        ValueError where the prompt is empty (start from end-of-text) or the context too short.
+        """
+        T = idx.size(1)
+        if not 0 < T < T + max_new_tokens <= self.config.n_positions:
+            raise ValueError(f"{T} prompt + {max_new_tokens} new tokens: use 1 or more of each, "
+                             f"and no more than the context of {self.config.n_positions} in all")
+        if eot_id is None:
+            eot_id = self.config.vocab_size  # no token has this id: nothing ends
+        if num_beams > 1:
+            texts = [beam_search(self, row[None], max_new_tokens, num_beams, no_repeat_ngram_size,
+                                 length_penalty, eot_id) for row in idx]
+            return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=eot_id)
+        cache = KVCache()
+        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        new = idx
+        finished = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            logits = self.logits(self.hidden(new, cache)[:, -1])  # of the next token, (B, V)
+            if no_repeat_ngram_size:
+                ban_repeats(logits, idx.tolist(), no_repeat_ngram_size)
+            new = sample(logits, temperature, top_k, generator)  # (B, 1)
+            new[finished] = eot_id
+            finished |= new[:, 0] == eot_id
+            idx = torch.cat([idx, new], dim=1)
+            if finished.all():
+                break
+        return idx
 
     @staticmethod
-    def from_pretrained(path, *args, **options):
-        """The model saved in a folder, in eval mode."""
-        return from_pretrained(path, *args, **options)
+    def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
+        """Model of a run or of a Hugging Face GPT-2 folder, in eval mode.
+
+        Reads config.json beside checkpoint_*.pt (the newest whole one), model.safetensors or
+        pytorch_model.bin, sharded or not. dropout replaces the folder's; None keeps it. dtype None
+        keeps each tensor as it lies in the file, memory-mapped: so it takes no memory that the
+        system can't free. Raises FileNotFoundError or ValueError.
+        """
+        config = config_of(path)
+        if dropout is not None:
+            config.dropout = dropout
+        model = without_memory(config)
+        saved = read_weights(Path(path))  # it may hold other tensors too
+        check_tensors(saved, model.state_dict(), path)
+        state = {name: saved[name] for name in model.state_dict()}
+        if dtype is not None:
+            for name, tensor in state.items():
+                state[name] = tensor.to(device, dtype, copy=True,  # so that nothing stays mapped
+                                        memory_format=torch.contiguous_format)
+        model.load_state_dict(state, assign=True)
+        return model.eval()
 
     def save_pretrained(self, path):
-        """Write a folder that `transformers` loads."""
-        save_pretrained(self, path)
+        """Write config.json and the weights: a folder that `transformers` loads.
+
+        The weights go to model.safetensors, without the safetensors package to
+        pytorch_model.bin. added_tokens.json, which Tokenizer.save wrote there, is read.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: t.cpu().contiguous() for name, t in transposed(self.state_dict()).items()}
+        temporary = folder / "weights.tmp"  # the model may come from the file that is replaced
+        if load_file is None:
+            torch.save(state, temporary)
+            weights = folder / "pytorch_model.bin"
+        else:
+            save_file(state, temporary, metadata={"format": "pt"})
+            weights = folder / "model.safetensors"
+        temporary.replace(weights)
+        added = folder / "added_tokens.json"
+        special = list(json.loads(added.read_bytes())) if added.exists() else []
+        tokenizer = {  # for `transformers`' AutoTokenizer
+            "tokenizer_class": "GPT2Tokenizer",
+            "model_max_length": self.config.n_positions,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<|endoftext|>",
+            "pad_token": "[PAD]" if "[PAD]" in special else "<|endoftext|>",
+            "additional_special_tokens": special,
+        }
+        contents = {"tokenizer_config.json": tokenizer, "config.json": self.config.to_hf()}
+        for name, content in contents.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        shutil.copymode(folder / "config.json", weights)  # save_file's is for its owner alone
 
 
 # ---------------------------------------------------------------------------------------------
@@ -355,47 +434,7 @@ PRESETS = {
 
 
 # ---------------------------------------------------------------------------------------------
-# generation
-
-
-@torch.no_grad()
-def generate(model, idx, max_new_tokens,
-             temperature=1.0,  # of the softmax that is sampled; 0: greedy
-             top_k=None,  # sample among so many tokens
-             seed=None,  # of sampling; None: torch's own generator goes on
-             num_beams=1,  # above 1: beam search instead of sampling
-             no_repeat_ngram_size=0,  # no n-gram of so many tokens comes twice; 0: any may
-             length_penalty=1.0,  # beams only
-             eot_id=None):  # ends a row, which is then filled with it
-    """Continue idx (B, T) int64 by up to max_new_tokens tokens; returns (B, <= T + new) int64.
-
-    ValueError where the prompt is empty (start from end-of-text) or the context too short.
-    """
-    T = idx.size(1)
-    if not 0 < T < T + max_new_tokens <= model.config.n_positions:
-        raise ValueError(f"{T} prompt + {max_new_tokens} new tokens: use 1 or more of each, and no "
-                         f"more than the context of {model.config.n_positions} in all")
-    if eot_id is None:
-        eot_id = model.config.vocab_size  # no token has this id: nothing ends
-    if num_beams > 1:
-        texts = [beam_search(model, row[None], max_new_tokens, num_beams, no_repeat_ngram_size,
-                             length_penalty, eot_id) for row in idx]
-        return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=eot_id)
-    cache = KVCache()
-    generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-    new = idx
-    finished = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-    for _ in range(max_new_tokens):
-        logits = model.logits(model.hidden(new, cache)[:, -1])  # of the next token, (B, V)
-        if no_repeat_ngram_size:
-            ban_repeats(logits, idx.tolist(), no_repeat_ngram_size)
-        new = sample(logits, temperature, top_k, generator)  # (B, 1)
-        new[finished] = eot_id
-        finished |= new[:, 0] == eot_id
-        idx = torch.cat([idx, new], dim=1)
-        if finished.all():
-            break
-    return idx
+# generation: what GPT.generate calls
 
 
 class KVCache:
@@ -459,12 +498,12 @@ def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_pena
         log_probs += log_probs.new_tensor(sums)[:, None]
         top, flat = log_probs.flatten().topk(2 * K)  # even if K of them end, K are left to go on
         going_on = []  # (sum, parent, text)
-        for rank, (total, i) in enumerate(zip(top.tolist(), flat.tolist())):
+        for place, (total, i) in enumerate(zip(top.tolist(), flat.tolist())):
             parent, token = divmod(i, V)
             text = [*texts[parent], token]
             if token != eot_id:
                 going_on.append((total, parent, text))
-            elif rank < K:  # as Hugging Face: not an end among the lower K
+            elif place < K:  # as Hugging Face: not an end among the lower K
                 ended.append((total / norm, text))
         ended = sorted(ended, reverse=True)[:K]
         sums, parents, texts = zip(*going_on[:K])
@@ -479,7 +518,7 @@ def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_pena
 
 
 # ---------------------------------------------------------------------------------------------
-# folders: runs of train.py and Hugging Face GPT-2
+# folders: of runs and of Hugging Face GPT-2, for GPT.from_pretrained and save_pretrained
 
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # one file, or several of a sharded model
 
@@ -499,30 +538,6 @@ def config_of(path):
         raise ValueError(f"{file}: {e}") from e
 
 
-def from_pretrained(path, dtype=torch.float32, device="cpu", dropout=None):
-    """Model of a run or of a Hugging Face GPT-2 folder, in eval mode.
-
-    dtype None: the tensors as they lie in the file, still mapped. Memory that is mapped and read
-    is the system's to take back.
-    dropout replaces the folder's, None keeps it. Reads config.json beside checkpoint_*.pt (the
-    newest whole one), model.safetensors or pytorch_model.bin, sharded or not, memory-mapped.
-    Raises FileNotFoundError or ValueError.
-    """
-    config = config_of(path)
-    if dropout is not None:
-        config.dropout = dropout
-    model = without_memory(config)
-    saved = read_weights(Path(path))  # it may hold other tensors too
-    check_tensors(saved, model.state_dict(), path)
-    state = {name: saved[name] for name in model.state_dict()}
-    if dtype is not None:
-        for name, tensor in state.items():
-            state[name] = tensor.to(device, dtype, copy=True,  # so that nothing stays mapped
-                                    memory_format=torch.contiguous_format)
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
 def without_memory(config):
     """A GPT that has shapes and names only, and spends no random numbers."""
     with torch.device("meta"):
@@ -534,7 +549,7 @@ def read_weights(folder):
     contents = newest_checkpoint(folder)
     if contents:
         return contents["model"]
-    for pattern in WEIGHTS:
+    for pattern in WEIGHTS if load_file else WEIGHTS[::-1]:  # what can be read comes first
         state = {}
         for file in sorted(folder.glob(pattern)):
             state |= load_tensors(file)
@@ -574,7 +589,7 @@ def newest_checkpoint(run):
             return contents
         except (ValueError, KeyError) as e:
             print(f"warning: skipping {path}, no whole checkpoint: {e!r}", file=sys.stderr)
-    raise ValueError(f"no checkpoint in {run} is whole: restore one, or start --fresh")
+    raise ValueError(f"no checkpoint in {run} is whole: restore one, or train.py --fresh")
 
 
 def load_tensors(path):
@@ -600,46 +615,16 @@ def load_tensors(path):
 
 
 def transposed(state):
-    """A state dict out of Hugging Face's layout, or into it: its blocks' matrices are [in, out]."""
+    """The state dict with its blocks' matrices transposed: Hugging Face's are [in, out], ours not.
+
+    The same function goes both ways.
+    """
     other = {}
     for name, tensor in state.items():
         name = "transformer." + name.removeprefix("transformer.")  # some files leave it out
         is_block_matrix = ".h." in name and tensor.ndim == 2
         other[name] = tensor.t() if is_block_matrix else tensor
     return other
-
-
-def save_pretrained(model, path):
-    """Write config.json and the weights: a folder that `transformers` loads.
-
-    The weights go to model.safetensors, without the safetensors package to pytorch_model.bin. The
-    folder's added_tokens.json is read, if Tokenizer.save wrote one there.
-    """
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {name: t.cpu().contiguous() for name, t in transposed(model.state_dict()).items()}
-    temporary = folder / "weights.tmp"  # the model may come from the file that is replaced
-    if load_file is None:
-        torch.save(state, temporary)
-        weights = folder / "pytorch_model.bin"
-    else:
-        save_file(state, temporary, metadata={"format": "pt"})
-        weights = folder / "model.safetensors"
-    temporary.replace(weights)
-    added = folder / "added_tokens.json"
-    special = list(json.loads(added.read_bytes())) if added.exists() else []
-    tokenizer = {  # for `transformers`' AutoTokenizer
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": model.config.n_positions,
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "<|endoftext|>",
-        "pad_token": "[PAD]" if "[PAD]" in special else "<|endoftext|>",
-        "additional_special_tokens": special,
-    }
-    contents = {"tokenizer_config.json": tokenizer, "config.json": model.config.to_hf()}
-    for name, content in contents.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    shutil.copymode(folder / "config.json", weights)  # save_file's is for its owner alone
 
 
 def main():
@@ -755,7 +740,7 @@ def load_fp32(ptr, mask, other: constexpr = 0.0):
 
 
 def dropout_arguments(p):
-    """What kernels take beside the seed, which is an int of 31 bits."""
+    """The kernels' dropout arguments but for the seed, an int below 2^31."""
     return dict(threshold=round(p * 2**32), factor=1 / (1 - p), DROPOUT=p > 0)
 
 

@@ -40,8 +40,6 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-MIB = 2**20
-
 # ---------------------------------------------------------------------------------------------
 # the byte alphabet and GPT-2's pattern
 #
@@ -53,8 +51,8 @@ END_OF_TEXT = "<|endoftext|>"
 # English endings, letters, digits, signs; then white space, without its last character where a
 # word follows: "a   b" -> "a", "  ", " b".
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# For training: white space ends at each "\n". HF's trainer too cuts every line by itself. Nothing
-# else differs.
+# For training: white space ends at each "\n", as Hugging Face's trainer reads line by line.
+# Nothing else differs.
 LINE_PATTERN = regex.compile(PATTERN.replace(r"\s+(?!\S)|\s+", r"[^\S\n]*\n|[^\S\n]+(?!\S)|\s"))
 # For encoding: the same pieces as PATTERN's, but long white space is matched in steps of 100.
 # Else tiktoken 0.14 panics after a million steps. Two white characters stay after each step: one
@@ -107,7 +105,7 @@ def train_bpe(counts, vocab_size, min_frequency=2):
     # A word is a str with a character chr(id) for each symbol, a pair a str of two. So str.split
     # finds a pair, str.join writes its merge, and pairs sort as (id, id) does.
     words = [piece.encode().translate(ID_OF_BYTE).decode("latin-1") for piece in counts]
-    count_of_word = list(counts.values()).__getitem__
+    count_of_word = list(counts.values()).__getitem__  # by the word's index
     where = defaultdict(Indices)  # pair -> indices of words; some no longer have it
     for i, word in enumerate(words):
         for pair in map("".join, pairwise(word)):
@@ -172,7 +170,7 @@ def merge_pair(pair, merged, words, indices):
                 new_pairs[before[-1] + merged].append(i)
             if after:
                 new_pairs[merged + after[0]].append(i)
-        if len(parts) > 2:
+        if len(parts) > 2:  # the word has the pair twice: "hehe"
             for between in parts[1:-1]:
                 if not between:
                     new_pairs[merged + merged].append(i)
@@ -198,10 +196,10 @@ class Tokenizer:
         self.merges = merges
         tokens = [*ALPHABET, *map("".join, merges)]
         ids = [*map(vocab.get, tokens)]
-        others = vocab.keys() - set(tokens)
+        others = vocab.keys() - set(tokens)  # neither byte nor merge: special tokens
         self.special = {token: vocab[token] for token in others} | dict(added)
         missing = set(tokens) - vocab.keys()
-        # What is neither byte nor merge must look special, or else the merges were cut short.
+        # These must look special, or else the merges were cut short.
         plain = [token for token in others if token[0] not in "<["]
         different = len({*ids, *self.special.values()}) == len(ids) + len(self.special)
         if missing or plain or not different:
@@ -228,10 +226,9 @@ class Tokenizer:
         return max(self._bytes) + 1
 
     def add_special_tokens(self, tokens):
-        """Ids of special strings; those that are new get the ids from vocab_size up."""
+        """Give the special strings that are new ids from vocab_size up; `special` has them then."""
         for token in tokens:
             self._bytes[self.special.setdefault(token, self.vocab_size)] = token.encode()
-        return [self.special[token] for token in tokens]
 
     def encode(self, text):
         """Ids (list of int) of text. Special strings in it are plain text."""
@@ -294,7 +291,7 @@ class Tokenizer:
 # ---------------------------------------------------------------------------------------------
 # counting pre-tokens: the text is streamed, in several processes
 
-BATCH_CHARS = 2**21  # a larger batch cuts fewer chunks again, and takes more memory
+BATCH_CHARS = 2**21  # in a larger batch more chunks repeat, and each is cut once
 # A pre-token starts at every space that something visible follows.
 SPACE = re.compile(r" (?=\S)")
 
@@ -314,7 +311,7 @@ def count_pretokens(inputs, workers=1):
 
 
 def read_batches(inputs):
-    """Yield the documents one after another, each with "\n", BATCH_CHARS and a bit at a time."""
+    """Yield strings of a little more than BATCH_CHARS: documents, each with "\n" after it."""
     batch = io.StringIO()
     for _, text in read_documents(*inputs):
         batch.write(text.removesuffix("\n") + "\n")
@@ -347,7 +344,7 @@ MERGES_OF = {  # file of ids -> file of merges
     "encoder.json": "vocab.bpe",
     # GPT-2's in tiktoken's cache, which names a file by the sha1 of its address
     "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-    "tokenizer.json": "tokenizer.json"}
+    "tokenizer.json": "tokenizer.json"}  # one file holds both
 
 
 def load_named(name):
@@ -358,7 +355,8 @@ def load_named(name):
 
 
 def read_files(path, merges_path):
-    """Arguments of Tokenizer: ids, merges and added tokens, from all that belongs to a file."""
+    """vocab, merges and added tokens of vocab.json (path), merges.txt and added_tokens.json, or of
+    tokenizer.json alone."""
     vocab = read_json(path)
     if path.name == "tokenizer.json":
         vocab, merges, added = from_tokenizer_json(vocab)
@@ -382,7 +380,8 @@ def read_json(path):
 
 
 def from_tokenizer_json(content):
-    """The same from the content of Hugging Face's tokenizer.json, which holds all."""
+    """vocab, merges and added tokens of a parsed tokenizer.json. ValueError where it changes the
+    text, or cuts it in other ways than GPT-2."""
     cut = {"use_regex": True} | (content["pre_tokenizer"] or {})
     gpt2 = {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}
     model = content["model"]
@@ -571,8 +570,7 @@ def in_processes(function, tasks, workers):
 
 
 def start_worker():
-    """Ctrl-C is the parent's to answer. A thread waits for the parent's end, then ends the worker.
-    """
+    """Ignore Ctrl-C, which the parent handles. A thread ends this worker when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 

@@ -64,7 +64,8 @@ def main():
     settings.micro_batch, settings.accumulation = split_batch(settings, process.world_size)
     config = choose_config(settings, meta)
 
-    # The run's folder: a new one, or one with a checkpoint to go on from. Rank 0 alone holds it.
+    # The run's folder: a new one, or one with a checkpoint to go on from. Rank 0 locks it and reads
+    # the checkpoint.
     checkpoint = {}  # filled on rank 0 alone
     first_step = process.on_rank_0(lambda: open_run(run, settings.fresh, checkpoint))
     if first_step >= total_steps:
@@ -135,9 +136,10 @@ def main():
 
         # Once in a while, at the end, and where a signal asked for a stop: a checkpoint. Only the
         # last one is waited for.
-        is_due = time.monotonic() - saved_at > 60 * settings.save_minutes
         if settings.save_every:
             is_due = step % settings.save_every == 0
+        else:
+            is_due = time.monotonic() - saved_at > 60 * settings.save_minutes
         n_stopping, n_due = process.all_reduce([bool(signals), is_due])
         ending = last or n_stopping > 0
         if step > first_step and (ending or n_due > 0):
@@ -238,7 +240,7 @@ def read_settings():
     def number(flag, kind, sentence):
         add(f"--{flag}", type=kind, help=f"{sentence} (default: %(default)s)")
 
-    add("--data", default=DEMO_DATA, required=preset != "demo",
+    add("--data", type=os.path.normpath, default=DEMO_DATA, required=preset != "demo",
         help="folder of token arrays, made by data.py tokenize (default: data/demo, demo only)")
     add("--out", default=f"out/{preset}", help="folder of the run (default: %(default)s)")
     add("--init", type=os.path.normpath, help="start from the weights of a run or of a Hugging "
@@ -280,7 +282,7 @@ def read_settings():
     add("--fresh", action="store_true",
         help="remove the run's checkpoints and log and start anew (default: go on)")
     add("--verify", action="store_true",
-        help="check the arrays' full hashes first (default: sizes only)")
+        help="check the arrays' full hashes first (default: sizes and tokenizer)")
     parser.set_defaults(**defaults)
     settings = parser.parse_args()
     if settings.min_lr is None:
@@ -382,7 +384,7 @@ def start_process(device=None, dtype=None):
         process.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
         process.rank = dist.get_rank()
         process.world_size = dist.get_world_size()
-    if old:
+    if old and dtype == "float32":
         process.print("float32: this GPU is too old for bfloat16")
     return process
 
@@ -394,7 +396,7 @@ class Process:
     dtype: torch.dtype  # of the matrix products
     rank: int = 0
     world_size: int = 1
-    group: dist.ProcessGroup | None = None  # of the CPUs
+    group: dist.ProcessGroup | None = None  # gloo, for Python's values
 
     def autocast(self):
         """Matrix products in dtype, over fp32 weights."""
@@ -485,7 +487,7 @@ def sync_gradients(model, last):
 
 
 def settle_gradients(model, process):
-    """DDP: save a second copy of the gradients, 10.4 GB a GPU for BioMedLM.
+    """DDP: avoid a second copy of the gradients, 10.4 GB a GPU for BioMedLM.
 
     DDP sums gradients in buckets. A gradient may lie in its bucket for good, but only one that is
     made after the buckets are final, and they are made anew at the second forward. So two passes
@@ -637,7 +639,7 @@ def evaluate(model, batches, process):
 # ---------------------------------------------------------------------------------------------
 # the run's folder
 #
-# run.json, config.json, vocab.json, merges.txt   written once a start: what the run is
+# run.json, config.json, vocab.json, merges.txt   written at each start: what the run is
 # log.jsonl                                       a row a logged step, and a row a validation
 # lock                                            locked by the training that owns the folder
 # checkpoint_0001000.pt                           weights, optimiser state and step number
@@ -714,7 +716,8 @@ def cut_log(path, step):
     for line in path.read_text().splitlines():
         with suppress(ValueError):  # half a row
             rows.append(json.loads(line))
-    data.write_lines(path, [row for row in rows if row["step"] <= step > 0])
+    kept = [row for row in rows if row["step"] <= step] if step else []
+    data.write_lines(path, kept)
 
 
 def save_checkpoint(run, model, optimizer, step, keep, process, writing, wait):
@@ -739,8 +742,7 @@ def save_checkpoint(run, model, optimizer, step, keep, process, writing, wait):
 
 
 def write_checkpoint(run, contents, keep):
-    """Write checkpoint_STEP.pt whole, then remove old ones; or warn, and all stays. True if done.
-    """
+    """Write checkpoint_STEP.pt whole and remove old ones. Where it fails, warn and return False."""
     path = run / f"checkpoint_{contents['step']:07d}.pt"
     try:
         with replacing(path) as f:
@@ -757,11 +759,14 @@ def write_checkpoint(run, contents, keep):
 
 
 def load_checkpoint(checkpoint, model, optimizer, process):
-    """Spread a checkpoint over the ranks: its contents on rank 0, which it empties, {} elsewhere.
+    """Give every rank its part of a checkpoint: the contents on rank 0, {} on the others.
+
+    It is emptied on the way, to free memory.
     """
     options = dcp.StateDictOptions(full_state_dict=True,
                                    broadcast_from_rank0=process.world_size > 1)
-    # Not set_state_dict: it takes a rank's empty model for "optimiser only", and the ranks part.
+    # Not set_state_dict: a rank with an empty model would load the optimiser only, and wait for
+    # others than rank 0 does.
     # Each part goes through the GPU and is let go of before the next: 10.4 GB less for BioMedLM.
     dcp.set_model_state_dict(model, checkpoint.pop("model", {}), options=options)
     moments = checkpoint.pop("optimizer", {})
@@ -864,8 +869,8 @@ def print_end(run, gpt, settings):
     next_command = f"eval.py perplexity --init {run} --data {settings.data}"
     if settings.data == DEMO_DATA:
         questions = data.load_qa("medqa", DEMO_DATA, "test")
-        torch.manual_seed(settings.seed)
-        untrained = GPT(gpt.config).to(device).eval()  # with the weights that this run began with
+        with device:
+            untrained = GPT(gpt.config).eval()
         print(f"\nanswers {count_right(gpt, tokenizer, questions)} of {len(questions)} questions "
               f"about what it read (random weights {count_right(untrained, tokenizer, questions)})")
         next_command = f"finetune.py --task pubmedqa --data {DEMO_DATA} --init {run} --out {run}-pm"

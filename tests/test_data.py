@@ -295,7 +295,7 @@ EXPECTED = """0|A\ufffd|PMC1|Keep|1|The p53 gene & H2O/<5% of β-cells in 東京
 
 
 def test_pubmed_json_lines_and_txt(monkeypatch):
-    """Text lost at inline tags, labels, entities (in the first 64 KiB only), other scripts; books,
+    """Text lost at inline tags, labels, entities (in the first 128 KiB only), other scripts; books,
     no abstract. The baseline's text of a record that an update drops, of an earlier record, of a
     deleted or retracted one, or that notice itself. "[Not Available]" for a title; a book's title,
     a null, an id 0, a `pmid` lost. The Pile's other parts; a document without a stable id."""

@@ -165,8 +165,9 @@ def test_qa_command(ask, monkeypatch):
     assert (np.array([line["scores"] for line in lines("p")]) != scores).any()
     Path("qa/4_options/phrases_no_exclude_test.jsonl").unlink()
     assert ask(command)["split"] == "dev"
-    monkeypatch.setattr(finetune, "load_qa", lambda task, data, split: [
-        replace(q, answer=None) if split == "test" else q for q in asked])
+    for module in finetune, evaluate:
+        monkeypatch.setattr(module, "load_qa", lambda task, data, split: [
+            replace(q, answer=None) if split == "test" else q for q in asked])
     assert ask(command)["split"] == "dev"
     with pytest.raises(ValueError, match="give another --split"):
         ask(command + "--split test")
