@@ -152,26 +152,22 @@ def test_training_order(tokenizer):
     """A row twice or never in an epoch; an order tied to ranks, to the micro-batch or to where a
     run went on, or the same in every epoch or for every seed; another order than numpy's frozen
     one, so that a resumed run repeats and skips rows; a target that isn't the next token; an id
-    above 2**15 read as negative."""
-    write_arrays(tokenizer, 2**15 + np.arange(60 * 8 + 5))
-
-    def batches(n, seed=3, **kwargs):
-        for x, y in itertools.islice(train_batches(".", 8, seed=seed, **kwargs), n):
-            assert x.dtype == y.dtype == torch.int64
-            assert (y[:, :-1] == x[:, :-1] + 1).all() and (y[:, -1] == -100).all()
-            yield ((x[:, 0] - 2**15) // 8).tolist()
-
-    one = sum(batches(120, micro_batch=1), [])
-    other = sum(batches(60, seed=4, micro_batch=1), [])
-    orders = [tuple(order) for order in (one[:60], one[60:], other)]
-    assert all(sorted(order) == list(range(60)) for order in orders)
-    assert len({*orders, tuple(range(60))}) == 4
-    for world_size, micro_batch, start in (1, 7, 55), (4, 2, 12):
-        ranks = [batches(7, micro_batch=micro_batch, start=start, rank=r, world_size=world_size)
-                 for r in range(world_size)]
-        found = [row for step in zip(*ranks) for batch in step for row in batch]
-        assert found == one[start : start + 7 * world_size * micro_batch]
+    above 2**15 read as negative; another tokenization's ids, or a crash, in a run that was started
+    before it."""
     assert data.epoch_order(9, seed=17, epoch=3).tolist() == [7, 8, 0, 3, 2, 5, 1, 4, 6]
+    order = [row for epoch in range(3) for row in data.epoch_order(60, 4, epoch)]
+    for world_size, micro_batch, start in (1, 1, 0), (4, 7, 12):
+        write_arrays(tokenizer, 2**15 + np.arange(60 * 8 + 5))
+        ranks = [train_batches(".", 8, micro_batch, 4, start, rank, world_size)
+                 for rank in range(world_size)]
+        found = []
+        for _ in range(5):
+            for x, y in map(next, ranks):
+                assert x.dtype == y.dtype == torch.int64
+                assert (y[:, :-1] == x[:, :-1] + 1).all() and (y[:, -1] == -100).all()
+                found += ((x[:, 0] - 2**15) // 8).tolist()
+            Path("train.bin").unlink(missing_ok=True)
+        assert found == order[start : start + len(found)]
 
 
 def test_validation_rows(tokenizer):
@@ -193,40 +189,32 @@ def test_validation_rows(tokenizer):
 
 
 def test_end_of_text_targets_can_be_ignored(tokenizer):
-    """ignore_eot that drops other targets, or the inputs with them, or serves one loader only;
-    another tokenization's ids, or a crash, in a run that was started before it."""
+    """ignore_eot that drops other targets, or the inputs with them, or serves one loader only."""
     eot = Tokenizer.load(tokenizer).eot_id
+    write_arrays(tokenizer, *[[1, eot, 2, 3] * 4] * 2)
     for ignore, target in (True, -100), (False, eot):
-        write_arrays(tokenizer, *[[1, eot, 2, 3] * 8] * 2)
-        loaders = (train_batches(".", 16, 1, seed=0, ignore_eot=ignore),
-                   val_batches(".", 16, 1, ignore_eot=ignore))
-        for _ in range(2):
-            for x, y in map(next, loaders):
-                assert (x == eot).sum() == 4
-                assert y[0].tolist() == [target, 2, 3, 1] * 3 + [target, 2, 3, -100]
-            for path in Path(".").glob("*.bin"):
-                path.unlink()
+        for loader in (train_batches(".", 16, 1, seed=0, ignore_eot=ignore),
+                       val_batches(".", 16, 1, ignore_eot=ignore)):
+            x, y = next(loader)
+            assert (x == eot).sum() == 4
+            assert y[0].tolist() == [target, 2, 3, 1] * 3 + [target, 2, 3, -100]
 
 
 def test_bad_arrays_are_refused_with_the_mend(tokenizer):
     """Training for days on a cut array, another tokenizer, or ids beyond the vocabulary."""
-    write_arrays(tokenizer, np.arange(100), np.arange(100))
+    write_arrays(tokenizer, [0] * 16, [300] * 16, vocab_size=300)
     refused("less than one sequence", next, train_batches(".", 128, 1, seed=0))
-    for split in ("train", "val"):
-        path = Path(f"{split}.bin")
-        raw = path.read_bytes()
-        for other, message in ((raw[:-2], "cut or replaced.*tokenize"), (raw * 2, "cut or"),
-                               (raw[:-2] + b"\0\0", "sha256")):
-            path.write_bytes(other)
-            refused(message, load_meta, ".", message == "sha256")
-        load_meta(".")  # only verify reads the whole array
-        path.write_bytes(raw)
-    load_meta(".", verify=True)
-    for ids in ([0] * 16, [300] * 16), ([300] * 16, [0] * 16):
-        write_arrays(tokenizer, *ids, vocab_size=300)
-        refused("beyond the vocabulary of", load_meta, ".", True)
-        loaders = train_batches(".", 8, 2, seed=0), val_batches(".", 8, 2)
-        refused(".bin holds id 300, beyond the vocabulary", list, map(next, loaders))
+    refused("beyond the vocabulary of", load_meta, ".", True)
+    refused("val.bin holds id 300, beyond the vocabulary", next, val_batches(".", 8, 2))
+    path = Path("val.bin")
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-2] + b"\0\0")
+    load_meta(".")  # only verify reads the whole array
+    refused("sha256", load_meta, ".", True)
+    for other in raw[:-2], raw * 2:
+        path.write_bytes(other)
+        refused("cut or replaced.*tokenize", load_meta, ".")
+    path.write_bytes(raw)
     Tokenizer.from_merges([]).save(".")
     refused("is not the one that made the arrays", load_meta, ".")
     refused("data.py tokenize", load_meta, "nothing")
@@ -985,57 +973,39 @@ def test_medquad_split_shares_no_text():
 # cloze
 
 
-def cloze_corpus():
-    """400 documents of 300 frequent words, and of 90 rarer ones with three endings; every eighth
-    has paragraphs: in text. A tokenizer that has some of the rarer words whole: in everyday."""
-    chance, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
-    grammar = [f"{a}{b}word" for a in letters for b in letters][:300]
-    parts = "bron hepa arth gast neph derm", "chi ri to al u", "tis oma ina"
-    words = ["".join(word) for word in itertools.product(*map(str.split, parts))]
-    records = []
-    for i in range(400):
-        paragraphs = []
-        for _ in range(1 if i % 8 else 12):
-            first = chance.choices(words, range(1, 91), k=7)
-            sentences = [f"{first[6].capitalize()} is no start of {first[4]}."]
-            sentences += [f"Seen {' '.join(chance.sample(grammar, 30))} in {a} or {b} of non-{c}."
-                          for a, b, c in zip(first, first[5::-1], first[3:] + first[:3])]
-            paragraphs.append(" ".join([*sentences, f"And {chance.choice(words)}"]))
-        records.append((str(i), "\n".join(paragraphs)))
-    write_text("text/t.jsonl.gz", records + [("1", None), ("2", "New. " + records[3][1])])
-    some = [" " + word.removesuffix("oma") for word in words if not word.endswith("ina")] * 2
-    some += ["oma"] * 9
-    Tokenizer.from_merges(train_bpe(Counter(some), 400)).save("everyday")
-
-
-def test_cloze_questions(tokenizer):
+def test_cloze_questions(monkeypatch):
     """Options that differ in more than a word, a word that the text gave away, others of another
     ending or frequency, a question on a document that was trained on, or counts of a held-out; a
     piece of a compound asked, a long document as one passage."""
-    cloze_corpus()
-    cloze("text", "text", ".", 0.2, "everyday")
+    monkeypatch.setattr(data, "COMMONEST", 1)
+    lead = "x " * 99
+    counts = {"cystitis": 40, "gastritis": 39, "bronchitis": 21, "hepatitis": 20, "dermatitis": 20,
+              "arthritis": 10, "colitis": 9, "carcinoma": 20}
+    counts |= {letter + "asis": 5 for letter in "bcdfghkl"}
+    trained = [(word, lead + f"of {word}. " * count) for word, count in counts.items()]
+    paragraphs = [
+        f"Dermatitis {lead}of hepatitis or x. End.",  # asked
+        f"{lead}of basis, casis, dasis, fasis.",  # three of the four are asked, and no more below
+        f"Hepatitis {lead}of hepatitis.",  # given away
+        f"{lead}of non-hepatitis.", f"{lead}of hepatitis-like.",
+        f"{lead[2:]}of hepatitis.",  # too little before it
+        f"{lead}of hepatitis",  # no sentence
+        f"{lead}of colitis.",  # too few of its frequency
+        lead * 20]
+    # The hashes of these two ids are in the lowest hundredth, those of the words are not.
+    held_out = [("3", "\n".join(paragraphs)), ("68", f"x\n{lead[2:]}of arthritis!")]
+    write_text("text/t.jsonl.gz", trained + held_out)
+    Tokenizer.from_merges(train_bpe({" hepatitis": 2}, 999)).save("everyday")
+    cloze("text", "text", ".", 0.01, "everyday")
     asked = load_qa("medqa", ".", "test")
-    tokenize("text", tokenizer, "arrays", val_fraction=0.2)
-    trained, held_out = documents("arrays")
-    passages = sum([[d] if len(d) < 4000 else d.split("\n") for d in held_out], [])
-    counted = Counter(re.findall(r"(?<!-)\b[a-z]{5,}", " ".join(trained)))
-    whole_words = Tokenizer.load("everyday")
-    asked_of, sorts = Counter(), Counter()
-    for q in asked:
-        words, rests = zip(*(re.fullmatch("([a-z]+)(.*)", option).groups() for option in q.options))
-        word, count = words[q.answer], counted[words[q.answer]]
-        (passage,) = [d for d in passages if d.startswith(f"{q.question} {q.options[q.answer]}")]
-        asked_of[passage] += 1
-        assert len(set(words)) == 4 and set(rests) == {rests[0]} and rests[0].endswith(".")
-        assert {w[-3:] for w in words} == {word[-3:]} != {"ord"}
-        assert word not in q.question.lower() and len(q.question) >= 200
-        assert all(count / 2 <= counted[w] <= 2 * count for w in words)
-        assert set(words) & set(re.findall("[a-z]+", passage.lower())) == {word}
-        n_tokens = len(whole_words.encode(" " + word))
-        low = 10 ** (len(str(count)) - 1)
-        assert q.kind == (f"cloze, seen {low} to {10 * low - 1} times, "
-                          + ("everyday" if n_tokens == 1 else "medical"))
-        sorts[n_tokens] += 1
-    assert max(asked_of.values()) == 3 and len(asked_of) > 40 and sorts[1] and sorts[2]
-    assert {q.answer for q in asked} == {0, 1, 2, 3}
+    for q, question, words, rest, sort in (
+            (asked[0], f"x\n{lead[2:]}of", "arthritis hepatitis dermatitis colitis", "!",
+             "medical"),
+            (asked[1], f"Dermatitis {lead}of", "hepatitis gastritis bronchitis arthritis", " or x.",
+             "everyday")):
+        options = [word + rest for word in words.split()]
+        assert q.question == question and q.options[q.answer] == options[0]
+        assert sorted(q.options) == sorted(options)
+        assert q.kind == f"cloze, seen 10 to 99 times, {sort}"
+    assert len(asked) == 5 and len({q.answer for q in asked}) > 1
     refused("raise --val_fraction", cloze, "text", "text", "d", 1e-9)
