@@ -92,16 +92,14 @@ def test_merges_and_vocab_equal_hf(trained, tmp_path, monkeypatch):
     vocab = FIXTURE["vocab_json"][:-1] + ',"<|endoftext|>":799}'
     expected = {"merges.txt": FIXTURE["merges_txt"].encode(), "vocab.json": vocab.encode()}
     assert trained.files() == expected
-    (tmp_path / "c.txt").write_text(FIXTURE["corpus"] * 6)
-    run("tokenizer.py", "train", "--input", tmp_path, "--vocab_size", 800, "--out",
-        tmp_path / "out", env={"PYTHONHASHSEED": "1"})
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
     (tmp_path / "c.txt").write_text(FIXTURE["corpus"] * 24)
+    done = run("tokenizer.py", "train", "--input", tmp_path, "--vocab_size", 800, "--out",
+               tmp_path / "out", env={"PYTHONHASHSEED": "1"})
+    assert done.stdout.endswith("800 tokens, <|endoftext|> is 799\n")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
     whole = count_pretokens([tmp_path])
-    monkeypatch.setattr(bpe, "BATCH_CHARS", 999)  # fifty batches: enough for processes
-    with mock.patch.object(bpe, "in_processes", wraps=in_processes) as started:
-        assert count_pretokens([tmp_path], 2) == whole
-    assert started.call_args.args[2] == 2
+    monkeypatch.setattr(bpe, "BATCH_CHARS", 999)  # fifty batches
+    assert count_pretokens([tmp_path], 2) == whole
 
 
 def test_counting_cuts_each_line_alone(tmp_path):
@@ -210,10 +208,10 @@ def test_patterns_cut_as_gpt2s(trained):
 def test_fixture_and_round_trip(trained):
     """tiktoken's merge rule or pattern differing from HF's; long and odd pieces; ids in another
     order than the merges. Bytes lost or changed on the way, for any code point and any byte."""
-    assert [trained.encode(text) for text in FIXTURE["texts"]] == FIXTURE["ids"]
     order = random.Random(0).sample(range(800), 800)
     other = Tokenizer({t: order[i] for t, i in trained.vocab.items()}, trained.merges)
-    for text, ids in zip(FIXTURE["texts"], FIXTURE["ids"]):
+    for text, ids in zip(FIXTURE["texts"], FIXTURE["ids"], strict=True):
+        assert trained.encode(text) == ids
         assert other.encode(text) == [order[i] for i in ids]
     points = [p for p in range(0, 0x110000, 97) if not 0xD800 <= p < 0xE000]
     text = "".join(map(chr, points))
@@ -266,24 +264,22 @@ def test_other_file_formats(trained, tmp_path, monkeypatch):
     """GPT-2's file names; tokenizer.json with both spellings of merges, or of another kind, or as
     the only whole file."""
     path = tmp_path / "tokenizer.json"
+    gpt2 = {"type": "ByteLevel", "add_prefix_space": False}
+    merges = trained.merges[:99] + [" ".join(pair) for pair in trained.merges[99:]]
     whole = {"normalizer": None, "added_tokens": [{"id": 799, "content": END_OF_TEXT}],
-             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
-    vocab = {token: i for token, i in trained.vocab.items() if i < 799}
-    for merges in (trained.merges, [" ".join(pair) for pair in trained.merges]):
-        whole["model"] = {"vocab": vocab, "merges": merges}
-        path.write_text(json.dumps(whole))
-        assert Tokenizer.load(tmp_path).files() == trained.files()
-    trained.save(tmp_path)
-    (tmp_path / "merges.txt").write_text("i n\n")
-    assert Tokenizer.load(tmp_path).files() == trained.files()
-    (tmp_path / "merges.txt").unlink()
-    gpt2 = whole["pre_tokenizer"]
+             "pre_tokenizer": gpt2,
+             "model": {"vocab": json.loads(FIXTURE["vocab_json"]), "merges": merges}}
     for change in ({"normalizer": {"type": "NFC"}}, {"pre_tokenizer": None},
                    {"pre_tokenizer": gpt2 | {"add_prefix_space": True}},
                    {"pre_tokenizer": gpt2 | {"use_regex": False}}):
         path.write_text(json.dumps(whole | change))
         with pytest.raises(ValueError, match="in other ways than GPT-2's: use"):
             Tokenizer.load(tmp_path)
+    path.write_text(json.dumps(whole))
+    trained.save(tmp_path)
+    (tmp_path / "merges.txt").write_text("i n\n")
+    assert Tokenizer.load(tmp_path).files() == trained.files()
+    path.unlink()
     for name, content in zip(("encoder.json", "vocab.bpe"), trained.files().values()):
         (tmp_path / name).write_bytes(content)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
@@ -296,10 +292,8 @@ def test_other_file_formats(trained, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "pattern", "replacement"), [
     ("merges.txt", r"(?s)(.{999}.*?)\n.*", r"\1"),  # half of the lines
-    ("merges.txt", r" \S+\n$", ""),
     ("merges.txt", "$", "\ufffd e\n"),
     ("merges.txt", "$", "t he\n"),  # a second way to one token
-    ("vocab.json", '"a":64,', ""),
     ("vocab.json", '"a":64,', '"a":65,')])
 def test_damaged_files_are_refused(trained, tmp_path, name, pattern, replacement):
     """A truncated or mixed-up file loading as another tokenizer without a word."""
@@ -323,15 +317,14 @@ def test_bad_input_is_named(tmp_path, name, content, message):
         count_pretokens([tmp_path / name])
 
 
-def test_mistakes(tmp_path, monkeypatch):
+def test_mistakes(trained, tmp_path, monkeypatch):
     """A mistake without its mend; Ctrl-C that ends in a traceback, or as if in success; the pieces
     that show prints."""
-    (tmp_path / "c.txt").write_text("abab abab\n")
-    train = "tokenizer.py", "train", "--input", tmp_path / "c.txt", "--out", tmp_path
-    assert "0 is refused: use 1 <= number" in run(*train, "--workers", 0).stderr
-    assert "259 tokens, <|endoftext|> is 258" in run(*train, "--workers", 1).stdout
-    shown = run("tokenizer.py", "show", "--tokenizer", tmp_path, "ab é").stdout
-    assert "ab| |\\xc3|\\xa9\n" in shown
+    refused = run("tokenizer.py", "train", "--input", ".", "--out", tmp_path, "--workers", 0).stderr
+    assert "0 is refused: use 1 <= number" in refused
+    trained.save(tmp_path)
+    shown = run("tokenizer.py", "show", "--tokenizer", tmp_path, "a é").stdout
+    assert shown == "a| |\\xc3|\\xa9\n64 220 127 102\n"
     with pytest.raises(ValueError, match="257"):
         train_bpe({"ab": 5}, 256)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/none")
