@@ -139,11 +139,6 @@ def refused(message, function, *args, **kwargs):
         function(*args, **kwargs)
 
 
-def main(monkeypatch, args):
-    monkeypatch.setattr(sys, "argv", ["data.py", *args.split()])
-    data.main()
-
-
 # ---------------------------------------------------------------------------------------------
 # the loader
 
@@ -363,14 +358,13 @@ def test_jats():
             article(pmc=7).replace("<title-group>", forward),
             no_text + back, front + back, f"<article>{body}</article>"]
     write("bulk.xml.gz", f"<articles xmlns:mml='m'>{''.join(bulk)}</articles>")
-    inside = article(pmid=13).replace("<article ", "<article xmlns='https://jats.nlm.nih.gov/' ")
-    write("PMC77.xml", f"<OAI-PMH xmlns='oai'><GetRecord>{inside}</GetRecord></OAI-PMH>")
+    wrapped = article(pmid=13).replace("<article ", "<article xmlns='https://jats.nlm.nih.gov/' ")
+    write("PMC77.xml", f"<OAI-PMH xmlns='oai'><GetRecord>{wrapped}</GetRecord></OAI-PMH>")
     extract(["PMC77.xml", "PMC12.1.xml", "bulk.xml.gz"], "out", workers=2)
-    found = texts()
     lines = ARTICLE_TEXT.split("\n")
-    assert found.pop("14").split("\n") == lines[:2] + lines[-2:]
-    assert found.pop(f"{hash64(chr(10).join(lines[2:-2])):016x}").split("\n") == lines[2:-2]
-    assert found == dict.fromkeys(("PMC12", "PMC6", "13", "PMC5"), ARTICLE_TEXT)
+    outside, inside = "\n".join(lines[:2] + lines[-2:]), "\n".join(lines[2:-2])
+    expected = dict.fromkeys(("PMC12", "PMC6", "13", "PMC5"), ARTICLE_TEXT)
+    assert texts() == expected | {"14": outside, f"{hash64(inside):016x}": inside}
 
 
 def test_numbers_and_tables():
@@ -538,8 +532,7 @@ def test_last_record_of_an_id_stands(tokenizer, corpus, monkeypatch, capsys):
             if text and ident not in seen:
                 held_out.setdefault(text, hash64(ident) < 0.2 * 2**64)
             seen.add(ident)
-    flags = f"tokenize --text text --tokenizer {tokenizer} --workers 1 --out"
-    main(monkeypatch, f"{flags} out --val_fraction 0.2")
+    tokenize("text", tokenizer, "out", val_fraction=0.2)
     said = capsys.readouterr().out
     assert said.startswith("600 records read: 289 replaced by a later one of their id, 34 deleted, "
                            "98 equal to another's text\n")
@@ -548,7 +541,9 @@ def test_last_record_of_an_id_stands(tokenizer, corpus, monkeypatch, capsys):
         sizes = load_meta("out")[split]
         assert found == expected and sizes["documents"] == len(expected) > 20
         assert sizes["bytes"] == len("".join(expected).encode())
-    main(monkeypatch, f"{flags} plain --no_eot")
+    flags = f"tokenize --text text --tokenizer {tokenizer} --out plain --no_eot --workers 1"
+    monkeypatch.setattr(sys, "argv", ["data.py", *flags.split()])
+    data.main()
     meta = load_meta("plain")
     assert meta["eot_id"] not in np.fromfile("plain/train.bin", "H")
     assert meta["val"]["documents"] == 1  # --val_fraction is 0.002
@@ -610,7 +605,6 @@ def test_demo(capsys):
             right = q.options[q.answer]
             told = re.findall(rf"{re.escape(q.question)}(?:\nAnswer:)? (\w*)", asked)
             assert set(told) == ({right} if split == "train" else set())
-            assert (q.question in asked) == (split == "train")
             if task == "medqa":
                 drug = re.search(r"[A-Z]\w+in\b", q.question)[0]
                 assert split_of.setdefault(drug, split) == split and len({*q.options}) == 4
@@ -621,10 +615,8 @@ def test_demo(capsys):
 @pytest.mark.slow
 def test_kill_and_rerun(tokenizer):
     """A partial file taken for whole, or left-overs beside it, after a SIGKILL."""
-    rng = random.Random(1)
     for i in range(4):
-        found = [citation(rng.randrange(32_000), abstract=f"pain {rng.random()} mg " * 40)
-                 for _ in range(8000)]
+        found = [citation(f"{i}{n}", abstract=f"pain {i}{n} mg " * 40) for n in range(8000)]
         pubmed_file(f"raw/pubmed20n{i:04}.xml.gz", *found)
     for out, flags in (("text", "extract raw"),
                        ("arrays", f"tokenize --text text --tokenizer {tokenizer}")):
@@ -635,7 +627,7 @@ def test_kill_and_rerun(tokenizer):
         command.append("killed/" + out)
         for _ in range(10):
             process = subprocess.Popen(command, start_new_session=True)
-            time.sleep(rng.uniform(0.2, 0.9) * seconds)
+            time.sleep(random.uniform(0.2, 0.9) * seconds)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         subprocess.run(command, check=True)
@@ -757,11 +749,11 @@ def test_download_pmc(serve, capsys):
     files[prefix + "data/i.csv.gz"] = inventory = gzip.compress(rows.encode())
     key = {"key": prefix + "data/i.csv.gz", "MD5checksum": hashlib.md5(inventory).hexdigest()}
     files[f"{prefix}2026-09-01T01-00Z/manifest.json"] = json.dumps({"files": [key]}).encode()
-    download("pmc", ".", serve(files))
-    assert sorted(p.name for p in Path(".").rglob("*.xml")) == ["PMC1.10.xml", "PMC8.1.xml"]
+    download("pmc", "out", serve(files))
+    assert contents("out") == {"0/PMC1.10.xml": b"PMC1.10", "0/PMC8.1.xml": b"PMC8.1"}
     said = capsys.readouterr()
-    assert said.out.count("left out PMC5.1.xml: Attribute") == 1 and not said.err
-    refused("1 of 2 files failed", download, "pmc", ".", serve(files), "3-7")
+    assert "left out PMC5.1.xml: Attribute" in said.out and not said.err
+    refused("1 of 2 files failed", download, "pmc", "out", serve(files), "3-7")
     files["PMC1.10/PMC1.10.xml"] = b"wrong"
     refused("2 of 104 files failed", download, "pmc", "wrong", serve(files))
     files[prefix + "data/i.csv.gz"] += b"x"
@@ -880,19 +872,20 @@ def test_bad_question_files_are_refused():
     os.mkfifo("test.tsv")
     refused("put the official files", load_qa, "bioasq", ".", "test")
     good = MEDMCQA | PUBMEDQA | {"id": "1", "cop": 1, "final_decision": "yes"}
-    pairs = [[MEDQA, MEDQA | {"answer_idx": None}], [good, good | {"id": "2", "cop": 7}],
-             [good, good], [good, good | {"final_decision": "x" * 10**6}]]
-    medqa, *medmcqa = map(lines, pairs[:3])
-    pubmedqa = json.dumps(dict(enumerate(pairs[3])))
-    for task, name, *bodies in (
-            ("medqa", "phrases_no_exclude_test.jsonl", medqa), ("medmcqa", "test.json", *medmcqa),
-            ("mmlu", "anatomy_test.csv", "Q?,a,b,c,d,A\nQ?,a,b,c,d,AB", "Q?,a,b,c,d,A\na,b,c,d,A"),
-            ("pubmedqa", "ori_pqal.json", pubmedqa), ("text", "test.source", "a\nb\n")):
+    for task, name, body in (
+            ("medqa", "phrases_no_exclude_test.jsonl",
+             lines([MEDQA, MEDQA | {"answer_idx": None}])),
+            ("medmcqa", "test.json", lines([good, good | {"id": "2", "cop": 7}])),
+            ("medmcqa", "test.json", lines([good, good])),
+            ("mmlu", "anatomy_test.csv", "Q?,a,b,c,d,A\nQ?,a,b,c,d,AB"),
+            ("mmlu", "anatomy_test.csv", "Q?,a,b,c,d,A\na,b,c,d,A"),
+            ("pubmedqa", "ori_pqal.json",
+             json.dumps({1: good, 2: good | {"final_decision": "x" * 10**6}})),
+            ("text", "test.source", "a\nb\n")):
         write("test.target", "a\n")
-        for body in bodies:
-            with pytest.raises(ValueError, match=f"^{name}, after 1 questions: .*") as caught:
-                load(task, name, body, "test")
-            assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+        with pytest.raises(ValueError, match=f"^{name}, after 1 questions: .*") as caught:
+            load(task, name, body, "test")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
     refused("is empty", load, "medmcqa", "dev.json", "")
     refused("^dev.json", load, "medmcqa", "dev.json", '{"question": ' + "[" * 90_000)
 
