@@ -59,13 +59,11 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A few tokens more than the bytes."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    words = [" dose", " drug", " reduces", " pain"] * 9
-    Tokenizer.from_merges(train_bpe(Counter(words), 300)).save(folder)
-    return folder
+@pytest.fixture
+def tokenizer():
+    """A folder's name: a few tokens more than the bytes."""
+    Tokenizer.from_merges(train_bpe({" dose": 2, " drug": 2}, 300)).save("tokenizer")
+    return "tokenizer"
 
 
 def write(path, body):
@@ -502,15 +500,16 @@ def test_bad_input_is_named(name, body, message, capsys):
 
 @pytest.fixture
 def corpus():
-    """Six files of invented text with versions, deletions and equal texts across them; many begin
-    alike, and some differ in a capital only."""
+    """Records of invented text, in six files, with versions, deletions and equal texts across them;
+    many begin alike, and some differ in a capital only."""
     rng = random.Random(0)
+    found = []
+    for _ in range(600):
+        text = f"Über die Wirkung auf {rng.choice('Ss')}chmerzen: {rng.randrange(150)} µg"
+        found.append((str(rng.randrange(400)), rng.choice([None] + [text] * 9)))
     for i in range(6):
-        records = []
-        for _ in range(100):
-            text = f"Über die Wirkung auf {rng.choice('Ss')}chmerzen: {rng.randrange(150)} µg"
-            records.append((str(rng.randrange(400)), rng.choice([None] + [text] * 9)))
-        write_text(f"text/f{i}.jsonl.gz", records)
+        write_text(f"text/f{i}.jsonl.gz", found[100 * i : 100 * i + 100])
+    return found
 
 
 def documents(folder):
@@ -527,11 +526,10 @@ def test_last_record_of_an_id_stands(tokenizer, corpus, monkeypatch, capsys):
     """An outdated version, a deleted document or an equal text in the arrays; one on another side
     than its id's hash tells, so that added text moves it; characters for bytes."""
     held_out, seen = {}, set()
-    for path in reversed(text_files("text")):
-        for ident, text in reversed(list(read_records(path))):
-            if text and ident not in seen:
-                held_out.setdefault(text, hash64(ident) < 0.2 * 2**64)
-            seen.add(ident)
+    for ident, text in reversed(corpus):
+        if text and ident not in seen:
+            held_out.setdefault(text, hash64(ident) < 0.2 * 2**64)
+        seen.add(ident)
     tokenize("text", tokenizer, "out", val_fraction=0.2)
     said = capsys.readouterr().out
     assert said.startswith("600 records read: 289 replaced by a later one of their id, 34 deleted, "

@@ -134,7 +134,6 @@ def test_records_of_a_folder(tmp_path):
     for path in files:
         assert list(read_records(path)) == records
         assert list(read_records_backwards(path)) == records[::-1]
-    assert len(list(bpe.read_documents(tmp_path))) == 2 * 42
 
 
 @pytest.mark.parametrize(("end", "thousands"), [("\n\n", 4), ("\r\n", 8)])
@@ -204,8 +203,7 @@ def test_fixture_and_round_trip(trained):
     for text, ids in zip(FIXTURE["texts"], FIXTURE["ids"], strict=True):
         assert trained.encode(text) == ids
         assert other.encode(text) == [order[i] for i in ids]
-    points = [p for p in range(0, 0x110000, 97) if not 0xD800 <= p < 0xE000]
-    text = "".join(map(chr, points))
+    text = "".join(chr(p) for p in range(0, 0x110000, 97) if not 0xD800 <= p < 0xE000)
     assert trained.decode(trained.encode(text)) == text
     assert sorted(trained.decode_bytes(range(256))) == list(range(256))
     assert trained.decode([trained.vocab["Ã"]]) == "\ufffd"  # half of a character
