@@ -267,6 +267,7 @@ def test_other_file_formats(trained, tmp_path, monkeypatch):
     (tmp_path / "merges.txt").write_text("i n\n")
     assert Tokenizer.load(tmp_path).files() == trained.files()
     path.unlink()
+    (tmp_path / "merges.txt").unlink()
     for name, content in zip(("encoder.json", "vocab.bpe"), trained.files().values()):
         (tmp_path / name).write_bytes(content)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
