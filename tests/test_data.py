@@ -734,7 +734,7 @@ def test_download_pmc(serve, capsys):
     files = {f"?list-type=2&delimiter=/&prefix={prefix}": S3_LISTING.format(prefix).encode()}
     articles = {"PMC1.10": {}, "PMC1.2": {}, "PMC4.1": {"is_pmc_openaccess": False},
                 "PMC5.1": {"xml_url": None}, "PMC8.1": {"xml_url": "s3://pmc/PMC8.1/PMC8.1.xml"}}
-    articles |= {f"PMC{i}.1": {"is_retracted": True} for i in range(100, 200)}
+    articles |= {f"PMC{i}.1": {"is_retracted": True} for i in range(100, 350)}
     for name, changes in articles.items():
         md5 = hashlib.md5(name.encode()).hexdigest()  # in some it is missing, as in PMC8.1
         about = {"pmcid": name, "is_pmc_openaccess": True, "is_retracted": False,
@@ -751,7 +751,7 @@ def test_download_pmc(serve, capsys):
     assert "left out PMC5.1.xml: Attribute" in said.out and not said.err
     refused("1 of 2 files failed", download, "pmc", "out", serve(files), "3-7")
     files["PMC1.10/PMC1.10.xml"] = b"wrong"
-    refused("2 of 104 files failed", download, "pmc", "wrong", serve(files))
+    refused("2 of 254 files failed", download, "pmc", "wrong", serve(files))
     files[prefix + "data/i.csv.gz"] += b"x"
     no_download("checksum differs", "pmc", serve(files))
 
