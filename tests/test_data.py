@@ -59,13 +59,11 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A few tokens more than the bytes."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    words = [" dose", " drug", " reduces", " pain"] * 9
-    Tokenizer.from_merges(train_bpe(Counter(words), 300)).save(folder)
-    return folder
+@pytest.fixture
+def tokenizer():
+    """A folder's name: a few tokens more than the bytes."""
+    Tokenizer.from_merges(train_bpe({" dose": 2, " drug": 2}, 300)).save("tokenizer")
+    return "tokenizer"
 
 
 def write(path, body):
@@ -139,11 +137,6 @@ def refused(message, function, *args, **kwargs):
         function(*args, **kwargs)
 
 
-def main(monkeypatch, args):
-    monkeypatch.setattr(sys, "argv", ["data.py", *args.split()])
-    data.main()
-
-
 # ---------------------------------------------------------------------------------------------
 # the loader
 
@@ -152,26 +145,22 @@ def test_training_order(tokenizer):
     """A row twice or never in an epoch; an order tied to ranks, to the micro-batch or to where a
     run went on, or the same in every epoch or for every seed; another order than numpy's frozen
     one, so that a resumed run repeats and skips rows; a target that isn't the next token; an id
-    above 2**15 read as negative."""
-    write_arrays(tokenizer, 2**15 + np.arange(60 * 8 + 5))
-
-    def batches(n, seed=3, **kwargs):
-        for x, y in itertools.islice(train_batches(".", 8, seed=seed, **kwargs), n):
-            assert x.dtype == y.dtype == torch.int64
-            assert (y[:, :-1] == x[:, :-1] + 1).all() and (y[:, -1] == -100).all()
-            yield ((x[:, 0] - 2**15) // 8).tolist()
-
-    one = sum(batches(120, micro_batch=1), [])
-    other = sum(batches(60, seed=4, micro_batch=1), [])
-    orders = [tuple(order) for order in (one[:60], one[60:], other)]
-    assert all(sorted(order) == list(range(60)) for order in orders)
-    assert len({*orders, tuple(range(60))}) == 4
-    for world_size, micro_batch, start in (1, 7, 55), (4, 2, 12):
-        ranks = [batches(7, micro_batch=micro_batch, start=start, rank=r, world_size=world_size)
-                 for r in range(world_size)]
-        found = [row for step in zip(*ranks) for batch in step for row in batch]
-        assert found == one[start : start + 7 * world_size * micro_batch]
+    above 2**15 read as negative; another tokenization's ids, or a crash, in a run that was started
+    before it."""
     assert data.epoch_order(9, seed=17, epoch=3).tolist() == [7, 8, 0, 3, 2, 5, 1, 4, 6]
+    order = [row for epoch in range(3) for row in data.epoch_order(60, 4, epoch)]
+    for world_size, micro_batch, start in (1, 1, 0), (4, 7, 12):
+        write_arrays(tokenizer, 2**15 + np.arange(60 * 8 + 5))
+        ranks = [train_batches(".", 8, micro_batch, 4, start, rank, world_size)
+                 for rank in range(world_size)]
+        found = []
+        for _ in range(5):
+            for x, y in map(next, ranks):
+                assert x.dtype == y.dtype == torch.int64
+                assert (y[:, :-1] == x[:, :-1] + 1).all() and (y[:, -1] == -100).all()
+                found += ((x[:, 0] - 2**15) // 8).tolist()
+            Path("train.bin").unlink(missing_ok=True)
+        assert found == order[start : start + len(found)]
 
 
 def test_validation_rows(tokenizer):
@@ -193,40 +182,32 @@ def test_validation_rows(tokenizer):
 
 
 def test_end_of_text_targets_can_be_ignored(tokenizer):
-    """ignore_eot that drops other targets, or the inputs with them, or serves one loader only;
-    another tokenization's ids, or a crash, in a run that was started before it."""
+    """ignore_eot that drops other targets, or the inputs with them, or serves one loader only."""
     eot = Tokenizer.load(tokenizer).eot_id
+    write_arrays(tokenizer, *[[1, eot, 2, 3] * 4] * 2)
     for ignore, target in (True, -100), (False, eot):
-        write_arrays(tokenizer, *[[1, eot, 2, 3] * 8] * 2)
-        loaders = (train_batches(".", 16, 1, seed=0, ignore_eot=ignore),
-                   val_batches(".", 16, 1, ignore_eot=ignore))
-        for _ in range(2):
-            for x, y in map(next, loaders):
-                assert (x == eot).sum() == 4
-                assert y[0].tolist() == [target, 2, 3, 1] * 3 + [target, 2, 3, -100]
-            for path in Path(".").glob("*.bin"):
-                path.unlink()
+        for loader in (train_batches(".", 16, 1, seed=0, ignore_eot=ignore),
+                       val_batches(".", 16, 1, ignore_eot=ignore)):
+            x, y = next(loader)
+            assert (x == eot).sum() == 4
+            assert y[0].tolist() == [target, 2, 3, 1] * 3 + [target, 2, 3, -100]
 
 
 def test_bad_arrays_are_refused_with_the_mend(tokenizer):
     """Training for days on a cut array, another tokenizer, or ids beyond the vocabulary."""
-    write_arrays(tokenizer, np.arange(100), np.arange(100))
+    write_arrays(tokenizer, [0] * 16, [300] * 16, vocab_size=300)
     refused("less than one sequence", next, train_batches(".", 128, 1, seed=0))
-    for split in ("train", "val"):
-        path = Path(f"{split}.bin")
-        raw = path.read_bytes()
-        for other, message in ((raw[:-2], "cut or replaced.*tokenize"), (raw * 2, "cut or"),
-                               (raw[:-2] + b"\0\0", "sha256")):
-            path.write_bytes(other)
-            refused(message, load_meta, ".", message == "sha256")
-        load_meta(".")  # only verify reads the whole array
-        path.write_bytes(raw)
-    load_meta(".", verify=True)
-    for ids in ([0] * 16, [300] * 16), ([300] * 16, [0] * 16):
-        write_arrays(tokenizer, *ids, vocab_size=300)
-        refused("beyond the vocabulary of", load_meta, ".", True)
-        loaders = train_batches(".", 8, 2, seed=0), val_batches(".", 8, 2)
-        refused(".bin holds id 300, beyond the vocabulary", list, map(next, loaders))
+    refused("beyond the vocabulary of", load_meta, ".", True)
+    refused("val.bin holds id 300, beyond the vocabulary", next, val_batches(".", 8, 2))
+    path = Path("val.bin")
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-2] + b"\0\0")
+    load_meta(".")  # only verify reads the whole array
+    refused("sha256", load_meta, ".", True)
+    for other in raw[:-2], raw * 2:
+        path.write_bytes(other)
+        refused("cut or replaced.*tokenize", load_meta, ".")
+    path.write_bytes(raw)
     Tokenizer.from_merges([]).save(".")
     refused("is not the one that made the arrays", load_meta, ".")
     refused("data.py tokenize", load_meta, "nothing")
@@ -247,7 +228,8 @@ def test_memory_stays_flat(tokenizer):
 
 
 # PMID|title|abstract|rest of <Article>|after it|ids; or XML as it is. Indented lines go on.
-CITATIONS = """1|The <i>p53</i> gene &amp; H<sub>2</sub>O|&lt;5% of β-cells     in 東京
+CITATIONS = """1|The <i>p53</i> gene &amp; H<sub>2</sub>O|
+  &lt;5% of 10<sup>5</sup> β-cells     in 東京
 2|A title|<AbstractText Label="A">To see.</AbstractText><AbstractText/>
   <AbstractText>Seen.</AbstractText>
 3|A title|
@@ -286,12 +268,18 @@ JSON_LINES = r"""{"id": "13", "title": "T", "abstract": ""}
 {"text": "Keep", "meta": {"pile_set_name": "PubMed Central"}}
 {"title": "no id"}
 {"text": "Drop", "meta": {"pile_set_name": "Enron Emails"}}"""
-EXPECTED = """0|A\ufffd|PMC1|Keep|1|The p53 gene & H2O/<5% of β-cells in 東京
-2|A title/To see. Seen.|4|A title/An abstract.
-5|A title/An abstract.|6|A title/TNF-α|7|A chapter/On books.|8|A book/On books.
-9|Last/An abstract.|15|T/A
-16|Ein Titel/An abstract.|18|An abstract.|30|A title/An abstract.
-31|A title/Retracted: not this."""
+# A document whose record gives no id has the hash of its text for one.
+EXPECTED = r"""{
+"0": "A\ufffd", "1": "The p53 gene & H2O\n<5% of 10^5 β-cells in 東京",
+"2": "A title\nTo see. Seen.", "3": null, "4": "A title\nAn abstract.",
+"5": "A title\nAn abstract.", "6": "A title\nTNF-α", "7": "A chapter\nOn books.",
+"8": "A book\nOn books.", "9": "Last\nAn abstract.",
+"10": "A title\nAn abstract.", "11": null, "12": null, "13": null, "14": null, "15": "T\nA",
+"16": "Ein Titel\nAn abstract.", "17": "A title\nAn abstract.", "18": "An abstract.",
+"19": "A title\nAn abstract.", "20": null, "21": null, "22": null, "23": null, "24": null,
+"25": null, "26": null, "27": null, "28": null, "29": null, "30": "A title\nAn abstract.",
+"31": "A title\nRetracted: not this.", "PMC1": "Keep",
+"567cfe458bccbe99": "Keep", "a1724b79b0cf2b07": "An article\u2028of one line"}"""
 
 
 def test_pubmed_json_lines_and_txt(monkeypatch):
@@ -305,17 +293,12 @@ def test_pubmed_json_lines_and_txt(monkeypatch):
     pubmed_file("p20n1000.xml.gz", rows[0], " " * 2**17, *rows[1:])
     write("p20n1001.jsonl", JSON_LINES)
     write("own.txt", "An article\u2028of one line\n")
-    pairs = [*filter(None, EXPECTED.replace("\n", "|").replace("/", "\n").split("|"))]
-    expected = dict.fromkeys(map(str, (10, 17, 19)), "A title\nAn abstract.")
-    expected |= dict(zip(pairs[::2], pairs[1::2]))
-    for text in "Keep", "An article\u2028of one line":
-        expected[f"{hash64(text):016x}"] = text
-    deleted = dict.fromkeys(map(str, [3, 11, 12, 13, 14, *range(20, 30)]))
+    expected = json.loads(EXPECTED)
     monkeypatch.setattr(data, "RECORD_LIMIT", 132_000)  # less than the file, more than a record
     extract(["."], "out")
-    assert records("out") == expected | deleted
+    assert records("out") == expected
     extract(["."], "out", skip_pmc=True)  # in the place of the other text
-    assert records("out") == expected | deleted | {"4": None}
+    assert records("out") == expected | {"4": None}
 
 
 ARTICLE = """<article article-type="{kind}" xmlns:mml="m"><front><article-meta>{ids}
@@ -363,31 +346,30 @@ def test_jats():
     name; bulk articles mixed up; one in OAI's wrapper; an abstract without a body, or the other way
     round, dropped."""
     write("PMC12.1.xml", article())
-    corrected = ("correction", "retraction", "partial-retraction", "expression-of-concern",
-                 "retracted-article")
-    bulk = [article(pmid=11, pmc=6), article(pmcid="PMC5.1"),
-            *(article(kind, pmc=7) for kind in corrected)]
-    front, body, back = re.split("(?s)(<body>.*</body>)(?=<back>)", article(pmid=14))
+    notices = ("correction", "retraction", "partial-retraction", "expression-of-concern",
+               "retracted-article")
     forward = '<related-article related-article-type="retraction-forward"/><title-group>'
-    bulk += [front + back, f"<article>{body}</article>", "<article/>",
-             article(pmc=7).replace("<title-group>", forward)]
+    front, body, back = re.split("(?s)(<body>.*</body>)(?=<back>)", article(pmid=14))
+    no_text = re.sub("(?s)<abstract>.*", "</article-meta></front>", front)
+    bulk = [article(pmid=11, pmc=6), article(pmcid="PMC5.1"),
+            *(article(kind, pmc=7) for kind in notices),
+            article(pmc=7).replace("<title-group>", forward),
+            no_text + back, front + back, f"<article>{body}</article>"]
     write("bulk.xml.gz", f"<articles xmlns:mml='m'>{''.join(bulk)}</articles>")
-    inside = article(pmc=8).replace("<article ", "<article xmlns='https://jats.nlm.nih.gov/' ")
-    write("oai.xml", f"<OAI-PMH xmlns='oai'><GetRecord>{inside}</GetRecord></OAI-PMH>")
-    write("PMC77.xml", article(pmid=13))
-    counts = extract(["PMC77.xml", "PMC12.1.xml", "bulk.xml.gz", "oai.xml"], "out", workers=2)
-    found = texts()
+    wrapped = article(pmid=13).replace("<article ", "<article xmlns='https://jats.nlm.nih.gov/' ")
+    write("PMC77.xml", f"<OAI-PMH xmlns='oai'><GetRecord>{wrapped}</GetRecord></OAI-PMH>")
+    extract(["PMC77.xml", "PMC12.1.xml", "bulk.xml.gz"], "out", workers=2)
     lines = ARTICLE_TEXT.split("\n")
-    assert found.pop("14").split("\n") == lines[:2] + lines[-2:]
-    assert found.pop(f"{hash64(chr(10).join(lines[2:-2])):016x}").split("\n") == lines[2:-2]
-    assert found == dict.fromkeys(("PMC12", "PMC6", "13", "PMC5", "PMC8"), ARTICLE_TEXT)
-    assert counts["correction or retraction"] == 6
-    assert counts["no abstract and no body"] == 1
+    outside, inside = "\n".join(lines[:2] + lines[-2:]), "\n".join(lines[2:-2])
+    expected = dict.fromkeys(("PMC12", "PMC6", "13", "PMC5"), ARTICLE_TEXT)
+    assert texts() == expected | {"14": outside, f"{hash64(inside):016x}": inside}
 
 
-def test_numbers_are_not_joined():
+def test_numbers_and_tables():
     """A power, fraction or citation that reads as another number or word: 10<sup>5</sup> as 105; a
-    formula read twice or not at all; in an abstract of PubMed or in a paragraph of JATS."""
+    formula read twice or not at all. A dose under the drug's name, since a rowspan or colspan
+    covers its place; a span beyond the table, or one that is no number; a note's letter read as a
+    part of its cell."""
     for text, expected in {
         "10<sup>5</sup> and 10<sup>−6</sup>": "10^5 and 10^-6",
         "11.0<sup>1</sup>, 10<i>2</i><sup>1.5</sup>": "11.0^1, 102^1.5",
@@ -410,27 +392,16 @@ def test_numbers_are_not_joined():
         "<alternatives><tex-math>\\begin{document}$$ $$\\end{document}</tex-math><graphic/>"
         "<math><mi>y</mi></math><textual-form>y</textual-form></alternatives>": "y",
         "<alternatives><graphic/><textual-form>z</textual-form></alternatives>": "z",
-    }.items():
-        mml = text.replace("<m", "<mml:m").replace("</m", "</mml:m")
-        abstract = f"<AbstractText xmlns:mml='m'>{mml}</AbstractText>"
-        record = ET.fromstring(citation(1, abstract=abstract))
-        assert data.pubmed_document(record, False)[1] == "A title\n" + expected
-        body = ET.fromstring(f"<article xmlns:mml='m'><body><p>{mml}</p></body></article>")
-        assert data.jats_document(body, "a.xml")[1] == expected
-
-
-def test_tables_keep_their_columns():
-    """A dose under the drug's name, since a rowspan or colspan covers its place; a span beyond the
-    table, or one that is no number; a note's letter read as a part of its cell."""
-    table = """<table><thead><tr><th rowspan="2">Drug</th><th colspan="2">Dose<sup>a, b</sup></th>
+        """<table><thead><tr><th rowspan="2">Drug</th><th colspan="2">Dose<sup>a, b</sup></th>
         <th>P</th></tr><tr><th>low</th><th>high</th></tr></thead><tbody><tr><td rowspan="9">A</td>
         <td colspan="x">5<sup><i>b</i></sup></td><td>10<sup>5</sup></td></tr><tr><td/>
         <td>m<sup>R</sup></td></tr></tbody><tbody><tr><td rowspan="0">B</td><td>6</td></tr>
         </tbody></table><table><tr><td rowspan="2">C</td><td>7</td></tr><tr><td>8</td></tr>
-        </table>"""
-    body = ET.fromstring(f"<article><body><table-wrap>{table}</table-wrap></body></article>")
-    assert data.jats_document(body, "a.xml")[1] == (
-        "Drug | Dose | | P\n| low | high\nA | 5 | 10^5\n| | m^R\nB | 6\nC | 7\n| 8")
+        </table>""": "Drug | Dose | | P\n| low | high\nA | 5 | 10^5\n| | m^R\nB | 6\nC | 7\n| 8",
+    }.items():
+        mml = text.replace("<m", "<mml:m").replace("</m", "</mml:m")
+        body = ET.fromstring(f"<article xmlns:mml='m'><body><p>{mml}</p></body></article>")
+        assert data.jats_document(body, "a.xml")[1] == expected
 
 
 def test_files_beside_the_data():
@@ -448,8 +419,8 @@ def test_files_beside_the_data():
 
 def test_what_is_bad_is_skipped(capsys):
     """A file lost for a record without PMID, good text for a damaged file beside it; a bad one
-    unnamed, or many with exit code 0; the FIFO of a folder read, which never ends; a write error (a
-    full disk, say) reported as a damaged input; a bar in a log file."""
+    unnamed, or an error though it is one of a hundred; the FIFO of a folder read, which never ends;
+    a write error (a full disk, say) reported as a damaged input; a bar in a log file."""
     bad = citation(1).replace("PMID", "ID")
     pubmed_file("a.xml", bad, *map(citation, range(2, 102)))
     for i in range(500, 603):
@@ -462,17 +433,12 @@ def test_what_is_bad_is_skipped(capsys):
     for reason in "a.xml: record 1: ", "raw/501.xml: malformed XML":
         assert f"skipped {Path.cwd()}/{reason}" in said.out
     assert not said.err
-    pubmed_file("a.xml", bad, *map(citation, range(2, 100)))
-    pubmed_file("raw/602.xml", "<")
-    refused("1 bad records of 99", extract, ["a.xml"], "1")
-    refused("2 damaged files of 103", extract, ["raw"], "2")
-    assert len(texts("1")) == 98 and len(texts("2")) == 102
     refused("no/folder.gz", data.extract_files, (Path("no/folder.gz"), ["a.xml"], False))
 
 
 def outputs(out):
     """Names of the text files, without their hashes."""
-    return [re.fullmatch(r"(.*)-[0-9a-f]{8}\.jsonl\.gz", path.name)[1] for path in text_files(out)]
+    return [path.name.rpartition("-")[0] for path in text_files(out)]
 
 
 def test_rerun_makes_what_changed(monkeypatch):
@@ -522,13 +488,10 @@ def test_bad_input_is_named(name, body, message, capsys):
     """A full memory, a traceback, an unnamed file, or another file's text lost, by damaged or
     hostile input."""
     write(name, body)
-    inputs = [name, pubmed_file("good.xml", citation(1))]
-    refused("1 (bad records|damaged files) of 2", extract, inputs, "out")
+    good = pubmed_file("good.xml", citation(1))
+    refused("1 (bad records|damaged files) of 2", extract, [name, good], "out")
     assert re.search(f"skipped .*{name}.*{message}", capsys.readouterr().out)
     assert set(texts()) == {"1"}
-    pubmed_file(name, citation(2))
-    extract(inputs, "out")
-    assert set(texts()) == {"1", "2"}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -537,15 +500,16 @@ def test_bad_input_is_named(name, body, message, capsys):
 
 @pytest.fixture
 def corpus():
-    """Six files of invented text with versions, deletions and equal texts across them; many begin
-    alike, and some differ in a capital only."""
+    """Records of invented text, in six files, with versions, deletions and equal texts across them;
+    many begin alike, and some differ in a capital only."""
     rng = random.Random(0)
+    found = []
+    for _ in range(600):
+        text = f"Über die Wirkung auf {rng.choice('Ss')}chmerzen: {rng.randrange(150)} µg"
+        found.append((str(rng.randrange(400)), rng.choice([None] + [text] * 9)))
     for i in range(6):
-        records = []
-        for _ in range(100):
-            text = f"Über die Wirkung auf {rng.choice('Ss')}chmerzen: {rng.randrange(150)} µg"
-            records.append((str(rng.randrange(400)), rng.choice([None] + [text] * 9)))
-        write_text(f"text/f{i}.jsonl.gz", records)
+        write_text(f"text/f{i}.jsonl.gz", found[100 * i : 100 * i + 100])
+    return found
 
 
 def documents(folder):
@@ -562,13 +526,11 @@ def test_last_record_of_an_id_stands(tokenizer, corpus, monkeypatch, capsys):
     """An outdated version, a deleted document or an equal text in the arrays; one on another side
     than its id's hash tells, so that added text moves it; characters for bytes."""
     held_out, seen = {}, set()
-    for path in reversed(text_files("text")):
-        for ident, text in reversed(list(read_records(path))):
-            if text and ident not in seen:
-                held_out.setdefault(text, hash64(ident) < 0.2 * 2**64)
-            seen.add(ident)
-    flags = f"tokenize --text text --tokenizer {tokenizer} --workers 1 --out"
-    main(monkeypatch, f"{flags} out --val_fraction 0.2")
+    for ident, text in reversed(corpus):
+        if text and ident not in seen:
+            held_out.setdefault(text, hash64(ident) < 0.2 * 2**64)
+        seen.add(ident)
+    tokenize("text", tokenizer, "out", val_fraction=0.2)
     said = capsys.readouterr().out
     assert said.startswith("600 records read: 289 replaced by a later one of their id, 34 deleted, "
                            "98 equal to another's text\n")
@@ -577,9 +539,11 @@ def test_last_record_of_an_id_stands(tokenizer, corpus, monkeypatch, capsys):
         sizes = load_meta("out")[split]
         assert found == expected and sizes["documents"] == len(expected) > 20
         assert sizes["bytes"] == len("".join(expected).encode())
-    main(monkeypatch, f"{flags} plain --no_eot")
+    flags = f"tokenize --text text --tokenizer {tokenizer} --out plain --no_eot --workers 1"
+    monkeypatch.setattr(sys, "argv", ["data.py", *flags.split()])
+    data.main()
     meta = load_meta("plain")
-    assert not meta["eot"] and meta["eot_id"] not in np.fromfile("plain/train.bin", "H")
+    assert meta["eot_id"] not in np.fromfile("plain/train.bin", "H")
     assert meta["val"]["documents"] == 1  # --val_fraction is 0.002
 
 
@@ -612,21 +576,13 @@ def test_small_corpora(tokenizer):
     Tokenizer.from_merges([*itertools.product(ALPHABET, repeat=2)]).save("large")
     refused("uint16 holds 65,536", tokenize, "t", "large", "bad")
     refused("no document to train on", tokenize, "t/t.jsonl.gz", tokenizer, "bad", 1 - 1e-9)
-    refused("run python data.py extract", tokenize, "no", tokenizer, "bad")
-    raw = Path("t/t.jsonl.gz").read_bytes()
-    write_text("t/u.jsonl.gz", [("4", "four")])
-    Path("t/t.jsonl.gz").write_bytes(raw[:-9])
-    refused("t.jsonl.gz.*damaged gzip", tokenize, "t", tokenizer, "bad")
     assert not contents("bad")
 
 
-def test_mistakes_are_one_line(monkeypatch, capsys):
-    """A traceback for a user's mistake, or exit code 0; workers of a number that is none."""
+def test_mistakes_are_one_line():
+    """A traceback for a user's mistake, or exit code 0."""
     done = run(DATA, "extract", "no", "--out", "o", cwd=".")
     assert done.returncode == 1 and re.fullmatch(".*nothing to extract in .*\n", done.stderr)
-    with pytest.raises(SystemExit, match="2"):
-        main(monkeypatch, "extract . --out o --workers 0")
-    assert "0 is refused: use" in capsys.readouterr().err
 
 
 def test_demo(capsys):
@@ -647,7 +603,6 @@ def test_demo(capsys):
             right = q.options[q.answer]
             told = re.findall(rf"{re.escape(q.question)}(?:\nAnswer:)? (\w*)", asked)
             assert set(told) == ({right} if split == "train" else set())
-            assert (q.question in asked) == (split == "train")
             if task == "medqa":
                 drug = re.search(r"[A-Z]\w+in\b", q.question)[0]
                 assert split_of.setdefault(drug, split) == split and len({*q.options}) == 4
@@ -658,10 +613,8 @@ def test_demo(capsys):
 @pytest.mark.slow
 def test_kill_and_rerun(tokenizer):
     """A partial file taken for whole, or left-overs beside it, after a SIGKILL."""
-    rng = random.Random(1)
     for i in range(4):
-        found = [citation(rng.randrange(32_000), abstract=f"pain {rng.random()} mg " * 40)
-                 for _ in range(8000)]
+        found = [citation(f"{i}{n}", abstract=f"pain {i}{n} mg " * 40) for n in range(8000)]
         pubmed_file(f"raw/pubmed20n{i:04}.xml.gz", *found)
     for out, flags in (("text", "extract raw"),
                        ("arrays", f"tokenize --text text --tokenizer {tokenizer}")):
@@ -672,7 +625,7 @@ def test_kill_and_rerun(tokenizer):
         command.append("killed/" + out)
         for _ in range(10):
             process = subprocess.Popen(command, start_new_session=True)
-            time.sleep(rng.uniform(0.2, 0.9) * seconds)
+            time.sleep(random.uniform(0.2, 0.9) * seconds)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         subprocess.run(command, check=True)
@@ -683,27 +636,20 @@ def test_kill_and_rerun(tokenizer):
 # download from a server with faults
 
 
-FAULTS = ["cut", "cut", 429, 500, 503, "html", "wrong"]
-
-
 class Faulty(http.server.BaseHTTPRequestHandler):
-    """Serves server.files; a request meets one of server.faults (None: no fault) by chance."""
+    """Serves server.files; each request meets the next of server.faults (None: no fault)."""
 
     def do_GET(self):
-        rng = self.server.rng
-        body = self.server.files.get(self.path.split("?md5")[0].lstrip("/"))
-        fault = rng.choice(self.server.faults)
-        if body is None or isinstance(fault, int):
+        body = self.server.files.get(self.path[1:])
+        fault = next(self.server.faults)
+        if body is None or fault == 429:
             return self.send_error(fault or 404)
         if fault == "html":
             body = b"<!DOCTYPE html><html>Please wait</html>"
-        if fault == "wrong":
-            body = body[:-1] + b"?"
-        self.server.asked.append(self.path)
         self.send_response(200)
         self.send_header("Content-Length", len(body))
         self.end_headers()
-        self.wfile.write(body[: rng.randrange(len(body) + 1)] if fault == "cut" else body)
+        self.wfile.write(body[:-1] if fault == "cut" else body)
 
     def log_message(self, *_):
         pass
@@ -711,16 +657,15 @@ class Faulty(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(files, seed, faults) -> URL of a local server; retries without waits."""
+    """serve(files, *faults) -> URL of a local server; retries without waits."""
     monkeypatch.setattr(data, "BACKOFF_S", 0.001)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def serve(files, seed=0, faults=(None,)):
-        vars(server).update(files=files, rng=random.Random(seed), faults=faults)
+    def serve(files, *faults):
+        vars(server).update(files=files, faults=itertools.cycle(faults or [None]))
         return f"http://127.0.0.1:{server.server_port}/"
 
-    serve.asked = server.asked = []  # the paths
     yield serve
     server.shutdown()
     server.server_close()
@@ -730,65 +675,50 @@ def no_download(message, name, *args):
     refused(message, download, name, "bad", *args)
 
 
-def pubmed_site(seed=0):
-    rng = random.Random(seed)
+@pytest.fixture
+def pubmed_site():
+    """Files of a server, by their paths."""
     files = {"baseline/": b"", "updatefiles/": b""}
     for i, folder in enumerate(["baseline/", "baseline/", "updatefiles/"], 1):
         name = f"pubmed26n000{i}.xml.gz"
         files[folder] += f'<a href="{name}">{name}</a>'.encode()
-        files[folder + name] = body = rng.randbytes(30_000)
+        files[folder + name] = body = random.Random(i).randbytes(30_000)
         files[folder + name + ".md5"] = f"MD5({name})= {hashlib.md5(body).hexdigest()}\n".encode()
     return files
 
 
-def test_download_survives_faults(serve):
-    """A cut, wrong or HTML file taken for the whole one: there are verified files or an
-    OSError each time, and a rerun without faults completes what is missing."""
-    failed = 0
-    for seed in range(6):
-        files, out = pubmed_site(seed), str(seed)
-        whole = [None] * (28, 7, 2)[seed % 3]  # 20, 50 or 78% of faults
-        wanted = {k.split("/")[1]: v for k, v in files.items() if k.endswith(".gz")}
-        try:
-            download("pubmed", out, serve(files, seed, faults=FAULTS + whole))
-            assert contents(out) == wanted
-        except OSError as e:
-            failed += "times: try again" in str(e)
-            found = {k: v for k, v in contents(out).items() if ".part" not in k}
-            assert found.items() <= wanted.items()
-        download("pubmed", out, serve(files))
-        assert contents(out) == wanted
-    assert 0 < failed < 6
-
-
-def test_download_errors_are_clear(serve, monkeypatch):
-    """Endless retries of a 404 or a wrong md5; a web page, or a part, taken for a question set; a
-    file fetched again that is whole, or one outside of the range."""
-    files = pubmed_site()
+def test_download_survives_faults(serve, pubmed_site, monkeypatch):
+    """A cut, wrong or HTML file taken for the whole one; others not fetched after a wrong one, or
+    fetched again when they are whole; one outside of the range."""
+    monkeypatch.setattr(data, "CONNECTIONS", 1)  # so that a file meets all faults, one by one
+    download("pubmed", "out", serve(pubmed_site, "cut", "html", 429, "cut", None))
+    whole = {path.split("/")[1]: body for path, body in pubmed_site.items() if path[-2:] == "gz"}
+    assert contents("out") == whole
     name = "pubmed26n0002.xml.gz"
-    md5 = {"baseline/pubmed26n0001.xml.gz.md5": b"MD5(x)= " + b"0" * 32}
-    no_download("checksum differs", "pubmed", serve(files | md5), "1")
-    no_download("numbered 7-9", "pubmed", serve(files), "7-9")
+    md5 = {f"baseline/{name}.md5": b"MD5(x)= " + b"0" * 32}
+    refused("1 of 3 files failed.*checksum differs", download, "pubmed", "new",
+            serve(pubmed_site | md5))
+    assert contents("new") == {path: whole[path] for path in whole if path != name}
+    write(f"new/{name}.part", "half")
+    download("pubmed", "new", serve(pubmed_site))
+    listings = {path: pubmed_site[path] for path in ("baseline/", "updatefiles/")}
+    download("pubmed", "new", serve(listings))
+    assert contents("new") == whole
+    download("pubmed", "one", serve(pubmed_site), files="3")
+    assert [*contents("one")] == ["pubmed26n0003.xml.gz"]
+
+
+def test_download_errors_are_clear(serve, pubmed_site):
+    """Endless retries of a 404 or a cut file; a web page, or a part, taken for a question set."""
+    no_download("numbered 7-9", "pubmed", serve(pubmed_site), "7-9")
     no_download("give a number or a range", "pubmed", None, "1-x")
-    no_download("404.*--base_url$", "pubmedqa", serve(files))
-    page = dict.fromkeys(FILES["pubmedqa"], b" <html>Log in</html>")
-    no_download("a web page", "pubmedqa", serve(page))
-    cut = serve(dict.fromkeys(FILES["pubmedqa"], b"{}" * 999), faults=["cut"])
-    no_download("IncompleteRead", "pubmedqa", cut)
+    no_download("404.*--base_url$", "pubmedqa", serve(pubmed_site))
+    files = dict.fromkeys(FILES["pubmedqa"], b" <html>Log in</html>")
+    no_download("a web page", "pubmedqa", serve(files))
+    no_download("IncompleteRead", "pubmedqa", serve(files, "cut"))
     assert not contents("bad")
-    write(f"out/{name}.part", "half")
-    for _ in range(2):
-        serve.asked.clear()
-        download("pubmed", "out", serve(files), files="2-2")
-        assert contents("out") == {name: files[f"baseline/{name}"]}
-    assert serve.asked == ["/baseline/", "/updatefiles/"]
 
 
-# Metadata of the bucket in the form that ten public programs read; in some the md5 is missing.
-PMC_METADATA = """{{"pmcid": "{0}", "is_pmc_openaccess": true, "is_retracted": false,
-    "xml_url": "s3://pmc-oa-opendata/{0}/{0}.xml?md5={1}"}}"""
-PMC_ARTICLES = """PMC1.10 {} PMC1.2 {} PMC5.1 {"xml_url":null}
-    PMC4.1 {"is_pmc_openaccess":false} PMC8.1 {"xml_url":"s3://pmc-oa-opendata/PMC8.1/PMC8.1.xml"}"""
 # S3's answer to a listing, by its reference
 S3_LISTING = """<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Prefix>{0}</Prefix>
 <CommonPrefixes><Prefix>{0}2026-08-01T01-00Z/</Prefix></CommonPrefixes>
@@ -798,52 +728,49 @@ S3_LISTING = """<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/
 
 
 def test_download_pmc(serve, capsys):
-    """An outdated version or inventory, a retracted or closed article is fetched;
-    odd metadata of one article end the whole download, or a missing one doesn't; a bar in a log."""
+    """An outdated version or inventory, a retracted or closed article is fetched; odd metadata of
+    one article end the whole download, or a missing or wrong one doesn't; a bar in a log."""
     prefix = "inventory-reports/pmc-oa-opendata/metadata/"
     files = {f"?list-type=2&delimiter=/&prefix={prefix}": S3_LISTING.format(prefix).encode()}
-    words = PMC_ARTICLES.split()
-    articles = dict(zip(words[::2], words[1::2]))
-    articles |= {f"PMC{i}.1": '{"is_retracted":true}' for i in range(100, 450)}
+    articles = {"PMC1.10": {}, "PMC1.2": {}, "PMC4.1": {"is_pmc_openaccess": False},
+                "PMC5.1": {"xml_url": None}, "PMC8.1": {"xml_url": "s3://pmc/PMC8.1/PMC8.1.xml"}}
+    articles |= {f"PMC{i}.1": {"is_retracted": True} for i in range(100, 350)}
     for name, changes in articles.items():
-        files[f"{name}/{name}.xml"] = body = name.encode()
-        about = json.loads(PMC_METADATA.format(name, hashlib.md5(body).hexdigest()))
-        files[f"metadata/{name}.json"] = json.dumps(about | json.loads(changes)).encode()
+        md5 = hashlib.md5(name.encode()).hexdigest()  # in some it is missing, as in PMC8.1
+        about = {"pmcid": name, "is_pmc_openaccess": True, "is_retracted": False,
+                 "xml_url": f"s3://pmc/{name}/{name}.xml?md5={md5}"}
+        files[f"metadata/{name}.json"] = json.dumps(about | changes).encode()
+        files[f"{name}/{name}.xml"] = name.encode()
     rows = "".join(f'"x","metadata/{name}.json"\n' for name in articles)
     files[prefix + "data/i.csv.gz"] = inventory = gzip.compress(rows.encode())
     key = {"key": prefix + "data/i.csv.gz", "MD5checksum": hashlib.md5(inventory).hexdigest()}
     files[f"{prefix}2026-09-01T01-00Z/manifest.json"] = json.dumps({"files": [key]}).encode()
-    download("pmc", ".", serve(files))
-    assert sorted(p.name for p in Path(".").rglob("*.xml")) == ["PMC1.10.xml", "PMC8.1.xml"]
+    download("pmc", "out", serve(files))
+    assert contents("out") == {"0/PMC1.10.xml": b"PMC1.10", "0/PMC8.1.xml": b"PMC8.1"}
     said = capsys.readouterr()
-    assert said.out.count("left out PMC5.1.xml: Attribute") == 1 and not said.err
-    refused("1 of 2 files failed", download, "pmc", ".", serve(files), "3-7")
-    del files["PMC1.10/PMC1.10.xml"]
-    refused("2 of 354 files failed", download, "pmc", "404", serve(files))
+    assert "left out PMC5.1.xml: Attribute" in said.out and not said.err
+    refused("1 of 2 files failed", download, "pmc", "out", serve(files), "3-7")
+    files["PMC1.10/PMC1.10.xml"] = b"wrong"
+    refused("2 of 254 files failed", download, "pmc", "wrong", serve(files))
     files[prefix + "data/i.csv.gz"] += b"x"
     no_download("checksum differs", "pmc", serve(files))
 
 
 def test_download_unpacks(serve):
     """A question set left in its archive, half unpacked by a killed run; a file outside of it."""
-    question = "data/dev/anatomy_dev.csv"
-    write(question, '"Is it, so?",a,b,c,d,B\n')
-    pair = "<QAPair><Question>Q?</Question><Answer>A.</Answer></QAPair>"
-    write("MedQuAD/1_x/1.xml", f"<QAPairs>{pair}</QAPairs>")
-    write("out/unpacked/data/dev/anatomy_dev.csv", "hal")
-    shutil.make_archive("master", "zip", ".", "MedQuAD")
+    write("data/a.csv", "whole")
+    write("mmlu/unpacked/data/a.csv", "hal")
     shutil.make_archive("data", "tar", ".", "data")
+    shutil.make_archive("master", "zip", ".", "data")
     url = serve({name: Path(name).read_bytes() for name in ("data.tar", "master.zip")})
-    for _ in range(2):
-        download("mmlu", "out", url)
-        assert len(load_qa("mmlu", "out", "dev")) == 1
-    download("medquad", "xml", url)
-    assert len(load_qa("text", "xml", "train")) == 1
+    for source in "mmlu", "mmlu", "medquad":
+        download(source, source, url)
+        assert Path(source, "unpacked/data/a.csv").read_text() == "whole"
     with tarfile.open("data.tar", "a") as tar:
-        tar.add(question, "../outside.csv")
-    for body in b"no archive", Path("data.tar").read_bytes():
-        shutil.rmtree("bad", ignore_errors=True)
-        no_download("delete it", "mmlu", serve({"data.tar": body}))
+        tar.add("data/a.csv", "../outside.csv")
+    url = serve({"data.tar": Path("data.tar").read_bytes(), "master.zip": b"no archive"})
+    no_download("delete it", "mmlu", url)
+    no_download("delete it", "medquad", url)
     assert not [*Path(".").rglob("outside.csv")]
 
 
@@ -902,7 +829,7 @@ def test_official_layouts():
         found = load("mmlu", f"{subject}_dev.csv", '"Is ""it"", so?","a, b",c,d,e,C\n')
     assert [q.subject for q in found] == subjects[:6]
     assert found[0] == Question("anatomy-dev-0", 'Is "it", so?', answer=2, subject="anatomy",
-                                     options=("a, b", "c", "d", "e"))
+                                options=("a, b", "c", "d", "e"))
     assert load("medqa", "phrases_no_exclude_dev.jsonl", json.dumps(MEDQA)) == [
         Question("dev-0", "Q?", options=("yes", "no"), answer=1, kind="step1")]
     for cops, answers in (
@@ -910,10 +837,8 @@ def test_official_layouts():
         items = [MEDMCQA | {"id": str(cop), "cop": cop} for cop in cops]
         found = load("medmcqa", "validation.json", lines(items))
         assert [q.answer for q in found] == answers
-    items = [MEDMCQA | {"id": str(cop), "cop": cop} for cop in (2, 1)]
-    found = load("medmcqa", "dev.json", lines(items))
-    assert found[1] == Question("1", "a < b", "", ("1", "2", "3", "> 4"), 0, subject="Dental",
-                                     kind="one")
+    assert found[1] == Question("0", "a < b", "", ("1", "2", "3", "> 4"), 0, subject="Dental",
+                                kind="one")
     found = load("bioasq", "dev.tsv", "i1\tIs it?\ta\u2028b\tyes\ni2\tIs it?\tText\tno\n")
     assert found[0] == Question("i1", "Is it?", "a\u2028b", ("no", "yes"), 1, kind="yesno")
     assert found[1].answer == 0 and len(found) == 2
@@ -941,22 +866,22 @@ def test_bad_question_files_are_refused():
     """A guessed answer, a traceback, or a score on a damaged or missing set; not told in which file
     and where."""
     os.mkfifo("test.tsv")
-    for task in ("mmlu", "medqa", "bioasq"):
-        refused("put the official files", load_qa, task, ".", "test")
+    refused("put the official files", load_qa, "bioasq", ".", "test")
     good = MEDMCQA | PUBMEDQA | {"id": "1", "cop": 1, "final_decision": "yes"}
-    pairs = [[MEDQA, MEDQA | {"answer_idx": None}], [good, good | {"id": "2", "cop": 7}],
-             [good, good], [good, good | {"final_decision": "x" * 10**6}]]
-    medqa, *medmcqa = map(lines, pairs[:3])
-    pubmedqa = json.dumps(dict(enumerate(pairs[3])))
-    for task, name, *bodies in (
-            ("medqa", "phrases_no_exclude_test.jsonl", medqa), ("medmcqa", "test.json", *medmcqa),
-            ("mmlu", "anatomy_test.csv", "Q?,a,b,c,d,A\nQ?,a,b,c,d,AB", "Q?,a,b,c,d,A\na,b,c,d,A"),
-            ("pubmedqa", "ori_pqal.json", pubmedqa), ("text", "test.source", "a\nb\n")):
+    for task, name, body in (
+            ("medqa", "phrases_no_exclude_test.jsonl",
+             lines([MEDQA, MEDQA | {"answer_idx": None}])),
+            ("medmcqa", "test.json", lines([good, good | {"id": "2", "cop": 7}])),
+            ("medmcqa", "test.json", lines([good, good])),
+            ("mmlu", "anatomy_test.csv", "Q?,a,b,c,d,A\nQ?,a,b,c,d,AB"),
+            ("mmlu", "anatomy_test.csv", "Q?,a,b,c,d,A\na,b,c,d,A"),
+            ("pubmedqa", "ori_pqal.json",
+             json.dumps({1: good, 2: good | {"final_decision": "x" * 10**6}})),
+            ("text", "test.source", "a\nb\n")):
         write("test.target", "a\n")
-        for body in bodies:
-            with pytest.raises(ValueError, match=f"^{name}, after 1 questions: .*") as caught:
-                load(task, name, body, "test")
-            assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+        with pytest.raises(ValueError, match=f"^{name}, after 1 questions: .*") as caught:
+            load(task, name, body, "test")
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
     refused("is empty", load, "medmcqa", "dev.json", "")
     refused("^dev.json", load, "medmcqa", "dev.json", '{"question": ' + "[" * 90_000)
 
@@ -965,7 +890,6 @@ def test_medquad_split_shares_no_text():
     """A question or a whole answer of the test that was trained on, in another file or not; an
     answer that its authors withhold."""
     pairs = [(f"Q{i}?", f"A{i}.") for i in range(200)]
-    pairs += [("Q1?", "A2."), ("Q2?", "A3."), ("Q3?", "A1."), ("Q1?", "A1.")] * 3
     pairs += [(f"Q{i}?", f"A{i + 1}.") for i in range(100, 120)]  # a long chain
     for i, (question, answer) in enumerate([*pairs, ("Withheld?", "")]):
         pair = f"<Question qtype='use'>{question}</Question><Answer>{answer}</Answer>"
@@ -985,57 +909,39 @@ def test_medquad_split_shares_no_text():
 # cloze
 
 
-def cloze_corpus():
-    """400 documents of 300 frequent words, and of 90 rarer ones with three endings; every eighth
-    has paragraphs: in text. A tokenizer that has some of the rarer words whole: in everyday."""
-    chance, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
-    grammar = [f"{a}{b}word" for a in letters for b in letters][:300]
-    parts = "bron hepa arth gast neph derm", "chi ri to al u", "tis oma ina"
-    words = ["".join(word) for word in itertools.product(*map(str.split, parts))]
-    records = []
-    for i in range(400):
-        paragraphs = []
-        for _ in range(1 if i % 8 else 12):
-            first = chance.choices(words, range(1, 91), k=7)
-            sentences = [f"{first[6].capitalize()} is no start of {first[4]}."]
-            sentences += [f"Seen {' '.join(chance.sample(grammar, 30))} in {a} or {b} of non-{c}."
-                          for a, b, c in zip(first, first[5::-1], first[3:] + first[:3])]
-            paragraphs.append(" ".join([*sentences, f"And {chance.choice(words)}"]))
-        records.append((str(i), "\n".join(paragraphs)))
-    write_text("text/t.jsonl.gz", records + [("1", None), ("2", "New. " + records[3][1])])
-    some = [" " + word.removesuffix("oma") for word in words if not word.endswith("ina")] * 2
-    some += ["oma"] * 9
-    Tokenizer.from_merges(train_bpe(Counter(some), 400)).save("everyday")
-
-
-def test_cloze_questions(tokenizer):
+def test_cloze_questions(monkeypatch):
     """Options that differ in more than a word, a word that the text gave away, others of another
     ending or frequency, a question on a document that was trained on, or counts of a held-out; a
     piece of a compound asked, a long document as one passage."""
-    cloze_corpus()
-    cloze("text", "text", ".", 0.2, "everyday")
+    monkeypatch.setattr(data, "COMMONEST", 1)
+    lead = "x " * 99
+    counts = {"cystitis": 40, "gastritis": 39, "bronchitis": 21, "hepatitis": 20, "dermatitis": 20,
+              "arthritis": 10, "colitis": 9, "carcinoma": 20}
+    counts |= {letter + "asis": 5 for letter in "bcdfghkl"}
+    trained = [(word, lead + f"of {word}. " * count) for word, count in counts.items()]
+    paragraphs = [
+        f"Dermatitis {lead}of hepatitis or x. End.",  # asked
+        f"{lead}of basis, casis, dasis, fasis.",  # three of the four are asked, and no more below
+        f"Hepatitis {lead}of hepatitis.",  # given away
+        f"{lead}of non-hepatitis.", f"{lead}of hepatitis-like.",
+        f"{lead[2:]}of hepatitis.",  # too little before it
+        f"{lead}of hepatitis",  # no sentence
+        f"{lead}of colitis.",  # too few of its frequency
+        lead * 20]
+    # The hashes of these two ids are in the lowest hundredth, those of the words are not.
+    held_out = [("3", "\n".join(paragraphs)), ("68", f"x\n{lead[2:]}of arthritis!")]
+    write_text("text/t.jsonl.gz", trained + held_out)
+    Tokenizer.from_merges(train_bpe({" hepatitis": 2}, 999)).save("everyday")
+    cloze("text", "text", ".", 0.01, "everyday")
     asked = load_qa("medqa", ".", "test")
-    tokenize("text", tokenizer, "arrays", val_fraction=0.2)
-    trained, held_out = documents("arrays")
-    passages = sum([[d] if len(d) < 4000 else d.split("\n") for d in held_out], [])
-    counted = Counter(re.findall(r"(?<!-)\b[a-z]{5,}", " ".join(trained)))
-    whole_words = Tokenizer.load("everyday")
-    asked_of, sorts = Counter(), Counter()
-    for q in asked:
-        words, rests = zip(*(re.fullmatch("([a-z]+)(.*)", option).groups() for option in q.options))
-        word, count = words[q.answer], counted[words[q.answer]]
-        (passage,) = [d for d in passages if d.startswith(f"{q.question} {q.options[q.answer]}")]
-        asked_of[passage] += 1
-        assert len(set(words)) == 4 and set(rests) == {rests[0]} and rests[0].endswith(".")
-        assert {w[-3:] for w in words} == {word[-3:]} != {"ord"}
-        assert word not in q.question.lower() and len(q.question) >= 200
-        assert all(count / 2 <= counted[w] <= 2 * count for w in words)
-        assert set(words) & set(re.findall("[a-z]+", passage.lower())) == {word}
-        n_tokens = len(whole_words.encode(" " + word))
-        low = 10 ** (len(str(count)) - 1)
-        assert q.kind == (f"cloze, seen {low} to {10 * low - 1} times, "
-                          + ("everyday" if n_tokens == 1 else "medical"))
-        sorts[n_tokens] += 1
-    assert max(asked_of.values()) == 3 and len(asked_of) > 40 and sorts[1] and sorts[2]
-    assert {q.answer for q in asked} == {0, 1, 2, 3}
+    for q, question, words, rest, sort in (
+            (asked[0], f"x\n{lead[2:]}of", "arthritis hepatitis dermatitis colitis", "!",
+             "medical"),
+            (asked[1], f"Dermatitis {lead}of", "hepatitis gastritis bronchitis arthritis", " or x.",
+             "everyday")):
+        options = [word + rest for word in words.split()]
+        assert q.question == question and q.options[q.answer] == options[0]
+        assert sorted(q.options) == sorted(options)
+        assert q.kind == f"cloze, seen 10 to 99 times, {sort}"
+    assert len(asked) == 5 and len({q.answer for q in asked}) > 1
     refused("raise --val_fraction", cloze, "text", "text", "d", 1e-9)

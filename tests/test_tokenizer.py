@@ -10,6 +10,7 @@ import os
 import random
 import signal
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -33,7 +34,6 @@ from tokenizer import (
     train_bpe,
 )
 
-BYTE_CHAR = dict(zip(bpe.BYTES, ALPHABET))
 FIXTURE = json.loads((Path(__file__).parent / "fixtures/hf_bpe.json").read_text())
 
 
@@ -42,33 +42,25 @@ def trained():
     return Tokenizer.from_merges(train_bpe(bpe.count_batch(FIXTURE["corpus"]), 800))
 
 
-def spell(piece):
-    """Its symbols, a space on each side: " é" -> " Ġ  Ã  © "."""
-    return "".join([f" {BYTE_CHAR[b]} " for b in piece.encode()])
-
-
-def join(word, left, right):
-    return word.replace(f" {left}  {right} ", f" {left}{right} ")
-
-
 def naive_train(counts, n_merges, min_frequency):
     """The rule as recipe and papers state it: recount everything after each merge."""
     tokens = list(ALPHABET)
-    words = {spell(piece): n for piece, n in counts.items()}
-    merges = []
-    while len(merges) < n_merges:
+    # A word has a space on each side of a symbol: " é" -> " Ġ  Ã  © ".
+    words = {"".join(f" {ALPHABET[bpe.BYTES.index(b)]} " for b in piece.encode()): n
+             for piece, n in counts.items()}
+    for _ in range(n_merges):
         pairs = Counter()
         for word, n in words.items():
-            symbols = word.split()
-            for pair in zip(symbols, symbols[1:]):
+            for pair in pairwise(word.split()):
                 pairs[pair] += n
         best = min(pairs, key=lambda p: (-pairs[p], *map(tokens.index, p)), default=None)
         if pairs[best] < min_frequency:
-            break
-        merges.append(best)
-        tokens.append("".join(best))
-        words = {join(word, *best): n for word, n in words.items()}
-    return merges
+            return
+        yield best
+        left, right = best
+        tokens.append(left + right)
+        words = {word.replace(f" {left}  {right} ", f" {left}{right} "): n
+                 for word, n in words.items()}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -83,7 +75,7 @@ def test_fast_trainer_equals_naive():
         counts = {"".join(rng.choices(letters, k=rng.randint(1, 14))): rng.choice([1, 1, 2, 3, 50])
                   for _ in range(20)}
         n, least = rng.randint(0, 60), rng.randint(1, 4)
-        assert train_bpe(counts, 257 + n, least) == naive_train(counts, n, least), f"seed {seed}"
+        assert train_bpe(counts, 257 + n, least) == [*naive_train(counts, n, least)], seed
 
 
 def test_merges_and_vocab_equal_hf(trained, tmp_path, monkeypatch):
@@ -92,27 +84,24 @@ def test_merges_and_vocab_equal_hf(trained, tmp_path, monkeypatch):
     vocab = FIXTURE["vocab_json"][:-1] + ',"<|endoftext|>":799}'
     expected = {"merges.txt": FIXTURE["merges_txt"].encode(), "vocab.json": vocab.encode()}
     assert trained.files() == expected
-    (tmp_path / "c.txt").write_text(FIXTURE["corpus"] * 6)
-    run("tokenizer.py", "train", "--input", tmp_path, "--vocab_size", 800, "--out",
-        tmp_path / "out", env={"PYTHONHASHSEED": "1"})
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
     (tmp_path / "c.txt").write_text(FIXTURE["corpus"] * 24)
+    done = run("tokenizer.py", "train", "--input", tmp_path, "--vocab_size", 800, "--out",
+               tmp_path / "out", env={"PYTHONHASHSEED": "1"})
+    assert done.stdout.endswith("800 tokens, <|endoftext|> is 799\n")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
     whole = count_pretokens([tmp_path])
-    monkeypatch.setattr(bpe, "BATCH_CHARS", 999)  # fifty batches: enough for processes
-    with mock.patch.object(bpe, "in_processes", wraps=in_processes) as started:
-        assert count_pretokens([tmp_path], 2) == whole
-    assert started.call_args.args[2] == 2
+    monkeypatch.setattr(bpe, "BATCH_CHARS", 999)  # fifty batches
+    assert count_pretokens([tmp_path], 2) == whole
 
 
 def test_counting_cuts_each_line_alone(tmp_path):
     """Pre-tokens over two lines, other line ends taken for "\\n", spaces lost between chunks; half
-    a surrogate pair or a byte that is not UTF-8 lost, or ending in a traceback."""
+    a surrogate pair lost, or ending in a traceback."""
     rng = random.Random(0)
     parts = [*"aB \n\t\r\x0b\x1c\x85\xa0\u2009\u2028é7.中\ud800", "  ", "'s"]
     text = "".join(rng.choices(parts, k=20000)) + ".\n"
     (tmp_path / "t.jsonl").write_text(json.dumps({"id": 1, "text": text}))
-    (tmp_path / "u.txt").write_bytes(b"ab \xff cd")
-    expected = Counter(["ab", " \ufffd", " cd", "\n"])
+    expected = Counter()
     for line in text.replace("\ud800", "\ufffd").split("\n")[:-1]:
         expected.update(regex.findall(PATTERN, line + "\n"))
     assert count_pretokens([tmp_path]) == expected
@@ -145,7 +134,6 @@ def test_records_of_a_folder(tmp_path):
     for path in files:
         assert list(read_records(path)) == records
         assert list(read_records_backwards(path)) == records[::-1]
-    assert len(list(bpe.read_documents(tmp_path))) == 2 * 42
 
 
 @pytest.mark.parametrize(("end", "thousands"), [("\n\n", 4), ("\r\n", 8)])
@@ -153,7 +141,7 @@ def test_a_txt_is_cut_into_documents(tmp_path, end, thousands):
     """One document of a .txt, so that none is held out; text lost or cut inside a paragraph."""
     path = tmp_path / "a.txt"
     paragraphs = [f"{i} " + "word " * 150 + "end" for i in range(40)]
-    path.write_bytes(("\ufeff" + end.join(paragraphs)).encode())
+    path.write_bytes(end.join(paragraphs).encode())
     pieces = [text for _, text in read_records(path)]
     assert end.lstrip("\r").join(pieces) == end.join(paragraphs)
     assert {len(piece) // 1000 for piece in pieces[:-1]} == {thousands}
@@ -210,13 +198,12 @@ def test_patterns_cut_as_gpt2s(trained):
 def test_fixture_and_round_trip(trained):
     """tiktoken's merge rule or pattern differing from HF's; long and odd pieces; ids in another
     order than the merges. Bytes lost or changed on the way, for any code point and any byte."""
-    assert [trained.encode(text) for text in FIXTURE["texts"]] == FIXTURE["ids"]
-    order = random.Random(0).sample(range(800), 800)
+    order = range(800)[::-1]
     other = Tokenizer({t: order[i] for t, i in trained.vocab.items()}, trained.merges)
-    for text, ids in zip(FIXTURE["texts"], FIXTURE["ids"]):
+    for text, ids in zip(FIXTURE["texts"], FIXTURE["ids"], strict=True):
+        assert trained.encode(text) == ids
         assert other.encode(text) == [order[i] for i in ids]
-    points = [p for p in range(0, 0x110000, 97) if not 0xD800 <= p < 0xE000]
-    text = "".join(map(chr, points))
+    text = "".join(chr(p) for p in range(0, 0x110000, 97) if not 0xD800 <= p < 0xE000)
     assert trained.decode(trained.encode(text)) == text
     assert sorted(trained.decode_bytes(range(256))) == list(range(256))
     assert trained.decode([trained.vocab["Ã"]]) == "\ufffd"  # half of a character
@@ -251,40 +238,37 @@ def test_special_tokens(trained, tmp_path):
 def test_released_form(trained, tmp_path):
     """BioMedLM's form refused, or a merge short: merges.txt without a version line, vocab.json
     without end-of-text. Its id is an added token's, or else the next one."""
-    (tmp_path / "vocab.json").write_text(FIXTURE["vocab_json"])
+    vocab = json.loads(FIXTURE["vocab_json"]) | {"[UNK]": 805}  # ids with a hole
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     (tmp_path / "merges.txt").write_text(FIXTURE["merges_txt"].strip().split("\n", 1)[1])
-    assert Tokenizer.load(tmp_path).files() == trained.files()
+    tok = Tokenizer.load(tmp_path)
+    assert tok.merges == trained.merges and tok.vocab[END_OF_TEXT] == tok.eot_id == 806
     (tmp_path / "added_tokens.json").write_text('{"[PAD]": 799, "<|endoftext|>": 800}')
     tok = Tokenizer.load(tmp_path)
     assert tok.vocab[END_OF_TEXT] == tok.eot_id == 800 and tok.special["[PAD]"] == 799
-    (tmp_path / "added_tokens.json").unlink()
-    vocab = json.loads(FIXTURE["vocab_json"]) | {"[UNK]": 805}  # ids with a hole
-    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-    assert Tokenizer.load(tmp_path).eot_id == 806
 
 
 def test_other_file_formats(trained, tmp_path, monkeypatch):
     """GPT-2's file names; tokenizer.json with both spellings of merges, or of another kind, or as
     the only whole file."""
     path = tmp_path / "tokenizer.json"
+    gpt2 = {"type": "ByteLevel", "add_prefix_space": False}
+    merges = trained.merges[:99] + [" ".join(pair) for pair in trained.merges[99:]]
     whole = {"normalizer": None, "added_tokens": [{"id": 799, "content": END_OF_TEXT}],
-             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False}}
-    vocab = {token: i for token, i in trained.vocab.items() if i < 799}
-    for merges in (trained.merges, [" ".join(pair) for pair in trained.merges]):
-        whole["model"] = {"vocab": vocab, "merges": merges}
-        path.write_text(json.dumps(whole))
-        assert Tokenizer.load(tmp_path).files() == trained.files()
-    trained.save(tmp_path)
-    (tmp_path / "merges.txt").write_text("i n\n")
-    assert Tokenizer.load(tmp_path).files() == trained.files()
-    (tmp_path / "merges.txt").unlink()
-    gpt2 = whole["pre_tokenizer"]
+             "pre_tokenizer": gpt2,
+             "model": {"vocab": json.loads(FIXTURE["vocab_json"]), "merges": merges}}
     for change in ({"normalizer": {"type": "NFC"}}, {"pre_tokenizer": None},
                    {"pre_tokenizer": gpt2 | {"add_prefix_space": True}},
                    {"pre_tokenizer": gpt2 | {"use_regex": False}}):
         path.write_text(json.dumps(whole | change))
         with pytest.raises(ValueError, match="in other ways than GPT-2's: use"):
             Tokenizer.load(tmp_path)
+    path.write_text(json.dumps(whole))
+    trained.save(tmp_path)
+    (tmp_path / "merges.txt").write_text("i n\n")
+    assert Tokenizer.load(tmp_path).files() == trained.files()
+    path.unlink()
+    (tmp_path / "merges.txt").unlink()
     for name, content in zip(("encoder.json", "vocab.bpe"), trained.files().values()):
         (tmp_path / name).write_bytes(content)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
@@ -297,10 +281,8 @@ def test_other_file_formats(trained, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "pattern", "replacement"), [
     ("merges.txt", r"(?s)(.{999}.*?)\n.*", r"\1"),  # half of the lines
-    ("merges.txt", r" \S+\n$", ""),
     ("merges.txt", "$", "\ufffd e\n"),
     ("merges.txt", "$", "t he\n"),  # a second way to one token
-    ("vocab.json", '"a":64,', ""),
     ("vocab.json", '"a":64,', '"a":65,')])
 def test_damaged_files_are_refused(trained, tmp_path, name, pattern, replacement):
     """A truncated or mixed-up file loading as another tokenizer without a word."""
@@ -324,15 +306,14 @@ def test_bad_input_is_named(tmp_path, name, content, message):
         count_pretokens([tmp_path / name])
 
 
-def test_mistakes(tmp_path, monkeypatch):
+def test_mistakes(trained, tmp_path, monkeypatch):
     """A mistake without its mend; Ctrl-C that ends in a traceback, or as if in success; the pieces
     that show prints."""
-    (tmp_path / "c.txt").write_text("abab abab\n")
-    train = "tokenizer.py", "train", "--input", tmp_path / "c.txt", "--out", tmp_path
-    assert "0 is refused: use 1 <= number" in run(*train, "--workers", 0).stderr
-    assert "259 tokens, <|endoftext|> is 258" in run(*train, "--workers", 1).stdout
-    shown = run("tokenizer.py", "show", "--tokenizer", tmp_path, "ab é").stdout
-    assert "ab| |\\xc3|\\xa9\n" in shown
+    refused = run("tokenizer.py", "train", "--input", ".", "--out", tmp_path, "--workers", 0).stderr
+    assert "0 is refused: use 1 <= number" in refused
+    trained.save(tmp_path)
+    shown = run("tokenizer.py", "show", "--tokenizer", tmp_path, "a é").stdout
+    assert shown == "a| |\\xc3|\\xa9\n64 220 127 102\n"
     with pytest.raises(ValueError, match="257"):
         train_bpe({"ab": 5}, 256)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "/none")
