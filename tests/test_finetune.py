@@ -80,6 +80,10 @@ def task_model(kind, labels=(), **how):
     return model.eval()
 
 
+BUILD = {"init": "init", "random_init": False, "lora": None, "dropout": 0.3, "kind": "choice",
+         "activation_checkpointing": True, "labels": ()}
+
+
 def alone(examples):
     """The same examples, a row an option."""
     return [e._replace(rows=[Row(row.prefix, [s]) for row in e.rows for s in row.suffixes])
@@ -99,11 +103,11 @@ def nats_of(gpt, ids, first=1):
 # L is the part that is cut first, S the other one.
 @pytest.mark.parametrize("length", [8, 12, 20, 64])
 @pytest.mark.parametrize("task, markers, added, template", [
-    ("medqa", False, "[PAD]+[CLS]+[SEP]", "L+[SEP]/S+[SEP]"),
-    ("bioasq", False, "[PAD]", "/L+S"),
-    ("bioasq", True, "[PAD]+<|CONTEXT|>+<|QUESTION|>+<|ANSWER|>",
-     "/<|CONTEXT|>+L+<|QUESTION|>+S+<|ANSWER|>"),
-    ("text", False, "[PAD]+<|startoftext|>", "L+<|startoftext|>/S+EOT")])
+    ("medqa", False, "[PAD] [CLS] [SEP]", "L [SEP] / S [SEP]"),
+    ("bioasq", False, "[PAD]", "/ L S"),
+    ("bioasq", True, "[PAD] <|CONTEXT|> <|QUESTION|> <|ANSWER|>",
+     "/ <|CONTEXT|> L <|QUESTION|> S <|ANSWER|>"),
+    ("text", False, "[PAD] <|startoftext|>", "L <|startoftext|> / S <|endoftext|>")])
 def test_prompts_are_the_papers(task, markers, added, template, length):
     """Catches a missing or stray space, question-first order, ids that move, "[SEP]" read in a
     question; cutting from a row's end, which drops the answer, a separator or end-of-text, or from
@@ -111,25 +115,24 @@ def test_prompts_are_the_papers(task, markers, added, template, length):
     asked = [dataclasses.replace(q, question=f"in [SEP] {q.question}", context=TEXT[:30 * i])
              for i, q in enumerate(QUESTIONS)]
     examples, tokenizer = encode(asked, task, length, markers)
-    special = tokenizer.special | {"EOT": tokenizer.eot_id}
-    assert [special[name] for name in added.split("+")] == [*range(300, tokenizer.vocab_size)]
-    room = length - sum(template.count(name) for name in special)
+    ids = {name: [299 + i] for i, name in enumerate(["<|endoftext|>", *added.split()])}
+    assert {name: [i] for name, i in tokenizer.special.items()} == ids
+    room = length - sum(template.count(name) for name in ids)
     for q, e in zip(asked, alone(examples), strict=True):
+        long = tokenizer.encode(q.context if task == "bioasq" else q.question)
         options = [" " + option for option in q.options]
         rows = []
+        truncated = False
         for text in {"medqa": options, "bioasq": [q.question], "text": [q.target]}[task]:
-            long = tokenizer.encode(q.context if task == "bioasq" else q.question)
             short = tokenizer.encode(text)
-            n = len(long) + len(short)
-            while task == "text" and max(len(long), len(short)) > room // 2:
-                max(long, short, key=len).pop()
-            while len(long) + len(short) > room:
-                (long or short).pop()
-            ids = {name: [i] for name, i in special.items()} | {"": [], "L": long, "S": short}
-            prefix, suffix = [sum([ids[name] for name in part.split("+")], [])
+            short_room = room // 2 if task == "text" else room
+            long_room = room // 2 if task == "text" else max(0, room - len(short))
+            ids |= {"L": long[:long_room], "S": short[:short_room]}
+            prefix, suffix = [sum([ids[name] for name in part.split()], [])
                               for part in template.split("/")]
-            rows.append((Row(prefix, [suffix]), len(long) + len(short) < n))
-        assert (e.rows, e.truncated) == ([row for row, _ in rows], any(cut for _, cut in rows))
+            rows.append(Row(prefix, [suffix]))
+            truncated |= (long, short) != (ids["L"], ids["S"])
+        assert (e.rows, e.truncated) == (rows, truncated)
         assert e.n_targets == (len(suffix) if task == "text" else 0)
 
 
@@ -168,28 +171,21 @@ def test_weights_of_a_seed(init):
     a padded folder's, seeds that share a head, dropout lost."""
     tokenizer = Tokenizer.load(init)
     tokenizer.add_special_tokens(["[PAD]", "[SEP]"])
-    settings = {"init": init,
-                "random_init": False,
-                "lora": None,
-                "dropout": 0.3,
-                "kind": "labels",
-                "activation_checkpointing": True,
-                "labels": ["no", "yes"]}
-    one, again, two = (build(settings, tokenizer, seed) for seed in (1, 1, 2))
-    fresh = build(settings | {"random_init": True}, tokenizer, 1)
+    one, again, two = (build(BUILD, tokenizer, seed) for seed in (1, 1, 2))
+    fresh = build(BUILD | {"random_init": True}, tokenizer, 1)
     learned, wte, fresh_wte = (gpt.transformer.wte.weight for gpt in (
         GPT.from_pretrained(init), one.gpt, fresh.gpt))
     assert torch.equal(wte[:300], learned) and not torch.equal(fresh_wte[:300], learned)
     for new in (wte[300:], fresh_wte[300:], one.head.weight):
-        assert new.shape == (2, 32) and 0.01 < new.std() < 0.03
+        assert 0.01 < new.std() < 0.03
     assert (one.gpt.config.vocab_size, one.gpt.config.dropout) == (302, 0.3)
     assert wte.requires_grad and one.gpt.activation_checkpointing
-    low = build(settings, tokenizer, 1, torch.bfloat16)
+    low = build(BUILD, tokenizer, 1, torch.bfloat16)
     assert {p.dtype for p in low.parameters()} == {torch.float32}  # LoRA alone has lower ones
     assert torch.equal(one.head.weight, again.head.weight)
     assert not torch.equal(one.head.weight, two.head.weight)
     small_gpt(304).save_pretrained(init)
-    assert len(build(settings, tokenizer, 1).gpt.transformer.wte.weight) == 304
+    assert len(build(BUILD, tokenizer, 1).gpt.transformer.wte.weight) == 304
 
 
 def test_lora_trains_little_and_merges(init):
@@ -197,10 +193,9 @@ def test_lora_trains_little_and_merges(init):
     train, added rows that don't; another scale in the merged weights than in training; a folder
     that isn't an ordinary GPT-2."""
     examples, tokenizer = encode(QUESTIONS, "medqa")
-    settings = {"init": init, "random_init": False, "lora": None, "dropout": 0.0, "kind": "choice",
-                "activation_checkpointing": True, "labels": ()}
-    full = score_examples(build(settings, tokenizer, 1), examples, CPU)
-    model = build(settings | {"lora": 4}, tokenizer, 1)
+    settings = BUILD | {"lora": 4, "dropout": 0.0, "task": "medqa", "length": 48, "markers": False}
+    full = score_examples(build(BUILD, tokenizer, 1), examples, CPU)
+    model = build(settings, tokenizer, 1)
     torch.testing.assert_close(score_examples(model, examples, CPU), full)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), 0.05, weight_decay=0)
@@ -213,19 +208,16 @@ def test_lora_trains_little_and_merges(init):
     assert torch.equal(wte[:300], before["gpt.transformer.wte.weight"][:300])
     assert not torch.equal(wte[302], before["gpt.transformer.wte.weight"][302])  # [SEP]
     tuned = score_examples(model, examples, CPU)
-    finetune.save(Path("merged"), model, tokenizer,
-                  settings | {"task": "medqa", "length": 48, "markers": False}, [])
+    finetune.save(Path("merged"), model, tokenizer, settings, [])
     merged = score_examples(load_finetuned("merged", "medqa")[0], examples, CPU)
     torch.testing.assert_close(merged, tuned, rtol=1e-5, atol=1e-5)
     assert tuned[0] != pytest.approx(full[0], abs=0.01)
 
-    low = build(settings | {"lora": 4}, tokenizer, 1, torch.bfloat16)
+    low = build(settings, tokenizer, 1, torch.bfloat16)
     assert {p.dtype for p in low.parameters() if p.requires_grad or p.dim() == 1} == {torch.float32}
-    for block in low.gpt.transformer.h:
-        assert block.mlp.c_fc.linear.weight.dtype == torch.bfloat16
     process = start_process("cpu", "bfloat16")
     assert score_examples(low, examples, process)[0] == pytest.approx(full[0], abs=0.2)
-    finetune.save(Path("low"), low, tokenizer, settings | {"task": "medqa"}, [])
+    finetune.save(Path("low"), low, tokenizer, settings, [])
     saved = GPT.from_pretrained("low", None).state_dict()  # as it lies in the file
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
@@ -237,18 +229,19 @@ def test_lora_trains_little_and_merges(init):
 def naive(model, examples):
     """(loss, gradients, scores) from each option alone, by the plain model."""
     model.zero_grad()
-    nats = []
+    total = 0
     scores = []
     for e in alone(examples):
         if model.kind == "text":
-            nats.append(nats_of(model.gpt, e.rows[0].ids(), len(e.rows[0].prefix)))
-            scores.append([nats[-1].item()])
+            nats = nats_of(model.gpt, e.rows[0].ids(), len(e.rows[0].prefix))
+            out = nats.view(1)
         else:
             out = torch.cat([model.head(model.gpt.hidden(torch.tensor([row.ids()]))[0, -1])
                              for row in e.rows])
-            nats.append(F.cross_entropy(out, torch.tensor(e.question.answer)))
-            scores.append(out.tolist())
-    loss = sum(nats) / (sum(e.n_targets for e in examples) or len(examples))
+            nats = F.cross_entropy(out, torch.tensor(e.question.answer))
+        total += nats
+        scores.append(out.tolist())
+    loss = total / (sum(e.n_targets for e in examples) or len(examples))
     loss.backward()
     return loss.item(), [p.grad.clone() for p in model.parameters()], scores
 
@@ -307,11 +300,10 @@ def test_loss_gradient_and_scores_equal_each_option_alone(task, n_options, lengt
 
 
 @pytest.mark.parametrize("factor, moved", [(1e3, 1.0), (1e-3, 0.03), (math.nan, 0.0)])
-def test_gradients_are_clipped_and_must_be_finite(monkeypatch, factor, moved):
+def test_gradients_are_clipped_and_must_be_finite(factor, moved):
     """Catches a loop without clipping, one that scales small gradients up, and NaN weights."""
     model = task_model("choice")
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda batch: (factor * forward(batch)[0], None))
+    model.register_forward_hook(lambda model, inputs, result: (factor * result[0], None))
     weights = list(model.parameters())
     before = torch.nn.utils.parameters_to_vector(weights).detach()
     try:
@@ -332,8 +324,8 @@ def loop(monkeypatch, seed, rank, last=False):
     log = []
 
     def fake_step(model, batch, optimizer, process):
-        recipe = [optimizer.defaults[name] for name in ("betas", "eps", "weight_decay")]
-        assert model.training and recipe == [(0.9, 0.999), 1e-8, 0]
+        recipe = [optimizer.defaults[name] for name in ("betas", "weight_decay")]
+        assert model.training and recipe == [(0.9, 0.999), 0]
         ids = [e.question.id for e in batch]
         steps.append((optimizer.param_groups[0]["lr"], ids, torch.rand(1).item()))
         model.head.bias.data += 1
@@ -393,12 +385,11 @@ def test_summary():
 
 
 def write_medqa(folder):
-    drugs = ["aspirin", "heparin", "insulin", "no"]
+    options = dict(zip("ABCD", ["aspirin", "heparin", "insulin", "no"]))
     Path(folder, "4_options").mkdir(parents=True)
     for split, first in ("train", 0), ("dev", 5), ("test", 100):
         write_lines(Path(folder, f"4_options/phrases_no_exclude_{split}.jsonl"), [
-            dict(question=f"Which drug helps patient {i}?",
-                 options=dict(zip("ABCD", drugs[i % 3:] + drugs[:i % 3])),
+            dict(question=f"Which drug helps patient {i}?", options=options,
                  answer_idx="ABCD"[i % 4])
             for i in range(first, first + 12)])
 
@@ -429,18 +420,6 @@ def test_questions_of_dev_and_test_leave_train(monkeypatch):
     for task, folders in ("mmlu", ["a", "c"]), ("pubmedqa", ["c"]):
         with pytest.raises(FileNotFoundError, match=f"no {task} c test"):
             read_questions(task, folders)
-
-
-def test_a_damaged_split_is_told(init):
-    """Catches a damaged file taken for a missing one: its questions would be lost without a word,
-    and those of dev or test stay in train."""
-    for split in "train", "dev", "test":
-        path = Path(f"qa/4_options/phrases_no_exclude_{split}.jsonl")
-        whole = path.read_text()
-        path.write_text(whole[:-9])
-        with pytest.raises(ValueError, match=path.name):
-            read_questions("medqa", ["qa"])
-        path.write_text(whole)
 
 
 @pytest.fixture
@@ -531,7 +510,6 @@ def test_flags_and_defaults_reach_the_settings(init, monkeypatch):
     monkeypatch.setattr(finetune, "config_of", lambda folder: config)
     for n_params, task, *expected in [
             (2e9, "pubmedqa", 2e-6, 20, 512),
-            (2e9, "text", 1e-5, 3, 1022),
             (6e7, "medqa", 5e-5, 5, 512),
             (1e6, "medqa", 3e-4, 10, 512),
             (1e6, "bioasq", 3e-4, 20, 1024)]:
