@@ -100,40 +100,33 @@ def nats_of(gpt, ids, first=1):
 # prompts
 
 
-# L is the part that is cut first, S the other one.
-@pytest.mark.parametrize("length", [8, 12, 20, 64])
-@pytest.mark.parametrize("task, markers, added, template", [
-    ("medqa", False, "[PAD] [CLS] [SEP]", "L [SEP] / S [SEP]"),
-    ("bioasq", False, "[PAD]", "/ L S"),
-    ("bioasq", True, "[PAD] <|CONTEXT|> <|QUESTION|> <|ANSWER|>",
-     "/ <|CONTEXT|> L <|QUESTION|> S <|ANSWER|>"),
-    ("text", False, "[PAD] <|startoftext|>", "L <|startoftext|> / S <|endoftext|>")])
-def test_prompts_are_the_papers(task, markers, added, template, length):
+# Each letter and bracket of the texts is a token. "|" stands between prefix and suffix.
+@pytest.mark.parametrize("task, markers, added, rows_by_length", [
+    ("medqa", False, "[PAD] [CLS] [SEP]", {
+        64: ["[SEP][SEP]| YYYYY[SEP]", "[SEP][SEP]| X[SEP]"],
+        9: ["[[SEP]| YYYYY[SEP]", "[SEP][SEP]| X[SEP]"],
+        7: ["[SEP]| YYYY[SEP]", "[SE[SEP]| X[SEP]"]}),
+    ("bioasq", False, "[PAD]", {64: ["|CCC[SEP]"], 7: ["|CC[SEP]"], 4: ["|[SEP"]}),
+    ("bioasq", True, "[PAD] <|CONTEXT|> <|QUESTION|> <|ANSWER|>", {
+        64: ["|<|CONTEXT|>CCC<|QUESTION|>[SEP]<|ANSWER|>"],
+        9: ["|<|CONTEXT|>C<|QUESTION|>[SEP]<|ANSWER|>"]}),
+    ("text", False, "[PAD] <|startoftext|>", {
+        64: ["[SEP]<|startoftext|>|TTTT<|endoftext|>"],
+        10: ["[SEP<|startoftext|>|TTTT<|endoftext|>"],
+        8: ["[SE<|startoftext|>|TTT<|endoftext|>"]})])
+def test_prompts_are_the_papers(task, markers, added, rows_by_length):
     """Catches a missing or stray space, question-first order, ids that move, "[SEP]" read in a
     question; cutting from a row's end, which drops the answer, a separator or end-of-text, or from
     a text's start."""
-    asked = [dataclasses.replace(q, question=f"in [SEP] {q.question}", context=TEXT[:30 * i])
-             for i, q in enumerate(QUESTIONS)]
-    examples, tokenizer = encode(asked, task, length, markers)
-    ids = {name: [299 + i] for i, name in enumerate(["<|endoftext|>", *added.split()])}
-    assert {name: [i] for name, i in tokenizer.special.items()} == ids
-    room = length - sum(template.count(name) for name in ids)
-    for q, e in zip(asked, alone(examples), strict=True):
-        long = tokenizer.encode(q.context if task == "bioasq" else q.question)
-        options = [" " + option for option in q.options]
-        rows = []
-        truncated = False
-        for text in {"medqa": options, "bioasq": [q.question], "text": [q.target]}[task]:
-            short = tokenizer.encode(text)
-            short_room = room // 2 if task == "text" else room
-            long_room = room // 2 if task == "text" else max(0, room - len(short))
-            ids |= {"L": long[:long_room], "S": short[:short_room]}
-            prefix, suffix = [sum([ids[name] for name in part.split()], [])
-                              for part in template.split("/")]
-            rows.append(Row(prefix, [suffix]))
-            truncated |= (long, short) != (ids["L"], ids["S"])
-        assert (e.rows, e.truncated) == (rows, truncated)
-        assert e.n_targets == (len(suffix) if task == "text" else 0)
+    question = Question("", "[SEP]", context="CCC", options=("YYYYY", "X"), target="TTTT")
+    for length, expected in rows_by_length.items():
+        examples, tokenizer = encode([question], task, length, markers)
+        assert list(tokenizer.special) == ["<|endoftext|>", *added.split()]
+        e, = alone(examples)
+        assert [f"{tokenizer.decode(row.prefix)}|{tokenizer.decode(row.suffixes[0])}"
+                for row in e.rows] == expected
+        assert e.truncated == (length < 64)
+        assert e.n_targets == (len(e.rows[0].suffixes[0]) if task == "text" else 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -204,9 +197,8 @@ def test_lora_trains_little_and_merges(init):
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if ".A." in name or ".B." in name} | {
         "gpt.transformer.wte.weight", "head.weight", "head.bias"}
-    wte = model.gpt.transformer.wte.weight
-    assert torch.equal(wte[:300], before["gpt.transformer.wte.weight"][:300])
-    assert not torch.equal(wte[302], before["gpt.transformer.wte.weight"][302])  # [SEP]
+    kept = (model.gpt.transformer.wte.weight == before["gpt.transformer.wte.weight"]).all(1)
+    assert kept[:300].all() and not kept[302]  # [SEP]
     tuned = score_examples(model, examples, CPU)
     finetune.save(Path("merged"), model, tokenizer, settings, [])
     merged = score_examples(load_finetuned("merged", "medqa")[0], examples, CPU)
@@ -215,8 +207,7 @@ def test_lora_trains_little_and_merges(init):
 
     low = build(settings, tokenizer, 1, torch.bfloat16)
     assert {p.dtype for p in low.parameters() if p.requires_grad or p.dim() == 1} == {torch.float32}
-    process = start_process("cpu", "bfloat16")
-    assert score_examples(low, examples, process)[0] == pytest.approx(full[0], abs=0.2)
+    score_examples(low, examples, start_process("cpu", "bfloat16"))
     finetune.save(Path("low"), low, tokenizer, settings, [])
     saved = GPT.from_pretrained("low", None).state_dict()  # as it lies in the file
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
@@ -317,8 +308,7 @@ def test_gradients_are_clipped_and_must_be_finite(factor, moved):
 
 def loop(monkeypatch, seed, rank, last=False):
     """Runs the training loop with steps and scores that are faked; returns what it did."""
-    model = task_model("choice")
-    examples, _ = encode(QUESTIONS, "medqa")
+    model = torch.nn.Linear(1, 1)
     steps = []
     after = []
     log = []
@@ -326,15 +316,14 @@ def loop(monkeypatch, seed, rank, last=False):
     def fake_step(model, batch, optimizer, process):
         recipe = [optimizer.defaults[name] for name in ("betas", "weight_decay")]
         assert model.training and recipe == [(0.9, 0.999), 0]
-        ids = [e.question.id for e in batch]
-        steps.append((optimizer.param_groups[0]["lr"], ids, torch.rand(1).item()))
-        model.head.bias.data += 1
+        steps.append((optimizer.param_groups[0]["lr"], batch, torch.rand(1).item()))
+        model.bias.data += 1
         return torch.tensor(0.5)
 
     def fake_scores(model, dev_set, process):
-        assert dev_set == examples[:2]
+        assert dev_set == "dev"
         model.eval()
-        after.append(model.head.bias.item())
+        after.append(model.bias.item())
 
     monkeypatch.setattr(finetune, "train_step", fake_step)
     monkeypatch.setattr(finetune, "score_examples", fake_scores)
@@ -342,8 +331,8 @@ def loop(monkeypatch, seed, rank, last=False):
     process = dataclasses.replace(CPU, rank=rank)
     process.all_reduce = lambda values: [3 * values[0]]  # as if of three ranks
     settings = {"batch_size": 3, "epochs": 5, "lr": 56.0, "last": last}
-    score = finetune.train_epochs(model, examples, examples[:2], settings, seed, process, log)
-    return score, after.index(model.head.bias.item()), log, *zip(*steps)
+    score = finetune.train_epochs(model, range(7), "dev", settings, seed, process, log)
+    return score, after.index(model.bias.item()), log, *zip(*steps)
 
 
 def test_the_best_epochs_weights_are_kept(monkeypatch):
@@ -362,7 +351,7 @@ def test_what_ranks_and_seeds_share(monkeypatch):
     (one, masks), (other_rank, other_masks), (two, masks_of_two), again = [
         loop(monkeypatch, seed, rank)[4:] for seed, rank in ((1, 0), (1, 1), (2, 0), (1, 0))]
     assert one == other_rank != two and again == (one, masks)
-    assert one[:3] != one[3:6] and sorted(sum(one[:3], [])) == list("0123456")
+    assert one[:3] != one[3:6] and sorted(sum(one[:3], [])) == [*range(7)]
     assert len({*masks, *other_masks, *masks_of_two}) == 45
 
 
