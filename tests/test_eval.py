@@ -102,17 +102,17 @@ def test_likelihood_of_options_equals_plain_logits(parts):
     wrong end; options that see each other; equal options that differ by rounding; a context behind
     its question, and a cloze text with "Question:" and "Answer:"."""
     gpt, tokenizer = parts
-    lengths = range(10, 60)  # at some a prompt just fits
     asked = [Question("", TEXT[:n], context="Rats." * (n % 2), options=("no", "maybe", "no"),
-                      answer=0) for n in lengths]
-    prompts = ["Rats.\n" * (n % 2) + f"Question: {TEXT[:n]}\nAnswer:" for n in lengths]
+                      answer=0) for n in range(10, 60)]  # at some lengths a prompt just fits
     asked.append(Question("", "Which?", options=("no", TEXT), answer=0))  # longer than the context
     asked.append(Question("", "Which?", kind="cloze, seen 1 to 9 times", options=("fever", "a"),
                           answer=0))
-    prompts += ["Question: Which?\nAnswer:", "Which?"]
     examples, scores = evaluate.zero_shot(gpt, tokenizer, asked, CPU)
     assert {e.truncated for e in examples[:50]} == {False, True}
-    for q, prompt, e, found in zip(asked, prompts, examples, scores, strict=True):
+    for q, e, found in zip(asked, examples, scores, strict=True):
+        prompt = q.question if q.kind else f"Question: {q.question}\nAnswer:"
+        if q.context:
+            prompt = f"Rats.\n{prompt}"
         options = [tokenizer.encode(" " + option)[:47] for option in q.options]
         ids = tokenizer.encode(prompt)
         kept = ids[max(0, len(ids) + max(map(len, options)) - 48):]
@@ -264,7 +264,6 @@ def test_audit_and_its_controls(ask, monkeypatch):
     assert [list(row.values())[1:] for row in result["numbers"]] == [
         [3, 3, 6, 1 / 2, 1 / 6, 1 / 3],  # 5, 11 days, 9 | 11 days | 22 kg, 7 kg
         [3, 2, 2, 0.0, 1 / 2, 1 / 2]]  # 22 days to question 1, 11 days to question 3
-    assert result["answers"] == answer.return_value
     as_after_finetuning(tokenizer)
     ask("numbers --init init --data qa --limit 1 --paper --max_new_tokens 9")
     assert answer.call_args.args[2:] == ([tokenizer.encode("Of 5 rats?")], 9)

@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -290,20 +291,19 @@ def test_loss_gradient_and_scores_equal_each_option_alone(task, n_options, lengt
     assert score_examples(model, examples, low) != score_examples(model, examples, CPU)
 
 
-@pytest.mark.parametrize("factor, moved", [(1e3, 1.0), (1e-3, 0.03), (math.nan, 0.0)])
-def test_gradients_are_clipped_and_must_be_finite(factor, moved):
+@pytest.mark.parametrize("factor, expected", [(1e3, [1.0]), (1e-3, [0.03]), (math.nan, [])])
+def test_gradients_are_clipped_and_must_be_finite(factor, expected):
     """Catches a loop without clipping, one that scales small gradients up, and NaN weights."""
     model = task_model("choice")
     model.register_forward_hook(lambda model, inputs, result: (factor * result[0], None))
-    weights = list(model.parameters())
-    before = torch.nn.utils.parameters_to_vector(weights).detach()
-    try:
-        train_step(model, encode(QUESTIONS, "medqa")[0], torch.optim.SGD(weights, lr=1.0), CPU)
-        assert all(p.grad is None for p in weights)  # no sum with the next step's
-    except ValueError as e:
-        assert math.isnan(factor) and "lower --lr" in str(e)
-    change = torch.nn.utils.parameters_to_vector(weights) - before
-    assert change.norm().item() == pytest.approx(moved, abs=0.02)
+    norms = []
+    optimizer = Mock(step=lambda: norms.append(
+        torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()))
+    refused = pytest.raises(ValueError, match="lower --lr") if expected == [] else nullcontext()
+    with refused:
+        train_step(model, encode(QUESTIONS, "medqa")[0], optimizer, CPU)
+        optimizer.zero_grad.assert_called_once()
+    assert norms == pytest.approx(expected, abs=0.02)
 
 
 def loop(monkeypatch, seed, rank, last=False):
@@ -404,7 +404,6 @@ def test_questions_of_dev_and_test_leave_train(monkeypatch):
     assert {split: [q.id for q in found] for split, found in sets.items()} == {
         "train": ["train5"], "dev": ["val1"], "test": ["test2", "test3"]}
     assert [q.id for q in labeled(sets["test"])] == ["test2"]
-    assert [q.options[1] for q in labeled(fake("medmcqa", "b", "train"), 2)] == ["5", "2"]
     for task, folders in ("mmlu", ["a", "c"]), ("pubmedqa", ["c"]):
         with pytest.raises(FileNotFoundError, match=f"no {task} c test"):
             read_questions(task, folders)
@@ -446,12 +445,11 @@ def test_command_trains_saves_and_eval_agrees(init, task, flags):
             f"{split}{i}\tthe {split} {i}\t{TEXT[i:i + 20]}\t{['no', 'yes'][i % 2]}\n"
             for i in range(12)))
     given = f"--task {task} --limit 8"
-    row = tune(f"{given} --epochs 2 --seeds 1,2 --lr 1e-2 --length 16 {flags}")
+    row = tune(f"{given} --epochs 2 --seeds 1 --lr 1e-2 --length 16 {flags}")
     assert row == lines("out/log.jsonl")[-1]
-    found = {seed["seed"]: seed["score"] for seed in row["seeds"]}
     assert [row[key] for key in ("task", "split", "n", "available")] == [task, "test", 8, 12]
     theirs = call(evaluate, f"qa {given} --data qa --init out --predictions p")
-    assert (theirs["accuracy"], theirs["truncated"]) == (found[row["saved_seed"]], row["truncated"])
+    assert (theirs["accuracy"], theirs["truncated"]) == (row["accuracy"], row["truncated"])
     for a, b in zip(lines("out/predictions.jsonl"), lines("p"), strict=True):
         assert a["scores"] == pytest.approx(b["scores"], abs=1e-5)
     with pytest.raises(ValueError, match="finetune.py --task pubmedqa"):
