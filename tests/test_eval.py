@@ -287,13 +287,13 @@ def test_tokenizer_tables(ask):
 def test_curves(ask, monkeypatch):
     """Catches validation rows taken for training rows, epochs for steps."""
     pytest.importorskip("matplotlib")  # an optional package
-    write_lines("init/log.jsonl", [dict(step=1, loss=5), dict(step=2, loss=4), dict(step=3, lr=6)])
+    write_lines("init/log.jsonl", [dict(step=1, loss=5), dict(step=3, lr=6)])
     write_lines("log.jsonl", [dict(epoch=7, loss=1), dict(n=3)])
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.extend(
         line.get_xydata().tolist() for ax in figure.axes for line in ax.lines))
     ask("curves init .")
-    assert drawn == [[[1, 5], [2, 4]], [[7, 1]], [[3, 6]]]
+    assert drawn == [[[1, 5]], [[7, 1]], [[3, 6]]]
 
 
 # ---------------------------------------------------------------------------------------------
