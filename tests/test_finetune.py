@@ -112,14 +112,14 @@ def nats_of(gpt, ids, first=1):
         64: ["|<|CONTEXT|>CCC<|QUESTION|>[SEP]<|ANSWER|>"],
         9: ["|<|CONTEXT|>C<|QUESTION|>[SEP]<|ANSWER|>"]}),
     ("text", False, "[PAD] <|startoftext|>", {
-        64: ["[SEP]<|startoftext|>|TTTT<|endoftext|>"],
-        10: ["[SEP<|startoftext|>|TTTT<|endoftext|>"],
-        8: ["[SE<|startoftext|>|TTT<|endoftext|>"]})])
+        64: ["[SEP]<|startoftext|>|TT<|endoftext|>"],
+        10: ["[SEP<|startoftext|>|TT<|endoftext|>"],
+        4: ["[<|startoftext|>|T<|endoftext|>"]})])
 def test_prompts_are_the_papers(task, markers, added, rows_by_length):
     """Catches a missing or stray space, question-first order, ids that move, "[SEP]" read in a
     question; cutting from a row's end, which drops the answer, a separator or end-of-text, or from
     a text's start."""
-    question = Question("", "[SEP]", context="CCC", options=("YYYYY", "X"), target="TTTT")
+    question = Question("", "[SEP]", context="CCC", options=("YYYYY", "X"), target="TT")
     for length, expected in rows_by_length.items():
         examples, tokenizer = encode([question], task, length, markers)
         assert list(tokenizer.special) == ["<|endoftext|>", *added.split()]
