@@ -361,7 +361,7 @@ def test_summary():
     """Catches the normal interval, which leaves [0, 1] (Newcombe 1998, table I: 81 of 263); one
     over seeds x questions; a chance or majority of something else."""
     assert wilson(81 / 263, 263) == pytest.approx([0.2553, 0.3662], abs=1e-4)
-    examples = [Example(Question("", "?", options=options, answer=i // 3), [], i < 2)
+    examples = [Example(Question("", "?", options=options, answer=i > 0), [], i < 2)
                 for i, options in enumerate(["ab", "abcd"] * 2)]
     row = summarise("medqa", "test", 9, examples, [0.5, 1.0])
     # the last six: accuracy, ci95, truncated, std, chance, majority
