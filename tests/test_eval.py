@@ -6,15 +6,14 @@ import json
 import math
 import shlex
 import sys
+from argparse import Namespace
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from test_data import cloze_corpus
 from test_finetune import (
     TEXT,
     call,
@@ -29,7 +28,7 @@ from test_finetune import (
 import eval as evaluate
 import finetune
 import train
-from data import Question, cloze, load_qa, tokenize
+from data import Question, load_qa, tokenize
 from finetune import Example, wilson, write_lines
 from model import GPT
 from tokenizer import Tokenizer, run_command, train_bpe
@@ -55,6 +54,14 @@ def ask(init):  # noqa: F811
     return lambda command: call(evaluate, command)
 
 
+def as_after_finetuning(tokenizer):
+    """Add <|startoftext|> to init; returns its id."""
+    tokenizer.add_special_tokens(["<|startoftext|>"])
+    tokenizer.save("init")
+    small_gpt(301).save_pretrained("init")
+    return 300
+
+
 # ---------------------------------------------------------------------------------------------
 # perplexity
 
@@ -70,10 +77,8 @@ def test_perplexity(parts, ask, monkeypatch):
     ids = np.fromfile("arrays/val.bin", np.uint16).tolist()
     rows = [ids[at:at + 48] for at in range(0, len(ids), 48)]
     held_out = tokenizer.decode([i for i in ids if i != tokenizer.eot_id])
-    loaded = []
-    load = GPT.from_pretrained
-    monkeypatch.setattr(GPT, "from_pretrained", lambda path, dtype, device: (
-        loaded.append(dtype) or load(path, dtype, device)))
+    load = Mock(wraps=GPT.from_pretrained)
+    monkeypatch.setattr(GPT, "from_pretrained", load)
     for data, cut, n_bytes, n_tokens in (
             ("a.jsonl", windows, len("".join(DOCUMENTS).encode()), None),
             ("arrays", rows, len(held_out.encode()), len(ids))):
@@ -83,7 +88,7 @@ def test_perplexity(parts, ask, monkeypatch):
         found = ask(f"perplexity --init init --data {data}")
         assert list(found.values()) == pytest.approx([loss, bits, n_scored, n_bytes], rel=1e-5)
         low = ask(f"perplexity --init init --data {data} --dtype bfloat16")
-        assert low["loss"] != found["loss"] and loaded[-1] == torch.float32  # autocast alone
+        assert low["loss"] != found["loss"] and load.call_args.args[1] == torch.float32
     Tokenizer.from_merges([]).save("init")
     with pytest.raises(ValueError, match="another tokenizer"):
         ask("perplexity --init init --data arrays")
@@ -98,16 +103,17 @@ def test_likelihood_of_options_equals_plain_logits(parts):
     wrong end; options that see each other; equal options that differ by rounding; a context behind
     its question, and a cloze text with "Question:" and "Answer:"."""
     gpt, tokenizer = parts
-    lengths = range(10, 60)  # at some a prompt just fits
     asked = [Question("", TEXT[:n], context="Rats." * (n % 2), options=("no", "maybe", "no"),
-                      answer=0) for n in lengths]
-    prompts = ["Rats.\n" * (n % 2) + f"Question: {TEXT[:n]}\nAnswer:" for n in lengths]
+                      answer=0) for n in range(10, 60)]  # at some lengths a prompt just fits
     asked.append(Question("", "Which?", options=("no", TEXT), answer=0))  # longer than the context
-    asked.append(Question("", "Which?", kind="cloze", options=("fever", "a"), answer=0))
-    prompts += ["Question: Which?\nAnswer:", "Which?"]
+    asked.append(Question("", "Which?", kind="cloze, seen 1 to 9 times", options=("fever", "a"),
+                          answer=0))
     examples, scores = evaluate.zero_shot(gpt, tokenizer, asked, CPU)
     assert {e.truncated for e in examples[:50]} == {False, True}
-    for q, prompt, e, found in zip(asked, prompts, examples, scores, strict=True):
+    for q, e, found in zip(asked, examples, scores, strict=True):
+        prompt = q.question if q.kind else f"Question: {q.question}\nAnswer:"
+        if q.context:
+            prompt = f"Rats.\n{prompt}"
         options = [tokenizer.encode(" " + option)[:47] for option in q.options]
         ids = tokenizer.encode(prompt)
         kept = ids[max(0, len(ids) + max(map(len, options)) - 48):]
@@ -115,20 +121,6 @@ def test_likelihood_of_options_equals_plain_logits(parts):
         expected = [-nats_of(gpt, kept + ids, len(kept)).item() for ids in options]
         assert found == pytest.approx(expected, abs=2e-4)
         assert found[-1] == found[0] or len(set(q.options)) == len(q.options)
-
-
-def test_a_cloze_set_is_asked_as_plain_text(parts, ask):
-    """Catches a kind of data.py's cloze sets that eval.py doesn't know: "Answer:" would follow."""
-    gpt, tokenizer = parts
-    cloze_corpus()
-    cloze("text", "text", "cloze", 0.2)
-    row = ask("qa --zero_shot --task medqa --data cloze --init init --limit 3 --predictions p")
-    assert row["groups"][0]["group"].startswith("kind cloze, seen ")
-    for q, line in zip(finetune.labeled(load_qa("medqa", "cloze", "test"), 3), lines("p")):
-        options = [tokenizer.encode(" " + option) for option in q.options]
-        prompt = tokenizer.encode(q.question)[max(map(len, options)) - 48:]
-        expected = [-nats_of(gpt, prompt + ids, len(prompt)).item() for ids in options]
-        assert line["scores"] == pytest.approx(expected, abs=2e-4)
 
 
 def test_acc_norm_counts_characters():
@@ -156,13 +148,14 @@ def test_qa_command(ask, monkeypatch):
     for flag, split in ("", "test"), ("--split dev", "dev"):
         row = ask(command + flag)
         asked = [load_qa("medqa", "qa", split)[i] for i in (0, 2, 4, 7, 9)]
-        assert [line["id"] for line in lines("p")] == [q.id for q in asked]
-        scores = np.array([line["scores"] for line in lines("p")])
-        right = scores.argmax(1) == [q.answer for q in asked]
-        assert row["accuracy"] == right.mean() and row["groups"] == []
-        assert (row["split"], row["available"], row["n"]) == (split, 12, 5)
+        found = lines("p")
+        assert [line["id"] for line in found] == [q.id for q in asked]
+        right = [line["scores"][q.answer] == max(line["scores"])
+                 for line, q in zip(found, asked)]
+        assert [row[key] for key in ("accuracy", "split", "available", "n")] == [
+            sum(right) / 5, split, 12, 5]
     ask(command + "--split dev --dtype bfloat16")
-    assert (np.array([line["scores"] for line in lines("p")]) != scores).any()
+    assert lines("p") != found
     Path("qa/4_options/phrases_no_exclude_test.jsonl").unlink()
     assert ask(command)["split"] == "dev"
     for module in finetune, evaluate:
@@ -180,32 +173,25 @@ def test_qa_command(ask, monkeypatch):
 def test_flags_of_generate_reach_the_model(ask, parts, monkeypatch):
     """Catches a flag without effect, text after end-of-text, a prompt without its last token."""
     tokenizer = parts[1]
-    given, prompts = {}, []
+    eot_id = tokenizer.eot_id
+    calls = []
 
     def generate(self, idx, max_new_tokens, **decoding):
-        prompts.append(idx.tolist())
-        given.update(decoding, max_new_tokens=max_new_tokens,
-                     dtype=self.transformer.wte.weight.dtype)
-        new = torch.tensor([[65, 66, tokenizer.eot_id, 67, tokenizer.eot_id]])
-        return torch.cat([idx, new], dim=1)
+        calls.append((idx.tolist(), max_new_tokens, self.transformer.wte.weight.dtype, decoding))
+        return torch.cat([idx, torch.tensor([[65, 66, eot_id, 67, eot_id]])], dim=1)
 
     monkeypatch.setattr(GPT, "generate", generate)
     result = ask("generate --init init --prompt '' 'A drug' --dtype bfloat16 --temperature 0.5 "
                   "--top_k 7 --seed 3 --num_beams 2 --max_new_tokens 9")
     assert result["texts"] == [tokenizer.decode([65, 66])] * 2
     ids = tokenizer.encode("A drug")
-    assert prompts == [[[tokenizer.eot_id]], [ids]]
-    assert given == dict(
-        dtype=torch.bfloat16, eot_id=tokenizer.eot_id, temperature=0.5, top_k=7, seed=3,
-        num_beams=2, max_new_tokens=9)
+    given = dict(eot_id=eot_id, temperature=0.5, top_k=7, seed=3, num_beams=2)
+    assert calls == [([prompt], 9, torch.bfloat16, given) for prompt in ([eot_id], ids)]
 
-    tokenizer.add_special_tokens(["<|startoftext|>"])
-    tokenizer.save("init")
-    small_gpt(301).save_pretrained("init")
+    start = as_after_finetuning(tokenizer)
     ask("generate --init init --prompt 'A drug' --paper")
-    assert prompts[2] == [[*ids, tokenizer.special["<|startoftext|>"]]]
-    paper = dict(num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)
-    assert given | paper == given
+    paper = dict(eot_id=eot_id, num_beams=5, no_repeat_ngram_size=6, length_penalty=-0.5)
+    assert calls[2] == ([[*ids, start]], 64, torch.float32, paper)
 
 
 @pytest.mark.parametrize("n_in", [24, 64])  # torch's int8 product takes multiples of 16 only
@@ -214,29 +200,27 @@ def test_int8_product_is_as_exact_as_its_scales(n_in, n_rows):
     """Catches scales of columns or of the whole matrix, their rounding to bf16 left out of Q, whole
     numbers that overflow, a row of zeros that becomes NaN, a bias that is lost or added twice."""
     torch.manual_seed(0)
-    weight = torch.randn(9, n_in) * torch.logspace(-3, 3, 9)[:, None]
+    weight = torch.randn(9, n_in, dtype=torch.float64) * torch.logspace(-3, 3, 9)[:, None]
     weight[4] = 0
     bias = torch.randn(9).bfloat16()
     x = torch.randn(n_rows, 1, n_in)
     x[:5, 0] = torch.eye(n_in)[:min(5, n_rows)]  # one weight alone, whose error has the bound
     x = x.bfloat16()
     layer = evaluate.Int8Linear(weight, bias)
-    exact = x.double() @ weight.double().T
-    bound = weight.abs().amax(1).double() / 127 / 2 * x.abs().double().sum(-1, keepdim=True)
+    exact = x.double() @ weight.T
+    bound = weight.abs().amax(1) / 127 / 2 * x.double().abs().sum(-1, keepdim=True)
     for with_bias in False, True:
         expected = exact + with_bias * bias.double()
         rounding = 2**-7 * (exact.abs() + bias.abs())  # of results to bf16
         assert ((layer(x, with_bias) - expected).abs() <= 1.01 * bound + rounding).all()
 
 
-def test_int8_model(parts, ask, monkeypatch):
+def test_int8_model(parts, init):  # noqa: F811
     """Catches a head or a matrix that stays bf16, memory of the folder that another reads after it
     was let go of, and --dtype int8 that is ignored."""
     gpt, tokenizer = parts
-    made = Mock(return_value=[""])
-    monkeypatch.setattr(evaluate, "continue_prompts", made)
-    ask("generate --init init --prompt A --dtype int8")
-    low = made.call_args.args[0]
+    args = Namespace(init=init, device="cpu", dtype="int8")
+    low, _, _ = evaluate.load_model(args, to_generate=True)
     assert sum(isinstance(m, evaluate.Int8Linear) for m in low.modules()) == 4 * 3 + 1
     idx = torch.tensor([tokenizer.encode(TEXT)[:40]])
     exact = gpt(idx)[0]
@@ -280,13 +264,9 @@ def test_audit_and_its_controls(ask, monkeypatch):
     assert [list(row.values())[1:] for row in result["numbers"]] == [
         [3, 3, 6, 1 / 2, 1 / 6, 1 / 3],  # 5, 11 days, 9 | 11 days | 22 kg, 7 kg
         [3, 2, 2, 0.0, 1 / 2, 1 / 2]]  # 22 days to question 1, 11 days to question 3
-    assert result["answers"] == answer.return_value
-    tokenizer.add_special_tokens(["<|startoftext|>"])  # as after fine-tuning
-    tokenizer.save("init")
-    small_gpt(301).save_pretrained("init")
-    ask("numbers --init init --data qa --limit 2 --paper --max_new_tokens 9")
-    expected = [tokenizer.encode(text) for text in ("Of 5 rats?", "How long?")]
-    assert answer.call_args.args[2:] == (expected, 9)
+    as_after_finetuning(tokenizer)
+    ask("numbers --init init --data qa --limit 1 --paper --max_new_tokens 9")
+    assert answer.call_args.args[2:] == ([tokenizer.encode("Of 5 rats?")], 9)
     assert answer.call_args.kwargs == evaluate.PAPER_DECODING
 
 
@@ -301,23 +281,20 @@ def test_tokenizer_tables(ask):
     assert list(row.values()) == ["group", 3, "33%, 67%, 3.67"]  # 1, 2 and 8 pieces
     one.save("one")
     table, groups = ask("tokenizer --tokenizer init --against one")
-    assert list(table[-1]) == ["word", "init", "one"]
-    assert table[-1]["init"] == "t/h/r/o/m/b/in" and groups[-1]["terms"] == 210
+    assert table[-1] == dict(word="thrombin", init="t/h/r/o/m/b/in", one="t/h/r/o/m/b/i/n")
+    assert groups[-1]["terms"] == 210
 
 
 def test_curves(ask, monkeypatch):
     """Catches validation rows taken for training rows, epochs for steps."""
     pytest.importorskip("matplotlib")  # an optional package
-    write_lines("init/log.jsonl", [dict(step=1, loss=5), dict(step=2, loss=4), dict(step=3, lr=6)])
-    write_lines("log.jsonl", [dict(epoch=7, loss=1, dev=2), dict(n=3)])
+    write_lines("init/log.jsonl", [dict(step=1, loss=5), dict(step=3, lr=6)])
+    write_lines("log.jsonl", [dict(epoch=7, loss=1), dict(n=3)])
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.extend(
         line.get_xydata().tolist() for ax in figure.axes for line in ax.lines))
-    ask("curves init . --out c.png")
-    assert drawn == [[[1, 5], [2, 4]], [[7, 1]], [[3, 6]], [[7, 2]]]
-    write_lines("log.jsonl", [])
-    with pytest.raises(ValueError, match="no log.jsonl has a row"):
-        ask("curves .")
+    ask("curves init .")
+    assert drawn == [[[1, 5]], [[7, 1]], [[3, 6]]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -332,29 +309,19 @@ COMMANDS = {
     "generate": "eval generate --init pretrained --prompt A",
     "curves": "eval curves qa",
     "export": "model export --init pretrained --out exported",
-    "export_tuned": "model export --init tuned --out exported",
 }
 BYTES = {"empty": b"", "page": b"<html>404</html>", "list": b"[1]", "utf16": b"\xff\xfe{}",
-         "zip": b"PK\5\6" + bytes(18),
-         "half": lambda old: old[:len(old) // 2],
-         "lost": lambda old: old.replace(b"PK\1\2", b""),
-         "flip": lambda old: (int.from_bytes(old) ^ 16 << 4 * len(old)).to_bytes(len(old))}
-WEIGHTS = "model.safetensors" if find_spec("safetensors") else "pytorch_model.bin"
+         "zip": b"PK\5\6" + bytes(18)}
 DAMAGE = [  # file, the commands that read it, ways to spoil it
     ("pretrained/config.json", "train, perplexity", "empty half utf16 n_layer=2"),
     ("pretrained/config.json", "export",
      'n_head=3 n_inner=8 scale_attn_weights=false activation_function="gelu_fast" model_type=null'),
     ("pretrained/run.json", "train --total_steps 5", "empty half list utf16"),
-    ("pretrained/checkpoint_0000004.pt", "train",
-     "empty half flip zip lost model/transformer.ln_f.bias=NaN "
-     "model/transformer.wte.weight=Infinity"),
+    ("pretrained/checkpoint_0000004.pt", "train", "empty half zip"),
     ("pretrained/vocab.json", "perplexity", "empty half list utf16"),
-    ("pretrained/merges.txt", "tune", "empty page half"),
-    ("tuned/added_tokens.json", "qa, export_tuned", "empty half list utf16"),
-    ("tuned/added_tokens.json", "qa", "[PAD]=99999"),
-    (f"tuned/{WEIGHTS}", "qa, export_tuned", "empty page half"),
-    ("tuned/config.json", "qa", "empty n_embd=32"),
-    ("tuned/head.pt", "qa", "empty page half flip weight=NaN bias=Infinity"),
+    ("qa/4_options/phrases_no_exclude_dev.jsonl", "tune", "half"),
+    ("tuned/added_tokens.json", "qa", "empty half list utf16 [PAD]=99999"),
+    ("tuned/head.pt", "qa", "empty page half nan"),
     ("tuned/run.json", "qa", "empty half list utf16"),
     ("arrays/meta.json", "train", "empty half list utf16"),
 ]
@@ -392,25 +359,15 @@ def whole(tmp_path_factory):
 
 
 def spoil(path, way):
-    """way: a name in BYTES, or what to set: length=0. All numbers of a tensor: weight=NaN."""
-    if way in BYTES:
-        new = BYTES[way]
-        path.write_bytes(new(path.read_bytes()) if callable(new) else new)
-        return
-    is_json = path.suffix == ".json"
-    contents = json.loads(path.read_text()) if is_json else torch.load(path)
-    names, value = way.split("=")
-    *groups, name = names.split("/")
-    inner = contents
-    for group in groups:
-        inner = inner[group]
-    new = json.loads(value)
-    if is_json:
-        inner[name] = new
-        write_json(path, contents)
+    """way: a name in BYTES, half of the bytes, a tensor of NaN, or what JSON then has: length=0."""
+    old = path.read_bytes()
+    name, _, value = way.partition("=")
+    if value:
+        write_json(path, json.loads(old) | {name: json.loads(value)})
+    elif way == "nan":
+        torch.save(torch.load(path) | {"weight": torch.full((1, 16), torch.nan)}, path)
     else:
-        inner[name] = torch.full_like(inner[name], new) if isinstance(new, float) else new
-        torch.save(contents, path)
+        path.write_bytes(BYTES.get(way, old[:len(old) // 2]))
 
 
 @pytest.mark.parametrize("file, commands, ways", DAMAGE, ids=lambda value: value.split(" ")[0])
@@ -432,7 +389,6 @@ def test_damage_is_told(whole, monkeypatch, file, commands, ways):
 @pytest.mark.parametrize("command, mend", [
     ("tune --out pretrained", "a folder of its own"),
     ("tune --init tuned --out pretrained", "a folder of its own"),
-    ("tune --init stanford-crfm/BioMedLM", "hf download"),
     ("tune --data arrays", "put the official file"),
     ("tune --length 7", "refused"),
     ("tune --lr nan", "refused"),
@@ -444,8 +400,7 @@ def test_damage_is_told(whole, monkeypatch, file, commands, ways):
     (f"generate --prompt '{TEXT}'", "context"),
     ("generate --top_k 0", "refused"),
     ("generate --temperature -1", "refused"),
-    ("curves", "log.jsonl"),
-    ("export --init none", "no config.json")])
+    ("curves", "log.jsonl")])
 def test_mistakes(whole, monkeypatch, command, mend):
     """Catches tracebacks for a user's mistakes, messages without a mend, and checks too late."""
     monkeypatch.chdir(whole)

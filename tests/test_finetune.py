@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -80,6 +81,10 @@ def task_model(kind, labels=(), **how):
     return model.eval()
 
 
+BUILD = {"init": "init", "random_init": False, "lora": None, "dropout": 0.3, "kind": "choice",
+         "activation_checkpointing": True, "labels": ()}
+
+
 def alone(examples):
     """The same examples, a row an option."""
     return [e._replace(rows=[Row(row.prefix, [s]) for row in e.rows for s in row.suffixes])
@@ -96,41 +101,33 @@ def nats_of(gpt, ids, first=1):
 # prompts
 
 
-# L is the part that is cut first, S the other one.
-@pytest.mark.parametrize("length", [8, 12, 20, 64])
-@pytest.mark.parametrize("task, markers, added, template", [
-    ("medqa", False, "[PAD]+[CLS]+[SEP]", "L+[SEP]/S+[SEP]"),
-    ("bioasq", False, "[PAD]", "/L+S"),
-    ("bioasq", True, "[PAD]+<|CONTEXT|>+<|QUESTION|>+<|ANSWER|>",
-     "/<|CONTEXT|>+L+<|QUESTION|>+S+<|ANSWER|>"),
-    ("text", False, "[PAD]+<|startoftext|>", "L+<|startoftext|>/S+EOT")])
-def test_prompts_are_the_papers(task, markers, added, template, length):
+# Each letter and bracket of the texts is a token. "|" stands between prefix and suffix.
+@pytest.mark.parametrize("task, markers, added, rows_by_length", [
+    ("medqa", False, "[PAD] [CLS] [SEP]", {
+        64: ["[SEP][SEP]| YYYYY[SEP]", "[SEP][SEP]| X[SEP]"],
+        9: ["[[SEP]| YYYYY[SEP]", "[SEP][SEP]| X[SEP]"],
+        7: ["[SEP]| YYYY[SEP]", "[SE[SEP]| X[SEP]"]}),
+    ("bioasq", False, "[PAD]", {64: ["|CCC[SEP]"], 7: ["|CC[SEP]"], 4: ["|[SEP"]}),
+    ("bioasq", True, "[PAD] <|CONTEXT|> <|QUESTION|> <|ANSWER|>", {
+        64: ["|<|CONTEXT|>CCC<|QUESTION|>[SEP]<|ANSWER|>"],
+        9: ["|<|CONTEXT|>C<|QUESTION|>[SEP]<|ANSWER|>"]}),
+    ("text", False, "[PAD] <|startoftext|>", {
+        64: ["[SEP]<|startoftext|>|TT<|endoftext|>"],
+        10: ["[SEP<|startoftext|>|TT<|endoftext|>"],
+        4: ["[<|startoftext|>|T<|endoftext|>"]})])
+def test_prompts_are_the_papers(task, markers, added, rows_by_length):
     """Catches a missing or stray space, question-first order, ids that move, "[SEP]" read in a
     question; cutting from a row's end, which drops the answer, a separator or end-of-text, or from
     a text's start."""
-    asked = [dataclasses.replace(q, question=f"in [SEP] {q.question}", context=TEXT[:30 * i])
-             for i, q in enumerate(QUESTIONS)]
-    examples, tokenizer = encode(asked, task, length, markers)
-    special = tokenizer.special | {"EOT": tokenizer.eot_id}
-    assert [special[name] for name in added.split("+")] == [*range(300, tokenizer.vocab_size)]
-    room = length - sum(template.count(name) for name in special)
-    for q, e in zip(asked, alone(examples), strict=True):
-        options = [" " + option for option in q.options]
-        rows = []
-        for text in {"medqa": options, "bioasq": [q.question], "text": [q.target]}[task]:
-            long = tokenizer.encode(q.context if task == "bioasq" else q.question)
-            short = tokenizer.encode(text)
-            n = len(long) + len(short)
-            while task == "text" and max(len(long), len(short)) > room // 2:
-                max(long, short, key=len).pop()
-            while len(long) + len(short) > room:
-                (long or short).pop()
-            ids = {name: [i] for name, i in special.items()} | {"": [], "L": long, "S": short}
-            prefix, suffix = [sum([ids[name] for name in part.split("+")], [])
-                              for part in template.split("/")]
-            rows.append((Row(prefix, [suffix]), len(long) + len(short) < n))
-        assert (e.rows, e.truncated) == ([row for row, _ in rows], any(cut for _, cut in rows))
-        assert e.n_targets == (len(suffix) if task == "text" else 0)
+    question = Question("", "[SEP]", context="CCC", options=("YYYYY", "X"), target="TT")
+    for length, expected in rows_by_length.items():
+        examples, tokenizer = encode([question], task, length, markers)
+        assert list(tokenizer.special) == ["<|endoftext|>", *added.split()]
+        e, = alone(examples)
+        assert [f"{tokenizer.decode(row.prefix)}|{tokenizer.decode(row.suffixes[0])}"
+                for row in e.rows] == expected
+        assert e.truncated == (length < 64)
+        assert e.n_targets == (len(e.rows[0].suffixes[0]) if task == "text" else 0)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -142,22 +139,22 @@ def wave(p, i=0, size=1.0):
     p.data.copy_((size * angles.sin()).view(p.shape))
 
 
-@pytest.mark.parametrize("task, kind, labels", [("medqa", "choice", ""),
-                                                ("pubmedqa", "labels", "abc")])
-def test_heads_equal_transformers(task, kind, labels):
+@pytest.mark.parametrize("task, labels", [("medqa", ""), ("pubmedqa", "abc")])
+def test_heads_equal_transformers(task, labels):
     """Catches another prompt, position or head than the reference's (GPT2ForSequenceClassification
     with pad_token_id, and Linear(C, 1) on GPT2Model; transformers 5.23, made once by us)."""
     fixture = json.loads((Path(__file__).parent / "fixtures/hf_heads.json").read_text())
     gpt = small_gpt(304).eval()
+    kind = TASKS[task].kind
     model = TaskModel(gpt, kind, labels)
     for i, (_, p) in enumerate(sorted(gpt.named_parameters())):  # as when the fixture was made
         wave(p, i, 0.2)
     wave(model.head.weight)
     if kind == "choice":
         model.head.bias.data.fill_(0.25)
-    qs = [Question(id="", answer=0, **q) for q in fixture["questions"]]
-    examples, _ = encode([dataclasses.replace(q, options=labels or q.options) for q in qs], task,
-                         markers=True)
+    qs = [Question(id="", answer=0, **q | {"options": labels or q["options"]})
+          for q in fixture["questions"]]
+    examples, _ = encode(qs, task, markers=True)
     for got, expected in zip(score_examples(model, examples, CPU), fixture[f"{kind}_scores"],
                              strict=True):
         assert got == pytest.approx(expected[:len(got)], abs=1e-5)
@@ -166,30 +163,22 @@ def test_heads_equal_transformers(task, kind, labels):
 def test_weights_of_a_seed(init):
     """Catches --random_init that keeps learned weights, a resize that changes learned rows or cuts
     a padded folder's, seeds that share a head, dropout lost."""
-    tokenizer = Tokenizer.load(init)
-    tokenizer.add_special_tokens(["[PAD]", "[SEP]"])
-    settings = {"init": init,
-                "random_init": False,
-                "lora": None,
-                "dropout": 0.3,
-                "kind": "labels",
-                "activation_checkpointing": True,
-                "labels": ["no", "yes"]}
-    one, again, two = (build(settings, tokenizer, seed) for seed in (1, 1, 2))
-    fresh = build(settings | {"random_init": True}, tokenizer, 1)
+    _, tokenizer = encode(QUESTIONS, "medqa")  # three tokens are added
+    one, again, two = (build(BUILD, tokenizer, seed) for seed in (1, 1, 2))
+    fresh = build(BUILD | {"random_init": True}, tokenizer, 1)
     learned, wte, fresh_wte = (gpt.transformer.wte.weight for gpt in (
         GPT.from_pretrained(init), one.gpt, fresh.gpt))
     assert torch.equal(wte[:300], learned) and not torch.equal(fresh_wte[:300], learned)
     for new in (wte[300:], fresh_wte[300:], one.head.weight):
-        assert new.shape == (2, 32) and 0.01 < new.std() < 0.03
-    assert (one.gpt.config.vocab_size, one.gpt.config.dropout) == (302, 0.3)
-    assert wte.requires_grad and one.gpt.activation_checkpointing
-    low = build(settings, tokenizer, 1, torch.bfloat16)
+        assert 0.01 < new.std() < 0.03
+    assert (one.gpt.config.vocab_size, one.gpt.config.dropout) == (303, 0.3)
+    assert one.gpt.activation_checkpointing
+    low = build(BUILD, tokenizer, 1, torch.bfloat16)
     assert {p.dtype for p in low.parameters()} == {torch.float32}  # LoRA alone has lower ones
     assert torch.equal(one.head.weight, again.head.weight)
     assert not torch.equal(one.head.weight, two.head.weight)
     small_gpt(304).save_pretrained(init)
-    assert len(build(settings, tokenizer, 1).gpt.transformer.wte.weight) == 304
+    assert len(build(BUILD, tokenizer, 1).gpt.transformer.wte.weight) == 304
 
 
 def test_lora_trains_little_and_merges(init):
@@ -197,10 +186,9 @@ def test_lora_trains_little_and_merges(init):
     train, added rows that don't; another scale in the merged weights than in training; a folder
     that isn't an ordinary GPT-2."""
     examples, tokenizer = encode(QUESTIONS, "medqa")
-    settings = {"init": init, "random_init": False, "lora": None, "dropout": 0.0, "kind": "choice",
-                "activation_checkpointing": True, "labels": ()}
-    full = score_examples(build(settings, tokenizer, 1), examples, CPU)
-    model = build(settings | {"lora": 4}, tokenizer, 1)
+    settings = BUILD | {"lora": 4, "dropout": 0.0, "task": "medqa", "length": 48, "markers": False}
+    full = score_examples(build(BUILD, tokenizer, 1), examples, CPU)
+    model = build(settings, tokenizer, 1)
     torch.testing.assert_close(score_examples(model, examples, CPU), full)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), 0.05, weight_decay=0)
@@ -209,23 +197,18 @@ def test_lora_trains_little_and_merges(init):
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if ".A." in name or ".B." in name} | {
         "gpt.transformer.wte.weight", "head.weight", "head.bias"}
-    wte = model.gpt.transformer.wte.weight
-    assert torch.equal(wte[:300], before["gpt.transformer.wte.weight"][:300])
-    assert not torch.equal(wte[302], before["gpt.transformer.wte.weight"][302])  # [SEP]
+    kept = (model.gpt.transformer.wte.weight == before["gpt.transformer.wte.weight"]).all(1)
+    assert kept[:300].all() and not kept[302]  # [SEP]
     tuned = score_examples(model, examples, CPU)
-    finetune.save(Path("merged"), model, tokenizer,
-                  settings | {"task": "medqa", "length": 48, "markers": False}, [])
+    finetune.save(Path("merged"), model, tokenizer, settings, [])
     merged = score_examples(load_finetuned("merged", "medqa")[0], examples, CPU)
     torch.testing.assert_close(merged, tuned, rtol=1e-5, atol=1e-5)
     assert tuned[0] != pytest.approx(full[0], abs=0.01)
 
-    low = build(settings | {"lora": 4}, tokenizer, 1, torch.bfloat16)
+    low = build(settings, tokenizer, 1, torch.bfloat16)
     assert {p.dtype for p in low.parameters() if p.requires_grad or p.dim() == 1} == {torch.float32}
-    for block in low.gpt.transformer.h:
-        assert block.mlp.c_fc.linear.weight.dtype == torch.bfloat16
-    process = start_process("cpu", "bfloat16")
-    assert score_examples(low, examples, process)[0] == pytest.approx(full[0], abs=0.2)
-    finetune.save(Path("low"), low, tokenizer, settings | {"task": "medqa"}, [])
+    score_examples(low, examples, start_process("cpu", "bfloat16"))
+    finetune.save(Path("low"), low, tokenizer, settings, [])
     saved = GPT.from_pretrained("low", None).state_dict()  # as it lies in the file
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
@@ -237,18 +220,19 @@ def test_lora_trains_little_and_merges(init):
 def naive(model, examples):
     """(loss, gradients, scores) from each option alone, by the plain model."""
     model.zero_grad()
-    nats = []
+    total = 0
     scores = []
     for e in alone(examples):
         if model.kind == "text":
-            nats.append(nats_of(model.gpt, e.rows[0].ids(), len(e.rows[0].prefix)))
-            scores.append([nats[-1].item()])
+            nats = nats_of(model.gpt, e.rows[0].ids(), len(e.rows[0].prefix))
+            out = nats.view(1)
         else:
             out = torch.cat([model.head(model.gpt.hidden(torch.tensor([row.ids()]))[0, -1])
                              for row in e.rows])
-            nats.append(F.cross_entropy(out, torch.tensor(e.question.answer)))
-            scores.append(out.tolist())
-    loss = sum(nats) / (sum(e.n_targets for e in examples) or len(examples))
+            nats = F.cross_entropy(out, torch.tensor(e.question.answer))
+        total += nats
+        scores.append(out.tolist())
+    loss = total / (sum(e.n_targets for e in examples) or len(examples))
     loss.backward()
     return loss.item(), [p.grad.clone() for p in model.parameters()], scores
 
@@ -306,43 +290,38 @@ def test_loss_gradient_and_scores_equal_each_option_alone(task, n_options, lengt
     assert score_examples(model, examples, low) != score_examples(model, examples, CPU)
 
 
-@pytest.mark.parametrize("factor, moved", [(1e3, 1.0), (1e-3, 0.03), (math.nan, 0.0)])
-def test_gradients_are_clipped_and_must_be_finite(monkeypatch, factor, moved):
+@pytest.mark.parametrize("factor, expected", [(1e3, [1.0]), (1e-3, [0.03]), (math.nan, [])])
+def test_gradients_are_clipped_and_must_be_finite(factor, expected):
     """Catches a loop without clipping, one that scales small gradients up, and NaN weights."""
     model = task_model("choice")
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda batch: (factor * forward(batch)[0], None))
-    weights = list(model.parameters())
-    before = torch.nn.utils.parameters_to_vector(weights).detach()
-    try:
-        train_step(model, encode(QUESTIONS, "medqa")[0], torch.optim.SGD(weights, lr=1.0), CPU)
-        assert all(p.grad is None for p in weights)  # no sum with the next step's
-    except ValueError as e:
-        assert math.isnan(factor) and "lower --lr" in str(e)
-    change = torch.nn.utils.parameters_to_vector(weights) - before
-    assert change.norm().item() == pytest.approx(moved, abs=0.02)
+    model.register_forward_hook(lambda model, inputs, result: (factor * result[0], None))
+    norms = []
+    optimizer = Mock(step=lambda: norms.append(
+        torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()))
+    with suppress(ValueError):  # where they aren't finite
+        train_step(model, encode(QUESTIONS, "medqa")[0], optimizer, CPU)
+        optimizer.zero_grad.assert_called_once()
+    assert norms == pytest.approx(expected, abs=0.02)
 
 
 def loop(monkeypatch, seed, rank, last=False):
     """Runs the training loop with steps and scores that are faked; returns what it did."""
-    model = task_model("choice")
-    examples, _ = encode(QUESTIONS, "medqa")
+    model = torch.nn.Linear(1, 1)
     steps = []
     after = []
     log = []
 
     def fake_step(model, batch, optimizer, process):
-        recipe = [optimizer.defaults[name] for name in ("betas", "eps", "weight_decay")]
-        assert model.training and recipe == [(0.9, 0.999), 1e-8, 0]
-        ids = [e.question.id for e in batch]
-        steps.append((optimizer.param_groups[0]["lr"], ids, torch.rand(1).item()))
-        model.head.bias.data += 1
+        recipe = [optimizer.defaults[name] for name in ("betas", "weight_decay")]
+        assert model.training and recipe == [(0.9, 0.999), 0]
+        steps.append((optimizer.param_groups[0]["lr"], batch, torch.rand(1).item()))
+        model.bias.data += 1
         return torch.tensor(0.5)
 
     def fake_scores(model, dev_set, process):
-        assert dev_set == examples[:2]
+        assert dev_set == "dev"
         model.eval()
-        after.append(model.head.bias.item())
+        after.append(model.bias.item())
 
     monkeypatch.setattr(finetune, "train_step", fake_step)
     monkeypatch.setattr(finetune, "score_examples", fake_scores)
@@ -350,8 +329,8 @@ def loop(monkeypatch, seed, rank, last=False):
     process = dataclasses.replace(CPU, rank=rank)
     process.all_reduce = lambda values: [3 * values[0]]  # as if of three ranks
     settings = {"batch_size": 3, "epochs": 5, "lr": 56.0, "last": last}
-    score = finetune.train_epochs(model, examples, examples[:2], settings, seed, process, log)
-    return score, after.index(model.head.bias.item()), log, *zip(*steps)
+    score = finetune.train_epochs(model, range(7), "dev", settings, seed, process, log)
+    return score, after.index(model.bias.item()), log, *zip(*steps)
 
 
 def test_the_best_epochs_weights_are_kept(monkeypatch):
@@ -370,7 +349,7 @@ def test_what_ranks_and_seeds_share(monkeypatch):
     (one, masks), (other_rank, other_masks), (two, masks_of_two), again = [
         loop(monkeypatch, seed, rank)[4:] for seed, rank in ((1, 0), (1, 1), (2, 0), (1, 0))]
     assert one == other_rank != two and again == (one, masks)
-    assert one[:3] != one[3:6] and sorted(sum(one[:3], [])) == list("0123456")
+    assert one[:3] != one[3:6] and sorted(sum(one[:3], [])) == [*range(7)]
     assert len({*masks, *other_masks, *masks_of_two}) == 45
 
 
@@ -382,9 +361,8 @@ def test_summary():
     """Catches the normal interval, which leaves [0, 1] (Newcombe 1998, table I: 81 of 263); one
     over seeds x questions; a chance or majority of something else."""
     assert wilson(81 / 263, 263) == pytest.approx([0.2553, 0.3662], abs=1e-4)
-    options = ["ab", "abcd"]
-    examples = [Example(Question("", "?", options=options[i % 2], answer=i // 3), [], i < 2)
-                for i in range(4)]
+    examples = [Example(Question("", "?", options=options, answer=i > 0), [], i < 2)
+                for i, options in enumerate(["ab", "abcd"] * 2)]
     row = summarise("medqa", "test", 9, examples, [0.5, 1.0])
     # the last six: accuracy, ci95, truncated, std, chance, majority
     assert list(row.values()) == [
@@ -393,12 +371,11 @@ def test_summary():
 
 
 def write_medqa(folder):
-    drugs = ["aspirin", "heparin", "insulin", "no"]
+    options = dict(zip("ABCD", ["aspirin", "heparin", "insulin", "no"]))
     Path(folder, "4_options").mkdir(parents=True)
     for split, first in ("train", 0), ("dev", 5), ("test", 100):
         write_lines(Path(folder, f"4_options/phrases_no_exclude_{split}.jsonl"), [
-            dict(question=f"Which drug helps patient {i}?",
-                 options=dict(zip("ABCD", drugs[i % 3:] + drugs[:i % 3])),
+            dict(question=f"Which drug helps patient {i}?", options=options,
                  answer_idx="ABCD"[i % 4])
             for i in range(first, first + 12)])
 
@@ -425,22 +402,9 @@ def test_questions_of_dev_and_test_leave_train(monkeypatch):
     assert {split: [q.id for q in found] for split, found in sets.items()} == {
         "train": ["train5"], "dev": ["val1"], "test": ["test2", "test3"]}
     assert [q.id for q in labeled(sets["test"])] == ["test2"]
-    assert [q.options[1] for q in labeled(fake("medmcqa", "b", "train"), 2)] == ["5", "2"]
     for task, folders in ("mmlu", ["a", "c"]), ("pubmedqa", ["c"]):
         with pytest.raises(FileNotFoundError, match=f"no {task} c test"):
             read_questions(task, folders)
-
-
-def test_a_damaged_split_is_told(init):
-    """Catches a damaged file taken for a missing one: its questions would be lost without a word,
-    and those of dev or test stay in train."""
-    for split in "train", "dev", "test":
-        path = Path(f"qa/4_options/phrases_no_exclude_{split}.jsonl")
-        whole = path.read_text()
-        path.write_text(whole[:-9])
-        with pytest.raises(ValueError, match=path.name):
-            read_questions("medqa", ["qa"])
-        path.write_text(whole)
 
 
 @pytest.fixture
@@ -479,12 +443,11 @@ def test_command_trains_saves_and_eval_agrees(init, task, flags):
             f"{split}{i}\tthe {split} {i}\t{TEXT[i:i + 20]}\t{['no', 'yes'][i % 2]}\n"
             for i in range(12)))
     given = f"--task {task} --limit 8"
-    row = tune(f"{given} --epochs 2 --seeds 1,2 --lr 1e-2 --length 16 {flags}")
+    row = tune(f"{given} --epochs 2 --seeds 1 --lr 1e-2 --length 16 {flags}")
     assert row == lines("out/log.jsonl")[-1]
-    found = {seed["seed"]: seed["score"] for seed in row["seeds"]}
     assert [row[key] for key in ("task", "split", "n", "available")] == [task, "test", 8, 12]
     theirs = call(evaluate, f"qa {given} --data qa --init out --predictions p")
-    assert (theirs["accuracy"], theirs["truncated"]) == (found[row["saved_seed"]], row["truncated"])
+    assert (theirs["accuracy"], theirs["truncated"]) == (row["accuracy"], row["truncated"])
     for a, b in zip(lines("out/predictions.jsonl"), lines("p"), strict=True):
         assert a["scores"] == pytest.approx(b["scores"], abs=1e-5)
     with pytest.raises(ValueError, match="finetune.py --task pubmedqa"):
@@ -511,8 +474,7 @@ def test_dev_chooses_and_test_is_reported(init, monkeypatch, split, saved, mean)
     assert (result["split"], result["saved_seed"]) == (split, saved)
     assert result["accuracy"] == pytest.approx(mean)
     assert load_finetuned("out", "medqa")[0].head.bias.item() == saved
-    row = lines("out/predictions.jsonl")[0]
-    assert (row["scores"], row["prediction"]) == ([saved, 2, 0, 0], int(saved < 2))
+    assert lines("out/predictions.jsonl")[0]["scores"] == [saved, 2, 0, 0]
 
 
 def test_flags_and_defaults_reach_the_settings(init, monkeypatch):
@@ -531,7 +493,6 @@ def test_flags_and_defaults_reach_the_settings(init, monkeypatch):
     monkeypatch.setattr(finetune, "config_of", lambda folder: config)
     for n_params, task, *expected in [
             (2e9, "pubmedqa", 2e-6, 20, 512),
-            (2e9, "text", 1e-5, 3, 1022),
             (6e7, "medqa", 5e-5, 5, 512),
             (1e6, "medqa", 3e-4, 10, 512),
             (1e6, "bioasq", 3e-4, 20, 1024)]:

@@ -23,7 +23,6 @@ import threading
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -34,7 +33,7 @@ import torch._dynamo  # the optimiser imports it; here, before forking, it is pa
 import torch.nn.functional as F
 from conftest import ROOT, run
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
@@ -59,9 +58,8 @@ def arrays(tmp_path_factory):
     """A folder of arrays: short documents, over the tokenizer of bare bytes. End-of-text is 0."""
     folder = tmp_path_factory.mktemp("arrays")
     rng = random.Random(0)
-    texts = [" ".join(f"{rng.randrange(5000)}\u03b2" for _ in range(4)) for _ in range(140)]
-    rows = [json.dumps({"id": i, "text": text}) for i, text in enumerate(texts)]
-    (folder / "text.jsonl").write_text("\n".join(rows))
+    data.write_lines(folder / "text.jsonl", [
+        {"id": i, "text": f"{rng.random()}\u03b2 {rng.random()}"} for i in range(100)])
     Tokenizer({c: i for i, c in enumerate(["<|endoftext|>", *ALPHABET])}, []).save(folder)
     data.tokenize(folder / "text.jsonl", folder, folder, val_fraction=0.08)
     return folder
@@ -74,7 +72,6 @@ def free_port():
 
 def rank_main(rank, world_size, node_size, port, argv, fault, output):
     sys.stdout = sys.stderr = open(output, "a", 1)  # noqa: SIM115
-    torch.set_num_threads(1)
     train.tqdm.set_lock(threading.RLock())  # forks share its own: one killed while writing keeps it
     faulthandler.dump_traceback_later(50)
     if world_size > 1:
@@ -203,34 +200,40 @@ def test_resume_is_bit_exact(go, out, tmp_path, undisturbed, mode):
     for step, fault in ((8, at_step(7, terminate, ranks=(0,))), (10, in_validation)):
         text = go(out, flags, mode=mode, fault=fault)
         assert f"stopped at step {step}" in text and final(out)["step"] == step
-    assert list(rows(out, "val_loss")) == [0, 10]
     go(out, flags, mode=mode)
     assert_same(whole, out)
     # before the first step dropout makes no difference: none in a validation
     assert rows(out, "val_loss")[0] == pytest.approx(rows(undisturbed, "val_loss")[0], rel=1e-6)
 
 
-def unlike_ranks(rank):
-    """A fault: each rank draws other weights, and prints how many it then holds."""
+def unlike_ranks(stop):
+    """A fault: each rank draws other weights, prints how many it then holds, and ends at `stop`."""
     def tell(model, process):
         parts = [getattr(p, "to_local", p.detach)() for p in model.parameters()]
         print(json.dumps([sum(part.numel() for part in parts)]))
 
-    before(train, "distribute", lambda gpt, *_: gpt.transformer.wte.weight.data.add_(rank))
-    before(train, "settle_gradients", tell)
+    def fault(rank):
+        before(train, "distribute", lambda gpt, *_: gpt.transformer.wte.weight.data.add_(rank))
+        before(train, "settle_gradients", tell)
+        at_step(stop - 1, terminate)(rank)
+    return fault
 
 
-@pytest.mark.parametrize(("mode", "flags", "held"), [
-    ("one", "--micro_batch 2", 1), ("ddp", "--micro_batch 4", 1), ("ddp", "--micro_batch 1", 1),
-    ("fsdp", "--micro_batch 2 --activation_checkpointing", 0.5)])
-def test_losses_do_not_depend_on_the_sharing(go, out, undisturbed, mode, flags, held):
+def test_losses_do_not_depend_on_the_sharing_by_ddp_or_fsdp(go, out, undisturbed):
     """Gradients summed instead of averaged, or synchronised for the wrong micro-batch; ranks that
-    go on with unlike weights; FSDP where every rank holds the whole model.
+    go on with unlike weights; FSDP where every rank holds the whole model; a checkpoint of one
+    world size or mode that holds shards, or names that another can't read.
 
     fp32 sums in another order differ by about 1e-7 of the loss a step; 20 steps leave under 1e-5.
     """
-    for (n,) in printed(go(out, flags, mode=mode, fault=unlike_ranks)):
-        assert n == pytest.approx(held * GPT.from_pretrained(out).n_params(), rel=0.01)
+    flags = "--micro_batch 1 --activation_checkpointing"
+    whole = 12_752  # parameters
+    for step, mode, held in ((3, "fsdp", whole / 2), (6, "ddp", whole), (9, "fsdp", whole / 2),
+                             (12, "grid", whole / 2), (15, "ddp", whole)):
+        for (n,) in printed(go(out, flags, mode=mode, fault=unlike_ranks(step))):
+            assert n == pytest.approx(held, rel=0.01)
+        assert final(out)["step"] == step
+    assert "changed on resume: world_size 2 -> 1" in go(out)
     assert_same(out, undisturbed, atol=1e-6)
 
 
@@ -256,15 +259,14 @@ def test_run_equals_a_plain_loop(arrays, go, out):
     model, batches = GPT(config), data.train_batches(**which, seed=3)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=4)
     val = data.load_meta(arrays)["val"]
-    tokens_per_byte = val["tokens"] / val["bytes"]
     cosine = [0.002 + 0.009 * (1 + math.cos(math.pi * i / 4)) for i in range(5)]
     expected = []
     for step, lr in enumerate([0, 0.01, *cosine]):
         if step % 3 == 0:
             x, y = map(torch.cat, zip(*data.val_batches(**which, max_tokens=100)))
             nats = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
-            expected.append({"step": step, "val_loss": nats,
-                             "val_bits_per_byte": nats * math.log2(math.e) * tokens_per_byte})
+            bits = nats / math.log(2) * val["tokens"] / val["bytes"]
+            expected.append({"step": step, "val_loss": nats, "val_bits_per_byte": bits})
         if step == 6:
             break
         x, y = next(batches)
@@ -276,7 +278,7 @@ def test_run_equals_a_plain_loop(arrays, go, out):
         optimizer.step()
         expected.append({"step": step + 1, "tokens": 128 * (step + 1), "loss": loss.item(),
                          "lr": lr, "grad_norm": norm, "tokens_per_s": 128 / (4 * step + 1)})
-    norms = [row["grad_norm"] for row in expected if "loss" in row]
+    norms = rows(out, "grad_norm").values()
     assert min(norms) < 1.5 < max(norms)  # AdamW would not see that all are scaled alike
     for line, row in zip((out / "log.jsonl").read_text().splitlines(), expected, strict=True):
         logged = json.loads(line)
@@ -287,55 +289,36 @@ def test_presets(monkeypatch):
     """A preset with another one's numbers, or a default that no longer follows its flag."""
     flags = "train.py --preset biomedlm --data x --total_steps 40"
     monkeypatch.setattr(sys, "argv", flags.split())
-    expected = {"lr": 1.6e-4, "min_lr": 1.6e-5, "batch_tokens": 2**20, "parallel": "fsdp",
-                "dropout": 0.1, "warmup_steps": 40}
-    settings = vars(train.read_settings())
-    assert {name: settings[name] for name in expected} == pytest.approx(expected)
-
-
-def test_resume_at_other_world_sizes_and_modes(go, out, undisturbed):
-    """A checkpoint of one world size or mode holds shards, or names that another can't read."""
-    for step, mode in ((3, "one"), (6, "ddp"), (9, "fsdp"), (12, "grid"), (15, "ddp")):
-        go(out, "--micro_batch 2", mode=mode, fault=at_step(step - 1, terminate))
-        assert final(out)["step"] == step
-    text = go(out)
-    assert "changed on resume: world_size 2 -> 1" in text
-    assert_same(out, undisturbed, atol=1e-6)
+    settings = train.read_settings()
+    assert (settings.lr, settings.dropout, settings.warmup_steps) == (1.6e-4, 0.1, 40)
+    assert settings.min_lr == pytest.approx(1.6e-5)
 
 
 def watch_gradients(rank):
-    """A fault: rank 1 prints before each step's last micro-batch how many reductions it sent since
-    the one before, and address and size of the gradients' storages."""
+    """A fault: rank 1 prints before each step how many reductions it sent since the one before, and
+    where the gradients' storages lie."""
     sent = []
 
     def count(state, bucket):
         sent.append(1)
         return allreduce_hook(None, bucket)
 
-    def watch(model, last):
-        if last:
-            storages = [p.grad.untyped_storage() for p in model.parameters()]
-            held = sorted({(storage.data_ptr(), storage.nbytes()) for storage in storages})
-            print(json.dumps([len(sent), held]))
-            sent.clear()
+    def watch(model, *_):
+        held = {p.grad.untyped_storage().data_ptr() for p in model.parameters()}
+        print(json.dumps([len(sent), sorted(held)]))
+        sent.clear()
 
     if rank == 1:
         before(train, "settle_gradients", lambda model, _: model.register_comm_hook(None, count))
-        before(train, "sync_gradients", watch)
+        before(train, "train_step", watch)
 
 
 def test_ddp_holds_gradients_once(go, out):
     """Gradients lie beside DDP's buckets, from the start or later: 10.4 GB more for BioMedLM."""
     go(out, "--micro_batch 1", mode="ddp", fault=at_step(9, terminate))
     (_, held), *others = printed(go(out, "--micro_batch 1", mode="ddp", fault=watch_gradients))
-    assert sum(size for _, size in held) == 4 * GPT.from_pretrained(out).n_params()
-    # one reduction a step, not one a micro-batch; the storages stay from step to step
+    # one reduction a bucket and step, not one a micro-batch; the storages are the buckets and stay
     assert others == [[len(held), held]] * 9
-
-
-COLLECTIVES = {  # what FSDP calls, in torch 2.13 and before
-    "all_gather_single", "all_gather_into_tensor", "reduce_scatter_single", "reduce_scatter_tensor",
-    "all_reduce"}
 
 
 def count_collectives(rank):
@@ -354,35 +337,30 @@ def count_collectives(rank):
         train.sync_gradients.reset_mock()
 
     if rank == 0:
-        for name in COLLECTIVES & set(dir(dist)):
-            before(dist, name, partial(note, name))
+        for name in dir(dist):  # *_single in torch 2.13, before it *_tensor
+            if name.startswith(("all_gather_", "reduce_scatter_", "all_reduce")):
+                before(dist, name, partial(note, name))
         before(torch.optim.AdamW, "step", end_step)
 
 
-def spoil_loss(is_bad):
-    """A fault: the loss is NaN where is_bad(rank, step, micro-batch)."""
+def spoil_loss(bad, ranks=range(4)):
+    """A fault: the loss is NaN in these micro-batches of the run."""
     def fault(rank):
-        train_step, loss_of = train.train_step, model_module.cross_entropy
+        loss_of, calls = model_module.cross_entropy, itertools.count()
 
-        def spoiling(*args):
-            step, calls = args[3], itertools.count()
+        def begin(*_, **__):
+            factor = math.nan if next(calls) in bad and rank in ranks else 1
+            model_module.cross_entropy = lambda *args, **how: factor * loss_of(*args, **how)
 
-            def spoilt(*args, **options):
-                factor = math.nan if is_bad(rank, step, next(calls)) else 1
-                return loss_of(*args, **options) * factor
-
-            with mock.patch.object(model_module, "cross_entropy", spoilt):
-                return train_step(*args)
-
-        train.train_step = spoiling
+        before(train, "sync_gradients", begin)  # it is called before each micro-batch
     return fault
 
 
 def one_bad_micro_batch_and_sgd(rank):
-    """A fault: another optimiser, and a NaN in the second of a rank's 4 micro-batches in step 3.
-    On a CPU autograd makes each micro-batch's weight gradients and adds them up itself."""
+    """A fault: another optimiser, and a NaN within a step, in a rank's 14th micro-batch. On a CPU
+    autograd makes each micro-batch's weight gradients and adds them up itself."""
     train.make_optimizer = lambda model, settings: torch.optim.SGD(model.parameters(), momentum=0.9)
-    spoil_loss(lambda rank, *now: now == (3, 1))(rank)
+    spoil_loss([13])(rank)
 
 
 def add_up_in_place(model, *_):
@@ -405,8 +383,7 @@ def test_gradients_that_add_up_in_place(go, out, tmp_path, mode, flag):
     """The same bits as plain autograd's: losses, norms, weights and moments of 5 steps; or a NaN
     reaches the weights of an optimiser other than AdamW."""
     plain = tmp_path / "plain"
-    tokens = 128 if mode == "one" else 256
-    flags = f"--batch_tokens {tokens} --micro_batch 2 --total_steps 5 --dropout 0.1 {flag}"
+    flags = f"--batch_tokens 256 --micro_batch 2 --total_steps 5 --dropout 0.1 {flag}"
     go(out, flags, mode=mode, fault=the_same_in_place)
     go(plain, flags, mode=mode, fault=one_bad_micro_batch_and_sgd)
     assert_same(out, plain)
@@ -419,12 +396,9 @@ def without_moments(rank):
 
 def test_an_optimiser_without_moments(go, out):
     """Checkpoints that must hold AdamW's moments: such a run can't go on."""
-    how = {"flags": "--total_steps 7 --lr 0.1", "mode": "ddp", "fault": without_moments}
-    go(out, **how)
-    whole = final(out)["model"]
-    (out / "checkpoint_0000007.pt").unlink()
-    assert "steps 5 to 7" in go(out, **how)
-    torch.testing.assert_close(final(out)["model"], whole, rtol=0, atol=0)
+    for end in (2, 3):
+        go(out, f"--total_steps {end}", mode="ddp", fault=without_moments)
+    assert final(out)["step"] == 3
 
 
 @pytest.mark.slow
@@ -442,19 +416,13 @@ class NoFloat64(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
         for value in tree_leaves(result):
-            assert not isinstance(value, torch.Tensor) or value.dtype != torch.float64, function
+            assert getattr(value, "dtype", None) != torch.float64, function
         return result
 
 
 def without_float64(rank):
     """A fault: what runs on the device, from the first weight to the sample, is in 32 bits."""
-    all_reduce = train.Process.all_reduce
-
-    def on_the_cpu(*args):
-        with _disable_current_modes():
-            return all_reduce(*args)
-
-    train.Process.all_reduce = on_the_cpu
+    train.Process.all_reduce = lambda self, values: [float(value) for value in values]  # on the CPU
     NoFloat64().__enter__()
 
 
@@ -475,26 +443,20 @@ def copies_must_be_fresh(rank):
     before(GPT, "forward", check)
 
 
-def test_bfloat16_weights_cast_once_a_step(go, out, tmp_path, undisturbed):
+def test_bfloat16_weights_cast_once_a_step(go, out, undisturbed):
     """--dtype without effect in training or validation; copies of the weights that lag behind the
-    update, or change a loss by a bit."""
-    plain = tmp_path / "plain"
-    flags = "--dtype bfloat16 --total_steps 3 --warmup_steps 0"
-    go(out, flags, fault=copies_must_be_fresh)
-    go(plain, flags)
-    assert rows(out)[1] == rows(plain)[1]
+    update."""
+    go(out, "--dtype bfloat16 --total_steps 3 --warmup_steps 0", fault=copies_must_be_fresh)
     for key, step in (("loss", 1), ("val_loss", 0)):
         ours, fp32 = rows(out, key)[step], rows(undisturbed, key)[step]
         assert 0 < abs(ours / fp32 - 1) < 1e-2
 
 
 @pytest.mark.parametrize("checkpointing", ["", "--activation_checkpointing"])
-def test_grid_sends_gradients_once_a_step(go, out, tmp_path, checkpointing):
-    """A reduction in each micro-batch, weights that travel between nodes, or a wrong average."""
+def test_grid_sends_gradients_once_a_step(go, out, checkpointing):
+    """A reduction in each micro-batch, or weights that travel between nodes."""
     flags = "--batch_tokens 256 --micro_batch 1 --total_steps 4"
-    go(tmp_path / "one", flags)
     text = go(out, f"{flags} {checkpointing}", mode="grid", fault=count_collectives)
-    assert rows(out) == pytest.approx(rows(tmp_path / "one"), rel=1e-6)
     # Three groups of parameters, the two blocks and the rest; [0, 1] is rank 0's node.
     expected = {"reduce_sca 4 [0, 1]": 3, "all_reduce 4 [0, 2]": 3, "all_gather 1 [0, 1]": 3}
     if checkpointing:  # the blocks' weights are dropped and gathered again
@@ -506,18 +468,18 @@ def test_dropout_differs_between_ranks_and_seeds(monkeypatch):
     """Seeds packed in 64 bits: the CPU's generator reads 32, so that all ranks drop alike."""
     manual_seed = mock.Mock(side_effect=StopIteration)
     monkeypatch.setattr(torch, "manual_seed", manual_seed)
-    for rank, seed, step in ((0, 17, 3), (1, 17, 3), (0, 18, 3), (0, 17, 4)):
+    for rank, seed, step in itertools.product((0, 1), (17, 18), (3, 4)):
         with pytest.raises(StopIteration):
             train.train_step(None, None, None, step, Namespace(seed=seed),
                              train.Process("", "", rank))
-    assert len({call.args[0] % 2**32 for call in manual_seed.call_args_list}) == 4
+    assert len({call.args[0] % 2**32 for call in manual_seed.call_args_list}) == 8
 
 
 def test_changed_settings(arrays, go, out, tmp_path):
     """A run goes on with another data order unnoticed, or refuses a harmless change."""
     other = tmp_path / "other"
     shutil.copytree(arrays, other)
-    meta = json.loads((other / "meta.json").read_text())
+    meta = data.load_meta(arrays)
     meta["train"]["sha256"] = "0" * 64
     (other / "meta.json").write_text(json.dumps(meta))
     text = go(out, f"--data {other} --verify", mode="ddp", code=1)
@@ -528,14 +490,9 @@ def test_changed_settings(arrays, go, out, tmp_path):
                         ("--ignore_eot_targets", "ignore_eot_targets False"),
                         (f"--data {other}", "data_fingerprint")):
         assert f"the run was made with {name}" in go(out, flags, code=1)
-    text = go(out, "--lr 0.01 --micro_batch 2 --keep 1")
-    for change in ("lr 0.002 -> 0.01", "micro_batch 4 -> 2", "keep 2 -> 1"):
-        assert f"changed on resume: {change}" in text
-    assert "is finished: 20 steps" in go(out, "--lr 0.5")
-    assert json.loads((out / "run.json").read_text())["settings"]["lr"] == 0.01
-    assert "steps 20 to 22" in go(out, "--lr 0.01 --total_steps 22")
-    (out / "run.json").write_text('{"settings": ')
-    assert "run.json is damaged" in go(out, "--total_steps 24", code=1)
+    assert "changed on resume: lr 0.002 -> 0.01" in go(out, "--lr 0.01")
+    assert "is finished: 20 steps" in go(out)
+    assert "steps 20 to 22" in go(out, "--total_steps 22")
     assert "steps 0 to 20" in go(out, "--fresh")
     assert list(rows(out, "val_loss")) == [0, 10, 20]  # the old run's are gone
 
@@ -550,10 +507,6 @@ def test_start_from_weights(go, out, tmp_path, undisturbed):
     assert rows(out)[1] > 1.001 * rows(undisturbed)[20]  # dropout is the flag's
     assert "steps 3 to 20" in go(out, f"--init {folder}/ --dropout 0.5", shape="")
     assert rows(out)[20] < rows(out)[1] and config_of(out).dropout == 0.5
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 1e-3}))
-    text = go(out, f"--init {folder} --total_steps 22", shape="", code=1)
-    assert "made with layer_norm_epsilon 1e-05, now it is 0.001: keep" in text
     assert "is the run's own folder" in go(out, f"--init {out} --fresh", shape="", code=1)
     assert (out / "checkpoint_0000020.pt").exists()
 
@@ -562,46 +515,36 @@ def test_start_from_weights(go, out, tmp_path, undisturbed):
 # faults
 
 
-@pytest.mark.parametrize("mode", ["one", "ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_not_a_number(go, out, mode):
     """NaN on one rank reaches weights, moments or step counts, or a checkpoint; a run whose
     every update is skipped goes on for weeks."""
-    bad_rank = MODES[mode][0] - 1
-    bad_steps = (2, 3, *range(8, 20))
-    fault = spoil_loss(lambda rank, step, _: rank == bad_rank and step in bad_steps)
+    fault = spoil_loss((2, 3, *range(8, 20)), ranks=(1,))  # each step is one micro-batch
     text = go(out, "--log_every 4", mode=mode, fault=fault, code=1)
-    for step, in_a_row in ((3, 1), (4, 2), (18, 10)):
-        assert f"loss of rank {bad_rank} was not finite at step {step}: " in text
-        assert f"{in_a_row} in a row" in text
+    for step, in_a_row in ((4, 2), (18, 10)):
+        assert (f"the loss of rank 1 was not finite at step {step}: update skipped, {in_a_row} in "
+                "a row") in text
     state = final(out)
+    # a checkpoint with NaN would be skipped
     assert state["step"] == 15 and state["optimizer"]["transformer.wte.weight"]["step"] == 6
-    assert all(weight.isfinite().all() for weight in state["model"].values())
 
 
 @pytest.mark.parametrize(("module", "name", "stands"), [
-    (torch, "save", 5), (os, "replace", 5), (train.Path, "unlink", 10)])
+    (os, "replace", 5), (train.Path, "unlink", 10)])
 def test_killed_in_a_save(go, out, undisturbed, module, name, stands):
     """A kill while saving costs the run, or leaves what is taken for a checkpoint."""
 
-    def kill(*args, **_):
+    def kill(*_, **__):
         if any(out.glob("checkpoint_0000010*")):
-            if name == "save":
-                args[-1].write(b"a part of the file")
-                args[-1].flush()
             die()
 
-    def fault(rank):
-        before(module, name, kill)
-
-    go(out, "--keep 1", fault=fault, code=-signal.SIGKILL)
+    go(out, "--keep 1", fault=lambda _: before(module, name, kill), code=-signal.SIGKILL)
     assert final(out)["step"] == stands
     with open(out / "log.jsonl", "a") as f:  # as a full disk leaves it
         f.write('{"step": 9, "lo{"step": 9, "loss": 1}\n{"step": 9, "loss')
     go(out, "--keep 1")
     assert_same(out, undisturbed)
-    names = ["checkpoint_0000020.pt", "config.json", "lock", "log.jsonl", "merges.txt",
-             "run.json", "vocab.json"]
-    assert sorted(os.listdir(out)) == names
+    assert [p.name for p in out.glob("checkpoint*")] == ["checkpoint_0000020.pt"]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(go, out, undisturbed):
@@ -617,7 +560,6 @@ def test_training_goes_on_while_a_checkpoint_is_written(go, out, undisturbed):
         before(torch, "save", wait)
 
     go(out, fault=fault)
-    assert_same(out, undisturbed)
     late, prompt = (model_module.load_tensors(out / "checkpoint_0000015.pt")["model"]
                     for out in (out, undisturbed))
     torch.testing.assert_close(late, prompt, rtol=0, atol=0)
@@ -631,11 +573,10 @@ def test_saves_by_the_clock(go, out):
             time.monotonic = lambda: now() + 60 * next(calls)
 
     go(out, "--save_every 0 --save_minutes 7.5 --keep 9", mode="ddp", fault=fault)
-    names = [p.name for p in sorted(out.glob("*.pt"))]
-    assert names == [f"checkpoint_{step:07d}.pt" for step in (7, 15, 20)]
+    assert sorted(int(p.stem[-7:]) for p in out.glob("*.pt")) == [7, 15, 20]
 
 
-def test_one_owner(arrays, go, out, undisturbed):
+def test_one_owner(arrays, go, out):
     """Two trainings share a folder, or a training that was killed keeps the next one out."""
     (first,), _ = start(arrays, out, fault=at_step(7, lambda: time.sleep(60)))
     while not (out / "checkpoint_0000005.pt").exists():
@@ -644,22 +585,19 @@ def test_one_owner(arrays, go, out, undisturbed):
     first.kill()
     first.join()
     assert "steps 5 to 20" in go(out)
-    assert_same(out, undisturbed)
 
 
-def test_damaged_checkpoints_are_skipped(go, out, undisturbed):
+def test_damaged_checkpoints_are_skipped(go, out):
     """A truncated newest file ends the run, or counts as kept."""
     go(out, fault=at_step(11, terminate))
     whole = out / "checkpoint_0000012.pt"
     (out / "checkpoint_0000019.pt").write_bytes(whole.read_bytes()[:-3000])
     text = go(out, "--keep 1", fault=at_step(15, terminate))
-    assert "warning: skipping" in text and f"{out}/checkpoint_0000019.pt" in text
+    assert f"warning: skipping {out}/checkpoint_0000019.pt" in text
     assert final(out)["step"] == 16  # 19 is damaged: it must not push 16 out
-    go(out)
-    assert_same(out, undisturbed)
 
 
-def test_full_disk(go, out, undisturbed):
+def test_full_disk(go, out):
     """A save that fails ends the run, spoils the checkpoint before it, or goes unsaid."""
     def fill():
         while not list(out.glob("checkpoint*.pt")):  # a thread still writes the first one
@@ -667,12 +605,10 @@ def test_full_disk(go, out, undisturbed):
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # bytes of a file
 
     text = go(out, fault=at_step(6, fill), code=1)
-    for step in (10, 20):
-        assert f"checkpoint_{step:07d}.pt could not be written" in text
-    assert "warning:" in text and "make room" in text
-    assert [p.name for p in out.glob("checkpoint*")] == ["checkpoint_0000005.pt"]
-    go(out)
-    assert_same(out, undisturbed)
+    assert text.count("could not be written") == 3  # steps 10, 15 and 20
+    assert "the last checkpoint is not written: make room" in text
+    assert final(out)["step"] == 5
+
 
 # ---------------------------------------------------------------------------------------------
 # parts
@@ -702,59 +638,48 @@ def test_mistakes_name_their_mend(arrays, monkeypatch, tmp_path, capsys, args, m
     assert mend in f"{ended.value}\n{capsys.readouterr().err}"
 
 
-@pytest.fixture
-def fake_gpus(monkeypatch):
-    """set_device, on a machine that seems to have GPUs, or any other device."""
-    probe = lambda *_, device: mock.Mock(device=torch.device(device))
-    monkeypatch.setattr(torch, "zeros", probe)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(torch.cuda, "set_device", mock.Mock())
-    return torch.cuda.set_device
-
-
-def test_old_gpus(monkeypatch, fake_gpus):
-    """A T4 computes in bfloat16, which it has not."""
-    assert train.start_process("cuda:1").dtype == torch.bfloat16
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert train.start_process("cuda:1").dtype == torch.float32
-
-
-def test_devices(monkeypatch, fake_gpus):
-    """--device cuda:1 leaves Triton on GPU 0: an illegal access. Ranks share a GPU, or take that of
-    a Mac, whose tensors gloo can't reduce."""
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    monkeypatch.setattr(train, "dist", mock.Mock())
-    fake_gpus.assert_called_once_with(train.start_process("cuda:1").device)
-    assert train.start_process().device.type == ("cuda" if torch.cuda.is_available() else "mps")
+def test_devices(monkeypatch):
+    """--device cuda:1 leaves Triton on GPU 0: an illegal access. A T4 computes in bfloat16, which
+    it has not. Ranks share a GPU, or take that of a Mac, whose tensors gloo can't reduce."""
+    replace = monkeypatch.setattr
+    replace(torch, "zeros", lambda *_, device: mock.Mock(device=torch.device(device)))
+    replace(torch.backends.mps, "is_available", lambda: True)
+    replace(torch.cuda, "is_available", lambda: False)
+    replace(torch.cuda, "get_device_capability", lambda device: (7 + device.index, 5))
+    replace(torch.cuda, "set_device", mock.Mock())
+    replace(train, "dist", mock.Mock())
+    second = train.start_process("cuda:1")
+    torch.cuda.set_device.assert_called_once_with(second.device)
+    assert second.dtype == torch.bfloat16
+    assert train.start_process("cuda:0").dtype == torch.float32
+    assert train.start_process().device.type == "mps"
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert train.start_process("cuda:0").device.index == 1
-    assert train.start_process().device.type != "mps"
+    assert train.start_process().device.type == "cpu"
 
 
 def test_mfu(tmp_path, monkeypatch):
     """The peak of another chip that has a part of the name, or of one GPU where two take part."""
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
-    settings = Namespace(batch_tokens=1000, total_steps=9, lr=1, min_lr=1, warmup_steps=1)
+    settings = Namespace(batch_tokens=1000, total_steps=9, lr=1, warmup_steps=9)
     process = train.Process(torch.device("cuda"), torch.bfloat16, world_size=2)
-    for name, mfu in (("H100 NVL", 1e9 / 835.5e12), ("H100 80GB HBM3", 1e9 / 989.5e12),
-                      ("RTX 4090", 1e9 / 165.2e12), ("RTX 4090 Laptop GPU", None)):
+    for step, name in enumerate(("H100 NVL", "RTX 4090 Laptop GPU")):
         monkeypatch.setattr(torch.cuda, "get_device_name", mock.Mock(return_value=name))
-        train.log_step(tmp_path, 3, 1.0, 1.0, 4.0, 8e6, settings, process)
-        row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-        assert row["tokens_per_s"] == 250 and row.get("mfu") == (mfu and pytest.approx(mfu))
+        train.log_step(tmp_path, step, 1.0, 1.0, 4.0, 8e6, settings, process)
+    # half of 1000 tokens / 4 s * 8e6 FLOP
+    assert rows(tmp_path, "mfu") == pytest.approx({0: 1e9 / 835.5e12})
 
 
 def test_embeddings_padded_beyond_the_tokenizer(monkeypatch):
     """A model whose embedding was padded to a multiple of 64 is refused, or one that can't hold
     the arrays' ids, or that ends texts with another token, is taken."""
-    settings = Namespace(init="padded", out="out", seq_len=16, dropout=0.1, n_layer=0, n_head=0,
-                         n_embd=0)
-    for vocab_size, eot_id, taken in ((2048, 0, True), (1999, 0, False), (2048, 5, False)):
-        config = model_module.GPTConfig(vocab_size=vocab_size, eot_id=eot_id)
-        monkeypatch.setattr(train, "config_of", mock.Mock(return_value=config))
-        with nullcontext() if taken else pytest.raises(ValueError, match="tokenizer of --init"):
-            assert train.choose_config(settings, {"vocab_size": 2000, "eot_id": 0}) == config
+    settings = Namespace(init="padded", out="out", dropout=0.1, **dict.fromkeys(train.SHAPE))
+    config = model_module.GPTConfig(vocab_size=2048, eot_id=0)
+    monkeypatch.setattr(train, "config_of", lambda folder: config)
+    assert train.choose_config(settings, {"vocab_size": 2000, "eot_id": 0}) == config
+    for meta in ({"vocab_size": 2049, "eot_id": 0}, {"vocab_size": 2000, "eot_id": 5}):
+        with pytest.raises(ValueError, match="tokenizer of --init"):
+            train.choose_config(settings, meta)
 
 
 BARE = """
