@@ -291,6 +291,7 @@ def test_presets(monkeypatch):
     monkeypatch.setattr(sys, "argv", flags.split())
     settings = train.read_settings()
     assert (settings.lr, settings.dropout, settings.warmup_steps) == (1.6e-4, 0.1, 40)
+    assert (settings.batch_tokens, settings.parallel) == (2**20, "fsdp")
     assert settings.min_lr == pytest.approx(1.6e-5)
 
 
@@ -663,11 +664,12 @@ def test_mfu(tmp_path, monkeypatch):
     """The peak of another chip that has a part of the name, or of one GPU where two take part."""
     settings = Namespace(batch_tokens=1000, total_steps=9, lr=1, warmup_steps=9)
     process = train.Process(torch.device("cuda"), torch.bfloat16, world_size=2)
-    for step, name in enumerate(("H100 NVL", "RTX 4090 Laptop GPU")):
+    for step, name in enumerate(("H100 NVL", "H100 80GB HBM3", "RTX 4090", "RTX 4090 Laptop GPU")):
         monkeypatch.setattr(torch.cuda, "get_device_name", mock.Mock(return_value=name))
         train.log_step(tmp_path, step, 1.0, 1.0, 4.0, 8e6, settings, process)
     # half of 1000 tokens / 4 s * 8e6 FLOP
-    assert rows(tmp_path, "mfu") == pytest.approx({0: 1e9 / 835.5e12})
+    peaks = 835.5e12, 989.5e12, 165.2e12
+    assert rows(tmp_path, "mfu") == pytest.approx({i: 1e9 / peak for i, peak in enumerate(peaks)})
 
 
 def test_embeddings_padded_beyond_the_tokenizer(monkeypatch):
