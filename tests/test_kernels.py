@@ -116,33 +116,30 @@ def check(case):
         assert error <= allowed, f"tensor {i}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def train(device="cpu", backend=None):
-    """Three steps of a model with dropout, compiled by a backend or eager: (losses, weights, graphs
+def train(device, backend=None):
+    """Three steps of a model with dropout, compiled by a backend or eager: (weights, graphs
     compiled after each step)."""
     torch.manual_seed(1)
     gpt = model.GPT(model.GPTConfig(2, 2, 32, 16, 61, dropout=0.2)).to(device)
     optimizer = torch.optim.SGD(gpt.parameters(), lr=0.1)
     idx = torch.arange(16, device=device)[None]
-    losses, graphs = [], []
+    graphs = []
     for block in gpt.transformer.h:
         if backend:
             block.compile(backend=backend)
     for _ in range(3):
-        loss = gpt(idx, idx)[1]
-        loss.backward()
+        gpt(idx, idx)[1].backward()
         optimizer.step()
-        losses.append(loss.item())
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    return losses, list(gpt.parameters()), graphs
+    return list(gpt.parameters()), graphs
 
 
 def check_compiled(device, tolerance, backend):
     """Compiled blocks train as eager ones do, and new seeds compile nothing anew."""
     torch._dynamo.reset()
-    losses, weights, _ = train(device)
-    again, compiled, graphs = train(device, backend)
+    weights, _ = train(device)
+    compiled, graphs = train(device, backend)
     assert 0 < graphs[1] == graphs[2]  # the second seed may: it becomes a variable
-    assert again == pytest.approx(losses, rel=tolerance, abs=0)
     for a, b in zip(compiled, weights):
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
@@ -201,14 +198,14 @@ class TestInTheInterpreter:
             assert loss.isfinite() and dhidden.sum(1).abs().max() < 1e-6
         assert loss == 0 and (dhidden == 0).all()
 
-    @pytest.mark.parametrize("name", NAMES)
-    def test_no_grad_and_empty(self, name):
+    def test_no_grad_and_empty(self):
         """Other numbers under no_grad, a launch over an empty grid."""
-        case = make_case(name, 4, 32, 8)
-        with torch.no_grad():
-            outputs = tree_leaves(case.op(*case.tensors, *case.rest))
-        torch.testing.assert_close(outputs, results(case)[:len(outputs)], rtol=1e-6, atol=1e-6)
-        results(make_case(name, 0, 32, 8))
+        for name in NAMES:
+            case = make_case(name, 4, 32, 8)
+            with torch.no_grad():
+                outputs = tree_leaves(case.op(*case.tensors, *case.rest))
+            torch.testing.assert_close(outputs, results(case)[:len(outputs)], rtol=1e-6, atol=1e-6)
+            results(make_case(name, 0, 32, 8))
 
     @slow  # half a minute of compiling
     def test_compiled_equals_eager(self):
@@ -288,10 +285,9 @@ def test_kernels_run_where_they_can(monkeypatch):
         assert model.kernels_active() == path
 
 
-@pytest.mark.parametrize("device,dtype,n_in,n_out", [
-    ("cpu", torch.float32, 6, 4), ("cpu", torch.bfloat16, 6, 4),
-    pytest.param("cuda", torch.bfloat16, 2560, 7680, marks=gpu)])  # BioMedLM's c_attn
-def test_weight_gradients_add_up_in_place(device, dtype, n_in, n_out):
+@pytest.mark.parametrize("device,n_in,n_out", [
+    ("cpu", 6, 4), pytest.param("cuda", 2560, 7680, marks=gpu)])  # BioMedLM's c_attn
+def test_weight_gradients_add_up_in_place(device, n_in, n_out):
     """The sum in another place than before: cloned, since DDP's bucket holds it too. A second
     backward that replaces the first. Sums that are rounded to bf16."""
     torch.manual_seed(0)
@@ -300,17 +296,18 @@ def test_weight_gradients_add_up_in_place(device, dtype, n_in, n_out):
     bucket = layer.weight.grad = torch.zeros_like(layer.weight)
     dweight = dbias = 0
     for _ in range(2):
-        x, dy = (torch.randn(4096, n, device=device, dtype=dtype) for n in (n_in, n_out))
+        x, dy = (torch.randn(4096, n, device=device).bfloat16() for n in (n_in, n_out))
         x.requires_grad_()
-        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             layer(x).backward(dy)
         dweight += dy.double().T @ x.detach().double()
         dbias += dy.double().sum(0)
     assert layer.weight.grad.data_ptr() == bucket.data_ptr()
-    rounded = 2**-6 if dtype == torch.bfloat16 else 1e-5  # on a CPU the product is in bf16
-    for found, exact, limit in ((layer.bias.grad, dbias, 1e-5),
-                                (layer.weight.grad, dweight, 1e-4 if x.is_cuda else rounded),
-                                (x.grad, dy.double() @ layer.weight.double(), rounded)):
+    rounded = 2**-6
+    for found, exact, limit in (  # on a CPU the product is in bf16
+            (layer.weight.grad, dweight, 1e-4 if x.is_cuda else rounded),
+            (layer.bias.grad, dbias, 1e-5),
+            (x.grad, dy.double() @ layer.weight.double(), rounded)):
         assert (found - exact).abs().max() <= limit * exact.abs().max()
 
 

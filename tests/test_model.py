@@ -159,7 +159,7 @@ def test_save_and_load(model, idx, tmp_path, weights, monkeypatch):
     assert half.config.dropout == 0.2
     assert all(p.dtype == torch.bfloat16 for p in half.parameters())
     data = (tmp_path / weights).read_bytes()
-    for damaged in data[:-5], data[:100], b"":
+    for damaged in data[:-5], b"":
         (tmp_path / weights).write_bytes(damaged)
         with pytest.raises(ValueError, match="damaged"):
             GPT.from_pretrained(tmp_path)
@@ -206,11 +206,6 @@ def test_folders_of_others(tmp_path):
         config_of("gpt2")
 
 
-def training(model):
-    """What train.py saves."""
-    return {"model": model.state_dict(), "optimizer": {}, "step": 1}
-
-
 def test_damaged_checkpoints(model, tmp_path, capsys):
     """A spoiled checkpoint loaded without a word or with a traceback, or one that keeps the good
     one from use."""
@@ -221,20 +216,21 @@ def test_damaged_checkpoints(model, tmp_path, capsys):
 
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
     good, bad = tmp_path / "checkpoint_0000001.pt", tmp_path / "checkpoint_0000002.pt"
-    contents = training(model)
-    weights = contents["model"]
+    weights = model.state_dict()
+    contents = {"model": weights, "optimizer": {}, "step": 2}  # what train.py saves
+    good.write_bytes(saved({**contents, "step": 1}))
     whole = saved(contents)
-    good.write_bytes(saved({**contents, "step": 0}))
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
-    others = [{name: contents[name] for name in contents if name != missing}
-              for missing in ("optimizer", "step")]
-    others += [{**contents, "model": {**weights, LN: bias}}
-               for bias in (torch.zeros(17), torch.zeros(16) / 0)]
-    others += [{**contents, "model": {LN: weights[LN]}}, Path("code")]
-    for damaged in b"", whole[:100], whole[:-5], flipped, *map(saved, others):
+    others = (Path("code"),
+              {"model": weights, "optimizer": {}},
+              {"model": weights, "step": 2},
+              {**contents, "model": {}},
+              {**contents, "model": {**weights, LN: torch.zeros(17)}},
+              {**contents, "model": {**weights, LN: torch.zeros(16) / 0}})
+    for damaged in b"", whole[:-5], flipped, *map(saved, others):
         bad.write_bytes(damaged)
-        assert newest_checkpoint(tmp_path)["step"] == 0
+        assert newest_checkpoint(tmp_path)["step"] == 1
         warning = capsys.readouterr().err
         assert warning.startswith(f"warning: skipping {bad}") and warning.count("\n") == 1
     good.unlink()
@@ -261,8 +257,7 @@ def test_sampled_shares():
     """A temperature or top_k that changes nothing, or cuts one token too many."""
     torch.manual_seed(0)
     logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
-    for temperature, top_k, kept in (1.0, None, [0, 1, 2, 3]), (2.0, 9, [0, 1, 2, 3]), \
-            (2.0, 3, [1, 2, 3]):
+    for temperature, top_k, kept in (0.5, 9, [0, 1, 2, 3]), (2.0, 3, [1, 2, 3]):
         want = torch.zeros(4)
         want[kept] = (logits[kept] / temperature).softmax(0)
         drawn = sample(logits.repeat(20_000, 1), temperature, top_k)
@@ -273,7 +268,8 @@ def test_export_command(idx, tmp_path, monkeypatch):
     """A run exported without its tokenizer."""
     model = GPT(replace(TINY, vocab_size=259)).eval()
     out = tmp_path / "out"
-    torch.save(training(model), tmp_path / "checkpoint_0000001.pt")
+    torch.save({"model": model.state_dict(), "optimizer": {}, "step": 1},
+               tmp_path / "checkpoint_0000001.pt")
     (tmp_path / "config.json").write_text(json.dumps(model.config.to_hf()))
     Tokenizer.from_merges([]).save(tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"[PAD]": 257, "<|ANSWER|>": 258}')
