@@ -296,14 +296,13 @@ SHARED_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227
 
 def recorded_launches(arch, C=2560, n_head=20):
     """Every kernel launch of a forward and backward through all ops in bf16, recorded, not run:
-    [(kernel, {argument: value}, options)]. So the table holds what really launches, as it does."""
+    [(kernel, {argument or option: value})]. So the table holds what really launches, as it does."""
     from triton.runtime.jit import JITFunction
 
     launches = []
 
     def record(kernel, *args, grid=None, warmup=False, **kwargs):
-        options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
-        launches.append((kernel, dict(zip(kernel.arg_names, args)) | kwargs, options))
+        launches.append((kernel, dict(zip(kernel.arg_names, args)) | kwargs))
 
     with (mock.patch.object(JITFunction, "run", record),
           mock.patch.multiple(gpt_model, runs_kernel=lambda x: True, gpu=lambda: arch,
@@ -315,7 +314,7 @@ def recorded_launches(arch, C=2560, n_head=20):
     return launches
 
 
-def needs(kernel, arguments, options, target):
+def needs(kernel, arguments, target):
     """What one recorded launch needs on another machine's chip; a spilled register shows as stack.
 
     Triton compiles as it would before this launch, on a machine whose driver names that chip.
@@ -328,7 +327,7 @@ def needs(kernel, arguments, options, target):
     driver.get_current_target.return_value = GPUTarget("cuda", int(target[3:]), 32)
     kernel.device_caches.clear()  # they know the last target
     with mock.patch.object(triton.runtime.driver, "_active", driver):
-        compiled = kernel.warmup(grid=(1,), **arguments, **options)
+        compiled = kernel.warmup(grid=(1,), **arguments)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
@@ -691,8 +690,7 @@ def write_text(path, megabytes):
         for name in ("abstracts.jsonl.gz", "pmc_fulltext.jsonl.gz"):
             with gzip.open(SHARED / name) as lines:
                 for record in map(json.loads, lines):
-                    text = (record["text"] if "text" in record else
-                            f"{record['title']}\n{record['abstract']}")
+                    text = record.get("text") or f"{record['title']}\n{record['abstract']}"
                     f.write(text.removesuffix("\n") + "\n")
                     if f.tell() > megabytes * 1e6:
                         return
@@ -739,7 +737,9 @@ def bench_finetune(args):
     text = "\n".join(f"{q.question} {' '.join(q.options)}" for q in questions)
     tokenizer = Tokenizer.from_merges(train_bpe(count_batch(text), 8192))
     shared = finetune.encode_all(questions[:32], "medqa", tokenizer, {"length": 512})
-    alone = [split_options(example) for example in shared]
+    # the same questions, each option in a row of its own with the prefix before it
+    alone = [e._replace(rows=[finetune.Row(row.prefix, [suffix])
+                              for row in e.rows for suffix in row.suffixes]) for e in shared]
     config = GPTConfig(n_layer=4, n_head=4, n_embd=256, dropout=0.0,
                        vocab_size=tokenizer.vocab_size)
     model = finetune.TaskModel(GPT(config), "choice")
@@ -754,12 +754,6 @@ def bench_finetune(args):
     seconds = interleave({how: partial(step, chunks) for how, chunks in ways.items()}, 3)
     show({"part": "finetune", "questions_per_s": len(shared) / seconds["shared"],
           "x_one_by_one": seconds["alone"] / seconds["shared"]})
-
-
-def split_options(example):
-    """The same question, each option in a row of its own with the prefix before it."""
-    rows = [finetune.Row(row.prefix, [suffix]) for row in example.rows for suffix in row.suffixes]
-    return example._replace(rows=rows)
 
 
 # ---------------------------------------------------------------------------------------------
