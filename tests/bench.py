@@ -340,13 +340,6 @@ def needs(kernel, arguments, target):
             "wgmma": "wgmma.mma_async" in compiled.asm["ptx"]}
 
 
-def static_table():
-    """What every kernel needs on every target."""
-    for target, (C, n_head) in product(SHARED_KB, SHAPES):
-        for launch in recorded_launches(target, C, n_head):
-            show({"C": C, **needs(*launch, target)})
-
-
 # ---------------------------------------------------------------------------------------------
 # kernels on a GPU: the matrix products around them, then each op beside eager and torch.compile
 
@@ -382,7 +375,10 @@ def measure_products(n_out, n_in, N=8192):
 def bench_kernels(args):
     """Each op against eager torch and torch.compile; without a GPU: what its kernels need."""
     if not torch.cuda.is_available():
-        return static_table()
+        for target, (C, n_head) in product(SHARED_KB, SHAPES):
+            for launch in recorded_launches(target, C, n_head):
+                show({"C": C, **needs(*launch, target)})
+        return
     torch._functorch.config.donated_buffer = False  # backward runs again and again on one graph
     for (C, n_head), p in product(SHAPES, (0.0, 0.1)):
         for op, case in kernel_cases(16384, C, n_head, p).items():

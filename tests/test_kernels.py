@@ -117,32 +117,28 @@ def check(case):
         assert error <= allowed, f"tensor {i}: error {error:.3g}, allowed {allowed:.3g}"
 
 
-def train(device, backend=None):
-    """Three steps of a model with dropout, compiled by a backend or eager: (weights, graphs
-    compiled after each step)."""
-    torch.manual_seed(1)
-    gpt = model.GPT(model.GPTConfig(2, 2, 32, 16, 61, dropout=0.2)).to(device)
-    optimizer = torch.optim.SGD(gpt.parameters(), lr=0.1)
-    idx = torch.arange(16, device=device)[None]
-    graphs = []
-    for block in gpt.transformer.h:
-        if backend:
-            block.compile(backend=backend)
-    for _ in range(3):
-        gpt(idx, idx)[1].backward()
-        optimizer.step()
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    return list(gpt.parameters()), graphs
-
-
 def check_compiled(device, tolerance, backend):
-    """Compiled blocks train as eager ones do, and new seeds compile nothing anew."""
+    """Three steps with dropout: compiled blocks train as eager ones do, and new seeds compile
+    nothing anew."""
     torch._dynamo.reset()
-    weights, _ = train(device)
-    compiled, graphs = train(device, backend)
+    models = []
+    for compiles in False, True:
+        torch.manual_seed(1)
+        gpt = model.GPT(model.GPTConfig(2, 2, 32, 16, 61, dropout=0.2)).to(device)
+        optimizer = torch.optim.SGD(gpt.parameters(), lr=0.1)
+        idx = torch.arange(16, device=device)[None]
+        graphs = []  # compiled after each step
+        for block in gpt.transformer.h:
+            if compiles:
+                block.compile(backend=backend)
+        for _ in range(3):
+            gpt(idx, idx)[1].backward()
+            optimizer.step()
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        models.append(gpt)
     assert 0 < graphs[1] == graphs[2]  # the second seed may: it becomes a variable
-    for a, b in zip(compiled, weights):
-        assert (a - b).abs().max() <= tolerance * b.abs().max()
+    for a, b in zip(*(gpt.parameters() for gpt in models)):
+        assert (a - b).abs().max() <= tolerance * a.abs().max()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -155,16 +151,13 @@ def check_compiled(device, tolerance, backend):
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in a child process")
 class TestInTheInterpreter:
-    # widths and row counts that have all edges; not every pair
-    @pytest.mark.parametrize("rows,width", [(1, 7), (5, 100), (3, 384), *(
-        pytest.param(*shape, marks=slow)
-        for shape in ((3, 1), (130, 7), (35, 64), (1, 1000), (3, 1023), (3, 2560), (20, 768)))])
+    @pytest.mark.parametrize("rows,width", [  # have all edges together; not every pair
+        (1, 7), (3, 1), (5, 100), (3, 384), (1, 1000), (3, 1023), (3, 2560)])
     def test_norms_and_gelu_match_fp64(self, rows, width, monkeypatch):
         """A wrong dx, dγ or dβ, a lane outside the row in a sum, cancellation at mean 100; forward
         or backward with another dropout mask, rate or factor than the reference."""
-        if rows < 10:
-            monkeypatch.setattr(model, "n_programs", lambda *_: 2)
-            monkeypatch.setattr(model, "GELU_COLS", 64)
+        monkeypatch.setattr(model, "n_programs", lambda *_: 2)
+        monkeypatch.setattr(model, "GELU_COLS", 64)
         for name, p in ("add_layer_norm", 0.0), ("add_layer_norm", 0.3), ("bias_gelu", 0.0):
             check(make_case(name, rows, width, p=p))
 
@@ -240,12 +233,9 @@ def test_dropout_masks(monkeypatch):
     assert torch.equal(x, again)
     assert torch.allclose(x.unique(), torch.tensor([0, 1 / 0.7]))
     assert worst_deviation(0.1) < 6 and worst_deviation(0.5) < 6
-
-    def weak(key, col):
-        x = (key ^ (col * 0x9E3779B1)) * 0x7FEB352D
-        return x ^ (x >> 15 & 0x1FFFF)
-
-    monkeypatch.setattr(model, "element_hash", weak)
+    element_hash = model.element_hash
+    undo = pow(0x846CA68B, -1, 2**32)
+    monkeypatch.setattr(model, "element_hash", lambda *at: element_hash(*at) * undo)
     assert worst_deviation(0.1) > 10
 
 

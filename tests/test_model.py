@@ -152,15 +152,16 @@ def test_save_and_load(model, idx, tmp_path, weights, monkeypatch):
     assert {path.stat().st_mode & 0o044 for path in files} == {0o044}  # umask's 022
     square = "transformer.h.0.attn.c_proj.weight"  # Hugging Face's are [in, out]
     assert torch.equal(load_tensors(tmp_path / weights)[square], model.state_dict()[square].t())
+    file = tmp_path / weights
+    file = file.rename(file.with_stem(f"{file.stem}-00001-of-00001"))  # as of a sharded model
     again = GPT.from_pretrained(tmp_path, dropout=0.0)
     assert again.config == TINY and not again.training
     assert torch.equal(again(idx)[0], model(idx)[0])
     half = GPT.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.config.dropout == 0.2
     assert all(p.dtype == torch.bfloat16 for p in half.parameters())
-    data = (tmp_path / weights).read_bytes()
-    for damaged in data[:-5], b"":
-        (tmp_path / weights).write_bytes(damaged)
+    for damaged in file.read_bytes()[:-5], b"":
+        file.write_bytes(damaged)
         with pytest.raises(ValueError, match="damaged"):
             GPT.from_pretrained(tmp_path)
 
