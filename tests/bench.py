@@ -686,7 +686,8 @@ def write_text(path, megabytes):
         for name in ("abstracts.jsonl.gz", "pmc_fulltext.jsonl.gz"):
             with gzip.open(SHARED / name) as lines:
                 for record in map(json.loads, lines):
-                    text = record.get("text") or f"{record['title']}\n{record['abstract']}"
+                    text = (record["text"] if "text" in record else
+                            f"{record['title']}\n{record['abstract']}")
                     f.write(text.removesuffix("\n") + "\n")
                     if f.tell() > megabytes * 1e6:
                         return
