@@ -26,7 +26,7 @@ import time
 import timeit
 from contextlib import suppress
 from functools import partial
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -34,6 +34,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared/data"  # real samples, beside the checkout
@@ -55,13 +56,11 @@ FILES = []  # --json's file, if there is one
 def show(row):
     """Print a row as "key value  key value" and keep it, at once: a part may be stopped."""
     ROWS.append(row)
-    print("  ".join(f"{key} {in_short(value)}" for key, value in row.items()), flush=True)
+    for key, value in row.items():
+        print(key, f"{value:.4g}" if isinstance(value, float) else value, end="  ")
+    print(flush=True)
     for file in FILES:
         file.write_text(json.dumps(ROWS, indent=1))
-
-
-def in_short(value):
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def interleave(variants, rounds, measure=SECONDS):
@@ -75,7 +74,7 @@ def interleave(variants, rounds, measure=SECONDS):
 
 
 # ---------------------------------------------------------------------------------------------
-# gpu, cpu: many commands in order of worth, each with a time limit; tables for RESULTS.md
+# gpu, cpu: many commands in order of worth, each with a time limit
 
 STEP = "tests/bench.py train --dropout 0.1 --shape"
 GPU_PARTS = (  # seconds at most, command
@@ -97,23 +96,21 @@ CPU_PARTS = (
     (150, "tests/bench.py generate --n_layer 8"))
 
 
-def bench_gpu(parser, argv):
+def bench_gpu(args):
     """All that needs a GPU: first what is right, then what is fast."""
     if not torch.cuda.is_available():
         sys.exit("no CUDA GPU on this machine: python tests/bench.py cpu")
-    run_parts(GPU_PARTS, 12, parser, argv)
+    run_parts(GPU_PARTS, args.minutes)
 
 
-def bench_cpu(parser, argv):
+def bench_cpu(args):
     """The ratios that README and RESULTS.md claim of a CPU."""
-    run_parts(CPU_PARTS, 12, parser, argv)
+    run_parts(CPU_PARTS, args.minutes)
 
 
-def run_parts(parts, minutes, parser, argv):
+def run_parts(parts, minutes):
     """Run each part while there is time. One that fails or is too slow is told and passed over."""
-    parser.add_argument("--minutes", type=float, default=minutes,
-                        help=f"of all parts together (default: {minutes})")
-    last = time.monotonic() + 60 * parser.parse_args(argv).minutes
+    last = time.monotonic() + 60 * minutes
     show({"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
           "cpu": subprocess.getoutput("grep -m1 'model name' /proc/cpuinfo").split(": ")[-1],
           "load": os.getloadavg()[0],
@@ -130,7 +127,6 @@ def run_parts(parts, minutes, parser, argv):
         if seconds > limit:
             result = f"stopped; {result}"
         show({"part": command, "result": result, "seconds": seconds})
-    print_tables()
 
 
 def run_part(command, limit):
@@ -164,16 +160,6 @@ def end_group(child):
             child.wait(5)
 
 
-def print_tables():
-    """All rows in Markdown, neighbours of the same keys in one table; where ours lost."""
-    for keys, rows in groupby(ROWS, key=list):
-        print("\n| " + " | ".join(keys) + " |\n|" + "---|" * len(keys))
-        for row in rows:
-            cells = [in_short(value) + (" (lost)" if key.startswith("x_") and value < 1 else "")
-                     for key, value in row.items()]
-            print("| " + " | ".join(cells) + " |")
-
-
 # ---------------------------------------------------------------------------------------------
 # plan: what a run needs, without running it
 #
@@ -189,18 +175,8 @@ MACHINES = (  # GPUs, 8 a node; name, GB of each; bytes/s of its memory by the d
 COPY_RATE = 5e9  # a guess: bytes/s at which the full state reaches rank 0's CPU; training waits
 
 
-def bench_plan(parser, argv):
+def bench_plan(args):
     """Parameters, FLOPs, memory and step time by part, and hours, each with its formula."""
-    add = parser.add_argument
-    add("--preset", default="biomedlm", choices=gpt_model.PRESETS,
-        help="shape and recipe (default: biomedlm)")
-    add("--micro_batch", type=int, nargs="+", default=[4, 8, 16, 32],
-        help="sequences a forward pass, the best of these (default: 4 8 16 32)")
-    add("--parallel", choices=("ddp", "fsdp"), nargs="+", default=["ddp", "fsdp"],
-        help="replicate or shard, the better of these (default: ddp fsdp)")
-    add("--gpus", type=int, help="of your machine, as fast as H100s (default: README's machines)")
-    add("--gb", type=float, default=80, help="memory of each of --gpus, in GB (default: 80)")
-    args = parser.parse_args(argv)
     recipe = train.recipe(args.preset)
     config = GPTConfig.preset(args.preset)
     n_params = gpt_model.without_memory(config).n_params()
@@ -227,14 +203,14 @@ def plan_machine(args, config, n_params, recipe, machine, hours, flops):
     sequences = recipe["batch_tokens"] // recipe["seq_len"] // gpus  # of a GPU, a step
     found = {}
     for parallel, recomputes, micro_batch in product(args.parallel, (False, True),
-                                                     args.micro_batch):
+                                                     args.micro_batch or [4, 8, 16, 32]):
         fsdp = parallel == "fsdp"
         S = min(gpus, 8) if fsdp else 1
         t = micro_batch * recipe["seq_len"]
         n = sequences // micro_batch
-        way = (fsdp, recomputes, S, n, t)
-        memory = memory_parts(config, n_params, *way)
-        seconds = step_parts(config, n_params, *way, ideal, bandwidth)
+        way = (config, n_params, fsdp, recomputes, S, n, t)
+        memory = memory_parts(*way)
+        seconds = step_parts(*way, ideal, bandwidth)
         # The rest is NCCL's, and what the allocator holds for later: more under FSDP.
         usable = (0.85e9 if fsdp else 0.92e9) * gigabytes
         divides = 0 < sequences == n * micro_batch
@@ -251,11 +227,10 @@ def plan_machine(args, config, n_params, recipe, machine, hours, flops):
         print(f"  {size / 1e9:7.2f} GB  {formula}")
     for formula, part in seconds.items():
         print(f"  {part:7.3f} s   {formula}")
-    row = {"machine": title, "flags": flags, "gb": sum(memory.values()) / 1e9, "step_s": step_s,
-           "mfu": ideal / step_s, "hours": hours * step_s}
-    for mfu in (0.23, 0.40, 0.60):  # BioMedLM's own; a fair guess; our aim on an H200
-        row[f"hours at {mfu:.0%}"] = hours * ideal / mfu
-    show(row)
+    show({"machine": title, "flags": flags, "gb": sum(memory.values()) / 1e9, "step_s": step_s,
+          "mfu": ideal / step_s, "hours": hours * step_s,
+          # BioMedLM's own MFU; a fair guess; our aim on an H200
+          **{f"hours at {mfu:.0%}": hours * ideal / mfu for mfu in (0.23, 0.40, 0.60)}})
 
 
 def memory_parts(config, n_params, fsdp, recomputes, S, n, t):
@@ -315,76 +290,62 @@ def step_parts(config, n_params, fsdp, recomputes, S, n, t, ideal, bandwidth):
 # kernels without a GPU: compile them for chips that are not here, read what they need
 
 SHAPES = (2560, 20), (768, 12)  # width and heads of the large presets
-TARGETS = {f"sm_{number}": number for number in (80, 86, 89, 90, 100, 120)}
+# KB of shared memory that a program may take: CUDA's programming guide, "compute capabilities".
+SHARED_KB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 
 
 def recorded_launches(arch, C=2560, n_head=20):
     """Every kernel launch of a forward and backward through all ops in bf16, recorded, not run:
-    [(kernel, {argument: value}, options)]. So the table holds what really launches, as it does."""
+    [(kernel, {argument or option: value})]. So the table holds what really launches, as it does."""
     from triton.runtime.jit import JITFunction
 
     launches = []
 
     def record(kernel, *args, grid=None, warmup=False, **kwargs):
-        options = {key: kwargs.pop(key) for key in ("num_warps", "num_stages") if key in kwargs}
-        launches.append((kernel, dict(zip(kernel.arg_names, args)) | kwargs, options))
+        launches.append((kernel, dict(zip(kernel.arg_names, args)) | kwargs))
 
     with (mock.patch.object(JITFunction, "run", record),
           mock.patch.multiple(gpt_model, runs_kernel=lambda x: True, gpu=lambda: arch,
                               compute_dtype=lambda x: x.dtype)):  # autocast knows no "meta"
         for p in 0.0, 0.1:
             for tensors, ours, *_ in kernel_cases(128, C, n_head, p, T=128, device="meta").values():
-                outputs = as_tuple(ours(*tensors))
+                outputs = tree_leaves(ours(*tensors))
                 torch.autograd.backward(outputs, [torch.ones_like(o) for o in outputs])
     return launches
 
 
-def cross_compile(kernel, arguments, options, target):
-    """Compile one recorded launch for another machine's chip; returns triton's CompiledKernel.
+def needs(kernel, arguments, target):
+    """What one recorded launch needs on another machine's chip; a spilled register shows as stack.
 
-    Triton does all as it would before this launch, on a machine whose driver names that chip.
+    Triton compiles as it would before this launch, on a machine whose driver names that chip.
     """
     import triton
     from triton.backends.compiler import GPUTarget
 
     driver = mock.Mock()
     driver.get_current_device.return_value = 0
-    driver.get_current_target.return_value = GPUTarget("cuda", TARGETS[target], 32)
+    driver.get_current_target.return_value = GPUTarget("cuda", int(target[3:]), 32)
     kernel.device_caches.clear()  # they know the last target
     with mock.patch.object(triton.runtime.driver, "_active", driver):
-        return kernel.warmup(grid=(1,), **arguments, **options)
-
-
-def resources(compiled):
-    """(registers, stack bytes) of a compiled CUDA kernel; a spilled register shows as stack."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        compiled = kernel.warmup(grid=(1,), **arguments)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(compiled.asm["cubin"])
         f.flush()
         text = subprocess.check_output([tool, "--dump-resource-usage", f.name], text=True)
-    return tuple(int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK"))
-
-
-def static_table():
-    """Registers, spills and shared memory of every kernel on every target."""
-    for target, (C, n_head) in product(TARGETS, SHAPES):
-        for kernel, arguments, options in recorded_launches(target, C, n_head):
-            compiled = cross_compile(kernel, arguments, options, target)
-            registers, stack = resources(compiled)
-            show({"kernel": kernel.__name__, "target": target, "C": C,
-                  "dropout": arguments.get("DROPOUT"), "registers": registers, "stack": stack,
-                  "shared_kb": compiled.metadata.shared / 1024})
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return {"kernel": kernel.__name__, "target": target, "dropout": arguments.get("DROPOUT"),
+            "registers": int(registers), "stack": int(stack),
+            "shared_kb": compiled.metadata.shared / 1024,
+            "wgmma": "wgmma.mma_async" in compiled.asm["ptx"]}
 
 
 # ---------------------------------------------------------------------------------------------
 # kernels on a GPU: the matrix products around them, then each op beside eager and torch.compile
 
 
-def bench_products(parser, argv):
+def bench_products(args):
     """BioMedLM's matrix products, and does it pay to add dW in place? The device's copy rate."""
-    parser.parse_args(argv)  # no flags
     for n_out, n_in in (7680, 2560), (2560, 2560), (10240, 2560), (2560, 10240), (28896, 2560):
         measure_products(n_out, n_in)
     a = torch.zeros(2**30, dtype=torch.bfloat16, device="cuda")
@@ -411,11 +372,13 @@ def measure_products(n_out, n_in, N=8192):
           "x_in_place": ms["dW cast, added"] / ms["dW in place"]})
 
 
-def bench_kernels(parser, argv):
+def bench_kernels(args):
     """Each op against eager torch and torch.compile; without a GPU: what its kernels need."""
-    parser.parse_args(argv)  # no flags
     if not torch.cuda.is_available():
-        return static_table()
+        for target, (C, n_head) in product(SHARED_KB, SHAPES):
+            for launch in recorded_launches(target, C, n_head):
+                show({"C": C, **needs(*launch, target)})
+        return
     torch._functorch.config.donated_buffer = False  # backward runs again and again on one graph
     for (C, n_head), p in product(SHAPES, (0.0, 0.1)):
         for op, case in kernel_cases(16384, C, n_head, p).items():
@@ -462,10 +425,6 @@ def kernel_cases(rows, C, n_head, p, T=1024, device="cuda"):
     return cases
 
 
-def as_tuple(outputs):
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
 def time_op(where, tensors, ours, plain, work):
     """Show one op at one shape: milliseconds, bytes or FLOPs a second, ratios."""
     torch._dynamo.reset()
@@ -485,7 +444,7 @@ def directions(fn, tensors):
 
     def forward():
         with torch.autocast("cuda", torch.bfloat16):
-            return as_tuple(fn(*tensors))
+            return tree_leaves(fn(*tensors))
 
     outputs = forward()
     grads = [torch.randn_like(o) for o in outputs]
@@ -515,36 +474,24 @@ def gpu_milliseconds(variants):
 # train: a whole step of train.py beside a plain GPT's, on the same weights and optimiser
 
 
-def bench_train(parser, argv):
+def bench_train(args):
     """tokens/s, MFU and peak memory of a full step, ours and plain in turns on the same weights."""
-    add = parser.add_argument
-    add("--shape", default="demo", choices=gpt_model.PRESETS, help="preset of train.py "
-        "(default: demo)")
-    add("--micro_batch", type=int, default=8, help="sequences a forward pass (default: 8)")
-    add("--accumulation", type=int, default=1,
-        help="micro-batches a step (default: 1; a real run has 16 or more)")
-    add("--rounds", type=int, default=20, help="steps of each variant (default: 20)")
-    add("--dropout", type=float, nargs="+", default=[0.0, 0.1],
-        help="rates to measure (default: 0 0.1)")
-    add("--profile", action="store_true", help="instead: what one step of ours does on a GPU "
-        "(default: off)")
-    args = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")
     process = train.start_process()
-    for dropout in args.dropout:
-        measure_train(args, dropout, process)
+    for dropout, micro_batch in product(args.dropout, args.micro_batch or [8]):
+        measure_train(args, dropout, micro_batch, process)
 
 
-def measure_train(args, dropout, process):
-    """Show one dropout rate: the median step of each variant."""
+def measure_train(args, dropout, micro_batch, process):
+    """Show the median step of each variant."""
     settings = SimpleNamespace(**train.recipe(args.shape) | {
-        "lr": 1e-5, "min_lr": 1e-5, "micro_batch": args.micro_batch, "accumulation": 1})
+        "lr": 1e-5, "min_lr": 1e-5, "micro_batch": micro_batch, "accumulation": 1})
     config = GPTConfig.preset(args.shape, dropout=dropout)
     torch.manual_seed(0)
     with process.device:
         model = GPT(config)
     optimizer = train.make_optimizer(model, settings)
-    x = torch.randint(config.vocab_size, (args.micro_batch, settings.seq_len),
+    x = torch.randint(config.vocab_size, (micro_batch, settings.seq_len),
                       device=process.device)
     # The blocks share one graph, so that compiling takes seconds.
     plain = [torch.compile(fn, dynamic=False) if x.is_cuda else fn
@@ -575,7 +522,7 @@ def measure_train(args, dropout, process):
     flops = tokens * train.flops_per_token(config, model.n_params(), settings.seq_len)
     peak = train.peak_flops(process.device)
     for name, (step_s, gb) in medians.items():
-        show({"shape": args.shape, "micro_batch": args.micro_batch,
+        show({"shape": args.shape, "micro_batch": micro_batch,
               "accumulation": args.accumulation, "dropout": dropout, "variant": name,
               "tokens_per_s": tokens / step_s, "mfu": flops / step_s / peak if peak else None,
               "gb": gb, "x_ours": step_s / medians["ours"][0]})
@@ -710,18 +657,15 @@ print(end - start, size / 1e6 / (end - start), peak / 1024)
 """
 
 
-def bench_tokenizer(parser, argv):
+def bench_tokenizer(args):
     """Training 28,896 tokens and encoding, beside `tokenizers` if it is installed."""
-    parser.add_argument("--megabytes", type=float, default=90,
-                        help="of text to train on (default: 90, all)")
-    megabytes = parser.parse_args(argv).megabytes
     variants = {"ours": OURS}
     if importlib.util.find_spec("tokenizers"):
         variants["hf"] = HF
     else:
         print("ours alone; beside Hugging Face's after: pip install tokenizers")
     with tempfile.TemporaryDirectory() as folder:
-        write_text(f"{folder}/all.txt", megabytes)
+        write_text(f"{folder}/all.txt", args.megabytes)
         for part, threads in ("train", 1), ("train", 2), ("encode", 1):
             medians = interleave(variants, 3, partial(run_child, part, folder, threads))
             for who, (seconds, mb_per_s, peak_mb) in medians.items():
@@ -753,9 +697,8 @@ def write_text(path, megabytes):
 # data: extraction, tokenizing, the loader
 
 
-def bench_data(parser, argv):
+def bench_data(args):
     """MB/s of extraction, tokenizing with 1 and 2 workers, all included; the loader."""
-    parser.parse_args(argv)  # no flags
     xml = [SHARED / "pubmed_xml", SHARED / "pmc_nxml"]
     xml_mb = sum(len(gzip.decompress(file.read_bytes()))
                  for folder in xml for file in folder.glob("*.gz")) / 1e6
@@ -785,14 +728,15 @@ def run(command, *more):
 # finetune: a question's shared prefix once, against one option at a time
 
 
-def bench_finetune(parser, argv):
+def bench_finetune(args):
     """Questions a second on MedQA dev, forward and backward, fp32."""
-    parser.parse_args(argv)  # no flags
     questions = data.load_qa("medqa", SHARED / "qa/medqa", "dev")
     text = "\n".join(f"{q.question} {' '.join(q.options)}" for q in questions)
     tokenizer = Tokenizer.from_merges(train_bpe(count_batch(text), 8192))
     shared = finetune.encode_all(questions[:32], "medqa", tokenizer, {"length": 512})
-    alone = [split_options(example) for example in shared]
+    # the same questions, each option in a row of its own with the prefix before it
+    alone = [e._replace(rows=[finetune.Row(row.prefix, [suffix])
+                              for row in e.rows for suffix in row.suffixes]) for e in shared]
     config = GPTConfig(n_layer=4, n_head=4, n_embd=256, dropout=0.0,
                        vocab_size=tokenizer.vocab_size)
     model = finetune.TaskModel(GPT(config), "choice")
@@ -809,26 +753,16 @@ def bench_finetune(parser, argv):
           "x_one_by_one": seconds["alone"] / seconds["shared"]})
 
 
-def split_options(example):
-    """The same question, each option in a row of its own with the prefix before it."""
-    rows = [finetune.Row(row.prefix, [suffix]) for row in example.rows for suffix in row.suffixes]
-    return example._replace(rows=rows)
-
-
 # ---------------------------------------------------------------------------------------------
 # generate: one's own machine, bf16 and int8, beside the floor and transformers
 
 
-def bench_generate(parser, argv):
+def bench_generate(args):
     """Greedy tokens a second of random weights, against their bytes over the memory's read rate."""
-    parser.add_argument("--n_layer", type=int, default=32, help="of BioMedLM's shape (default: 32)")
-    parser.add_argument("--prompts", type=int, nargs="+", default=[1], help="at once (default: 1)")
-    args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        n_read = random_folder(GPTConfig(n_layer=args.n_layer), folder)
-        models = {"bf16": GPT.from_pretrained(folder, torch.bfloat16, device),
-                  "int8": quantized(GPT.from_pretrained(folder, None)).to(device)}
+    bf16 = random_model(args.n_layer, device)
+    models = {"bf16": bf16, "int8": quantized(random_model(args.n_layer, device))}
+    n_read = bf16.n_params() - bf16.transformer.wpe.weight.numel()  # wte whole, as the head
     block = torch.ones(2**27, dtype=torch.int64, device=device)  # 2**30 bytes
     for prompts in args.prompts:
         idx = torch.ones(prompts, 1, dtype=torch.int64, device=device)
@@ -852,13 +786,12 @@ def with_cudnn(generate):
         generate()
 
 
-def random_folder(config, folder):
-    """A Hugging Face GPT-2 folder of bf16 weights; returns how many a token must read."""
-    model = gpt_model.without_memory(config).to(torch.bfloat16).to_empty(device="cpu")
-    for weight in model.parameters():
+def random_model(n_layer, device):
+    """BioMedLM's shape in bf16."""
+    model = gpt_model.without_memory(GPTConfig(n_layer=n_layer)).to(torch.bfloat16)
+    for weight in model.to_empty(device=device).parameters():
         weight.data.copy_(torch.randn(weight.size(-1)) / 50)  # the same row again: 2.59B take long
-    model.save_pretrained(folder)
-    return model.n_params() - model.transformer.wpe.weight.numel()  # wte whole, as the head
+    return model.eval()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -871,16 +804,39 @@ PARTS = {"gpu": bench_gpu, "cpu": bench_cpu, "plan": bench_plan, "products": ben
 
 
 def main():
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("part", nargs="?", choices=PARTS, default="plan",
-                       help="what to measure (default: plan)")
-    first.add_argument("--json", "--out", type=Path, metavar="FILE",
-                       help="also write the rows here, as they come (default: none)")
-    args, _ = first.parse_known_args()
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("part", nargs="?", choices=PARTS, default="plan", help="what to measure (default: plan)")
+    add("--json", "--out", type=Path, metavar="FILE",
+        help="also write the rows here, as they come (default: none)")
+    add("--minutes", type=float, default=12, help="gpu, cpu: of all parts (default: 12)")
+    add("--preset", default="biomedlm", choices=gpt_model.PRESETS,
+        help="plan: shape and recipe (default: biomedlm)")
+    add("--micro_batch", type=int, nargs="+", help="sequences a forward pass; plan: the best of "
+        "these (default: 4 8 16 32), train: each of these (default: 8)")
+    add("--parallel", choices=("ddp", "fsdp"), nargs="+", default=["ddp", "fsdp"],
+        help="plan: replicate or shard, the better of these (default: ddp fsdp)")
+    add("--gpus", type=int,
+        help="plan: of your machine, as fast as H100s (default: README's machines)")
+    add("--gb", type=float, default=80, help="plan: memory of each of --gpus, in GB (default: 80)")
+    add("--shape", default="demo", choices=gpt_model.PRESETS,
+        help="train: preset of train.py (default: demo)")
+    add("--dropout", type=float, nargs="+", default=[0.0, 0.1],
+        help="train: rates to measure (default: 0 0.1)")
+    add("--accumulation", type=int, default=1,
+        help="train: micro-batches a step (default: 1; a real run has 16 or more)")
+    add("--rounds", type=int, default=20, help="train: steps of each variant (default: 20)")
+    add("--profile", action="store_true",
+        help="train: instead, what one step of ours does on a GPU (default: off)")
+    add("--megabytes", type=float, default=90,
+        help="tokenizer: of text to train on (default: 90, all)")
+    add("--n_layer", type=int, default=32, help="generate: of BioMedLM's shape (default: 32)")
+    add("--prompts", type=int, nargs="+", default=[1], help="generate: at once (default: 1)")
+    args = parser.parse_args()
     if args.json:
         FILES.append(args.json)
-    part = PARTS[args.part]
-    part(argparse.ArgumentParser(parents=[first], description=part.__doc__), sys.argv[1:])
+    PARTS[args.part](args)
 
 
 if __name__ == "__main__":
