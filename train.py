@@ -869,7 +869,8 @@ def print_end(run, gpt, settings):
     next_command = f"eval.py perplexity --init {run} --data {settings.data}"
     if settings.data == DEMO_DATA:
         questions = data.load_qa("medqa", DEMO_DATA, "test")
-        with device:
+        torch.manual_seed(settings.seed)
+        with device:  # with the weights that a run without --init begins with
             untrained = GPT(gpt.config).eval()
         print(f"\nanswers {count_right(gpt, tokenizer, questions)} of {len(questions)} questions "
               f"about what it read (random weights {count_right(untrained, tokenizer, questions)})")

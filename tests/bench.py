@@ -26,7 +26,7 @@ import time
 import timeit
 from contextlib import suppress
 from functools import partial
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -56,11 +56,13 @@ FILES = []  # --json's file, if there is one
 def show(row):
     """Print a row as "key value  key value" and keep it, at once: a part may be stopped."""
     ROWS.append(row)
-    for key, value in row.items():
-        print(key, f"{value:.4g}" if isinstance(value, float) else value, end="  ")
-    print(flush=True)
+    print("  ".join(f"{key} {in_short(value)}" for key, value in row.items()), flush=True)
     for file in FILES:
         file.write_text(json.dumps(ROWS, indent=1))
+
+
+def in_short(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def interleave(variants, rounds, measure=SECONDS):
@@ -74,7 +76,7 @@ def interleave(variants, rounds, measure=SECONDS):
 
 
 # ---------------------------------------------------------------------------------------------
-# gpu, cpu: many commands in order of worth, each with a time limit
+# gpu, cpu: many commands in order of worth, each with a time limit; tables for RESULTS.md
 
 STEP = "tests/bench.py train --dropout 0.1 --shape"
 GPU_PARTS = (  # seconds at most, command
@@ -127,6 +129,17 @@ def run_parts(parts, minutes):
         if seconds > limit:
             result = f"stopped; {result}"
         show({"part": command, "result": result, "seconds": seconds})
+    print_tables()
+
+
+def print_tables():
+    """All rows in Markdown, neighbours of the same keys in one table; where ours lost."""
+    for keys, rows in groupby(ROWS, key=list):
+        print("\n| " + " | ".join(keys) + " |\n|" + "---|" * len(keys))
+        for row in rows:
+            cells = [in_short(value) + (" (lost)" if key.startswith("x_") and value < 1 else "")
+                     for key, value in row.items()]
+            print("| " + " | ".join(cells) + " |")
 
 
 def run_part(command, limit):
