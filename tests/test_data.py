@@ -354,7 +354,8 @@ def test_jats():
     bulk = [article(pmid=11, pmc=6), article(pmcid="PMC5.1"),
             *(article(kind, pmc=7) for kind in notices),
             article(pmc=7).replace("<title-group>", forward),
-            no_text + back, front + back, f"<article>{body}</article>"]
+            no_text.replace(">14<", ">15<") + "</article>",
+            front + back, f"<article>{body}</article>"]
     write("bulk.xml.gz", f"<articles xmlns:mml='m'>{''.join(bulk)}</articles>")
     wrapped = article(pmid=13).replace("<article ", "<article xmlns='https://jats.nlm.nih.gov/' ")
     write("PMC77.xml", f"<OAI-PMH xmlns='oai'><GetRecord>{wrapped}</GetRecord></OAI-PMH>")
@@ -375,6 +376,7 @@ def test_numbers_and_tables():
         "11.0<sup>1</sup>, 10<i>2</i><sup>1.5</sup>": "11.0^1, 102^1.5",
         "L<sup>-1</sup> (kg·d)<sup>–1</sup>": "L^-1 (kg·d)^-1",
         "log2<sub>10</sub>": "log2_10",
+        "10<i><sup>5</sup></i>": "10^5",
         "m<sup>2</sup> R<sup>2</sup> Ca<sup>2+</sup>": "m2 R2 Ca2+",
         "H<sub>2</sub>O T<sub>max</sub> 2<sup>nd</sup>": "H2O Tmax 2nd",
         "SO<sub>4</sub><sup>2−</sup>": "SO4^2−",
@@ -397,7 +399,9 @@ def test_numbers_and_tables():
         <td colspan="x">5<sup><i>b</i></sup></td><td>10<sup>5</sup></td></tr><tr><td/>
         <td>m<sup>R</sup></td></tr></tbody><tbody><tr><td rowspan="0">B</td><td>6</td></tr>
         </tbody></table><table><tr><td rowspan="2">C</td><td>7</td></tr><tr><td>8</td></tr>
-        </table>""": "Drug | Dose | | P\n| low | high\nA | 5 | 10^5\n| | m^R\nB | 6\nC | 7\n| 8",
+        </table><table><tr><td rowspan="2" colspan="2">D</td><td>1</td></tr><tr><td>2</td></tr>
+        </table>""": "Drug | Dose | | P\n| low | high\nA | 5 | 10^5\n| | m^R\nB | 6\nC | 7\n| 8\n"
+        "D | | 1\n| | 2",
     }.items():
         mml = text.replace("<m", "<mml:m").replace("</m", "</mml:m")
         body = ET.fromstring(f"<article xmlns:mml='m'><body><p>{mml}</p></body></article>")
@@ -830,6 +834,7 @@ def test_official_layouts():
     assert [q.subject for q in found] == subjects[:6]
     assert found[0] == Question("anatomy-dev-0", 'Is "it", so?', answer=2, subject="anatomy",
                                 options=("a, b", "c", "d", "e"))
+    assert load("mmlu", "anatomy_val.csv", "V?,a,b,c,d,A\n", "val")[0].question == "V?"
     assert load("medqa", "phrases_no_exclude_dev.jsonl", json.dumps(MEDQA)) == [
         Question("dev-0", "Q?", options=("yes", "no"), answer=1, kind="step1")]
     for cops, answers in (
@@ -855,10 +860,11 @@ def test_bioasqs_own_files():
     write("7b_train.json", json.dumps({"questions": [*items, {"type": "list"}]}))
     write("6b_train.json", json.dumps({"questions": items[:13]}))
     write("pubmedqa/ori_pqal.json", "{}")
-    write("7B1_golden.json", json.dumps({"questions": items[5:6]}))
+    golden = items[5] | {"id": "golden"}
+    write("7B1_golden.json", json.dumps({"questions": [golden]}))
     train, dev, test = (load_qa("bioasq", ".", split) for split in ("train", "dev", "test"))
     assert [q.id for q in train] == [str(i) for i in range(20) if i % 10]
-    assert [q.id for q in dev] == ["0", "10"] and [q.id for q in test] == ["5"]
+    assert [q.id for q in dev] == ["0", "10"] and [q.id for q in test] == ["golden"]
     assert dev[0] == Question("0", "Is it?", "A. B.", ("no", "yes"), 1, kind="yesno")
 
 

@@ -389,6 +389,7 @@ def test_damage_is_told(whole, monkeypatch, file, commands, ways):
 @pytest.mark.parametrize("command, mend", [
     ("tune --out pretrained", "a folder of its own"),
     ("tune --init tuned --out pretrained", "a folder of its own"),
+    ("tune --init tuned --out tuned", "a folder of its own"),
     ("tune --data arrays", "put the official file"),
     ("tune --length 7", "refused"),
     ("tune --lr nan", "refused"),

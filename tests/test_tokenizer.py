@@ -98,7 +98,7 @@ def test_counting_cuts_each_line_alone(tmp_path):
     """Pre-tokens over two lines, other line ends taken for "\\n", spaces lost between chunks; half
     a surrogate pair lost, or ending in a traceback."""
     rng = random.Random(0)
-    parts = [*"aB \n\t\r\x0b\x1c\x85\xa0\u2009\u2028é7.中\ud800", "  ", "'s"]
+    parts = [*"aB \n\t\r\x0b\x1c\x85\xa0\u2009\u2028é7.中\ud800", "  ", "'s", " a7 "]
     text = "".join(rng.choices(parts, k=20000)) + ".\n"
     (tmp_path / "t.jsonl").write_text(json.dumps({"id": 1, "text": text}))
     expected = Counter()
@@ -246,6 +246,8 @@ def test_released_form(trained, tmp_path):
     (tmp_path / "added_tokens.json").write_text('{"[PAD]": 799, "<|endoftext|>": 800}')
     tok = Tokenizer.load(tmp_path)
     assert tok.vocab[END_OF_TEXT] == tok.eot_id == 800 and tok.special["[PAD]"] == 799
+    with pytest.raises(ValueError, match="copy them again"):
+        Tokenizer(tok.vocab, tok.merges, {"[PAD]": 5})  # another token's id
 
 
 def test_other_file_formats(trained, tmp_path, monkeypatch):

@@ -508,6 +508,7 @@ def test_start_from_weights(go, out, tmp_path, undisturbed):
     assert rows(out)[1] > 1.001 * rows(undisturbed)[20]  # dropout is the flag's
     assert "steps 3 to 20" in go(out, f"--init {folder}/ --dropout 0.5", shape="")
     assert rows(out)[20] < rows(out)[1] and config_of(out).dropout == 0.5
+    assert "made with init" in go(out, f"--init {undisturbed} --total_steps 22", shape="", code=1)
     assert "is the run's own folder" in go(out, f"--init {out} --fresh", shape="", code=1)
     assert (out / "checkpoint_0000020.pt").exists()
 
@@ -617,6 +618,7 @@ def test_full_disk(go, out):
 
 @pytest.mark.parametrize(("args", "mend"), [
     ("--batch_tokens 1000", "use --batch_tokens 896, or for a run that goes on fewer processes"),
+    ("--batch_tokens 100", "use --batch_tokens 128"),
     ("--micro_batch 3", "use one of 1, 2, 4, 8"),
     ("--device cuda:99", "is not available on this machine"),
     ("--device meta", "is not available on this machine"),
