@@ -418,6 +418,17 @@ def read_medqa(path, split):
                        kind=item.get("meta_info", ""))
 
 
+MEDQA_FILE = "data_clean/questions/US/4_options/phrases_no_exclude_{}.jsonl"  # for a split
+
+
+def medqa_row(question, answer, others, kind, rng):
+    """A question in MedQA's official format, its options in random order."""
+    options = [*others, answer]
+    rng.shuffle(options)
+    return {"question": question, "answer": answer, "options": dict(zip("ABCD", options)),
+            "answer_idx": "ABCD"[options.index(answer)], "meta_info": kind}
+
+
 def read_medmcqa(path, split):
     """The official files count the answer `cop` from 1, the Hugging Face copy from 0.
 
@@ -568,6 +579,7 @@ TASKS = {  # files, kind, length, epochs, lr
     "medmcqa": Task({"{}.json*": read_medmcqa}, "choice", 512, 5, 1e-5),
     "mmlu": Task({"*_{}.csv": read_mmlu}, "choice", 512, 5, 1e-5),
     "pubmedqa": Task({"ori_pqal.json": read_pubmedqa}, "labels", 512, 20, 2e-6),
+    # BLURB's files; BioASQ's by its own names, as training11b.json, else by any
     "bioasq": Task({"{}.tsv": read_blurb, "*[0-9][bB]*.json": read_bioasq, "*.json": read_bioasq},
                    "labels", 1024, 20, 2e-6),
     "text": Task({"{}.source": read_source, "*.xml": read_medquad}, "text", 1022, 3, 1e-5),
@@ -748,7 +760,7 @@ def cloze(text, counts, out, val_fraction=0.002, everyday=None):
     print(f"cloze: {len(questions):,} questions")
 
 
-def cloze_questions(passage, counted, by_ending, everyday):
+def cloze_questions(passage, counted, by_ending, everyday_tokenizer):
     """MedQA's rows of questions that end before a word which the passage has not used until then.
 
     The three other words end in the same three letters, are at most twice and at least half as
@@ -772,8 +784,9 @@ def cloze_questions(passage, counted, by_ending, everyday):
         options = [option + rest[0] for option in [word, *rng.sample(others, 3)]]
         digits = len(str(count))
         kind = f"cloze, seen {10 ** (digits - 1):,} to {10**digits - 1:,} times"
-        if everyday:
-            kind += ", everyday" if len(everyday.encode(" " + word)) == 1 else ", medical"
+        if everyday_tokenizer:
+            n_tokens = len(everyday_tokenizer.encode(" " + word))
+            kind += ", everyday" if n_tokens == 1 else ", medical"
         yield medqa_row(before, options[0], options[1:], kind, rng)
 
 
@@ -1442,17 +1455,6 @@ def unpack(archive, folder):
 
 # ---------------------------------------------------------------------------------------------
 # files
-
-MEDQA_FILE = "data_clean/questions/US/4_options/phrases_no_exclude_{}.jsonl"  # for a split
-
-
-def medqa_row(question, answer, others, kind, rng):
-    """A question in MedQA's official format, its options in random order."""
-    options = [*others, answer]
-    rng.shuffle(options)
-    return {"question": question, "answer": answer, "options": dict(zip("ABCD", options)),
-            "answer_idx": "ABCD"[options.index(answer)], "meta_info": kind}
-
 
 def write_lines(path, rows):
     """A file of a JSON object a line, .gz or plain, in a folder that is made where missing."""

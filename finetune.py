@@ -49,8 +49,8 @@ def main():
     out = Path(args.out)
 
     # Questions. The model learns those of train. Dev chooses the epoch and the seed. Test is
-    # reported and chooses nothing. MedMCQA's test has no answers: there dev is reported, and
-    # nothing is chosen.
+    # reported and chooses nothing. MedMCQA's test has no answers: there dev is reported, the last
+    # epoch and the first seed are kept.
     questions = read_questions(args.task, args.data)
     reported = "test" if labeled(questions["test"]) else "dev"
     examples = {}
@@ -62,7 +62,7 @@ def main():
                              "official file there, or add a --data folder that has others")
         examples[split] = encode_all(chosen, args.task, tokenizer, settings)
     train_set = examples["train"]
-    test_set = examples[reported]
+    reported_set = examples[reported]
     dev_set = examples["dev"] if reported == "test" else []
     if settings["kind"] == "labels":
         settings["labels"] = train_set[0].question.options
@@ -75,19 +75,19 @@ def main():
     for seed in args.seeds:
         model = build(settings, tokenizer, seed, process.dtype).to(process.device)
         dev = train_epochs(model, train_set, dev_set, settings, seed, process, log)
-        scores = score_examples(model, test_set, process)
-        score = quality(scores, test_set)
+        scores = score_examples(model, reported_set, process)
+        score = quality(scores, reported_set)
         process.print(f"seed {seed}: dev {dev}, {reported} {score}")
         # Save the seed that is best on dev: the first of equals. Without dev it is the first seed.
         if not seeds or (dev_set and dev > max(done["dev"] for done in seeds)):
             saved_seed = seed
             if process.rank == 0:
-                save(out, model, tokenizer, settings, predictions(scores, test_set))
+                save(out, model, tokenizer, settings, predictions(scores, reported_set))
         seeds.append({"seed": seed, "dev": dev, "score": score})
         del model  # before the next is made
 
     # Report the mean over seeds.
-    result = summarise(args.task, reported, len(questions[reported]), test_set,
+    result = summarise(args.task, reported, len(questions[reported]), reported_set,
                        [done["score"] for done in seeds])
     result |= {"seeds": seeds, "saved_seed": saved_seed}
     if process.rank == 0:
@@ -150,7 +150,7 @@ def train_step(model, examples, optimizer, process):
     The mean is over the questions (text: target tokens) of the whole global batch, however ranks
     and micro-batches cut it. ValueError where the gradient is not finite.
     """
-    total = sum(e.n_targets or 1 for e in examples)
+    total = sum(e.n_targets or 1 for e in examples)  # text: its target tokens; else one a question
     mine = examples[process.rank::process.world_size]
     # A rank without a question must still join the sum of gradients: it adds one of weight 0.
     weight = 1 if mine else 0
@@ -448,8 +448,8 @@ class TaskModel(nn.Module):
     def forward(self, batch):
         """(nats, scores (Q, O) fp32, -inf where a question has fewer options).
 
-        nats is summed over the questions, for text over the target tokens. There it is the score of
-        the one question, too.
+        nats is summed over the questions, for text over the target tokens. A batch of text has one
+        question to score: nats is its score, too.
         """
         hidden = self.gpt.hidden(batch.idx, positions=batch.positions, mask=batch.mask)
         hidden = hidden[batch.scored]  # (B, T, C) -> (E, C)
@@ -529,7 +529,8 @@ class LoRALinear(nn.Module):
 
 
 def add_lora(gpt, rank, n_learned):
-    """Freeze gpt, but for the rows of wte from n_learned on, and put adapters on its Linears."""
+    """Freeze gpt except the added tokens' rows of wte, which begin at n_learned, and put adapters
+    on its Linears."""
     for parameter in gpt.parameters():
         parameter.requires_grad = False
         if parameter.dim() == 1:  # the ops add biases and LayerNorms in fp32

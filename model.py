@@ -250,7 +250,7 @@ class GPT(nn.Module):
                  num_beams=1,  # above 1: beam search instead of sampling
                  no_repeat_ngram_size=0,  # no n-gram of so many tokens comes twice; 0: any may
                  length_penalty=1.0,  # beams only
-                 eot_id=None):  # ends a row, which is then filled with it
+                 eot_id=None):  # ends a row, which is then filled with it; None: nothing ends
         """Continue idx (B, T) int64 by up to max_new_tokens tokens; returns (B, <= T + new) int64.
 
         ValueError where the prompt is empty (start from end-of-text) or the context too short.
@@ -490,7 +490,7 @@ def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_pena
     ended = []  # the best K texts that ended: (score, text)
     new = idx
     for length in range(1, max_new_tokens + 1):
-        norm = length**length_penalty
+        divisor = length**length_penalty
         logits = model.logits(model.hidden(new, cache)[:, -1])  # (K, V)
         log_probs = logits.float().log_softmax(dim=-1)
         if no_repeat_ngram_size:  # after the softmax, as Hugging Face has it
@@ -504,10 +504,10 @@ def beam_search(model, idx, max_new_tokens, K, no_repeat_ngram_size, length_pena
             if token != eot_id:
                 going_on.append((total, parent, text))
             elif place < K:  # as Hugging Face: not an end among the lower K
-                ended.append((total / norm, text))
+                ended.append((total / divisor, text))
         ended = sorted(ended, reverse=True)[:K]
         sums, parents, texts = zip(*going_on[:K])
-        running = sums[0] / norm  # the score of the best text that goes on
+        running = sums[0] / divisor  # the score of the best text that goes on
         if len(ended) == K and ended[-1][0] >= running:
             break
         for layer, kv in cache.layers.items():  # a beam's history follows the beam

@@ -105,12 +105,12 @@ def main():
 
     # Batches: their order depends on the seed alone. So a resumed run only needs to know how many
     # sequences were seen.
-    reading = {"data_dir": settings.data, "seq_len": settings.seq_len,
-               "micro_batch": settings.micro_batch, "rank": process.rank,
-               "world_size": process.world_size, "device": process.device,
-               "ignore_eot": settings.ignore_eot_targets}
+    batch_args = {"data_dir": settings.data, "seq_len": settings.seq_len,
+                  "micro_batch": settings.micro_batch, "rank": process.rank,
+                  "world_size": process.world_size, "device": process.device,
+                  "ignore_eot": settings.ignore_eot_targets}
     seen = first_step * settings.batch_tokens // settings.seq_len
-    batches = data.train_batches(**reading, seed=settings.seed, start=seen)
+    batches = data.train_batches(**batch_args, seed=settings.seed, start=seen)
 
     # The loop. `step` counts the updates done. It goes round N + 1 times: the last time it only
     # validates and saves, so that the end is no special case.
@@ -126,7 +126,7 @@ def main():
         # that goes on has this step's loss from before: a checkpoint is made after a validation.
         last = step == total_steps
         if last or step % settings.eval_every == 0 and (step == 0 or step > first_step):
-            val_batches = data.val_batches(**reading, max_tokens=settings.eval_tokens)
+            val_batches = data.val_batches(**batch_args, max_tokens=settings.eval_tokens)
             nats, targets = evaluate(model, val_batches, process)
             val_loss = nats / max(targets, 1)
             # A nat is 1 / ln 2 bits. Bits a byte compare models with different tokenizers.
@@ -186,7 +186,7 @@ POSITIVE = numbers(float, 1e-12)
 POSITIVE_OR_0 = numbers(float, 0)
 PROBABILITY = numbers(float, 0, 1)
 
-# Defaults of the flags. RECIPE is that of the paper's 125M ablations; PRESETS has what each preset
+# Defaults of the flags. RECIPE has those of the paper's 125M ablations, PRESETS what each preset
 # sets instead.
 RECIPE = {
     "total_steps": 100_000, "batch_tokens": 512 * 1024, "seq_len": 1024, "lr": 6e-4,
