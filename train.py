@@ -655,8 +655,7 @@ def open_run(run, fresh, checkpoint):
     of the newest checkpoint, memory-mapped.
     """
     run.mkdir(parents=True, exist_ok=True)
-    lock(run)  # what another training is writing must stay
-    data.make_folder(run)
+    lock(run)
     if fresh:
         for path in run.glob("checkpoint_*.pt"):
             path.unlink()

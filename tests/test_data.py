@@ -389,6 +389,9 @@ def test_numbers_and_tables():
         "<munderover><mo>∑</mo><mn>1</mn><mn>10</mn></munderover>": "∑_1^10",
         "[<xref ref-type='bibr'>15</xref><xref ref-type='bibr'>16</xref>]": "[15, 16]",
         "5<sup><xref ref-type='fn'>1</xref></sup> mg": "5 mg",
+        "6<xref ref-type='table-fn'>a</xref> mg": "6 mg",
+        "<table><tr><td colspan='99'>E</td><td>3</td></tr></table>":
+            "E" + " |" * data.LARGEST_SPAN + " 3",
         "<i>Atrx<sup>null</sup></i> CD4<sup>hi</sup>": "Atrx^null CD4^hi",
         "<math><semantics><mi>x</mi><annotation-xml>y</annotation-xml></semantics></math>": "x",
         "<alternatives><tex-math>\\begin{document}$$ $$\\end{document}</tex-math><graphic/>"
@@ -763,6 +766,7 @@ def test_download_pmc(serve, capsys):
 def test_download_unpacks(serve):
     """A question set left in its archive, half unpacked by a killed run; a file outside of it."""
     write("data/a.csv", "whole")
+    os.symlink("a.csv", "data/link")
     write("mmlu/unpacked/data/a.csv", "hal")
     shutil.make_archive("data", "tar", ".", "data")
     shutil.make_archive("master", "zip", ".", "data")
@@ -770,6 +774,7 @@ def test_download_unpacks(serve):
     for source in "mmlu", "mmlu", "medquad":
         download(source, source, url)
         assert Path(source, "unpacked/data/a.csv").read_text() == "whole"
+    assert not Path("mmlu/unpacked/data/link").exists()
     with tarfile.open("data.tar", "a") as tar:
         tar.add("data/a.csv", "../outside.csv")
     url = serve({"data.tar": Path("data.tar").read_bytes(), "master.zip": b"no archive"})

@@ -193,7 +193,7 @@ def test_folders_of_others(tmp_path):
     assert GPTConfig.from_hf({**hf, "eos_token_id": 50256}).eot_id == 60
     assert GPTConfig.from_hf({"vocab_size": 50304}).eot_id == 50256  # padded
     config = replace(TINY, dropout=0.2)
-    assert GPTConfig.from_hf(config.to_hf()) == config
+    assert GPTConfig.from_hf(config.to_hf() | {"n_inner": 64}) == config
     assert GPTConfig.from_hf({}) == GPTConfig.preset("gpt2-124m")
     assert [name for name in model_module.PRESETS
             if not GPTConfig.preset(name).scale_attn_by_inverse_layer_idx] == ["gpt2-124m"]
@@ -245,11 +245,13 @@ def test_damaged_checkpoints(model, tmp_path, capsys):
 
 
 def test_generate(model, idx):
-    """Sampling that ignores its seed, a top_k that cuts nothing, a limit that isn't told."""
+    """Sampling that ignores its seed, a top_k that cuts nothing, an end that nobody asked for, a
+    limit that isn't told."""
     prompt = idx[:, :4]
     a, b, other = (model.generate(prompt, 8, seed=seed) for seed in (0, 0, 4))
     assert torch.equal(a, b) and not torch.equal(a, other) and torch.equal(a[:, :4], prompt)
     greedy = model.generate(prompt, 8, temperature=0)
+    model.config.eot_id = greedy[0, 5].item()  # ends nothing, unless eot_id says so
     assert torch.equal(greedy, model.generate(prompt, 8, top_k=1))
     for start, n, mend in (0, 29, "context of 32"), (0, 0, "1 or more"), (4, 4, "1 or more"):
         with pytest.raises(ValueError, match=mend):
