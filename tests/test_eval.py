@@ -207,6 +207,7 @@ def test_int8_product_is_as_exact_as_its_scales(n_in, n_rows):
     x[:5, 0] = torch.eye(n_in)[:min(5, n_rows)]  # one weight alone, whose error has the bound
     x = x.bfloat16()
     layer = evaluate.Int8Linear(weight, bias)
+    assert (layer.scale > 0).all()
     exact = x.double() @ weight.T
     bound = weight.abs().amax(1) / 127 / 2 * x.double().abs().sum(-1, keepdim=True)
     for with_bias in False, True:
