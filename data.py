@@ -647,6 +647,8 @@ def make_demo(out):
     medical knowledge. A fact holds in every document, so a model can learn it from the corpus.
     """
     out = Path(out)
+    for path in out.rglob("*.[0-9]*.tmp"):  # of a run that was killed
+        path.unlink()
     rng = random.Random(17)  # all draws come from this stream, so their order matters
     objects = {"disease": demo_names(rng, 8, "itis"), "protein": demo_names(rng, 8, "ase"),
                "gene": demo_names(rng, 8, "ex"), "safety": list(DEMO_SAFETY)}
@@ -1334,7 +1336,7 @@ def get(url, pattern=rb"\A(?!\s*<(!doctype )?html)", md5=None):
             same = md5 in (None, hashlib.md5(content).hexdigest())
             if same and re.search(pattern, content, re.IGNORECASE):
                 return content
-            reason = "a web page, or another in its place" if same else "its checksum differs"
+            reason = "a web page, or another file in its place" if same else "its checksum differs"
         except requests.RequestException as e:  # a cut connection too
             reason = e
     raise OSError(f"{url}: {reason}, {TRIES} times: try again later; files that are whole are kept")
@@ -1459,14 +1461,14 @@ def unpack(archive, folder):
 def write_lines(path, rows):
     """A file of a JSON object a line, .gz or plain, in a folder that is made where missing."""
     path = Path(path)
-    make_folder(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with replacing(path) as f:
         f.write(gzip.compress(lines, mtime=0) if path.suffix == ".gz" else lines)
 
 
 def make_folder(folder):
-    """Create `folder`; remove what a killed run left there under temporary names."""
+    """Create `folder`, which the caller alone writes to; remove a killed run's temporary files."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.[0-9]*.tmp"):  # name, process, tmp
         path.unlink()

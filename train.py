@@ -620,10 +620,8 @@ def train_step(model, optimizer, batches, step, settings, process):
 
 @torch.no_grad()
 def evaluate(model, batches, process):
-    """(nats, targets): the loss and the tokens that count, summed over the batches of all ranks.
-
-    The model is in training mode after it.
-    """
+    """(nats, targets): the loss and the tokens that count, summed over the batches of all ranks."""
+    was_training = model.training
     model.eval()
     nats = targets = 0
     for x, y in batches:
@@ -632,7 +630,7 @@ def evaluate(model, batches, process):
         count = (y != -100).sum().item()
         nats += loss.item() * count  # the mean over this batch's targets -> their sum
         targets += count
-    model.train()
+    model.train(was_training)
     return process.all_reduce([nats, targets])
 
 
@@ -656,6 +654,7 @@ def open_run(run, fresh, checkpoint):
     """
     run.mkdir(parents=True, exist_ok=True)
     lock(run)
+    data.make_folder(run)
     if fresh:
         for path in run.glob("checkpoint_*.pt"):
             path.unlink()

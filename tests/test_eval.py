@@ -142,8 +142,9 @@ def test_breakdown():
 
 
 def test_qa_command(ask, monkeypatch):
-    """Catches a split, limit or dtype that is ignored, figures that are not the predictions', and a
-    test split without answers, or without a file, that doesn't give way to dev."""
+    """Catches a split, limit or dtype that is ignored, figures that are not the predictions', a
+    test split without answers, or without a file, that doesn't give way to dev; a checkpoint that a
+    training is writing removed by --predictions in its folder."""
     command = "qa --zero_shot --task medqa --data qa --init init --limit 5 --predictions p "
     for flag, split in ("", "test"), ("--split dev", "dev"):
         row = ask(command + flag)
@@ -154,7 +155,9 @@ def test_qa_command(ask, monkeypatch):
                  for line, q in zip(found, asked)]
         assert [row[key] for key in ("accuracy", "split", "available", "n")] == [
             sum(right) / 5, split, 12, 5]
+    Path("x.1.tmp").touch()  # what a training writes in this folder
     ask(command + "--split dev --dtype bfloat16")
+    assert Path("x.1.tmp").exists()
     assert lines("p") != found
     Path("qa/4_options/phrases_no_exclude_test.jsonl").unlink()
     assert ask(command)["split"] == "dev"
