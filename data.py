@@ -244,7 +244,7 @@ def newest_documents(files):
     million texts).
     """
     ids = set()
-    texts = set()  # their hash() differs from process to process: it serves this one alone
+    texts = set()
     counts = Counter()
     # disable=None: no bar where the output is no terminal
     for path in tqdm(files[::-1], "reading", unit="file", disable=None):
@@ -254,7 +254,7 @@ def newest_documents(files):
                 counts["replaced"] += 1
             elif not text:
                 counts["deleted"] += 1
-            elif (text_hash := hash(text)) in texts:
+            elif (text_hash := hash64(text)) in texts:
                 counts["equal"] += 1
             else:
                 counts["kept"] += 1
